@@ -1,0 +1,27 @@
+"""The ops of mar_fast: one function each, with gradients, on CPU and GPU.
+
+This package stands alone: it needs torch, and triton for the GPU path, and knows nothing of the models built on it.
+"""
+
+from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .attention_varlen import attention_varlen
+from .bias_gelu import bias_gelu, linear_gelu
+from .checks import debug_checks
+from .device import use_backend
+from .gather_patch_embed import gather_patch_embed
+from .masked_patch_loss import masked_patch_loss
+from .scatter_tokens import scatter_tokens
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "bias_gelu",
+    "debug_checks",
+    "gather_patch_embed",
+    "linear_gelu",
+    "masked_patch_loss",
+    "scatter_tokens",
+    "use_backend",
+]

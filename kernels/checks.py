@@ -1,0 +1,91 @@
+"""Argument checks shared by the ops: every message names the argument, what was got and what is accepted."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+_check_values_on_device = False
+
+
+def bad(argument: str, got: object, accepted: str) -> ValueError:
+    """The error for an argument with a wrong value or shape."""
+    return ValueError(f"{argument}: got {got}, expected {accepted}")
+
+
+def bad_type(argument: str, got: object, accepted: str) -> TypeError:
+    """The error for an argument of a wrong type or dtype."""
+    return TypeError(f"{argument}: got {got}, expected {accepted}")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """``(torch.int32, torch.int64)`` as ``int32 or int64``."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def tensor(argument: str, value: object, ndim: int | None, dtypes: Sequence[torch.dtype], shape: str) -> None:
+    """Check that ``value`` is a tensor of ``ndim`` dimensions (None: any) and one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise bad_type(argument, type(value).__name__, f"a tensor of shape {shape}")
+    if ndim is not None and value.ndim != ndim:
+        raise bad(argument, f"shape {tuple(value.shape)}", f"shape {shape}")
+    if value.dtype not in dtypes:
+        raise bad_type(argument, value.dtype, names(dtypes))
+
+
+def size(argument: str, value: Tensor, expected: Sequence[int], shape: str) -> None:
+    """Check the whole shape of ``value``; ``shape`` says in symbols what it means."""
+    if tuple(value.shape) != tuple(expected):
+        raise bad(argument, f"shape {tuple(value.shape)}", f"{tuple(expected)}, that is {shape}")
+
+
+def same_device(reference: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Check that all tensors are on ``device``, the one of the argument called ``reference``."""
+    for argument, value in tensors.items():
+        if value is not None and value.device != device:
+            raise bad(argument, f"a tensor on {value.device}", f"one on {device}, where {reference} is")
+
+
+def positive(argument: str, value: object) -> None:
+    """Check that ``value`` is a number above zero."""
+    if not isinstance(value, int | float) or not value > 0:
+        raise bad(argument, repr(value), "a number above 0")
+
+
+@contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Within this context, indices are checked on a GPU too, which waits for the device at every op.
+
+    On a CPU they are always checked. The switch is one for the whole process.
+    """
+    global _check_values_on_device
+    before, _check_values_on_device = _check_values_on_device, enabled
+    try:
+        yield
+    finally:
+        _check_values_on_device = before
+
+
+def may_read(value: Tensor) -> bool:
+    """Whether the values of this tensor may be looked at here: never while compiling, on a GPU only on request."""
+    if torch.compiler.is_compiling() or value.numel() == 0:
+        return False
+    return value.device.type == "cpu" or (_check_values_on_device and value.device.type != "meta")
+
+
+def index_range(argument: str, index: Tensor, length: int) -> None:
+    """Check that 0 <= index < length, where values may be read."""
+    if may_read(index):
+        low, high = (int(value) for value in torch.aminmax(index))
+        if low < 0 or high >= length:
+            raise bad(argument, f"values from {low} to {high}", f"values from 0 to {length - 1}")
+
+
+def strictly_ascending(argument: str, index: Tensor) -> None:
+    """Check that each row is sorted and free of repetitions, where values may be read."""
+    if may_read(index) and not bool((index[:, 1:] > index[:, :-1]).all()):
+        raise bad(argument, "rows that are not strictly ascending", "sorted, unique indices in every row")

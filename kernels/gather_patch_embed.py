@@ -1,0 +1,84 @@
+"""gather_patch_embed: visible tubelets straight from the clip to embedded tokens."""
+
+import torch
+from torch import Tensor
+
+from . import checks, eager
+from .device import eager_only
+
+
+def check_video(argument: str, video: Tensor, patch: tuple[int, int, int], channels: int) -> int:
+    """Check a clip against a patch size; returns L, the number of tubelets in its grid."""
+    checks.tensor(argument, video, 5, (torch.uint8, *checks.FLOATS), "(B, C, T, H, W)")
+    if video.shape[1] != channels:
+        raise checks.bad(argument, f"{video.shape[1]} channels", f"{channels}, in the shape (B, C, T, H, W)")
+    tokens = 1
+    for name, extent, step in zip(("frames", "height", "width"), video.shape[2:], patch, strict=True):
+        if extent == 0 or extent % step:
+            raise checks.bad(argument, f"{name} {extent}", f"a multiple of the patch's {step}")
+        tokens *= extent // step
+    return tokens
+
+
+def check_normalisation(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Check mean and std: both or neither, one number a channel, std above zero."""
+    if (mean is None) != (std is None):
+        raise checks.bad("mean and std", f"mean={mean}, std={std}", "both or neither")
+    if mean is None or std is None:
+        return None, None
+    for argument, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise checks.bad(argument, f"{len(values)} values", f"{channels}, one for each channel")
+    if min(std) <= 0:
+        raise checks.bad("std", std, "values above 0")
+    return tuple(mean), tuple(std)
+
+
+def gather_patch_embed(
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Tensor:
+    """Embed the visible tubelets of a clip; no other pixel is read (MAR, arXiv 2207.11660, section 3.1).
+
+    Equal to a convolution of stride and kernel (t, h, w) over the normalised clip, plus position, at ``keep_idx``.
+
+    Args:
+        video: (B, C, T, H, W), any strides. uint8 is divided by 255 and, where mean and std are given, normalised
+            with them in float32; floating point counts as already normalised.
+        keep_idx: (B, N) int32 or int64, flat indices into the grid (T/t, H/h, W/w).
+        weight: (D, C, t, h, w), the convolution's.
+        bias: (D,), of the weight's dtype.
+        pos_embed: (L, D), added in float32.
+        mean: one number a channel, for pixels in [0, 1].
+        std: one number a channel, with mean.
+
+    Returns:
+        (B, N, D) in the weight's dtype, also under autocast, where the product works in autocast's dtype. Gradients
+        flow to weight, bias, pos_embed and a floating-point video.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
+    """
+    checks.tensor("weight", weight, 5, checks.FLOATS, "(D, C, t, h, w)")
+    width, channels, t, h, w = weight.shape
+    tokens = check_video("video", video, (t, h, w), channels)
+    checks.tensor("keep_idx", keep_idx, 2, checks.INDICES, "(B, N)")
+    if keep_idx.shape[0] != video.shape[0]:
+        raise checks.bad("keep_idx", f"{keep_idx.shape[0]} rows", f"{video.shape[0]}, one for each clip of video")
+    checks.tensor("bias", bias, 1, (weight.dtype,), "(D,)")
+    checks.size("bias", bias, (width,), "(D,)")
+    checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
+    checks.size("pos_embed", pos_embed, (tokens, width), "(L, D)")
+    mean, std = check_normalisation(mean, std, channels)
+    checks.same_device("video", video.device, keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed)
+    checks.index_range("keep_idx", keep_idx, tokens)
+    eager_only("gather_patch_embed", video)
+    return eager.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std)

@@ -1,0 +1,36 @@
+"""scatter_tokens: the pixel decoder's input in one write."""
+
+from torch import Tensor
+
+from . import checks, eager
+from .device import eager_only
+
+
+def scatter_tokens(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    """Put visible tokens back at their places, the mask token at all others, and add the position table to all.
+
+    Args:
+        visible: (B, N, D).
+        keep_idx: (B, N) int32 or int64, sorted and unique in every row.
+        mask_token: (D,).
+        pos_embed: (L, D), added in float32.
+
+    Returns:
+        (B, L, D) in visible's dtype. Gradients flow to visible, mask_token and pos_embed.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
+    """
+    checks.tensor("visible", visible, 3, checks.FLOATS, "(B, N, D)")
+    batch, count, width = visible.shape
+    checks.tensor("keep_idx", keep_idx, 2, checks.INDICES, "(B, N)")
+    checks.size("keep_idx", keep_idx, (batch, count), "visible's (B, N)")
+    checks.tensor("mask_token", mask_token, 1, checks.FLOATS, "(D,)")
+    checks.size("mask_token", mask_token, (width,), "(D,)")
+    checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
+    checks.size("pos_embed", pos_embed, (pos_embed.shape[0], width), "(L, D)")
+    checks.same_device("visible", visible.device, keep_idx=keep_idx, mask_token=mask_token, pos_embed=pos_embed)
+    checks.index_range("keep_idx", keep_idx, pos_embed.shape[0])
+    checks.strictly_ascending("keep_idx", keep_idx)
+    eager_only("scatter_tokens", visible)
+    return eager.scatter_tokens(visible, keep_idx, mask_token, pos_embed)

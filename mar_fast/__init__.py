@@ -1,0 +1,56 @@
+"""mar_fast: masked video transformers (MAR, VideoMAE) that compute visible tokens only."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import cost, kernels, masking, reference, video
+    from .config import MARConfig, list_models, named_config
+    from .kernels import debug_checks
+    from .masking import TokenMask
+    from .model import MAR, MAROutput, create_model, mar_loss
+
+# Loaded on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
+_HOME = {
+    "MAR": "model",
+    "MARConfig": "config",
+    "MAROutput": "model",
+    "TokenMask": "masking",
+    "create_model": "model",
+    "debug_checks": "kernels",
+    "list_models": "config",
+    "mar_loss": "model",
+    "named_config": "config",
+}
+_MODULES = ("cost", "kernels", "masking", "reference", "video")
+
+__all__ = [
+    "MAR",
+    "MARConfig",
+    "MAROutput",
+    "TokenMask",
+    "cost",
+    "create_model",
+    "debug_checks",
+    "kernels",
+    "list_models",
+    "mar_loss",
+    "masking",
+    "named_config",
+    "reference",
+    "video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

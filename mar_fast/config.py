@@ -1,0 +1,217 @@
+"""MARConfig: every size and rate of a model, and the models that have a name."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from .kernels import checks
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MARConfig:
+    """A masked video transformer: encoder, classifier and, in training, pixel decoder (arXiv 2207.11660).
+
+    Sizes are in pixels and frames, widths in values per token, rates in [0, 1). ``eps`` fields are LayerNorm's, one
+    for each place, since checkpoints differ there. The defaults are MAR's ViT-B.
+    """
+
+    # The clip
+    num_frames: int = 16
+    image_size: tuple[int, int] = (224, 224)
+    channels: int = 3
+    patch: tuple[int, int, int] = (2, 16, 16)
+    """The tubelet (t, h, w)."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    """Normalisation of pixels in [0, 1], used on uint8 clips and undone for the reconstruction target."""
+
+    # The mask that is drawn where the caller gives none: cell running masking
+    mask_ratio: float = 0.5
+    cell: tuple[int, int, int] = (1, 2, 2)
+
+    # Encoder
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    encoder_eps: float = 1e-6
+    final_norm: bool = True
+    """A LayerNorm on the visible tokens after the last block; VideoMAE's mean-pooling classifiers have none."""
+    final_norm_eps: float = 1e-6
+    drop_path: float = 0.0
+    """Stochastic depth of the encoder's last block; it grows linearly from 0 (arXiv 1603.09382)."""
+
+    # Classifier
+    classifier: Literal["bridging", "linear"] | None = "bridging"
+    num_classes: int = 400
+    bridge_width: int = 512
+    bridge_depth: int = 2
+    bridge_heads: int = 4
+    bridge_mlp_ratio: float = 4.0
+    bridge_eps: float = 1e-6
+    bridge_dropout: float = 0.0
+    """In the bridging blocks: after the attention projection, after GELU and after the second linear layer."""
+    classifier_norm_eps: float = 1e-6
+    head_dropout: float = 0.0
+    """Before the linear layer to the classes."""
+
+    # Pixel decoder; depth 0 means none
+    decoder_width: int = 384
+    decoder_depth: int = 4
+    decoder_heads: int = 6
+    decoder_mlp_ratio: float = 4.0
+    decoder_eps: float = 1e-6
+    decoder_norm_eps: float = 1e-6
+    normalize_target: bool = True
+
+    # Accepted only as 0: the attention ops have no dropout
+    attention_dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch", "cell", "mean", "std"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+        for name, size in (("image_size", 2), ("patch", 3), ("cell", 3)):
+            value = getattr(self, name)
+            if len(value) != size or not all(isinstance(part, int) and part > 0 for part in value):
+                raise checks.bad(name, value, f"{size} whole numbers above 0")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise checks.bad(name, getattr(self, name), f"{self.channels} numbers, one for each channel")
+        if min(self.std) <= 0:
+            raise checks.bad("std", self.std, "numbers above 0")
+        for name in _COUNTS:
+            _whole(name, getattr(self, name), 1)
+        for name in ("depth", "decoder_depth"):
+            _whole(name, getattr(self, name), 0 if name == "decoder_depth" else 1)
+        for name in _RATES:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise checks.bad(name, value, "a number in [0, 1)")
+        if self.attention_dropout:
+            raise checks.bad("attention_dropout", self.attention_dropout, "0: attention dropout is not supported")
+        for name in _POSITIVE:
+            checks.positive(name, getattr(self, name))
+        if self.classifier not in ("bridging", "linear", None):
+            raise checks.bad("classifier", repr(self.classifier), "'bridging', 'linear' or None")
+        for width, heads in (("width", "num_heads"), ("bridge_width", "bridge_heads"), ("decoder_width", "decoder_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise checks.bad(heads, getattr(self, heads), f"a divisor of {width} {getattr(self, width)}")
+        for name, extent, step in zip(
+            ("num_frames", "image_size", "image_size"), (self.num_frames, *self.image_size), self.patch, strict=True
+        ):
+            if extent % step:
+                raise checks.bad(name, extent, f"a multiple of the patch's {step}")
+        if self.mask_ratio:
+            masked_slots("mask_ratio", self.mask_ratio, self.cell)
+            check_cell(self.cell, self.grid)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tubelets along time, height and width."""
+        t, h, w = self.patch
+        return self.num_frames // t, self.image_size[0] // h, self.image_size[1] // w
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tubelets of a whole clip."""
+        return math.prod(self.grid)
+
+    @property
+    def num_visible(self) -> int:
+        """N, the tubelets that ``mask_ratio`` leaves."""
+        if not self.mask_ratio:
+            return self.num_tokens
+        slots = math.prod(self.cell)
+        return self.num_tokens // slots * (slots - masked_slots("mask_ratio", self.mask_ratio, self.cell))
+
+    @property
+    def patch_values(self) -> int:
+        """Values in a tubelet: t * h * w * C."""
+        return math.prod(self.patch) * self.channels
+
+
+_COUNTS = ("num_frames", "channels", "width", "num_heads", "num_classes", "bridge_width", "bridge_depth")
+_COUNTS += ("bridge_heads", "decoder_width", "decoder_heads")
+_RATES = ("mask_ratio", "drop_path", "bridge_dropout", "head_dropout", "attention_dropout")
+_POSITIVE = ("mlp_ratio", "bridge_mlp_ratio", "decoder_mlp_ratio", "encoder_eps", "final_norm_eps", "bridge_eps")
+_POSITIVE += ("classifier_norm_eps", "decoder_eps", "decoder_norm_eps")
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, tuple | list):
+        raise checks.bad_type(name, repr(value), "a tuple")
+    return tuple(value)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise checks.bad(name, repr(value), f"a whole number, {least} or more")
+
+
+def masked_slots(argument: str, ratio: float, cell: tuple[int, int, int]) -> int:
+    """How many slots of each cell a ratio masks.
+
+    Raises:
+        ValueError: the ratio does not give a whole number of slots, or leaves none visible.
+    """
+    slots = math.prod(cell)
+    count = round(ratio * slots)
+    if not 0 <= count < slots or abs(count - ratio * slots) > 1e-6:
+        accepted = ", ".join(f"{k}/{slots}" for k in range(slots))
+        raise checks.bad(argument, ratio, f"a whole number of the {slots} slots of cell {cell}: one of {accepted}")
+    return count
+
+
+def check_cell(cell: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+    """Check that cells fill the grid exactly."""
+    if any(extent % step for extent, step in zip(grid, cell, strict=True)):
+        raise checks.bad("cell", cell, f"a cell whose sides divide the grid {grid}")
+
+
+# Encoders are VideoMAE's (arXiv 2203.12602) and, for giant, VideoMAE v2's (arXiv 2303.16727). Pixel decoders of base
+# and large are MAR's; those of the others are the pre-training decoders of the same papers.
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": dict(width=384, depth=12, num_heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3),
+    "base": dict(width=768, depth=12, num_heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6),
+    "large": dict(width=1024, depth=24, num_heads=16, decoder_width=512, decoder_depth=12, decoder_heads=8),
+    "huge": dict(width=1280, depth=32, num_heads=16, decoder_width=640, decoder_depth=12, decoder_heads=10),
+    "giant": dict(
+        width=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, patch=(2, 14, 14),
+        decoder_width=512, decoder_depth=4, decoder_heads=8,
+    ),
+}  # fmt: skip
+
+# A dense VideoMAE classifier: mean pooling and its own norm instead of the encoder's last one, no decoder.
+_DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` and `named_config` take."""
+    return [f"{family}_vit_{size}" for family in ("mar", "videomae") for size in _SIZES]
+
+
+def named_config(name: str, **overrides: Any) -> MARConfig:
+    """The configuration of a named model, with any field overridden.
+
+    Args:
+        name: One of `list_models`: ``mar_vit_*`` has the bridging classifier, 50 % masking and a pixel decoder,
+            ``videomae_vit_*`` is the dense classifier.
+        **overrides: Fields of `MARConfig`.
+
+    Raises:
+        ValueError: an unknown name or a value that does not fit.
+        TypeError: an unknown field.
+    """
+    if name not in list_models():
+        raise checks.bad("name", repr(name), "one of " + ", ".join(list_models()))
+    known = {item.name for item in fields(MARConfig)}
+    for key in overrides:
+        if key not in known:
+            raise checks.bad_type(key, "an unknown field", "one of " + ", ".join(sorted(known)))
+    family, _, size = name.split("_")
+    return replace(MARConfig(), **{**_SIZES[size], **(_DENSE if family == "videomae" else {}), **overrides})

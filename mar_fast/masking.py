@@ -1,0 +1,281 @@
+"""Which tubelets stay visible: TokenMask, cell running masking and the masks that users compare it with.
+
+Nothing here waits for the device or makes a shape depend on data: the number of visible tokens follows from the ratio.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import check_cell, masked_slots
+from .kernels import checks
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """The visible and the dropped tokens of a batch of clips, each row sorted.
+
+    Attributes:
+        keep_idx: (B, N) int32, flat indices t * H' * W' + y * W' + x of the visible tokens.
+        drop_idx: (B, L - N) int32, all others.
+        grid: (T', H', W'), or (L,) where only the flat form was known.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes do not fit; on a CPU also if the two are not a partition of the grid.
+    """
+
+    keep_idx: Tensor
+    drop_idx: Tensor
+    grid: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        for name in ("keep_idx", "drop_idx"):
+            checks.tensor(name, getattr(self, name), 2, (torch.int32,), "(batch, tokens)")
+        if self.keep_idx.shape[0] != self.drop_idx.shape[0]:
+            raise checks.bad("drop_idx", f"{self.drop_idx.shape[0]} rows", f"{self.keep_idx.shape[0]}, as keep_idx has")
+        tokens = self.keep_idx.shape[1] + self.drop_idx.shape[1]
+        if len(self.grid) not in (1, 3) or math.prod(self.grid) != tokens:
+            raise checks.bad("grid", self.grid, f"(T', H', W') or (L,) with {tokens} tokens, keep_idx and drop_idx together")
+        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx)
+        for name in ("keep_idx", "drop_idx"):
+            checks.index_range(name, getattr(self, name), tokens)
+            checks.strictly_ascending(name, getattr(self, name))
+        if checks.may_read(self.keep_idx) and self.drop_idx.numel():
+            both = torch.cat((self.keep_idx, self.drop_idx), 1).sort(1).values
+            checks.strictly_ascending("keep_idx and drop_idx together", both)
+
+    @classmethod
+    def from_bool_masked(cls, masked: Tensor, *, num_visible: int | None = None) -> "TokenMask":
+        """From a bool mask, **True = masked**, as in VideoMAE and Hugging Face.
+
+        Args:
+            masked: (B, L) or (B, T', H', W') bool.
+            num_visible: Visible tokens of every clip. None reads them from the mask, which waits for the device.
+
+        Raises:
+            ValueError, TypeError: a wrong shape or dtype, clips with unequal counts, or a count other than given.
+        """
+        if not isinstance(masked, Tensor) or masked.dtype != torch.bool:
+            got = masked.dtype if isinstance(masked, Tensor) else type(masked).__name__
+            raise checks.bad_type("masked", got, "a bool tensor, True = masked")
+        if masked.ndim not in (2, 4):
+            raise checks.bad("masked", f"shape {tuple(masked.shape)}", "(B, L) or (B, T', H', W')")
+        flat = masked.flatten(1)
+        tokens = flat.shape[1]
+        if num_visible is None or checks.may_read(flat):
+            counts = (~flat).sum(1).unique().tolist()
+            if len(counts) > 1:
+                raise checks.bad("masked", f"clips with {counts} visible tokens", "the same number in every clip")
+            if num_visible is None:
+                num_visible = counts[0] if counts else tokens
+            elif counts and counts[0] != num_visible:
+                raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
+        if not 0 <= num_visible <= tokens:
+            raise checks.bad("num_visible", num_visible, f"0 to {tokens}")
+        # A stable sort of the bools puts visible tokens first and leaves both groups in ascending order.
+        order = flat.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)
+        return cls(order[:, :num_visible], order[:, num_visible:], tuple(masked.shape[1:]))
+
+    def bool_masked(self) -> Tensor:
+        """(B, L) bool, True = masked."""
+        masked = torch.ones(self.batch, self.num_tokens, dtype=torch.bool, device=self.keep_idx.device)
+        return masked.scatter(1, self.keep_idx.long(), False)
+
+    def to(self, device: torch.device | str) -> "TokenMask":
+        """The same mask on another device."""
+        return TokenMask(self.keep_idx.to(device), self.drop_idx.to(device), self.grid)
+
+    @property
+    def batch(self) -> int:
+        """B, the number of clips."""
+        return self.keep_idx.shape[0]
+
+    @property
+    def num_visible(self) -> int:
+        """N, the visible tokens of each clip."""
+        return self.keep_idx.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """L, all tokens of each clip."""
+        return self.keep_idx.shape[1] + self.drop_idx.shape[1]
+
+
+def cell_running(
+    batch: int,
+    grid: Grid,
+    ratio: float,
+    *,
+    cell: tuple[int, int, int] = (1, 2, 2),
+    direction: int = 1,
+    phase: int | Tensor | None = None,
+    temporal_shuffle: bool = False,
+    spatial_repeat: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> TokenMask:
+    """Cell running masking (MAR, arXiv 2207.11660, section 3.2): every place is seen in turn.
+
+    A cell of S slots masks a run of d = ratio * S slots, which moves by one slot with every step in time:
+    ``masked(t, s) = ((s - direction * t - phase) mod S) < d``. Slots are numbered (t, y, x) within the cell; for a
+    cell longer than one in time, t counts cells.
+
+    The test form of the paper is ``phase=0``. Its training form is ``phase=None, temporal_shuffle=True``.
+
+    Args:
+        batch: Number of clips, 0 or more.
+        grid: (T', H', W') tubelets.
+        ratio: Share of masked tokens, a whole number of slots: 0, 1/4, 1/2 or 3/4 for the default cell.
+        cell: (t, y, x) tubelets, dividing the grid.
+        direction: 1 as in MAR, -1 as in VideoMAE v2's decoder mask (arXiv 2303.16727).
+        phase: A number, or integers of shape (B,) or (B, cells in space); None draws them.
+        temporal_shuffle: Permute the masks of a clip along time, drawn for each clip.
+        spatial_repeat: Whether a drawn phase is one for the clip (the paper's recipe) or one for each cell in space.
+        generator: Source of all random draws, on any device; None is torch's default.
+        device: Where the mask goes; None is the generator's device, or the CPU.
+
+    Returns:
+        A mask with L * (1 - ratio) visible tokens in every clip.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    _check_batch_and_grid(batch, grid)
+    if not isinstance(cell, tuple) or len(cell) != 3 or not all(isinstance(side, int) and side > 0 for side in cell):
+        raise checks.bad("cell", repr(cell), "three whole numbers (t, y, x) above 0")
+    check_cell(cell, grid)
+    if direction not in (1, -1):
+        raise checks.bad("direction", repr(direction), "1 or -1")
+    _check_ratio(ratio)
+    slots, masked_count = math.prod(cell), masked_slots("ratio", ratio, cell)
+    steps, rows, columns = (extent // side for extent, side in zip(grid, cell, strict=True))
+    places = rows * columns
+    device = _device(device, generator)
+
+    if phase is None:
+        shape = (batch, 1 if spatial_repeat else places)
+        phase = _to(torch.randint(slots, shape, generator=generator, device=_source(generator, device)), device)
+    elif isinstance(phase, Tensor):
+        if phase.is_floating_point() or tuple(phase.shape) not in ((batch,), (batch, places)):
+            got = f"{phase.dtype} of shape {tuple(phase.shape)}"
+            raise checks.bad("phase", got, f"a number or integers of shape ({batch},) or ({batch}, {places})")
+        phase = phase.reshape(batch, -1).to(device)
+    elif isinstance(phase, int) and not isinstance(phase, bool):
+        phase = torch.full((batch, 1), phase % slots, device=device)
+    else:
+        raise checks.bad_type("phase", repr(phase), "a whole number, a tensor of integers or None")
+
+    step = torch.arange(steps, device=device).expand(batch, steps)
+    if temporal_shuffle:
+        step = _to(torch.rand(batch, steps, generator=generator, device=_source(generator, device)), device).argsort(1)
+    slot = torch.arange(slots, device=device)
+    # (B, steps, places or 1, slots)
+    run = (slot - direction * step[:, :, None, None] - phase[:, None, :, None]) % slots
+    masked = (run < masked_count).expand(batch, steps, places, slots)
+    masked = masked.reshape(batch, steps, rows, columns, *cell).permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, *grid)
+    return _partition(masked, math.prod(grid) // slots * (slots - masked_count))
+
+
+def random(
+    batch: int,
+    grid: Grid,
+    ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> TokenMask:
+    """Tokens masked independently of place and time, floor(ratio * L) of them in every clip (MAE, arXiv 2111.06377).
+
+    Arguments and errors as in `cell_running`; any ratio in [0, 1).
+    """
+    _check_batch_and_grid(batch, grid)
+    tokens = math.prod(grid)
+    masked = _draw(batch, tokens, _masked_count(tokens, ratio), generator, device)
+    return _partition(masked.reshape(batch, *grid), tokens - _masked_count(tokens, ratio))
+
+
+def tube(
+    batch: int,
+    grid: Grid,
+    ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> TokenMask:
+    """One random mask in space, the same at all times (VideoMAE, arXiv 2203.12602, section 3.3).
+
+    floor(ratio * H' * W') places are masked. Arguments and errors as in `cell_running`; any ratio in [0, 1).
+    """
+    _check_batch_and_grid(batch, grid)
+    places = grid[1] * grid[2]
+    count = _masked_count(places, ratio)
+    masked = _draw(batch, places, count, generator, device).reshape(batch, 1, grid[1], grid[2])
+    return _partition(masked.expand(batch, *grid), grid[0] * (places - count))
+
+
+def frame(
+    batch: int,
+    grid: Grid,
+    ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> TokenMask:
+    """Whole tubelet-frames masked at random, floor(ratio * T') of them (VideoMAE, arXiv 2203.12602, section 3.3).
+
+    Arguments and errors as in `cell_running`; any ratio in [0, 1).
+    """
+    _check_batch_and_grid(batch, grid)
+    count = _masked_count(grid[0], ratio)
+    masked = _draw(batch, grid[0], count, generator, device).reshape(batch, grid[0], 1, 1)
+    return _partition(masked.expand(batch, *grid), (grid[0] - count) * grid[1] * grid[2])
+
+
+def _check_batch_and_grid(batch: int, grid: Grid) -> None:
+    if not isinstance(batch, int) or batch < 0:
+        raise checks.bad("batch", repr(batch), "a whole number, 0 or more")
+    if not isinstance(grid, tuple) or len(grid) != 3 or not all(isinstance(side, int) and side > 0 for side in grid):
+        raise checks.bad("grid", repr(grid), "three whole numbers (T', H', W') above 0")
+
+
+def _check_ratio(ratio: float) -> None:
+    if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+        raise checks.bad("ratio", repr(ratio), "a number in [0, 1)")
+
+
+def _masked_count(total: int, ratio: float) -> int:
+    _check_ratio(ratio)
+    return math.floor(ratio * total + 1e-6)  # 0.29 * 100 is a little below 29
+
+
+def _device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return generator.device if generator is not None else torch.device("cpu")
+
+
+def _source(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    """Random numbers are drawn where the generator lives, so that a seed gives one mask on every device."""
+    return generator.device if generator is not None else device
+
+
+def _to(drawn: Tensor, device: torch.device) -> Tensor:
+    return drawn.to(device, non_blocking=True)
+
+
+def _draw(
+    batch: int, total: int, count: int, generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """(B, total) bool with ``count`` True in every row, all choices equally likely."""
+    target = _device(device, generator)
+    noise = torch.rand(batch, total, generator=generator, device=_source(generator, target))
+    return _to(noise.argsort(1).argsort(1) < count, target)
+
+
+def _partition(masked: Tensor, num_visible: int) -> TokenMask:
+    return TokenMask.from_bool_masked(masked, num_visible=num_visible)

@@ -1,0 +1,261 @@
+"""MAR in plain PyTorch, one file, read top to bottom: what everything else is checked against.
+
+It works as the original does: embeds all tubelets and throws the dropped ones away, forms the whole attention matrix,
+normalises the target of every tubelet. It shares no code with model.py or kernels/, only the parameter names, so
+``model.load_state_dict(reference.state_dict())`` just works. Sources: MAR, arXiv 2207.11660; VideoMAE, arXiv 2203.12602.
+
+In comments: B clips, L tokens, N visible, M dropped, D width, H heads, d head size.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MARConfig
+
+
+def position_table(tokens: int, width: int) -> Tensor:
+    """(L, D): sines in even columns, cosines in odd ones, of p / 10000^(2 * (i // 2) / D), in float64, then cast."""
+    table = torch.zeros(tokens, width, dtype=torch.float64, device="cpu")
+    for i in range(width):
+        angle = torch.arange(tokens, dtype=torch.float64, device="cpu") / math.pow(10000, 2 * (i // 2) / width)
+        table[:, i] = torch.sin(angle) if i % 2 == 0 else torch.cos(angle)
+    return table.float()
+
+
+def running_mask(config: MARConfig, batch: int, train: bool, generator: torch.Generator | None) -> Tensor:
+    """(B, L) bool, True = masked, by the definition: masked(t, s) = ((s - t - phase) mod S) < d."""
+    frames, height, width = config.grid
+    ct, cy, cx = config.cell
+    slots = ct * cy * cx
+    count = round(config.mask_ratio * slots)
+    masked = torch.zeros(batch, frames, height, width, dtype=torch.bool)
+    for b in range(batch):
+        phase, order = 0, list(range(frames // ct))
+        if train:
+            phase = int(torch.randint(slots, (1,), generator=generator))
+            order = torch.randperm(frames // ct, generator=generator).tolist()
+        for t in range(frames):
+            for y in range(height):
+                for x in range(width):
+                    slot = (t % ct * cy + y % cy) * cx + x % cx
+                    masked[b, t, y, x] = (slot - order[t // ct] - phase) % slots < count
+    return masked.flatten(1)
+
+
+class Attention(nn.Module):
+    """Naive multi-head attention: the (B, H, N, N) scores are all there."""
+
+    def __init__(self, width: int, heads: int, key_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, width * 3, bias=key_bias)
+        if not key_bias:
+            self.q_bias = nn.Parameter(torch.zeros(width))
+            self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        b, n, width = x.shape
+        qkv = self.qkv(x)
+        if self.qkv.bias is None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        q, k, v = qkv.reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        scores = (q * (width // self.heads) ** -0.5) @ k.transpose(-2, -1)
+        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, n, width))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a sample loses its whole branch with the given probability."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if not self.training or self.rate == 0:
+            return branch
+        alive = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
+        return branch * alive / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, **options: Any) -> None:
+        super().__init__()
+        dropout = options.get("dropout", 0.0)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, options.get("key_bias", False))
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, round(width * mlp_ratio), dropout)
+        self.drop = nn.Dropout(dropout)
+        self.drop_path = DropPath(options.get("drop_path", 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.drop_path(self.drop(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Encoder(nn.Module):
+    """ViT that embeds every tubelet and keeps the visible ones."""
+
+    def __init__(self, config: MARConfig) -> None:
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
+        self.register_buffer("table", position_table(config.num_tokens, config.width), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width, config.num_heads, config.mlp_ratio, config.encoder_eps,
+                drop_path=config.drop_path * i / max(config.depth - 1, 1),
+            )
+            for i in range(config.depth)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(config.width, eps=config.final_norm_eps) if config.final_norm else nn.Identity()
+
+    def forward(self, clip: Tensor, masked: Tensor) -> Tensor:
+        """Normalised (B, C, T, H, W), (B, L) bool -> (B, N, D)."""
+        x = self.patch_embed.proj(clip).flatten(2).transpose(1, 2) + self.table  # (B, L, D)
+        x = x[~masked].reshape(x.shape[0], -1, x.shape[-1])  # (B, N, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """ViT over all places that predicts the pixels of every tubelet."""
+
+    def __init__(self, config: MARConfig) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.register_buffer("table", position_table(config.num_tokens, width), persistent=False)
+        shape = (width, config.decoder_heads, config.decoder_mlp_ratio, config.decoder_eps)
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
+        self.head = nn.Linear(width, config.patch_values)
+
+    def forward(self, visible: Tensor, mask_token: Tensor, masked: Tensor) -> Tensor:
+        """(B, N, decoder width) -> (B, L, t * h * w * C)."""
+        x = mask_token.expand(*masked.shape, -1).clone()
+        x[~masked] = visible.reshape(-1, visible.shape[-1]).to(x.dtype)
+        x = x + self.table
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Classifier(nn.Module):
+    """Bridging classifier (projection and blocks first) or linear classifier: mean over tokens, norm, head."""
+
+    def __init__(self, config: MARConfig) -> None:
+        super().__init__()
+        width, blocks = config.width, 0
+        if config.classifier == "bridging":
+            width, blocks = config.bridge_width, config.bridge_depth
+            self.proj = nn.Linear(config.width, width, bias=False)
+            shape = (width, config.bridge_heads, config.bridge_mlp_ratio, config.bridge_eps)
+            options = {"dropout": config.bridge_dropout, "key_bias": True}
+            self.blocks = nn.ModuleList(Block(*shape, **options) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width, eps=config.classifier_norm_eps)
+        self.drop = nn.Dropout(config.head_dropout)
+        self.head = nn.Linear(width, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, classes)."""
+        if hasattr(self, "proj"):
+            x = self.proj(x)
+            for block in self.blocks:
+                x = block(x)
+        return self.head(self.drop(self.norm(x.mean(dim=1))))
+
+
+def patch_targets(pixels: Tensor, config: MARConfig) -> Tensor:
+    """Clip in [0, 1] (B, C, T, H, W) -> (B, L, t * h * w * C), each tubelet and channel normalised."""
+    (t, h, w), (frames, height, width) = config.patch, config.grid
+    b, c = pixels.shape[:2]
+    tubes = pixels.reshape(b, c, frames, t, height, h, width, w).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    tubes = tubes.reshape(b, config.num_tokens, t * h * w, c)
+    if config.normalize_target:
+        deviation = tubes.var(dim=2, unbiased=True, keepdim=True).sqrt()
+        tubes = (tubes - tubes.mean(dim=2, keepdim=True)) / (deviation + 1e-6)
+    return tubes.reshape(b, config.num_tokens, -1)
+
+
+class MAR(nn.Module):
+    """The whole model; same parameters, names and call as `mar_fast.MAR`."""
+
+    def __init__(self, config: MARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.classifier = Classifier(config) if config.classifier else None
+        self.decoder = Decoder(config) if config.decoder_depth else None
+        if self.decoder is not None:
+            self.encoder_to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
+            self.mask_token = nn.Parameter(torch.randn(1, 1, config.decoder_width) * 0.02)
+
+    def forward(
+        self,
+        video: Tensor,
+        mask: Any = None,
+        *,
+        reconstruct: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """As `mar_fast.MAR.forward`; the result has the same fields, and ``targets`` (B, M, t * h * w * C) besides."""
+        config = self.config
+        if mask is None:
+            masked = running_mask(config, video.shape[0], self.training, generator).to(video.device)
+        else:
+            masked = torch.ones(video.shape[0], config.num_tokens, dtype=torch.bool, device=video.device)
+            for b in range(video.shape[0]):
+                masked[b, mask.keep_idx[b].long()] = False
+
+        mean = torch.tensor(config.mean, device=video.device).view(-1, 1, 1, 1)
+        std = torch.tensor(config.std, device=video.device).view(-1, 1, 1, 1)
+        clip = (video.float() / 255 - mean) / std if video.dtype == torch.uint8 else video
+        clip = clip.to(self.encoder.patch_embed.proj.weight.dtype)
+
+        features = self.encoder(clip, masked)
+        logits = self.classifier(features) if self.classifier is not None else None
+        out = SimpleNamespace(logits=logits, features=features, reconstruction_loss=None, pixels=None, targets=None)
+        if reconstruct or (reconstruct is None and self.training and self.decoder is not None):
+            assert self.decoder is not None, "this model has no decoder"
+            every = self.decoder(self.encoder_to_decoder(features), self.mask_token, masked)
+            targets = patch_targets(clip * std + mean, config)
+            batch, size = video.shape[0], config.patch_values
+            out.pixels = every[masked].reshape(batch, -1, size)
+            out.targets = targets[masked].reshape(batch, -1, size)
+            out.reconstruction_loss = F.mse_loss(out.pixels.float(), out.targets.float())
+        return out
+
+
+def loss(out: Any, target: Tensor, reconstruction_weight: float = 0.1) -> Tensor:
+    """-sum(soft target * log softmax(logits)), mean over the batch, plus the weighted reconstruction loss."""
+    if not target.is_floating_point():
+        target = F.one_hot(target, out.logits.shape[1]).float()
+    classification = -(target * out.logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
+    return classification + reconstruction_weight * out.reconstruction_loss

