@@ -87,7 +87,7 @@ def sinusoid_table(tokens: int, width: int) -> Tensor:
     """(L, D) float32: angle(p, i) = p / 10000 ** (2 * (i // 2) / D), even columns sin, odd cos; from float64."""
     position = torch.arange(tokens, dtype=torch.float64)[:, None]
     column = torch.arange(width)
-    angle = position / 10000.0 ** (2 * (column // 2) / width).double()
+    angle = position / 10000.0 ** (2 * (column // 2).double() / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
