@@ -126,7 +126,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
-        self.register_buffer("table", position_table(config.num_tokens, config.width), persistent=False)
+        # Not a buffer: .bfloat16() would round it.
+        self.table = position_table(config.num_tokens, config.width)
         self.blocks = nn.ModuleList(
             Block(
                 config.width, config.num_heads, config.mlp_ratio, config.encoder_eps,
@@ -138,7 +139,8 @@ class Encoder(nn.Module):
 
     def forward(self, clip: Tensor, masked: Tensor) -> Tensor:
         """Normalised (B, C, T, H, W), (B, L) bool -> (B, N, D)."""
-        x = self.patch_embed.proj(clip).flatten(2).transpose(1, 2) + self.table  # (B, L, D)
+        x = self.patch_embed.proj(clip).flatten(2).transpose(1, 2)  # (B, L, D)
+        x = (x + self.table.to(x.device)).to(clip.dtype)
         x = x[~masked].reshape(x.shape[0], -1, x.shape[-1])  # (B, N, D)
         for block in self.blocks:
             x = block(x)
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         width = config.decoder_width
-        self.register_buffer("table", position_table(config.num_tokens, width), persistent=False)
+        self.table = position_table(config.num_tokens, width)
         shape = (width, config.decoder_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
@@ -161,7 +163,7 @@ class Decoder(nn.Module):
         """(B, N, decoder width) -> (B, L, t * h * w * C)."""
         x = mask_token.expand(*masked.shape, -1).clone()
         x[~masked] = visible.reshape(-1, visible.shape[-1]).to(x.dtype)
-        x = x + self.table
+        x = (x + self.table.to(x.device)).to(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -1,0 +1,76 @@
+"""Timing that can be trusted on a shared machine: warm, interleaved, medians with spread."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles of ``n`` measurements."""
+
+    p20: float
+    p50: float
+    p80: float
+    n: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        """Percentiles of a list with at least one value."""
+        p20, p50, p80 = (float(value) for value in np.percentile(values, (20, 50, 80)))
+        return cls(p20, p50, p80, len(values))
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes; on a GPU by events, so that only the device's time counts."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    budget: float,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+    on_round: Callable[[float], None] = lambda done: None,
+) -> dict[str, Spread]:
+    """Time the candidates in turn, A B C A B C ..., so that a drift of the machine hits all of them alike.
+
+    Args:
+        candidates: What to call, by name. Each is called twice first, uncounted.
+        device: Where they run.
+        budget: Seconds for all of it; at least ``min_rounds`` are done, at most ``max_rounds``.
+        min_rounds: Least number of counted rounds.
+        max_rounds: Largest number of counted rounds.
+        on_round: Told the share that is done, after each round.
+
+    Returns:
+        Seconds of one call, by name.
+    """
+    for run in candidates.values():
+        run()
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
+    for number in range(max_rounds):
+        spent = time.perf_counter() - begin
+        if number >= min_rounds and spent * (number + 1) / number > budget:
+            break
+        for name, run in candidates.items():
+            taken[name].append(seconds(run, device))
+        spent = time.perf_counter() - begin
+        on_round(min(1.0, max(spent / budget, (number + 1) / max_rounds)))
+    return {name: Spread.of(values) for name, values in taken.items()}

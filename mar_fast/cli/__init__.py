@@ -1,0 +1,49 @@
+"""The command mar-fast: one short file for each subcommand."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import mar_fast
+
+from .bench import bench
+from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
+from .cost import cost
+from .masks import masks
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Masked video transformers on visible tokens only.\n\n"
+    "Exit codes: 0 done, 1 a check failed and results are withheld, 2 bad input, 130 interrupted.",
+)
+app.command()(bench)
+app.command()(masks)
+app.command()(cost)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mar-fast {mar_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on stderr, not a traceback."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(INTERRUPTED)
