@@ -59,7 +59,8 @@ def mar_loss(out: MAROutput, target: Tensor, reconstruction_weight: float = 0.1)
         checks.index_range("target", target, classes)
     if not reconstruction_weight >= 0:
         raise checks.bad("reconstruction_weight", reconstruction_weight, "0 or more")
-    loss = F.cross_entropy(out.logits.float(), target.float() if soft else target.long())
+    logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, target.to(logits.dtype) if soft else target.long())
     if reconstruction_weight:
         if out.reconstruction_loss is None:
             accepted = "0, or an output of a model with a decoder in training or with reconstruct=True"

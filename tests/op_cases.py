@@ -1,0 +1,183 @@
+"""Operands for the ops, their layouts, and PyTorch's own computation of each op: what tests of several files share."""
+
+import functools
+import math
+
+import oracle
+import torch
+import torch.nn.functional as F
+
+from mar_fast import kernels
+
+PATCH, GRID, TOKENS = (2, 3, 5), (2, 7, 11), 154  # nothing even, nothing a power of two
+MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)
+
+
+# Operands. The seed is set for every test.
+
+
+def poison(dtype):
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def cropped(value):
+    """In the middle of a larger tensor that is NaN all around: misaligned, and reading outside shows."""
+    buffer = torch.full([extent + 2 for extent in value.shape], poison(value.dtype), dtype=value.dtype)
+    view = buffer[tuple(slice(1, extent + 1) for extent in value.shape)]
+    return view.copy_(value)
+
+
+def strided(value):
+    """Every second element in every dimension of a tensor that is NaN elsewhere."""
+    buffer = torch.full([2 * extent for extent in value.shape], poison(value.dtype), dtype=value.dtype)
+    return buffer[(slice(None, None, 2),) * value.ndim].copy_(value)
+
+
+def channels_last(video):
+    """As decoders give it: (B, T, H, W, C), permuted."""
+    return video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "cropped": cropped,
+    "channels_last": channels_last,
+    "strided": strided,
+}
+
+
+def make_clip(batch, dtype, layout="contiguous", patch=PATCH, grid=GRID):
+    shape = (batch, 3, *(step * count for step, count in zip(patch, grid, strict=True)))
+    clip = torch.randint(256, shape, dtype=dtype) if dtype == torch.uint8 else torch.randn(shape).to(dtype)
+    return LAYOUTS[layout](clip)
+
+
+def make_index(batch, count, dtype=torch.int32, tokens=TOKENS):
+    """Sorted, and another choice in every clip."""
+    return torch.rand(batch, tokens).argsort(1)[:, :count].sort(1).values.to(dtype)
+
+
+def gather_operands(
+    dtype, batch=2, count=17, video=None, layout="contiguous", patch=PATCH, grid=GRID, width=33, index=torch.int32
+):
+    tokens = math.prod(grid)
+    return dict(
+        video=make_clip(batch, video or dtype, layout, patch, grid),
+        keep_idx=make_index(batch, count, index, tokens),
+        weight=(torch.randn(width, 3, *patch) / 9).to(dtype),
+        bias=torch.randn(width).to(dtype),
+        pos_embed=torch.randn(tokens, width),
+    )
+
+
+def attention_operands(dtype, batch=2, count=17, heads=2, size=32):
+    return dict(qkv=torch.randn(batch, count, 3, heads, size).to(dtype))
+
+
+def varlen_operands(dtype, lengths=(5, 0, 12), spare=0, heads=2, size=32, index=torch.int32):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(index)
+    qkv = torch.randn(sum(lengths), 3, heads, size).to(dtype)
+    return dict(qkv=qkv, cu_seqlens=cu_seqlens, max_seqlen=max(lengths, default=0) + spare)
+
+
+def norm_operands(dtype, batch=3, count=17, width=33, without=()):
+    operands = dict(
+        x=torch.randn(batch, count, width).to(dtype) + 2,  # a mean that a careless variance stumbles over
+        branch=torch.randn(batch, count, width).to(dtype),
+        weight=torch.randn(width).to(dtype),
+        bias=torch.randn(width).to(dtype),
+        gamma=torch.randn(width).to(dtype),
+        drop_scale=torch.tensor([1.25, 0.0, 2.5][:batch]).to(dtype),
+    )
+    return operands | dict.fromkeys(without)
+
+
+def gelu_operands(dtype, shape=(2, 17, 33)):
+    return dict(x=3 * torch.randn(shape).to(dtype), bias=torch.randn(shape[-1]).to(dtype))
+
+
+def scatter_operands(dtype, batch=2, count=17, width=33, index=torch.int32):
+    return dict(
+        visible=torch.randn(batch, count, width).to(dtype),
+        keep_idx=make_index(batch, count, index),
+        mask_token=torch.randn(width).to(dtype),
+        pos_embed=torch.randn(TOKENS, width),
+    )
+
+
+def loss_operands(dtype, batch=2, count=17, video=None, layout="contiguous", index=torch.int32):
+    return dict(
+        pixels=torch.randn(batch, count, 90).to(dtype),
+        video=make_clip(batch, video or dtype, layout),
+        drop_idx=make_index(batch, count, index),
+    )
+
+
+# PyTorch's own computation of the same, in the operands' dtype.
+
+
+def plain_gather(video, keep_idx, weight, bias, pos_embed, *, mean=None, std=None):
+    if video.dtype == torch.uint8:
+        video = video / 255
+        if mean is not None:
+            video = (video - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
+    tokens = F.conv3d(video.to(weight.dtype), weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    tokens = tokens + pos_embed
+    return tokens.gather(1, keep_idx.long()[..., None].expand(-1, -1, tokens.shape[2])).to(weight.dtype)
+
+
+def plain_norm(x, branch, weight, bias, *, eps=1e-6, gamma=None, drop_scale=None):
+    if branch is not None:
+        branch = branch if gamma is None else branch * gamma
+        x = x + (branch if drop_scale is None else branch * drop_scale.view(-1, 1, 1))
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def plain_gelu(x, bias):
+    return F.gelu(x + bias)
+
+
+def plain_scatter(visible, keep_idx, mask_token, pos_embed):
+    tokens = mask_token.repeat(len(visible), len(pos_embed), 1).to(visible.dtype)
+    clips = torch.arange(len(visible))[:, None]
+    return (tokens.index_put((clips, keep_idx), visible) + pos_embed).to(visible.dtype)
+
+
+def plain_loss(pixels, video, drop_idx, *, patch, mean=None, std=None, normalize=True):
+    if pixels.numel() == 0:
+        return pixels.float().sum()
+    video = video.float().detach() / (255 if video.dtype == torch.uint8 else 1)
+    for step, place in zip(patch, (2, 4, 6), strict=True):
+        video = video.unflatten(place, (-1, step))
+    cells = video.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)  # (B, L, t*h*w, C)
+    cells = cells[torch.arange(len(cells))[:, None], drop_idx]
+    if normalize:
+        cells = (cells - cells.mean(2, keepdim=True)) / (cells.std(2, keepdim=True) + 1e-6)
+    return F.mse_loss(pixels.float(), cells.flatten(2))
+
+
+# Operands and options of one ordinary call.
+OPS = {
+    "gather_patch_embed": (gather_operands, {}),
+    "attention": (attention_operands, {}),
+    "attention_varlen": (varlen_operands, {}),
+    "add_layer_norm": (norm_operands, {}),
+    "bias_gelu": (gelu_operands, {}),
+    "scatter_tokens": (scatter_operands, {}),
+    "masked_patch_loss": (loss_operands, dict(patch=PATCH)),
+}
+
+
+def call(name):
+    """The op with its options, and the operands for it."""
+    operands, options = OPS[name]
+    return functools.partial(getattr(kernels, name), **options), operands(torch.float32)
+
+
+def check(name, plain, operands, *, floor=0.5, **options):
+    """The op, with its options, against oracle.py; where ``plain`` is None the oracle in the operands' dtype."""
+    functions = (getattr(kernels, name), getattr(oracle, name), plain or getattr(oracle, name))
+    no_gradient = ("video",) if name == "masked_patch_loss" else ()
+    return oracle.compare(
+        *(functools.partial(f, **options) for f in functions), operands, no_gradient=no_gradient, floor=floor
+    )

@@ -1,0 +1,173 @@
+"""What holds for every op whatever its values: what it may read, strides, dtypes, compilation, switches."""
+
+from types import SimpleNamespace
+
+import oracle
+import pytest
+import torch
+from mar_fast.kernels import checks, device
+from op_cases import (
+    GRID,
+    OPS,
+    PATCH,
+    TOKENS,
+    attention_operands,
+    call,
+    scatter_operands,
+    strided,
+    varlen_operands,
+)  # fmt: skip
+
+from mar_fast import kernels
+
+# What may be read.
+
+
+def tubelets(index):
+    """(B, N) -> (B, 1, T, H, W): True on every pixel of the indexed tubelets."""
+    mask = torch.zeros(len(index), TOKENS, dtype=torch.bool).scatter(1, index.long(), True).view(-1, 1, *GRID)
+    for dim, step in enumerate(PATCH, 2):
+        mask = mask.repeat_interleave(step, dim)
+    return mask
+
+
+@pytest.mark.parametrize("name", ["gather_patch_embed", "masked_patch_loss"])
+def test_other_tubelets_have_no_influence(name):
+    """NaN in every tubelet that is not indexed changes no bit of any output or gradient."""
+    op, operands = call(name)
+    clean, seeds, clean_gradients = oracle.outcome(op, operands)
+    index = operands["keep_idx" if name == "gather_patch_embed" else "drop_idx"]
+    operands["video"] = operands["video"].masked_fill(~tubelets(index), torch.nan)
+    outputs, _, gradients = oracle.outcome(op, operands, seeds)
+    assert torch.equal(outputs[0], clean[0])
+    for operand, gradient in gradients.items():
+        assert torch.equal(gradient, clean_gradients[operand]) if gradient is not None else operand == "video"
+
+
+def test_scatter_tokens_ignores_what_it_replaces():
+    """The mask token has no influence where all tokens are visible."""
+    operands = scatter_operands(torch.float32, count=TOKENS)
+    operands["mask_token"].fill_(torch.nan)
+    assert kernels.scatter_tokens(**operands).isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_any_strides(name):
+    """Operands that lie in the gaps of NaN give the same as contiguous ones, gradients too."""
+    op, operands = call(name)
+    clean, seeds, clean_gradients = oracle.outcome(op, operands)
+    scattered = {key: strided(value) if torch.is_tensor(value) else value for key, value in operands.items()}
+    outputs, _, gradients = oracle.outcome(op, scattered, seeds)
+    torch.testing.assert_close(outputs, clean)
+    torch.testing.assert_close(gradients, clean_gradients)
+
+
+# Dtypes under autocast.
+
+AUTOCAST = {
+    "gather_patch_embed": [torch.float32],  # the weight's
+    "attention": [torch.bfloat16],
+    "attention_varlen": [torch.bfloat16],
+    "add_layer_norm": [torch.float32, torch.bfloat16],  # the stream stays, the next matrix product is bfloat16
+    "bias_gelu": [torch.float32],
+    "scatter_tokens": [torch.float32],
+    "masked_patch_loss": [torch.float32],
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_autocast(name):
+    op, operands = call(name)
+    clean, seeds, clean_gradients = oracle.outcome(op, operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, _, gradients = oracle.outcome(op, operands, seeds)
+    assert [out.dtype for out in outputs] == AUTOCAST[name]
+    for got, want in zip(outputs, clean, strict=True):
+        in_bf16 = name == "gather_patch_embed" or got.dtype == torch.bfloat16
+        error = float((got - want).detach().norm() / want.detach().norm())
+        assert 1e-4 < error < 1e-2 if in_bf16 else error < 1e-6  # the product was in bfloat16, or nothing was
+    for key, gradient in gradients.items():
+        assert gradient is None or gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, clean_gradients[key], rtol=0.1, atol=0.1)
+
+
+def test_autocast_of_no_tokens():
+    """The dtype does not depend on the data."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.attention(**attention_operands(torch.float32, count=0)).dtype == torch.bfloat16
+        assert kernels.attention_varlen(**varlen_operands(torch.float32, (0,))).dtype == torch.bfloat16
+
+
+# Compilation.
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_a_break(name):
+    op, operands = call(name)
+    torch.compiler.reset()
+    clean, seeds, clean_gradients = oracle.outcome(op, operands)
+    outputs, _, gradients = oracle.outcome(torch.compile(op, fullgraph=True, backend="aot_eager"), operands, seeds)
+    torch.testing.assert_close(outputs, clean)
+    torch.testing.assert_close(gradients, clean_gradients)
+
+
+# Switches.
+
+
+def test_debug_checks():
+    """They let index values on a GPU be read; the switch goes back, after an error too."""
+    index = SimpleNamespace(numel=lambda: 3, device=torch.device("cuda"))
+    assert not checks.may_read(index)
+    with pytest.raises(KeyError), kernels.debug_checks():
+        assert checks.may_read(index)
+        with kernels.debug_checks(False):
+            assert not checks.may_read(index)
+        assert checks.may_read(index)
+        raise KeyError
+    assert not checks.may_read(index)
+
+
+def test_use_backend_goes_back():
+    with pytest.raises(KeyError), kernels.use_backend("eager"):
+        with kernels.use_backend("eager"):
+            pass
+        assert device._forced == "eager"
+        raise KeyError
+    assert device._forced is None
+
+
+def test_use_backend_knows_its_names():
+    with (
+        pytest.raises(ValueError, match=r"^name: got 'cudnn', expected one of triton, eager"),
+        kernels.use_backend("cudnn"),
+    ):
+        pass
+    assert device._forced is None
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_use_backend_eager(name):
+    """Naming what is taken anyway on a CPU changes no bit."""
+    op, operands = call(name)
+    with kernels.use_backend("eager"):
+        forced = op(**operands)
+    torch.testing.assert_close(forced, op(**operands), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not device.HAS_TRITON, reason="needs the package triton")
+@pytest.mark.parametrize("name", OPS)
+def test_use_backend_triton_that_cannot_run(name):
+    op, operands = call(name)
+    reason = (
+        f"runs {name} on CUDA tensors, got one on cpu" if name in device.OPS_WITH_KERNELS else f"no kernel for {name}"
+    )
+    if device.INTERPRETING and name in device.OPS_WITH_KERNELS:
+        pytest.skip("the interpreter runs it on a CPU")
+    with kernels.use_backend("triton"), pytest.raises(RuntimeError, match=reason):
+        op(**operands)
+
+
+def test_use_backend_triton_without_triton(monkeypatch):
+    monkeypatch.setattr(device, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match=r"package triton is not installed"), kernels.use_backend("triton"):
+        pass
