@@ -14,7 +14,9 @@ Triple = tuple[int, int, int]
 def working_dtype(operand: Tensor, default: torch.dtype) -> torch.dtype:
     """The dtype that matrix products on this device work in: autocast's where it is on, else ``default``."""
     kind = operand.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else default
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return default
 
 
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
