@@ -30,7 +30,9 @@ def new_figure(**options: Any) -> "Figure":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib, which is not installed: pip install 'mar-fast[plot]'") from error
+        raise ModuleNotFoundError(
+            "pictures need matplotlib, which is not installed: pip install 'mar-fast[plot]'"
+        ) from error
     figure = Figure(layout="constrained", **options)
     FigureCanvasAgg(figure)
     return figure
@@ -79,7 +81,7 @@ def draw_savings(result: Savings, clip: Tensor, path: Path) -> None:
         f"{env['device']}, torch {env['torch']}",
         fontsize=11,
     )
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.25)), dtype=object)
     left, right = upper.subplots(1, 2)
     keep = [1 - row.mask_ratio for row in result.rows]
     _cost_axis(left, keep, [row.multiply_adds / 1e9 / result.batch for row in result.rows])

@@ -39,10 +39,10 @@ def add_layer_norm(
     if branch is not None:
         checks.tensor("branch", branch, 3, checks.FLOATS, "(B, N, D)")
         checks.size("branch", branch, x.shape, "x's (B, N, D)")
-    for argument, vector in (("weight", weight), ("bias", bias), ("gamma", gamma)):
-        if vector is not None or argument != "gamma":
-            checks.tensor(argument, vector, 1, checks.FLOATS, "(D,)")
-            checks.size(argument, vector, (width,), "(D,)")
+    vectors = {"weight": weight, "bias": bias} | ({} if gamma is None else {"gamma": gamma})
+    for argument, vector in vectors.items():
+        checks.tensor(argument, vector, 1, checks.FLOATS, "(D,)")
+        checks.size(argument, vector, (width,), "(D,)")
     if drop_scale is not None:
         checks.tensor("drop_scale", drop_scale, 1, checks.FLOATS, "(B,)")
         checks.size("drop_scale", drop_scale, x.shape[:1], "(B,)")
@@ -50,8 +50,6 @@ def add_layer_norm(
         if value is not None and branch is None:
             raise checks.bad(argument, "a tensor", "None, since branch is None")
     checks.positive("eps", eps)
-    checks.same_device(
-        "x", x.device, branch=branch, weight=weight, bias=bias, gamma=gamma, drop_scale=drop_scale
-    )
+    checks.same_device("x", x.device, branch=branch, weight=weight, bias=bias, gamma=gamma, drop_scale=drop_scale)
     eager_only("add_layer_norm", x)
     return eager.add_layer_norm(x, branch, weight, bias, eps, gamma, drop_scale)

@@ -44,12 +44,15 @@ def gather_patch_embed(
     std: tuple[float, ...] | None,
 ) -> Tensor:
     """See `mar_fast.kernels.gather_patch_embed`."""
-    patches = gather_tubelets(video, keep_idx, tuple(weight.shape[2:]))  # (B, N, C, t, h, w)
+    t, h, w = weight.shape[2:]
+    patches = gather_tubelets(video, keep_idx, (t, h, w))  # (B, N, C, t, h, w)
     if video.dtype == torch.uint8:
         patches = patches.float() / 255
         if mean is not None and std is not None:
             shape = (-1, 1, 1, 1)
-            patches = (patches - per_channel(mean, video.device).view(shape)) / per_channel(std, video.device).view(shape)
+            patches = (patches - per_channel(mean, video.device).view(shape)) / per_channel(std, video.device).view(
+                shape
+            )
     patches = patches.flatten(2).to(weight.dtype)
     # Embedding and position are added in float32 at least, whatever the dtype of the weights.
     return (F.linear(patches, weight.flatten(1), bias) + pos_embed[keep_idx]).to(weight.dtype)

@@ -86,8 +86,7 @@ class MARConfig:
             raise checks.bad("std", self.std, "numbers above 0")
         for name in _COUNTS:
             _whole(name, getattr(self, name), 1)
-        for name in ("depth", "decoder_depth"):
-            _whole(name, getattr(self, name), 0 if name == "decoder_depth" else 1)
+        _whole("decoder_depth", self.decoder_depth, 0)
         for name in _RATES:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
@@ -98,7 +97,11 @@ class MARConfig:
             checks.positive(name, getattr(self, name))
         if self.classifier not in ("bridging", "linear", None):
             raise checks.bad("classifier", repr(self.classifier), "'bridging', 'linear' or None")
-        for width, heads in (("width", "num_heads"), ("bridge_width", "bridge_heads"), ("decoder_width", "decoder_heads")):
+        for width, heads in (
+            ("width", "num_heads"),
+            ("bridge_width", "bridge_heads"),
+            ("decoder_width", "decoder_heads"),
+        ):
             if getattr(self, width) % getattr(self, heads):
                 raise checks.bad(heads, getattr(self, heads), f"a divisor of {width} {getattr(self, width)}")
         for name, extent, step in zip(
@@ -135,11 +138,15 @@ class MARConfig:
         return math.prod(self.patch) * self.channels
 
 
-_COUNTS = ("num_frames", "channels", "width", "num_heads", "num_classes", "bridge_width", "bridge_depth")
-_COUNTS += ("bridge_heads", "decoder_width", "decoder_heads")
+_COUNTS = (
+    "num_frames", "channels", "width", "depth", "num_heads", "num_classes",
+    "bridge_width", "bridge_depth", "bridge_heads", "decoder_width", "decoder_heads",
+)  # fmt: skip
 _RATES = ("mask_ratio", "drop_path", "bridge_dropout", "head_dropout", "attention_dropout")
-_POSITIVE = ("mlp_ratio", "bridge_mlp_ratio", "decoder_mlp_ratio", "encoder_eps", "final_norm_eps", "bridge_eps")
-_POSITIVE += ("classifier_norm_eps", "decoder_eps", "decoder_norm_eps")
+_POSITIVE = (
+    "mlp_ratio", "bridge_mlp_ratio", "decoder_mlp_ratio",
+    "encoder_eps", "final_norm_eps", "bridge_eps", "classifier_norm_eps", "decoder_eps", "decoder_norm_eps",
+)  # fmt: skip
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:

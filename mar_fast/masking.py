@@ -40,7 +40,9 @@ class TokenMask:
             raise checks.bad("drop_idx", f"{self.drop_idx.shape[0]} rows", f"{self.keep_idx.shape[0]}, as keep_idx has")
         tokens = self.keep_idx.shape[1] + self.drop_idx.shape[1]
         if len(self.grid) not in (1, 3) or math.prod(self.grid) != tokens:
-            raise checks.bad("grid", self.grid, f"(T', H', W') or (L,) with {tokens} tokens, keep_idx and drop_idx together")
+            raise checks.bad(
+                "grid", self.grid, f"(T', H', W') or (L,) with {tokens} tokens, keep_idx and drop_idx together"
+            )
         checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx)
         for name in ("keep_idx", "drop_idx"):
             checks.index_range(name, getattr(self, name), tokens)

@@ -2,7 +2,9 @@
 
 It works as the original does: embeds all tubelets and throws the dropped ones away, forms the whole attention matrix,
 normalises the target of every tubelet. It shares no code with model.py or kernels/, only the parameter names, so
-``model.load_state_dict(reference.state_dict())`` just works. Sources: MAR, arXiv 2207.11660; VideoMAE, arXiv 2203.12602.
+``model.load_state_dict(reference.state_dict())`` just works.
+
+Sources: MAR, arXiv 2207.11660; VideoMAE, arXiv 2203.12602.
 
 In comments: B clips, L tokens, N visible, M dropped, D width, H heads, d head size.
 """
@@ -103,15 +105,23 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, **options: Any) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        eps: float,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        key_bias: bool = False,
+    ) -> None:
         super().__init__()
-        dropout = options.get("dropout", 0.0)
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, options.get("key_bias", False))
+        self.attn = Attention(width, heads, key_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, round(width * mlp_ratio), dropout)
         self.drop = nn.Dropout(dropout)
-        self.drop_path = DropPath(options.get("drop_path", 0.0))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -124,8 +134,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
+        conv = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
+        self.patch_embed = nn.ModuleDict({"proj": conv})
         # Not a buffer: .bfloat16() would round it.
         self.table = position_table(config.num_tokens, config.width)
         self.blocks = nn.ModuleList(
@@ -139,7 +149,7 @@ class Encoder(nn.Module):
 
     def forward(self, clip: Tensor, masked: Tensor) -> Tensor:
         """Normalised (B, C, T, H, W), (B, L) bool -> (B, N, D)."""
-        x = self.patch_embed.proj(clip).flatten(2).transpose(1, 2)  # (B, L, D)
+        x = self.patch_embed["proj"](clip).flatten(2).transpose(1, 2)  # (B, L, D)
         x = (x + self.table.to(x.device)).to(clip.dtype)
         x = x[~masked].reshape(x.shape[0], -1, x.shape[-1])  # (B, N, D)
         for block in self.blocks:
@@ -174,13 +184,14 @@ class Classifier(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        width, blocks = config.width, 0
+        width = config.width
         if config.classifier == "bridging":
-            width, blocks = config.bridge_width, config.bridge_depth
+            width = config.bridge_width
             self.proj = nn.Linear(config.width, width, bias=False)
             shape = (width, config.bridge_heads, config.bridge_mlp_ratio, config.bridge_eps)
-            options = {"dropout": config.bridge_dropout, "key_bias": True}
-            self.blocks = nn.ModuleList(Block(*shape, **options) for _ in range(blocks))
+            self.blocks = nn.ModuleList(
+                Block(*shape, dropout=config.bridge_dropout, key_bias=True) for _ in range(config.bridge_depth)
+            )
         self.norm = nn.LayerNorm(width, eps=config.classifier_norm_eps)
         self.drop = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(width, config.num_classes)
@@ -239,7 +250,7 @@ class MAR(nn.Module):
         mean = torch.tensor(config.mean, device=video.device).view(-1, 1, 1, 1)
         std = torch.tensor(config.std, device=video.device).view(-1, 1, 1, 1)
         clip = (video.float() / 255 - mean) / std if video.dtype == torch.uint8 else video
-        clip = clip.to(self.encoder.patch_embed.proj.weight.dtype)
+        clip = clip.to(next(self.parameters()).dtype)
 
         features = self.encoder(clip, masked)
         logits = self.classifier(features) if self.classifier is not None else None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+Image = np.ndarray[Any, np.dtype[Any]]
 Sampling = Literal["stride", "uniform"]
 
 
@@ -45,7 +46,7 @@ def read_clip(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit; the message says which.
+        ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
     """
     _check_arguments(num_frames, size, sampling, stride, start)
     file = Path(path)
@@ -107,11 +108,11 @@ def _time_stamps(container: "InputContainer", stream: "VideoStream", file: Path)
 
 def _decode(
     container: "InputContainer", stream: "VideoStream", wanted: list[int], size: tuple[int, int] | None, file: Path
-) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+) -> list[Image]:
     """The frames with these time stamps, from the key frame before the first to the last, as (H, W, C) arrays."""
     container.seek(wanted[0], stream=stream, backward=True)
     stream.thread_type = "AUTO"
-    found: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+    found: dict[int, Image] = {}
     needed = sorted(set(wanted))
     for frame in container.decode(stream):
         place = bisect_left(needed, frame.pts) if frame.pts is not None else len(needed)
@@ -127,7 +128,7 @@ def _decode(
     return [found[stamp] for stamp in wanted]
 
 
-def _to_rgb(frame: "VideoFrame", size: tuple[int, int] | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _to_rgb(frame: "VideoFrame", size: tuple[int, int] | None) -> Image:
     """Turn, resize and crop one frame: (H, W, C) uint8."""
     turns = round(frame.rotation / 90) % 4
     if size is None:

@@ -9,7 +9,7 @@ from helpers import small_config
 
 import mar_fast
 from mar_fast import reference
-from mar_fast.model import sinusoid_table
+from mar_fast.layers import sinusoid_table
 
 TABLES = ("encoder.pos_embed", "decoder.pos_embed")
 

@@ -88,7 +88,9 @@ def test_floors_on_an_h100():
     for ratio, embed, products in ((0.5, 74e-6, 6.2e-3), (0.75, 37e-6, 2.9e-3)):
         parts = {part.name: part for part in cost.count(named_config("mar_vit_base"), ratio, batch=32).parts}
         assert parts["encoder.patch_embed"].floor_seconds(800e12, 3e12) == pytest.approx(embed, rel=0.01)
-        blocks = sum(2 * p.multiply_adds / 800e12 for n, p in parts.items() if n.startswith("encoder.") and "patch" not in n)
+        blocks = sum(
+            2 * p.multiply_adds / 800e12 for n, p in parts.items() if n.startswith("encoder.") and "patch" not in n
+        )
         assert blocks == pytest.approx(products, rel=0.01)
 
 

@@ -101,6 +101,7 @@ def test_gradient_norms(build):
     parameters = dict(model.named_parameters())
     assert len(names) == len(parameters) == 117
     worst = max(
-        (relative(parameters[ours].grad.norm(), golden[f"grad_norm/{theirs}"]), theirs) for theirs, ours in names.items()
+        (relative(parameters[ours].grad.norm(), golden[f"grad_norm/{theirs}"]), theirs)
+        for theirs, ours in names.items()
     )
     assert worst[0] <= GRADIENT_NORMS, worst

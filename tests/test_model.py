@@ -57,7 +57,9 @@ def pair(shape, classifier):
 
 
 def clip(batch=2, seed=7):
-    return torch.randint(0, 256, (batch, 3, 4, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (batch, 3, 4, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def step(model, mask, dtype):
@@ -69,7 +71,9 @@ def step(model, mask, dtype):
     reconstruct = mask.drop_idx.shape[1] > 0
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
         out = model(clip(), mask, reconstruct=reconstruct)
-    loss = torch.nn.functional.cross_entropy(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), target)
+    loss = torch.nn.functional.cross_entropy(
+        out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), target
+    )
     if reconstruct:
         loss = loss + 0.1 * out.reconstruction_loss
     loss.backward()
@@ -201,8 +205,8 @@ def test_gradient_checkpointing_changes_no_number():
 
 def test_checkpointing_recomputes_blocks(monkeypatch):
     calls = []
-    forward = mar_fast.model.Block.forward
-    monkeypatch.setattr(mar_fast.model.Block, "forward", lambda self, *a: (calls.append(1), forward(self, *a))[1])
+    forward = mar_fast.layers.Block.forward
+    monkeypatch.setattr(mar_fast.layers.Block, "forward", lambda self, *a: (calls.append(1), forward(self, *a))[1])
     for checkpointing, times in ((False, 1), (True, 2)):
         calls.clear()
         model = mar_fast.MAR(small_config(gradient_checkpointing=checkpointing)).train()
@@ -227,7 +231,9 @@ def test_drop_path_drops_whole_samples():
     block = model.encoder.blocks[1]
     x = torch.randn(2, 5, 96)
     out, branch, scale = block(x, None, None)
-    assert torch.equal(out, x) and not torch.equal(branch, torch.zeros_like(branch)) and torch.equal(scale, torch.zeros(2))
+    assert (
+        torch.equal(out, x) and not torch.equal(branch, torch.zeros_like(branch)) and torch.equal(scale, torch.zeros(2))
+    )
     last_features = model(clip(), masks("random")).features
     with torch.no_grad():
         for parameter in block.parameters():

@@ -83,7 +83,7 @@ def _print(result: Savings, clip: Path, written: list[Path]) -> None:
     notes = [
         f"{env['device']}; torch {env['torch']}, {env['threads']} threads. dtype: {result.dtype_reason}.",
         "Random weights: speed does not depend on them. dense is a plain ViT classifier, the others are MAR.",
-        f"Differences: of the logits, relative to the plain reference model in fp32 (allowed in fp32: {FP32_BOUND:.0e}).",
+        f"Differences: of the logits, relative to the reference model in fp32 (allowed in fp32: {FP32_BOUND:.0e}).",
         f"Written: {', '.join(str(path) for path in written if path.exists())}",
     ]
     for note in notes:

@@ -28,7 +28,12 @@ Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
     """A progress bar on stderr; yields ``step(what, share of the whole that is done)``."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)

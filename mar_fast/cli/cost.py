@@ -57,7 +57,9 @@ def cost(
     results.print(table)
 
 
-def _row(ratio: float, ours: dict[float, Cost], original: dict[float, Cost], floors: dict[float, float]) -> dict[str, Any]:
+def _row(
+    ratio: float, ours: dict[float, Cost], original: dict[float, Cost], floors: dict[float, float]
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "mask_ratio": ratio,
         "parameters": ours[ratio].parameters,

@@ -40,7 +40,9 @@ def masks(
     plot.draw_masks(video, mask, config, title, out)
     if as_json:
         keep = mask.keep_idx[0].tolist()
-        print_json({"clip": path.name, "kind": kind, "ratio": ratio, "grid": mask.grid, "keep_idx": keep, "png": str(out)})
+        print_json(
+            {"clip": path.name, "kind": kind, "ratio": ratio, "grid": mask.grid, "keep_idx": keep, "png": str(out)}
+        )
     else:
         results.print(f"{title}\nWritten: {out}", highlight=False, soft_wrap=True)
 

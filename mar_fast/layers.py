@@ -1,0 +1,153 @@
+"""What encoder, decoder and classifier are made of: constants, attention, MLP and the block, on the ops of kernels/.
+
+In comments: B clips, L tokens in the grid, N visible, M dropped, D width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .kernels import add_layer_norm, attention, linear_gelu
+
+
+class Constant(nn.Module):
+    """A tensor given by a formula: not in the state dict, not rounded by ``.bfloat16()``, right after ``to_empty``."""
+
+    def __init__(self, formula: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.formula = formula
+        self.value: Tensor
+        self.register_buffer("value", formula(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constant":
+        super()._apply(fn, recurse)
+        self.value = self.formula().to(self.value.device)
+        return self
+
+
+def sinusoid_table(tokens: int, width: int) -> Tensor:
+    """(L, D) float32: angle(p, i) = p / 10000 ** (2 * (i // 2) / D), even columns sin, odd cos; from float64."""
+    position = torch.arange(tokens, dtype=torch.float64)[:, None]
+    column = torch.arange(width)
+    angle = position / 10000.0 ** (2 * (column // 2).double() / width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """(B, L, D), (B, M) -> (B, M, D)."""
+    return tokens.gather(1, index.long()[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. The qkv bias is (q_bias, 0, v_bias), or a full one with ``key_bias``."""
+
+    def __init__(self, width: int, heads: int, key_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
+        self.q_bias = None if key_bias else nn.Parameter(torch.zeros(width))
+        self.v_bias = None if key_bias else nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def qkv_bias(self) -> Tensor:
+        """(3 * D,)."""
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv.bias
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        qkv = F.linear(x, self.qkv.weight, self.qkv_bias()).unflatten(-1, (3, self.heads, -1))
+        return self.proj(attention(qkv))
+
+    def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Keys and values from all tokens x (B, L, D), queries only from ``rows`` (B, M, D) -> (B, M, D)."""
+        width = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv_bias()
+        query = F.linear(rows, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key_value = F.linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
+        key, value = (part.transpose(1, 2) for part in key_value.unbind(2))
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = F.dropout(linear_gelu(x, self.fc1.weight, self.fc1.bias), self.dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
+
+
+# The residual stream on its way between blocks: x, what the last sub-layer adds to it, and the drop path scale of that.
+# The sum is left to the next norm, which does both in one pass.
+Stream = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += attention(norm1(x)), x += mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        eps: float,
+        *,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        key_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, key_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, round(width * mlp_ratio), dropout)
+        self.drop_path = drop_path
+        self.dropout = dropout
+
+    def drop_scale(self, x: Tensor) -> Tensor | None:
+        """(B,) 0 for the samples whose branch is dropped, 1 / keep probability for the others."""
+        if not self.training or not self.drop_path:
+            return None
+        keep = 1 - self.drop_path
+        return torch.empty(x.shape[0], dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One block of the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
+        x, y = norm(self.norm1, x, branch, scale)
+        if rows is None:
+            branch = self.attn(y)
+        else:
+            x, branch = take(x, rows), self.attn.forward_rows(y, take(y, rows))
+        branch = F.dropout(branch, self.dropout, self.training)
+        x, y = norm(self.norm2, x, branch, self.drop_scale(x))
+        return x, self.mlp(y), self.drop_scale(x)
+
+
+def norm(layer: nn.LayerNorm, x: Tensor, branch: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add the pending branch and normalise: (new x, its norm)."""
+    return add_layer_norm(x, branch, layer.weight, layer.bias, eps=layer.eps, drop_scale=scale)
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool, last_rows: Tensor | None = None) -> Stream:
+    """x (B, N, D) through all blocks; the last one gives only ``last_rows`` (B, M), where they are given."""
+    stream: Stream = (x, None, None)
+    for number, block in enumerate(blocks, 1):
+        rows = last_rows if number == len(blocks) else None
+        if checkpointing and torch.is_grad_enabled():
+            stream = checkpoint(block, *stream, rows, use_reentrant=False)
+        else:
+            stream = block(*stream, rows)
+    return stream
