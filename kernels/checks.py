@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
@@ -72,7 +73,7 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 def may_read(value: Tensor) -> bool:
     """Whether the values of this tensor may be looked at here: never while compiling, on a GPU only on request."""
-    if torch.compiler.is_compiling() or value.numel() == 0:
+    if torch.compiler.is_compiling() or is_fake(value) or value.numel() == 0:
         return False
     return value.device.type == "cpu" or (_check_values_on_device and value.device.type != "meta")
 

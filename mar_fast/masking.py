@@ -5,6 +5,7 @@ Nothing here waits for the device or makes a shape depend on data: the number of
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .kernels import checks
 Grid = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenMask:
     """The visible and the dropped tokens of a batch of clips, each row sorted.
 
@@ -33,7 +34,8 @@ class TokenMask:
     grid: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
+        if not isinstance(self.grid, tuple) or not all(isinstance(side, int) for side in self.grid):
+            raise checks.bad_type("grid", repr(self.grid), "a tuple (T', H', W') or (L,)")
         for name in ("keep_idx", "drop_idx"):
             checks.tensor(name, getattr(self, name), 2, (torch.int32,), "(batch, tokens)")
         if self.keep_idx.shape[0] != self.drop_idx.shape[0]:
@@ -77,8 +79,8 @@ class TokenMask:
                 num_visible = counts[0] if counts else tokens
             elif counts and counts[0] != num_visible:
                 raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
-        if not 0 <= num_visible <= tokens:
-            raise checks.bad("num_visible", num_visible, f"0 to {tokens}")
+        if not isinstance(num_visible, int) or not 0 <= num_visible <= tokens:
+            raise checks.bad("num_visible", repr(num_visible), f"a whole number from 0 to {tokens}")
         # A stable sort of the bools puts visible tokens first and leaves both groups in ascending order.
         order = flat.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)
         return cls(order[:, :num_visible], order[:, num_visible:], tuple(masked.shape[1:]))
@@ -138,7 +140,8 @@ def cell_running(
         phase: A number, or integers of shape (B,) or (B, cells in space); None draws them.
         temporal_shuffle: Permute the masks of a clip along time, drawn for each clip.
         spatial_repeat: Whether a drawn phase is one for the clip (the paper's recipe) or one for each cell in space.
-        generator: Source of all random draws, on any device; None is torch's default.
+        generator: Source of all random draws, on any device; None is torch's default, and the only choice within
+            torch.compile.
         device: Where the mask goes; None is the generator's device, or the CPU.
 
     Returns:
@@ -161,12 +164,13 @@ def cell_running(
 
     if phase is None:
         shape = (batch, 1 if spatial_repeat else places)
-        phase = _to(torch.randint(slots, shape, generator=generator, device=_source(generator, device)), device)
+        phase = _to(torch.randint(slots, shape, **_source(generator, device)), device)
     elif isinstance(phase, Tensor):
-        if phase.is_floating_point() or tuple(phase.shape) not in ((batch,), (batch, places)):
+        counts = phase.dtype != torch.bool and not phase.is_floating_point() and not phase.is_complex()
+        if not counts or tuple(phase.shape) not in ((batch,), (batch, places)):
             got = f"{phase.dtype} of shape {tuple(phase.shape)}"
             raise checks.bad("phase", got, f"a number or integers of shape ({batch},) or ({batch}, {places})")
-        phase = phase.reshape(batch, -1).to(device)
+        phase = _to((phase[:, None] if phase.ndim == 1 else phase) % slots, device)
     elif isinstance(phase, int) and not isinstance(phase, bool):
         phase = torch.full((batch, 1), phase % slots, device=device)
     else:
@@ -174,7 +178,7 @@ def cell_running(
 
     step = torch.arange(steps, device=device).expand(batch, steps)
     if temporal_shuffle:
-        step = _to(torch.rand(batch, steps, generator=generator, device=_source(generator, device)), device).argsort(1)
+        step = _to(torch.rand(batch, steps, **_source(generator, device)), device).argsort(1)
     slot = torch.arange(slots, device=device)
     # (B, steps, places or 1, slots)
     run = (slot - direction * step[:, :, None, None] - phase[:, None, :, None]) % slots
@@ -252,7 +256,7 @@ def _check_ratio(ratio: float) -> None:
 
 def _masked_count(total: int, ratio: float) -> int:
     _check_ratio(ratio)
-    return math.floor(ratio * total + 1e-6)  # 0.29 * 100 is a little below 29
+    return min(math.floor(ratio * total + 1e-6), total - 1)  # 0.29 * 100 is a little below 29
 
 
 def _device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device:
@@ -261,13 +265,17 @@ def _device(device: torch.device | str | None, generator: torch.Generator | None
     return generator.device if generator is not None else torch.device("cpu")
 
 
-def _source(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    """Random numbers are drawn where the generator lives, so that a seed gives one mask on every device."""
-    return generator.device if generator is not None else device
+def _source(generator: torch.Generator | None, device: torch.device) -> dict[str, Any]:
+    """Random numbers are drawn where the generator lives, so that a seed gives one mask on every device.
+
+    Without a generator the keyword must be left out: torch.compile cannot pass None on once the batch is a symbol.
+    """
+    return {"device": device} if generator is None else {"device": generator.device, "generator": generator}
 
 
-def _to(drawn: Tensor, device: torch.device) -> Tensor:
-    return drawn.to(device, non_blocking=True)
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    # To a GPU without waiting; to the CPU a copy that is not waited for could be read too early.
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _draw(
@@ -275,8 +283,8 @@ def _draw(
 ) -> Tensor:
     """(B, total) bool with ``count`` True in every row, all choices equally likely."""
     target = _device(device, generator)
-    noise = torch.rand(batch, total, generator=generator, device=_source(generator, target))
-    return _to(noise.argsort(1).argsort(1) < count, target)
+    noise = torch.rand(batch, total, **_source(generator, target))
+    return _to(noise.argsort(1) < count, target)
 
 
 def _partition(masked: Tensor, num_visible: int) -> TokenMask:
