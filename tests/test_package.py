@@ -1,0 +1,127 @@
+"""The package as users get it: installed elsewhere, without triton, one op at a time."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, *, cwd, **environment):
+    """Run code in a fresh interpreter; returns its stdout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy of the sources, so that nothing of an earlier build gets in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = "git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t"
+    (folder / "source").mkdir()
+    subprocess.run(f"{copy} {folder / 'source'}", shell=True, cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(folder / "source")]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"mar_fast", next(top for top in tops if top.endswith(".dist-info"))}
+    for needed in ("py.typed", "kernels/configs/default.json", "kernels/jit/bias_gelu.py", "bench/savings.py"):
+        assert f"mar_fast/{needed}" in names
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
+    for extra in ("test", "plot", "demo", "hf", "xformers", "flash-attn"):
+        assert f"Provides-Extra: {extra}\n" in metadata
+    assert "triton>=3.6; platform_system ==" in metadata
+
+
+def test_installed_wheel_works_outside_the_repository(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = """
+import torch, mar_fast
+from mar_fast.kernels import device
+assert mar_fast.__file__.startswith(SITE) and device.__file__.startswith(SITE), (mar_fast.__file__, device.__file__)
+assert device.launch_config("bias_gelu", "sm_90").block_m > 0
+model = mar_fast.create_model("mar_vit_small", depth=1, num_classes=5).eval()
+print(model(torch.zeros(1, 3, 16, 224, 224)).logits.shape)
+"""
+    site = str(tmp_path / "site")
+    assert python(f"SITE = {site!r}\n{code}", cwd=tmp_path, PYTHONPATH=site) == "torch.Size([1, 5])\n"
+
+
+def test_everything_but_jit_without_triton(tmp_path):
+    """macOS and Windows have no triton: all other modules import, a model trains, and asking for triton is clear."""
+    code = """
+import importlib, pkgutil, sys
+sys.modules["triton"] = None
+import torch, mar_fast
+for module in pkgutil.walk_packages(mar_fast.__path__, "mar_fast."):
+    if not module.name.startswith("mar_fast.kernels.jit."):
+        importlib.import_module(module.name)
+model = mar_fast.create_model("mar_vit_small", depth=1, decoder_depth=1, num_classes=5)
+out = model(torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8))
+mar_fast.mar_loss(out, torch.tensor([1])).backward()
+try:
+    with mar_fast.kernels.use_backend("triton"):
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+    assert "triton is not installed" in python(code, cwd=tmp_path)
+
+
+def test_kernels_load_alone(tmp_path):
+    """One op in someone else's code: no model, no video, no command line gets loaded with it."""
+    code = """
+import sys
+from mar_fast.kernels import bias_gelu
+import torch
+bias_gelu(torch.zeros(2, 3), torch.zeros(3))
+print(sorted(name for name in sys.modules if name.startswith("mar_fast.") and ".kernels" not in name))
+"""
+    assert python(code, cwd=tmp_path) == "[]\n"
+
+
+def test_import_is_light(tmp_path):
+    heavy = "('av', 'matplotlib', 'transformers', 'typer', 'rich', 'triton')"
+    code = f"import sys, mar_fast; mar_fast.create_model; print([m for m in {heavy} if m in sys.modules])"
+    loaded = python(code, cwd=tmp_path)
+    assert loaded in ("[]\n", "['triton']\n")  # torch itself may load triton
+
+
+def test_public_names_exist():
+    import mar_fast
+
+    assert all(getattr(mar_fast, name) is not None for name in mar_fast.__all__)
+    assert set(mar_fast.__all__) <= set(dir(mar_fast))
+
+
+def imports(folder):
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                yield file.relative_to(ROOT), words[1]
+
+
+def test_imports_run_one_way():
+    """cli -> bench -> mar_fast -> kernels -> torch, triton; the reference shares nothing with what it checks."""
+    assert not [(f, m) for f, m in imports("kernels") if m.startswith("mar_fast") or m.startswith("...")]
+    triton = [
+        f for folder in ("kernels", "mar_fast", "bench") for f, m in imports(folder) if m.split(".")[0] == "triton"
+    ]
+    assert triton and all(f.parts[:2] == ("kernels", "jit") for f in triton)
+    library = [(f, m) for f, m in imports("mar_fast") if "cli" not in f.parts]
+    assert not [(f, m) for f, m in library if "bench" in m or ".cli" in m]
+    assert {m for f, m in library if f.name == "reference.py" and m.startswith(".")} == {".config"}
+    assert not [m for f, m in imports("tests") if f.name == "oracle.py" and m.startswith("mar_fast")]
