@@ -95,7 +95,7 @@ def draw_savings(result: Savings, clip: Tensor, path: Path) -> None:
             axis.set(xticks=[], yticks=[])
             if number == 0:
                 axis.set_ylabel(f"{case}\n{config.num_visible} tokens", fontsize=9)
-            if line is axes[0]:
+            if case == "dense":
                 axis.set_title(f"frame {number * config.patch[0]}", fontsize=8)
     save(figure, path)
 
@@ -111,7 +111,7 @@ def _cost_axis(axis: "Axes", keep: list[float], cost: list[float]) -> None:
     axis.plot([0, keep[0]], [0, cost[0]], ":", color="grey", label="proportional to visible tokens")
     for x, y in zip(keep, cost, strict=True):
         axis.annotate(f"{y:.1f} G", (x, y), xytext=(0, 7), textcoords="offset points", ha="right", fontsize=9)
-    _finish(axis, "multiply-adds of a clip, 10$^9$", "Cost")
+    _finish(axis, max(cost), "multiply-adds of a clip, 10$^9$", "Cost")
 
 
 def _latency_axis(axis: "Axes", keep: list[float], result: Savings) -> None:
@@ -125,13 +125,12 @@ def _latency_axis(axis: "Axes", keep: list[float], result: Savings) -> None:
     for x, y, row in zip(keep, middle, result.rows, strict=True):
         label = f"{y:.0f} ms, {row.speedup:.2f}x" if y >= 10 else f"{y:.2f} ms, {row.speedup:.2f}x"
         axis.annotate(label, (x, y), xytext=(0, 9), textcoords="offset points", ha="right", fontsize=9)
-    _finish(axis, f"latency of a batch of {result.batch}, ms", "Latency, and speed-up over dense")
+    _finish(axis, max(high), f"latency of a batch of {result.batch}, ms", "Latency, and speed-up over dense")
 
 
-def _finish(axis: "Axes", ylabel: str, title: str) -> None:
+def _finish(axis: "Axes", top: float, ylabel: str, title: str) -> None:
     axis.set(xlabel="keep ratio (share of visible tokens)", ylabel=ylabel, xlim=(0, 1.08))
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.15)
+    axis.set_ylim(0, 1.2 * top)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left")

@@ -36,7 +36,7 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
     _check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
     eager_only("attention_varlen", qkv)
     if qkv.shape[0] == 0:
-        return qkv.flatten(2)[:, 0]
+        return qkv.flatten(2)[:, 0].to(eager.working_dtype(qkv, qkv.dtype))
     return eager.attention_varlen(qkv, cu_seqlens, max_seqlen, scale)
 
 

@@ -27,7 +27,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the named backend: "triton" or "eager". One switch for the process.
 
     Without it an op with a Triton kernel takes that for a CUDA tensor (or for any tensor when TRITON_INTERPRET=1)
-    and plain PyTorch for anything else. Where "triton" is asked for and cannot run, the op raises RuntimeError.
+    and plain PyTorch for anything else; float64 always runs in plain PyTorch. Where "triton" is asked for and cannot
+    run, the op raises RuntimeError.
     """
     global _forced
     if name not in BACKENDS:
@@ -47,12 +48,13 @@ def takes_triton(op: str, operand: Tensor) -> bool:
     Raises:
         RuntimeError: ``use_backend("triton")`` is in force and this op or this tensor cannot run there.
     """
-    on_device = operand.is_cuda or INTERPRETING
+    on_device = (operand.is_cuda or INTERPRETING) and operand.dtype != torch.float64
     if _forced == "triton":
         if op not in OPS_WITH_KERNELS:
             raise RuntimeError(f"backend 'triton' has no kernel for {op}; it has {', '.join(sorted(OPS_WITH_KERNELS))}")
         if not on_device:
-            raise RuntimeError(f"backend 'triton' runs {op} on CUDA tensors, got one on {operand.device}")
+            got = f"{operand.dtype} on {operand.device}"
+            raise RuntimeError(f"backend 'triton' runs {op} on CUDA tensors of at most 32 bits a value, got {got}")
         return True
     return _forced != "eager" and HAS_TRITON and on_device and op in OPS_WITH_KERNELS
 

@@ -4,11 +4,19 @@ Arguments are checked by the caller, the file of the op. B clips, L tokens in th
 D width, P = t * h * w * C values in a tubelet.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Triple = tuple[int, int, int]
+
+
+def without_autocast(operand: Tensor) -> AbstractContextManager[object]:
+    """A context in which products keep the dtype of their operands."""
+    kind = operand.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def working_dtype(operand: Tensor, default: torch.dtype) -> torch.dtype:
@@ -61,13 +69,16 @@ def gather_patch_embed(
 def attention(qkv: Tensor, scale: float) -> Tensor:
     """See `mar_fast.kernels.attention`."""
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, d)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    return out.to(working_dtype(qkv, qkv.dtype))  # without tokens autocast leaves it as it is
 
 
 def attention_lse(qkv: Tensor, scale: float) -> Tensor:
     """The natural log of the softmax denominators: (B, N, 3, H, d) -> (B, H, N) float32."""
     query, key, _ = (part.transpose(1, 2) for part in qkv.unbind(2))
-    return (query @ key.transpose(2, 3)).float().mul(scale).logsumexp(-1)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    with without_autocast(qkv):  # a score rounded to 16 bits is off by whole units
+        return (query.to(wide) @ key.to(wide).transpose(2, 3)).mul(scale).logsumexp(-1)
 
 
 def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
@@ -75,7 +86,9 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: fl
     total, device = qkv.shape[0], qkv.device
     starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]  # (B, 1)
     slot = torch.arange(max_seqlen, device=device)[None]  # (1, S)
-    padded = qkv[(starts + slot).clamp(max=total - 1)]  # (B, S, 3, H, d)
+    # Padding repeats a clip's own last token: a neighbour's NaN would get past the mask.
+    source = (starts + slot.minimum((lengths - 1).clamp(min=0))).clamp(max=total - 1)
+    padded = qkv[source]  # (B, S, 3, H, d)
     query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
     # A row without any key would be NaN, and its gradient too: slot 0 is always a key, and padded rows are not read.
     is_key = (slot < lengths) | (slot == 0)
@@ -132,7 +145,7 @@ def masked_patch_loss(
 ) -> Tensor:
     """See `mar_fast.kernels.masked_patch_loss`."""
     if pixels.numel() == 0:
-        return pixels.float().sum()  # 0, still connected to pixels
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).sum()  # 0, still connected to pixels
     target = gather_tubelets(video.detach(), drop_idx, patch).permute(0, 1, 3, 4, 5, 2)  # (B, M, t, h, w, C)
     target = target.to(torch.promote_types(pixels.dtype, torch.float32))
     if video.dtype == torch.uint8:

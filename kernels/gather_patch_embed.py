@@ -29,8 +29,8 @@ def check_normalisation(
     if mean is None or std is None:
         return None, None
     for argument, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise checks.bad(argument, f"{len(values)} values", f"{channels}, one for each channel")
+        if not isinstance(values, tuple | list) or len(values) != channels:
+            raise checks.bad(argument, repr(values), f"{channels} numbers, one for each channel")
     if min(std) <= 0:
         raise checks.bad("std", std, "values above 0")
     return tuple(mean), tuple(std)

@@ -39,7 +39,7 @@ def masked_patch_loss(
     Raises:
         ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
     """
-    if len(patch) != 3 or not all(isinstance(step, int) and step > 0 for step in patch):
+    if not isinstance(patch, tuple) or len(patch) != 3 or not all(isinstance(step, int) and step > 0 for step in patch):
         raise checks.bad("patch", repr(patch), "three whole numbers (t, h, w) above 0")
     t, h, w = patch
     if normalize and t * h * w < 2:

@@ -12,9 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LIBRARY = "mar_fast"
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient made under create_graph, which cannot be differentiated again.
+
+    ``once_differentiable`` would not do: where the incoming gradient is a constant it lets a second derivative be
+    silently left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *came_from: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.name} is once_differentiable: got a second derivative, expected only a first")
 
 
 def declare(
@@ -47,9 +63,13 @@ def declare(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            return backward(*gradients, *ctx.saved_tensors)
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                results = backward(*gradients, *saved)
+            if not torch.is_grad_enabled():
+                return results
+            return tuple(_Once.apply(name, result, *gradients, *saved) for result in results)
 
     Function.__name__ = Function.__qualname__ = name
 
