@@ -264,3 +264,14 @@ def test_compiles_without_graph_break():
         gradients.append([p.grad.clone() for p in eager.parameters()])
     assert max(relative(a, b) for a, b in zip(*gradients, strict=True)) < 1e-5
     assert compiled(clip()).reconstruction_loss.isfinite()  # mask=None: drawn within the graph
+
+
+def test_key_bias():
+    """Softmax cannot see a bias that all keys share, so only the parameters tell: none in ViT blocks, one in bridging."""
+    model = mar_fast.MAR(small_config())
+    attention, bridging = model.encoder.blocks[0].attn, model.classifier.blocks[0].attn
+    with torch.no_grad():
+        for parameter in (attention.q_bias, attention.v_bias, bridging.qkv.bias):
+            parameter.normal_()
+    assert torch.equal(attention.qkv_bias(), torch.cat((attention.q_bias, torch.zeros(96), attention.v_bias)))
+    assert bridging.q_bias is None and torch.equal(bridging.qkv_bias(), bridging.qkv.bias)

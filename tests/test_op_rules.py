@@ -1,24 +1,31 @@
 """What holds for every op whatever its values: what it may read, strides, dtypes, compilation, switches."""
 
+import functools
 from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
-from mar_fast.kernels import checks, device
 from op_cases import (
     GRID,
+    MEAN,
     OPS,
     PATCH,
+    STD,
     TOKENS,
     attention_operands,
     call,
+    make_clip,
     scatter_operands,
     strided,
     varlen_operands,
-)  # fmt: skip
+)
 
 from mar_fast import kernels
+from mar_fast.kernels import checks, device
+
+WITH_VIDEO = ["gather_patch_embed", "masked_patch_loss"]
+
 
 # What may be read.
 
@@ -31,7 +38,7 @@ def tubelets(index):
     return mask
 
 
-@pytest.mark.parametrize("name", ["gather_patch_embed", "masked_patch_loss"])
+@pytest.mark.parametrize("name", WITH_VIDEO)
 def test_other_tubelets_have_no_influence(name):
     """NaN in every tubelet that is not indexed changes no bit of any output or gradient."""
     op, operands = call(name)
@@ -91,19 +98,32 @@ def test_autocast(name):
         torch.testing.assert_close(gradient, clean_gradients[key], rtol=0.1, atol=0.1)
 
 
-def test_autocast_of_no_tokens():
-    """The dtype does not depend on the data."""
+NO_TOKENS = {
+    "attention": lambda: kernels.attention(**attention_operands(torch.float32, count=0)),
+    "attention_varlen": lambda: kernels.attention_varlen(**varlen_operands(torch.float32, (0,))),
+}
+
+
+@pytest.mark.parametrize("name", NO_TOKENS)
+def test_autocast_of_no_tokens(name):
+    """The dtype does not depend on how many tokens there are."""
     with torch.autocast("cpu", torch.bfloat16):
-        assert kernels.attention(**attention_operands(torch.float32, count=0)).dtype == torch.bfloat16
-        assert kernels.attention_varlen(**varlen_operands(torch.float32, (0,))).dtype == torch.bfloat16
+        assert NO_TOKENS[name]().dtype == torch.bfloat16
 
 
 # Compilation.
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_compiles_without_a_break(name):
+COMPILED = [(name, False) for name in OPS] + [(name, True) for name in WITH_VIDEO]
+
+
+@pytest.mark.parametrize(("name", "uint8"), COMPILED)
+def test_compiles_without_a_break(name, uint8):
     op, operands = call(name)
+    if uint8:
+        operands["video"] = make_clip(2, torch.uint8)
+    if name in WITH_VIDEO:
+        op = functools.partial(op, mean=MEAN, std=STD)
     torch.compiler.reset()
     clean, seeds, clean_gradients = oracle.outcome(op, operands)
     outputs, _, gradients = oracle.outcome(torch.compile(op, fullgraph=True, backend="aot_eager"), operands, seeds)
@@ -158,11 +178,10 @@ def test_use_backend_eager(name):
 @pytest.mark.parametrize("name", OPS)
 def test_use_backend_triton_that_cannot_run(name):
     op, operands = call(name)
-    reason = (
-        f"runs {name} on CUDA tensors, got one on cpu" if name in device.OPS_WITH_KERNELS else f"no kernel for {name}"
-    )
-    if device.INTERPRETING and name in device.OPS_WITH_KERNELS:
+    has_kernel = name in device.OPS_WITH_KERNELS
+    if has_kernel and device.INTERPRETING:
         pytest.skip("the interpreter runs it on a CPU")
+    reason = f"runs {name} on CUDA tensors.*, got .*cpu" if has_kernel else f"no kernel for {name}"
     with kernels.use_backend("triton"), pytest.raises(RuntimeError, match=reason):
         op(**operands)
 

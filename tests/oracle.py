@@ -1,0 +1,189 @@
+"""Naive definitions of the ops and the one error bound: what the fast paths are held to.
+
+Written from the tables of the README alone: loops over clips and tokens, explicit softmax, no code of mar_fast. They
+work in the dtype of their operands and are differentiable, so that with float64 operands they give the truth, and
+with operands in a lower precision what a plain program would make of them.
+
+B clips, L tokens in the grid, N of them visible, M dropped, D width, H heads of size d.
+"""
+
+import itertools
+import math
+
+import torch
+
+
+def _stack(parts, shape, like):
+    """torch.stack, which does not take an empty list."""
+    return torch.stack(parts).view(shape) if parts else like.new_zeros(shape)
+
+
+def _tubelet(video, clip, index, patch):
+    """(B, C, T, H, W) -> (C, t, h, w): the one at a flat index into the grid (T/t, H/h, W/w)."""
+    t, h, w = patch
+    rows, columns = video.shape[3] // h, video.shape[4] // w
+    frame, row, column = index // (rows * columns), index // columns % rows, index % columns
+    return video[clip, :, frame * t : (frame + 1) * t, row * h : (row + 1) * h, column * w : (column + 1) * w]
+
+
+def _channels(values, like):
+    """One number a channel, against (C, t, h, w)."""
+    return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1, 1)
+
+
+def gather_patch_embed(video, keep_idx, weight, bias, pos_embed, *, mean=None, std=None):
+    """One dot product for each visible token and output channel."""
+    tokens = []
+    for clip, row in enumerate(keep_idx.tolist()):
+        for index in row:
+            cells = _tubelet(video, clip, index, weight.shape[2:]).to(weight.dtype)
+            if video.dtype == torch.uint8:
+                cells = cells / 255
+                if mean is not None:
+                    cells = (cells - _channels(mean, cells)) / _channels(std, cells)
+            tokens.append((weight * cells).sum(dim=(1, 2, 3, 4)) + bias + pos_embed[index])
+    return _stack(tokens, (*keep_idx.shape, len(bias)), weight)
+
+
+def attention(qkv, *, scale=None, return_lse=False):
+    """softmax(scale * q k^T) v for each clip and head, and log(sum(exp(scores)))."""
+    batch, count, _, heads, size = qkv.shape
+    scale = size**-0.5 if scale is None else scale
+    out, lse = [], []
+    for clip in range(batch):
+        for head in range(heads):
+            query, key, value = (qkv[clip, :, part, head] for part in range(3))  # (N, d)
+            scores = query @ key.T * scale
+            highest = scores.detach().amax(1, keepdim=True) if count else scores
+            powers = (scores - highest).exp()
+            total = powers.sum(1, keepdim=True)
+            out.append(powers / total @ value)
+            lse.append((highest + total.log())[:, 0] if count else scores.sum(1))
+    out = _stack(out, (batch, heads, count, size), qkv).transpose(1, 2).reshape(batch, count, heads * size)
+    return (out, _stack(lse, (batch, heads, count), qkv)) if return_lse else out
+
+
+def attention_varlen(qkv, cu_seqlens, max_seqlen, *, scale=None):
+    """The same for each sequence on its own."""
+    offsets = cu_seqlens.tolist()
+    out = [attention(qkv[None, start:end], scale=scale)[0] for start, end in itertools.pairwise(offsets)]
+    return torch.cat([qkv.new_zeros(0, qkv.shape[2] * qkv.shape[3]), *out])
+
+
+def add_layer_norm(x, branch, weight, bias, *, eps=1e-6, gamma=None, drop_scale=None):
+    """The residual sum, and (sum - mean) / sqrt(biased variance + eps) * weight + bias."""
+    total = x
+    if branch is not None:
+        scale = 1 if gamma is None else gamma
+        total = x + (scale if drop_scale is None else drop_scale[:, None, None] * scale) * branch
+    centred = total - total.mean(2, keepdim=True)
+    variance = (centred * centred).mean(2, keepdim=True)
+    return total, centred / (variance + eps).sqrt() * weight + bias
+
+
+def bias_gelu(x, bias):
+    """v * P(Z < v) for a standard normal Z. erfc, for 1 + erf has no digits left in the lower tail."""
+    value = x + bias
+    return value * 0.5 * torch.erfc(-value / math.sqrt(2))
+
+
+def scatter_tokens(visible, keep_idx, mask_token, pos_embed):
+    """Token by token: the visible one that belongs there, or the mask token."""
+    batch, _, width = visible.shape
+    tokens = []
+    for clip, row in enumerate(keep_idx.tolist()):
+        for index in range(len(pos_embed)):
+            token = visible[clip, row.index(index)] if index in row else mask_token
+            tokens.append(token + pos_embed[index])
+    return _stack(tokens, (batch, len(pos_embed), width), visible)
+
+
+def masked_patch_loss(pixels, video, drop_idx, *, patch, mean=None, std=None, normalize=True):
+    """The sum of squared errors patch by patch, over the number of values. The clip gets no gradient."""
+    total = (pixels * 0).sum()
+    for clip, row in enumerate(drop_idx.tolist()):
+        for place, index in enumerate(row):
+            cells = _tubelet(video.detach(), clip, index, patch).to(pixels.dtype)
+            if video.dtype == torch.uint8:
+                cells = cells / 255
+            elif mean is not None:
+                cells = cells * _channels(std, cells) + _channels(mean, cells)
+            if normalize:
+                count = math.prod(patch)
+                cells = cells - cells.sum(dim=(1, 2, 3), keepdim=True) / count
+                variance = (cells * cells).sum(dim=(1, 2, 3), keepdim=True) / (count - 1)
+                cells = cells / (variance.sqrt() + 1e-6)
+            target = torch.stack([channel.flatten() for channel in cells], dim=1).flatten()  # (t, h, w, C)
+            total = total + ((pixels[clip, place] - target) ** 2).sum()
+    return total / max(pixels.numel(), 1)
+
+
+def _floating(value):
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
+def outcome(function, operands, cotangents=None):
+    """Run ``function(**operands)``: its outputs, their gradients' seeds, and {operand: gradient or None}.
+
+    Operands keep their strides. Without ``cotangents`` random ones are drawn in the outputs' dtypes, with a mean of 1,
+    so that no lone sum cancels to a number without digits.
+    """
+    leaves = {name: value.detach().requires_grad_() if _floating(value) else value for name, value in operands.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if cotangents is None:
+        cotangents = [(torch.randn(out.shape) + 1).to(out.dtype) for out in outputs]
+    wanted = {name: leaf for name, leaf in leaves.items() if torch.is_tensor(leaf) and leaf.requires_grad}
+    pairs = [(out, seed.to(out.dtype)) for out, seed in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    gradients = [None] * len(wanted)
+    if pairs:
+        results, seeds = zip(*pairs, strict=True)
+        gradients = torch.autograd.grad(results, [*wanted.values()], seeds, allow_unused=True)
+    return outputs, cotangents, dict(zip(wanted, gradients, strict=True))
+
+
+def _distance(got, exact):
+    return float((got.detach().double() - exact.detach()).norm())
+
+
+def assert_as_good(label, got, plain, exact, *, coarsest=0.0, floor=0.5):
+    """At most twice as far from the truth as PyTorch's own computation, plus ``floor`` times eps of got's dtype.
+
+    One rounding of every element is half an eps of the norm at most. The plain computation must itself be near the
+    truth, for the ``coarsest`` eps that went in: else a mistake made in both would excuse itself.
+    """
+    assert got.shape == exact.shape, f"{label}: shape {tuple(got.shape)} for {tuple(exact.shape)}"
+    size = float(exact.detach().norm())
+    error, plain_error = _distance(got, exact), _distance(plain, exact)
+    sane = 16 * max(coarsest, torch.finfo(plain.dtype).eps) * size
+    assert plain_error <= sane, f"{label}: the plain computation is off by {plain_error:.2e} of {size:.2e}"
+    if got.numel() < 32:
+        floor *= 4  # too few to average their luck
+    bound = 2 * plain_error + floor * torch.finfo(got.dtype).eps * size
+    assert error <= bound, f"{label}: error {error:.2e} above {bound:.2e} (plain {plain_error:.2e}, norm {size:.2e})"
+
+
+def compare(op, naive, plain, operands, *, no_gradient=(), floor=0.5):
+    """Every output and gradient of ``op`` against ``naive`` in float64, bounded by what ``plain`` reaches."""
+    outputs, cotangents, gradients = outcome(op, operands)
+    assert all(out.requires_grad for out in outputs)
+    exact, _, exact_gradients = outcome(
+        naive,
+        {name: value.double() if _floating(value) else value for name, value in operands.items()},
+        [seed.double() for seed in cotangents],
+    )
+    other, _, plain_gradients = outcome(plain, operands, cotangents)
+    limits = dict(coarsest=max(torch.finfo(value.dtype).eps for value in operands.values() if _floating(value)))
+    limits["floor"] = floor
+    for place, (got, mine, truth) in enumerate(zip(outputs, other, exact, strict=True)):
+        assert_as_good(f"output {place}", got, mine, truth, **limits)
+    for name, gradient in gradients.items():
+        if name in no_gradient:
+            assert gradient is None, f"{name} has a gradient"
+            continue
+        assert gradient is not None, f"{name} has no gradient"
+        # An empty sum leaves nothing of the operand in a naive graph: its gradient is zero.
+        zero = torch.zeros_like(operands[name])
+        mine, truth = (zero if part[name] is None else part[name] for part in (plain_gradients, exact_gradients))
+        assert_as_good(f"gradient of {name}", gradient, mine, truth, **limits)
+    return outputs

@@ -1,0 +1,249 @@
+"""Triton kernels on the CPU: TRITON_INTERPRET=1 pytest -m interpreter. Not in bfloat16, which is wrong there."""
+
+import oracle
+import pytest
+import torch
+from op_cases import cropped, gelu_operands, plain_gelu, strided
+
+from mar_fast import kernels
+from mar_fast.kernels import device, eager
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+class Poisoning:
+    """torch for a launcher, but what it allocates is NaN: an element that no program writes shows."""
+
+    def __init__(self):
+        self.allocated = 0
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *args, **kwargs):
+        self.allocated += 1
+        return torch.empty(*args, **kwargs).fill_(torch.nan)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every test runs on poisoned outputs, and by force on the Triton path."""
+    from mar_fast.kernels.jit import bias_gelu as launcher
+
+    poisoning = Poisoning()
+    monkeypatch.setattr(launcher, "torch", poisoning)
+    with kernels.use_backend("triton"):
+        yield poisoning
+    assert poisoning.allocated != 0, "nothing went through the launcher"  # None where nothing should
+
+
+def check(operands):
+    return oracle.compare(kernels.bias_gelu, oracle.bias_gelu, plain_gelu, operands)[0]
+
+
+@every_dtype
+@pytest.mark.parametrize("columns", [1, 96, 257, 3072])
+@pytest.mark.parametrize("rows", [1, 17, 130])
+def test_bias_gelu(rows, columns, dtype):
+    out = check(gelu_operands(dtype, (rows, columns)))
+    assert out.dtype == dtype
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(33,), (2, 17, 33), (2, 3, 5, 33)])
+def test_any_number_of_dimensions(shape, dtype):
+    assert check(gelu_operands(dtype, shape)).shape == shape
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(0, 33), (0, 17, 33), (2, 0, 33), (17, 0)])
+def test_nothing(shape, dtype):
+    assert check(gelu_operands(dtype, shape)).shape == shape
+
+
+@pytest.mark.parametrize("programs", [1, 2, 4])
+def test_backward_walks_several_tiles(programs, monkeypatch):
+    """130 rows are 9 tiles of 16: 9, 5 and 3 a program, the last program's not all full."""
+    from mar_fast.kernels.jit import bias_gelu as launcher
+
+    monkeypatch.setattr(launcher, "ROW_PROGRAMS", programs)
+    check(gelu_operands(torch.float32, (130, 257)))
+
+
+def test_backward_of_many_rows():
+    """More tiles than programs as they are configured: two for each, but for the last."""
+    from mar_fast.kernels.jit import bias_gelu as launcher
+
+    rows = device.launch_config("bias_gelu", "interpreter").block_m * launcher.ROW_PROGRAMS + 1
+    check(gelu_operands(torch.float32, (rows, 3)))
+
+
+def test_bias_of_another_dtype():
+    """float32 master weights beside half activations."""
+    x, bias = gelu_operands(torch.float16).values()
+    assert check(dict(x=x, bias=bias.float())).dtype == torch.float16
+
+
+def test_float64_is_left_to_pytorch(poisoned):
+    """The kernel sums in float32, too coarse for gradcheck: float64 takes the eager path, and cannot be forced."""
+    operands = gelu_operands(torch.float64)
+    with pytest.raises(RuntimeError, match=r"bias_gelu.*float64"):
+        kernels.bias_gelu(**operands)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        check(operands)
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+def transposed(value):
+    """Unit stride in the first dimension, not the last."""
+    return value.T.contiguous().T
+
+
+def rows_apart(value):
+    """Unit stride in the last dimension, rows 3 elements further apart than they are long, after an odd offset."""
+    buffer = torch.full((len(value), value.shape[1] + 3), torch.nan, dtype=value.dtype)
+    return buffer[:, 1:-2].copy_(value)
+
+
+def expanded(value):
+    """All elements one element, as the gradient of a sum."""
+    return value[:1, :1].expand(value.shape)
+
+
+def expanded_rows(value):
+    """All rows one row, as the gradient of a mean over tokens."""
+    return value[:1].expand(value.shape)
+
+
+def expanded_columns(value):
+    return value[:, :1].expand(value.shape)
+
+
+LAYOUTS = [cropped, strided, transposed, rows_apart, expanded, expanded_rows, expanded_columns]
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_of_x(layout, dtype):
+    x, bias = gelu_operands(dtype, (17, 257)).values()
+    x = layout(x.abs())  # expanded from one negative number, 1 + erf would have few digits left, in PyTorch too
+    assert not x.is_contiguous()
+    check(dict(x=x, bias=strided(bias)))
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_of_the_gradient(layout, dtype):
+    operands = gelu_operands(dtype, (17, 257))
+    seed = layout(torch.randn(17, 257).to(dtype))
+    assert not seed.is_contiguous()
+    _, _, gradients = oracle.outcome(kernels.bias_gelu, operands, [seed])
+    _, _, contiguous = oracle.outcome(kernels.bias_gelu, operands, [seed.contiguous()])
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, contiguous[name])
+
+
+def test_rows_that_do_not_merge():
+    """(17, 2, 33) in the memory of (2, 17, 33): no single row stride describes it."""
+    x, bias = gelu_operands(torch.float32).values()
+    check(dict(x=x.transpose(0, 1), bias=bias))
+
+
+@every_dtype
+def test_bitwise_repeatable(dtype):
+    operands = gelu_operands(dtype, (130, 257))
+    (first,), seeds, first_gradients = oracle.outcome(kernels.bias_gelu, operands)
+    (second,), _, second_gradients = oracle.outcome(kernels.bias_gelu, operands, seeds)
+    assert torch.equal(first, second)
+    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in operands)
+
+
+def test_linear_gelu():
+    """On this path the bias is added with the GELU."""
+    x, weight, bias = torch.randn(2, 17, 33), torch.randn(65, 33) / 5, torch.randn(65)
+    want = oracle.bias_gelu(x.double() @ weight.double().T, bias.double())
+    plain = plain_gelu(x @ weight.T, bias)
+    oracle.assert_as_good("linear_gelu", kernels.linear_gelu(x, weight, bias), plain, want)
+
+
+def test_taken_without_being_asked_for(poisoned):
+    """The kernel is the default where it can run, and eager is a choice."""
+    operands = gelu_operands(torch.float32)
+    with kernels.use_backend("eager"):
+        assert torch.equal(kernels.bias_gelu(**operands), eager.bias_gelu(**operands))
+    assert not poisoned.allocated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        kernels.bias_gelu(**operands)
+    assert poisoned.allocated
+
+
+# The custom op, which torch.compile sees.
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(17, 33), (2, 17, 33), (0, 33)])
+def test_opcheck(shape, dtype):
+    operands = [value.requires_grad_() for value in gelu_operands(dtype, shape).values()]
+    torch.library.opcheck(torch.ops.mar_fast.bias_gelu.default, operands)
+
+
+def test_opcheck_of_strides():
+    x, bias = gelu_operands(torch.float32, (17, 33)).values()
+    torch.library.opcheck(torch.ops.mar_fast.bias_gelu.default, (transposed(x).requires_grad_(), strided(bias)))
+
+
+@every_dtype
+def test_compiled(dtype):
+    """Inductor calls the kernel through the custom op, with the surrounding code fused, and changes no bit of it."""
+    from torch._inductor.compile_fx import compile_fx
+
+    seen = []
+
+    def inductor(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return compile_fx(graph, inputs)
+
+    def program(x, bias):
+        return kernels.bias_gelu(x * 2, bias)
+
+    torch.compiler.reset()
+    operands = gelu_operands(dtype)
+    (out,), seeds, gradients = oracle.outcome(program, operands)
+    compiled = torch.compile(program, fullgraph=True, backend=inductor)
+    (compiled_out,), _, compiled_gradients = oracle.outcome(compiled, operands, seeds)
+    assert torch.equal(compiled_out, out)
+    assert all(torch.equal(compiled_gradients[name], gradients[name]) for name in operands)
+    assert torch.ops.mar_fast.bias_gelu.default in seen
+
+
+# Once differentiable.
+
+RUNS = {"function": kernels.bias_gelu, "custom op": lambda x, bias: torch.ops.mar_fast.bias_gelu(x, bias)}
+
+
+def gradient_of(loss, run):
+    operands = {name: value.requires_grad_() for name, value in gelu_operands(torch.float32).items()}
+    value = loss(RUNS[run](**operands))
+    (gradient,) = torch.autograd.grad(value, operands["x"], create_graph=True)
+    return value, gradient
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_second_derivative_is_an_error(run):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        value, gradient = gradient_of(lambda out: out.square().sum(), run)
+        (value + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_second_derivative_of_a_sum_is_an_error(run):
+    """Here the incoming gradient is a constant, and the penalty could silently count as one too."""
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        value, gradient = gradient_of(torch.sum, run)
+        (value + gradient.square().sum()).backward()

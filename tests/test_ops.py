@@ -1,0 +1,259 @@
+"""Values and every gradient of the eager path against oracle.py; its rules are in test_op_rules.py."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import (
+    MEAN,
+    PATCH,
+    STD,
+    TOKENS,
+    attention_operands,
+    check,
+    gather_operands,
+    gelu_operands,
+    loss_operands,
+    norm_operands,
+    plain_gather,
+    plain_gelu,
+    plain_loss,
+    plain_norm,
+    plain_scatter,
+    scatter_operands,
+    varlen_operands,
+)  # fmt: skip
+
+from mar_fast import kernels
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+GATHER = [
+    dict(count=1),
+    dict(count=17, layout="channels_last"),
+    dict(count=98, layout="cropped", batch=1),
+    dict(count=130, layout="strided"),
+    dict(count=TOKENS),
+    dict(count=1, video=torch.uint8, layout="cropped"),
+    dict(count=98, video=torch.uint8, layout="channels_last", index=torch.int64),
+    dict(count=17, video=torch.float32),  # a clip in another dtype than the weights
+    dict(count=7, patch=(2, 16, 16), grid=(2, 2, 3), width=96, video=torch.uint8),  # the real patch
+    dict(count=0),
+    dict(batch=0),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", GATHER, ids=str)
+def test_gather_patch_embed(case, dtype):
+    (out,) = check("gather_patch_embed", plain_gather, gather_operands(dtype, **case), mean=MEAN, std=STD)
+    assert out.dtype == dtype
+
+
+def test_gather_patch_embed_of_plain_uint8():
+    """Without mean and std uint8 is only divided by 255; positions may be of any dtype."""
+    operands = gather_operands(torch.float32, video=torch.uint8)
+    operands["pos_embed"] = operands["pos_embed"].bfloat16()
+    check("gather_patch_embed", plain_gather, operands)
+
+
+# A fused backward recomputes the softmax as exp(score - lse), off by a score's rounding, and forms differences that a
+# plain softmax gets exactly (zero, for a token alone): some eps of float32 remain. In 16 bits nothing of it shows.
+FUSED = {torch.float32: 8}
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [32, 64, 80, 88, 96, 128])
+def test_attention_head_sizes(size, dtype):
+    (out,) = check("attention", None, attention_operands(dtype, size=size), floor=FUSED.get(dtype, 0.5))
+    assert (out.shape, out.dtype) == ((2, 17, 2 * size), dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("batch", "count", "heads"), [(2, 1, 3), (2, 98, 1), (1, 130, 2), (2, 0, 2), (0, 17, 2)])
+def test_attention(batch, count, heads, scale, dtype):
+    operands = attention_operands(dtype, batch, count, heads)
+    (out,) = check("attention", None, operands, floor=FUSED.get(dtype, 0.5), scale=scale)
+    assert out.shape == (batch, count, heads * 32)
+    beside_lse, _ = kernels.attention(**operands, scale=scale, return_lse=True)
+    assert torch.equal(beside_lse, out)
+
+
+def test_attention_of_a_whole_clip():
+    check("attention", None, attention_operands(torch.float32, 1, 784, 1, 64), floor=FUSED[torch.float32])
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("batch", "count"), [(2, 1), (2, 17), (1, 130), (2, 0), (0, 17)])
+def test_log_sum_exp(batch, count, scale, dtype):
+    """It is float32, so the plain computation is that of qkv in float32."""
+
+    def lse(module, qkv):
+        return module.attention(qkv, scale=scale, return_lse=True)[1]
+
+    ours, naive = (functools.partial(lse, module) for module in (kernels, oracle))
+    (out,) = oracle.compare(ours, naive, lambda qkv: naive(qkv.float()), attention_operands(dtype, batch, count))
+    assert (out.shape, out.dtype) == ((batch, 2, count), torch.float32)
+
+
+def test_log_sum_exp_of_large_scores():
+    """128 products of 25 * 25 are above float16's range, times the scale they are far below it."""
+    _, lse = kernels.attention(torch.full((1, 1, 3, 1, 128), 25, dtype=torch.float16), return_lse=True)
+    torch.testing.assert_close(lse, torch.full((1, 1, 1), 128**0.5 * 625))
+
+
+LENGTHS = [(17,), (1, 1, 1), (0, 5, 0, 0, 17, 1, 0), (98, 130), (0, 0), ()]
+
+
+@every_dtype
+@pytest.mark.parametrize("spare", [0, 9])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_attention_varlen(lengths, spare, dtype):
+    operands = varlen_operands(dtype, lengths, spare, index=torch.int64 if spare else torch.int32)
+    (out,) = check("attention_varlen", None, operands, floor=FUSED.get(dtype, 0.5), scale=0.3 if spare else None)
+    assert (out.shape, out.dtype) == ((sum(lengths), 64), dtype)
+
+
+def test_attention_varlen_is_attention_clip_by_clip():
+    operands = varlen_operands(torch.float32, (98, 1, 0, 17), spare=3)
+    together = kernels.attention_varlen(**operands)
+    alone = [kernels.attention(part[None])[0] for part in operands["qkv"].split((98, 1, 0, 17))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)  # the order of sums may differ
+
+
+def test_attention_varlen_keeps_clips_apart():
+    """A clip that has become NaN leaves its neighbours as they are, in backward too."""
+    operands = varlen_operands(torch.float32, (5, 3, 0, 9))
+    clean, seeds, clean_gradients = oracle.outcome(kernels.attention_varlen, operands)
+    operands["qkv"][5:8] = torch.nan
+    outputs, _, gradients = oracle.outcome(kernels.attention_varlen, operands, seeds)
+    for part in (slice(0, 5), slice(8, 17)):
+        assert torch.equal(outputs[0][part], clean[0][part])
+        assert torch.equal(gradients["qkv"][part], clean_gradients["qkv"][part])
+
+
+NORM = [
+    dict(without=("branch", "gamma", "drop_scale")),
+    dict(without=("gamma", "drop_scale")),
+    dict(without=("gamma",)),
+    dict(without=("drop_scale",)),
+    dict(),
+    dict(batch=2, count=1),
+    dict(batch=2, count=130, width=257),
+    dict(count=98, width=768),
+    dict(count=0),
+    dict(batch=0),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("eps", [1e-6, 0.1])  # one as in the models, one that shows
+@pytest.mark.parametrize("case", NORM, ids=str)
+def test_add_layer_norm(case, eps, dtype):
+    operands = norm_operands(dtype, **case)
+    total, normed = check("add_layer_norm", plain_norm, operands, eps=eps)
+    assert (total.dtype, normed.dtype) == (dtype, dtype)
+
+
+def test_residual_stream_keeps_float32():
+    """A branch in bfloat16, as autocast makes it, is added to a float32 stream without rounding it."""
+    operands = norm_operands(torch.float32, without=("gamma", "drop_scale"))  # which would be float32 themselves
+    operands["branch"] = operands["branch"].bfloat16()
+    total, _ = check("add_layer_norm", plain_norm, operands)
+    assert total.dtype == torch.float32
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(33,), (1, 1), (17, 96), (2, 130, 257), (2, 98, 3072), (0, 17, 33), (2, 0, 33)])
+def test_bias_gelu(shape, dtype):
+    (out,) = check("bias_gelu", plain_gelu, gelu_operands(dtype, shape))
+    assert out.dtype == dtype
+
+
+def test_bias_gelu_keeps_xs_dtype():
+    x, bias = gelu_operands(torch.bfloat16).values()
+    (out,) = check("bias_gelu", plain_gelu, dict(x=x, bias=bias.float()))
+    assert out.dtype == torch.bfloat16
+
+
+def test_linear_gelu():
+    """bias_gelu of a matrix product, wherever its bias is added."""
+    x, weight, bias = torch.randn(2, 17, 33), torch.randn(65, 33) / 5, torch.randn(65)
+    got = kernels.linear_gelu(x, weight, bias)
+    want = oracle.bias_gelu(x.double() @ weight.double().T, bias.double())
+    oracle.assert_as_good("linear_gelu", got, F.gelu(x @ weight.T + bias), want)
+
+
+@every_dtype
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("batch", "count"), [(2, 1), (2, 17), (1, 98), (2, 130), (2, TOKENS), (2, 0), (0, 17)])
+def test_scatter_tokens(batch, count, index, dtype):
+    (out,) = check("scatter_tokens", plain_scatter, scatter_operands(dtype, batch, count, index=index))
+    assert out.dtype == dtype
+
+
+LOSS = [
+    dict(count=1, layout="strided"),
+    dict(count=17, layout="channels_last"),
+    dict(count=98, layout="cropped", batch=1),
+    dict(count=130, index=torch.int64),
+    dict(count=TOKENS),
+    dict(count=1, video=torch.uint8, layout="cropped"),
+    dict(count=98, video=torch.uint8, layout="channels_last"),
+    dict(count=17, video=torch.float32),
+    dict(count=0),
+    dict(batch=0),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("case", LOSS, ids=str)
+def test_masked_patch_loss(case, normalize, dtype):
+    operands = loss_operands(dtype, **case)
+    (loss,) = check("masked_patch_loss", plain_loss, operands, patch=PATCH, normalize=normalize)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8])
+def test_masked_patch_loss_undoes_the_normalisation(video, normalize):
+    """Of a floating-point clip; uint8 is in [0, 1] after the division."""
+    operands = loss_operands(torch.float32, video=video)
+    options = dict(patch=PATCH, normalize=normalize)
+
+    def plain(video, **rest):
+        if video.dtype != torch.uint8:
+            video = video * torch.tensor(STD).view(3, 1, 1, 1) + torch.tensor(MEAN).view(3, 1, 1, 1)
+        return plain_loss(video=video, **rest, **options)
+
+    ours = functools.partial(kernels.masked_patch_loss, mean=MEAN, std=STD, **options)
+    naive = functools.partial(oracle.masked_patch_loss, mean=MEAN, std=STD, **options)
+    oracle.compare(ours, naive, plain, operands, no_gradient=("video",))
+
+
+@pytest.mark.parametrize("contrast", [1e-4, 1e-6])
+def test_masked_patch_loss_of_a_faint_patch(contrast):
+    """Where the 1e-6 beside the standard deviation shows."""
+    operands = loss_operands(torch.float32)
+    operands["video"] *= contrast
+    check("masked_patch_loss", plain_loss, operands, patch=PATCH)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_masked_patch_loss_in_float64(count):
+    """The loss has the precision of its operands if they are finer than float32."""
+    assert kernels.masked_patch_loss(**loss_operands(torch.float64, count=count), patch=PATCH).dtype == torch.float64
+
+
+def test_masked_patch_loss_of_a_flat_patch():
+    """Without any variance the target is zero, not the quotient of two roundings."""
+    operands = loss_operands(torch.float32)
+    operands["video"] = torch.full_like(operands["video"], 0.5)
+    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    torch.testing.assert_close(loss, operands["pixels"].square().mean())
