@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mar_fast
 from mar_fast import MARConfig, cost, reference
+from mar_fast.kernels import checks
 
 from . import machine
 from .timing import Spread, interleaved
@@ -86,7 +87,13 @@ def measure(
         dtype: "fp32", "bf16", "fp16", or "auto": bf16 where that is clearly faster here, else fp32.
         budget: Seconds for the timed rounds.
         on_step: Told what is going on and which share of the whole is done.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
+    if not isinstance(batch, int) or batch < 1:
+        raise checks.bad("batch", batch, "a whole number, 1 or more")
+    checks.positive("seconds", budget)
     on_step("measuring this machine's matrix-product rate", 0.0)
     wanted = ("fp32", "bf16") if dtype == "auto" else (dtype,)
     rates = machine.matmul_rates(device, wanted)

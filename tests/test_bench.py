@@ -47,7 +47,7 @@ def test_peak_memory_sees_what_comes_and_goes():
     peak = machine.peak_memory(run, CPU)
     if peak is None:
         pytest.skip("this system does not tell")
-    assert 256 * 2**20 <= peak < 300 * 2**20
+    assert 250 * 2**20 < peak < 300 * 2**20  # the kernel counts resident pages in batches
     assert machine.peak_memory(lambda: None, CPU) < 8 * 2**20  # the block before does not count
 
 

@@ -142,7 +142,10 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         (["bench", "nowhere.mp4"], "path: got 'nowhere.mp4', expected an existing video file"),
         (["bench", "text.mp4"], "path: got 'text.mp4' .* expected a video file that FFmpeg can decode"),
         (["bench", "--model", "tiny"], "'tiny' is not one of 'small', 'base', 'large', 'huge', 'giant'"),
-        (["bench", "--batch", "0"], "Invalid value for '--batch': 0 is not in the range x>=1"),
+        (["bench", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
+        (["bench", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
+        (["cost", "mar_vit_base", "--classes", "0"], "num_classes: got 0, expected a whole number, 1 or more"),
+        (["masks", "--stride", "0"], "stride: got 0, expected a whole number, 1 or more"),
         (["bench", "--dtype", "int8"], "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
         (["bench", "--device", "cuda"], "device: got 'cuda', but torch finds no GPU here; expected 'cpu' or 'auto'"),
         (
@@ -157,7 +160,7 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         (["masks", "--out", "masks.jpg"], "--out: got 'masks.jpg', expected a file name that ends with .png"),
         (["masks", "--out", "there.png"], "there.png: already exists, expected a new file"),
         (["cost", "vit_base"], "name: got 'vit_base', expected one of mar_vit_small"),
-        (["cost"], "Missing argument 'MODEL'"),
+        (["cost"], "Missing argument 'model'"),
         (
             ["cost", "mar_vit_base", "--mask-ratio", "0.4"],
             "mask_ratio: got 0.4, expected a whole number of the 4 slots",

@@ -267,7 +267,7 @@ def test_compiles_without_graph_break():
 
 
 def test_key_bias():
-    """Softmax cannot see a bias that all keys share, so only the parameters tell: none in ViT blocks, one in bridging."""
+    """Softmax cannot see a bias that all keys share, so only the parameters tell: bridging blocks have one."""
     model = mar_fast.MAR(small_config())
     attention, bridging = model.encoder.blocks[0].attn, model.classifier.blocks[0].attn
     with torch.no_grad():

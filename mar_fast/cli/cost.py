@@ -14,8 +14,8 @@ from .common import print_json, results
 def cost(
     model: Annotated[str, typer.Argument(help="A named model, for example mar_vit_base or videomae_vit_large.")],
     mask_ratio: Annotated[list[float] | None, typer.Option(help="Repeatable; default 0, 0.5, 0.75.")] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Output classes.")] = 174,
-    batch: Annotated[int, typer.Option(min=1, help="Clips.")] = 1,
+    classes: Annotated[int, typer.Option(help="Output classes.")] = 174,
+    batch: Annotated[int, typer.Option(help="Clips.")] = 1,
     training: Annotated[bool, typer.Option(help="Forward with pixel decoder, and backward.")] = False,
     peak_tflops: Annotated[float | None, typer.Option(help="Peak rate of a device, TFLOP/s, for the floor.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Its memory bandwidth, GB/s.")] = None,

@@ -20,7 +20,7 @@ def masks(
     ratio: Annotated[float, typer.Option(help="Share of masked patches, in [0, 1).")] = 0.5,
     train: Annotated[bool, typer.Option(help="running: random phase and temporal shuffle, as in training.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    stride: Annotated[int, typer.Option(min=1, help="Frames of the file from one frame of the clip to the next.")] = 4,
+    stride: Annotated[int, typer.Option(help="Frames of the file from one frame of the clip to the next.")] = 4,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("masks.png"),
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts and the visible indices.")] = False,
