@@ -110,7 +110,7 @@ def _cost_axis(axis: "Axes", keep: list[float], cost: list[float]) -> None:
     axis.plot(keep, cost, "o-", color=COST, label="multiply-adds")
     axis.plot([0, keep[0]], [0, cost[0]], ":", color="grey", label="proportional to visible tokens")
     for x, y in zip(keep, cost, strict=True):
-        axis.annotate(f"{y:.1f} G", (x, y), xytext=(0, 7), textcoords="offset points", ha="right", fontsize=9)
+        _label(axis, f"{y:.1f} G", x, y)
     _finish(axis, max(cost), "multiply-adds of a clip, 10$^9$", "Cost")
 
 
@@ -124,8 +124,14 @@ def _latency_axis(axis: "Axes", keep: list[float], result: Savings) -> None:
     axis.plot([0, keep[0]], [0, middle[0]], ":", color="grey", label="proportional to visible tokens")
     for x, y, row in zip(keep, middle, result.rows, strict=True):
         label = f"{y:.0f} ms, {row.speedup:.2f}x" if y >= 10 else f"{y:.2f} ms, {row.speedup:.2f}x"
-        axis.annotate(label, (x, y), xytext=(0, 9), textcoords="offset points", ha="right", fontsize=9)
+        _label(axis, label, x, y)
     _finish(axis, max(high), f"latency of a batch of {result.batch}, ms", "Latency, and speed-up over dense")
+
+
+def _label(axis: "Axes", text: str, x: float, y: float) -> None:
+    """Below and right of a point, where no line runs; left of the last one, which is at the edge."""
+    offset, side = ((9, -11), "left") if x < 1 else ((-10, 9), "right")
+    axis.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9)
 
 
 def _finish(axis: "Axes", top: float, ylabel: str, title: str) -> None:
