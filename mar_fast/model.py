@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import MARConfig, named_config
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from .layers import Block, Constant, norm, run_blocks, sinusoid_table
+from .layers import Attention, Block, Constant, norm, run_blocks, sinusoid_table
 from .masking import TokenMask, cell_running
 
 
@@ -196,6 +196,10 @@ class MAR(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            elif isinstance(module, Attention):
+                for bias in (module.q_bias, module.v_bias):
+                    if bias is not None:
+                        nn.init.zeros_(bias)
         if self.decoder is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -223,13 +227,14 @@ class MAR(nn.Module):
         self._check_video(video)
         if reconstruct is None:
             reconstruct = self.training and self.decoder is not None
+        if reconstruct and self.decoder is None:
+            raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
         keep_idx, drop_idx = self._indices(video, mask, generator)
         features = self.encoder(video, keep_idx)
         logits = None if self.classifier is None else self.classifier(features)
         if not reconstruct:
             return MAROutput(logits, features, None, None)
-        if self.decoder is None:
-            raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
+        assert self.decoder is not None
         # As in the classifier, the residual stream begins in the weights' dtype.
         visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)
         pixels = self.decoder(visible, self.mask_token.flatten(), keep_idx, drop_idx)

@@ -157,6 +157,8 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         (["bench", "--out", "text.mp4"], "text.mp4 is a file, expected a folder"),
         (["masks", "--ratio", "0.3"], "ratio: got 0.3, expected a whole number of the 4 slots"),
         (["masks", "--ratio", "1"], r"ratio: got 1.0, expected a number in \[0, 1\)"),
+        (["masks", "--ratio", "nan"], r"ratio: got nan, expected a number in \[0, 1\)"),
+        (["masks", "--seed", "-1"], "--seed: got -1, expected a whole number from 0"),
         (["masks", "--kind", "block"], "'block' is not one of 'running', 'random', 'tube', 'frame'"),
         (["masks", "--kind", "tube", "--train"], "--train: got it with --kind tube, expected --kind running"),
         (["masks", "--out", "masks.jpg"], "--out: got 'masks.jpg', expected a file name that ends with .png"),

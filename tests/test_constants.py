@@ -50,6 +50,12 @@ def test_built_on_meta_then_materialised():
     with torch.device("meta"):
         model = mar_fast.MAR(small_config())
     model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # what is in empty memory
+    model.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not model.encoder.blocks[0].attn.v_bias.any()
     assert torch.equal(model.encoder.pos_embed.value, sinusoid_table(32, 96))
     assert torch.equal(model.test_keep_idx.value, mar_fast.MAR(small_config()).test_keep_idx.value)
 

@@ -16,7 +16,7 @@ from .. import MARConfig
 from ..video import read_clip
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ModuleNotFoundError)
+USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 # Results go to stdout, everything else to stderr, so that --json can be piped.
 results = Console()

@@ -9,7 +9,7 @@ import typer
 
 from .. import TokenMask, masking, named_config
 from ..bench import files
-from .common import clip_for, print_json, results
+from .common import clip_for, print_json, progress, results
 
 Kind = StrEnum("Kind", ["running", "random", "tube", "frame"])
 
@@ -28,16 +28,21 @@ def masks(
     """Draw a mask over a clip's frames (16 frames of 224 x 224, patches of 2 x 16 x 16)."""
     from ..bench import plot
 
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed: got {seed}, expected a whole number from 0 to 2^63 - 1")
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out: got {str(out)!r}, expected a file name that ends with .png")
     files.may_write([out], force)
     config = named_config("mar_vit_base")
     mask = _mask(kind, config.grid, ratio, train, seed)
     path = clip if clip is not None else files.sample_clip()
-    video = clip_for(path, config, stride)
     form = ", training form" if train else ""
     title = f"{kind} masking, {ratio:.0%}{form}: {mask.num_visible} of {mask.num_tokens} patches visible"
-    plot.draw_masks(video, mask, config, title, out)
+    with progress() as step:
+        step(f"reading {path.name}", 0.1)
+        video = clip_for(path, config, stride)
+        step("drawing", 0.4)
+        plot.draw_masks(video, mask, config, title, out)
     if as_json:
         keep = mask.keep_idx[0].tolist()
         print_json(

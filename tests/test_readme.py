@@ -1,0 +1,38 @@
+"""What the README says is true: its Python runs, its commands and files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mar_fast import cli, cost, named_config
+from mar_fast.bench.files import sample_clip
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.real_clip
+def test_python_example_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    names = {}
+    exec(code.replace('"bikes.mp4"', repr(str(sample_clip()))), names)
+    assert names["clip"].shape == (3, 16, 224, 224) and names["logits"].shape == (1, 174)
+    assert names["features"].shape == (1, 392, 768)
+
+
+def test_named_files_and_commands_exist():
+    for name in re.findall(r"(?:mar_fast|kernels|bench|tests)/[\w/]+\.py", README):
+        assert (ROOT / name).is_file(), name
+    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    assert {name for name in re.findall(r"^mar-fast (\w+)", README, re.MULTILINE)} == commands
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"] and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+
+
+@pytest.mark.parametrize(("letter", "size"), [("B", "base"), ("L", "large")])
+def test_cost_table(letter, size):
+    row = re.search(rf"ViT-{letter}: mar_fast \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)", README).groups()
+    dense = cost.count(named_config(f"videomae_vit_{size}", num_classes=174))
+    masked = [cost.count(named_config(f"mar_vit_{size}", num_classes=174, mask_ratio=r)) for r in (0.5, 0.75)]
+    assert row == tuple(f"{case.multiply_adds / 1e9:.2f}" for case in (dense, *masked))
