@@ -57,10 +57,8 @@ def gather_patch_embed(
     if video.dtype == torch.uint8:
         patches = patches.float() / 255
         if mean is not None and std is not None:
-            shape = (-1, 1, 1, 1)
-            patches = (patches - per_channel(mean, video.device).view(shape)) / per_channel(std, video.device).view(
-                shape
-            )
+            centre, spread = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (mean, std))
+            patches = (patches - centre) / spread
     patches = patches.flatten(2).to(weight.dtype)
     # Embedding and position are added in float32 at least, whatever the dtype of the weights.
     return (F.linear(patches, weight.flatten(1), bias) + pos_embed[keep_idx]).to(weight.dtype)
