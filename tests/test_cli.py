@@ -180,7 +180,8 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         (["fly"], "No such command 'fly'"),
     ],
 )
-def test_bad_input_is_one_clear_line(run, tmp_path, arguments, message):
+def test_bad_input_is_one_clear_line(run, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "there.png").write_text("mine")
     before = sorted(tmp_path.iterdir())
