@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from helpers import relative
 from op_cases import (
     GRID,
     MEAN,
@@ -91,11 +92,11 @@ def test_autocast(name):
     assert [out.dtype for out in outputs] == AUTOCAST[name]
     for got, want in zip(outputs, clean, strict=True):
         in_bf16 = name == "gather_patch_embed" or got.dtype == torch.bfloat16
-        error = float((got - want).detach().norm() / want.detach().norm())
-        assert 1e-4 < error < 1e-2 if in_bf16 else error < 1e-6  # the product was in bfloat16, or nothing was
+        assert 1e-4 < relative(got, want) < 1e-2 if in_bf16 else relative(got, want) < 1e-6
     for key, gradient in gradients.items():
-        assert gradient is None or gradient.dtype == torch.float32
-        torch.testing.assert_close(gradient, clean_gradients[key], rtol=0.1, atol=0.1)
+        if gradient is not None:  # master weights: float32, computed in bfloat16
+            assert gradient.dtype == torch.float32
+            assert relative(gradient, clean_gradients[key]) < 1e-2
 
 
 NO_TOKENS = {
@@ -112,7 +113,6 @@ def test_autocast_of_no_tokens(name):
 
 
 # Compilation.
-
 
 COMPILED = [(name, False) for name in OPS] + [(name, True) for name in WITH_VIDEO]
 
