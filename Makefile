@@ -34,7 +34,7 @@ eager: $(READY)
 
 # An interpreted kernel cannot be compiled and the plain path must be tested too, so this is a run of its own.
 interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -m "interpreter or triton_too"
 
 clean:
 	rm -rf $(VENV) build $(OUT) *.egg-info

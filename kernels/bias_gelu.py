@@ -18,13 +18,13 @@ def _forward_shape(x: Tensor, bias: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, bias: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     from .jit import bias_gelu as launch
 
     return launch.backward(grad, x, bias)
 
 
-def _backward_shape(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_shape(grad: Tensor, x: Tensor, bias: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
 
 
@@ -34,7 +34,8 @@ _triton_bias_gelu = op.declare(
     forward_shape=_forward_shape,
     backward=_backward,
     backward_shape=_backward_shape,
-    saves=lambda inputs, output: inputs,
+    saves=lambda inputs, outputs: inputs,
+    gradients=("x", "bias"),
 )
 
 

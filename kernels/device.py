@@ -1,13 +1,9 @@
-"""What this machine can run: which backend an op takes, and its launch configuration."""
+"""What this machine can run: which backend an op takes."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -62,34 +58,3 @@ def takes_triton(op: str, operand: Tensor) -> bool:
 def eager_only(op: str, operand: Tensor) -> None:
     """For an op that has no kernel yet: raise RuntimeError where ``use_backend("triton")`` asks for one."""
     takes_triton(op, operand)
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options of one kernel, and where the choice came from."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    origin: str = field(compare=False)
-
-
-@cache
-def launch_config(op: str, architecture: str) -> LaunchConfig:
-    """The launch configuration of ``op`` on ``architecture`` ("sm_90"), else the row for any architecture."""
-    for name in (architecture, "default"):
-        path = Path(__file__).parent / "configs" / f"{name}.json"
-        if path.exists() and (row := json.loads(path.read_text()).get(op)):
-            return LaunchConfig(**row)
-    raise KeyError(f"no launch configuration for {op} on {architecture}")
-
-
-@cache
-def _cuda_architecture(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
-def architecture(operand: Tensor) -> str:
-    """The architecture that ``operand`` lives on: "sm_90", or "interpreter" for a CPU tensor."""
-    return _cuda_architecture(operand.get_device()) if operand.is_cuda else "interpreter"

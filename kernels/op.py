@@ -7,6 +7,7 @@ From a forward, a backward and their shape functions `declare` makes
 The eager path of an op does not come here: plain PyTorch is traced straight through, and inductor fuses it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,36 +41,63 @@ def declare(
     forward_shape: Callable[..., Any],
     backward: Callable[..., Any],
     backward_shape: Callable[..., Any],
-    saves: Callable[..., Sequence[Tensor]],
+    saves: Callable[..., Sequence[Tensor | None]],
+    gradients: Sequence[str],
+    finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
 ) -> Callable[..., Any]:
     """Declare an op and return the function that runs it.
 
     Args:
         name: The op becomes ``torch.ops.mar_fast.<name>``, its backward ``<name>_backward``.
         forward: ``forward(*inputs) -> output(s)``; fully annotated, since the schema is read from the annotations.
+            Its inputs are tensors, ``Tensor | None``, and options (everything else).
         forward_shape: The same on fake tensors: empty outputs of the right shape, dtype and strides.
-        backward: ``backward(*output_gradients, *saved) -> tuple of gradients``, one for each input; annotated.
+        backward: ``backward(*output_gradients, *saved, *options, needs) -> tuple``, one tensor for each name in
+            ``gradients``; annotated. An output gradient is None where nothing used that output. ``needs[i]`` says
+            whether the i-th gradient is wanted; where it is not, any empty tensor will do.
         backward_shape: The same on fake tensors.
-        saves: ``saves(inputs, output) -> tensors`` that backward needs.
+        saves: ``saves(inputs, outputs) -> tensors`` that backward needs; both are tuples.
+        gradients: Names of those parameters of ``forward`` that get a gradient.
+        finish: Rearranges backward's results, for gradients that share memory: outputs of a custom op may not.
 
-    Every input is a tensor that gets a gradient. The op is once differentiable: a second derivative raises.
+    The op is once differentiable: a second derivative raises.
     """
+    parameters = inspect.signature(forward).parameters
+    places = [list(parameters).index(parameter) for parameter in gradients]
+    options = [
+        place for place, value in enumerate(parameters.values()) if value.annotation not in (Tensor, Tensor | None)
+    ]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saves(inputs, output if isinstance(output, tuple) else (output,)))
+        ctx.options = [inputs[place] for place in options]
+
+    def gradients_by(run_backward: Callable[..., Any], ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> Any:
+        needs = [ctx.needs_input_grad[place] for place in places]
+        every: list[Tensor | None] = [None] * len(parameters)
+        if any(gradient is not None for gradient in output_gradients):
+            results = list(run_backward(*output_gradients, *ctx.saved_tensors, *ctx.options, needs))
+            results = finish(results) if finish else results
+            for place, needed, result in zip(places, needs, results, strict=True):
+                every[place] = result if needed else None
+        return tuple(every)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = forward(*inputs)
-            ctx.save_for_backward(*saves(inputs, output))
+            save(ctx, inputs, output)
             return output
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
-            saved = ctx.saved_tensors
+        def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
             with torch.no_grad():
-                results = backward(*gradients, *saved)
+                results = gradients_by(backward, ctx, output_gradients)
             if not torch.is_grad_enabled():
                 return results
-            return tuple(_Once.apply(name, result, *gradients, *saved) for result in results)
+            came_from = [value for value in (*output_gradients, *ctx.saved_tensors) if value is not None]
+            return tuple(None if result is None else _Once.apply(name, result, *came_from) for result in results)
 
     Function.__name__ = Function.__qualname__ = name
 
@@ -78,13 +106,10 @@ def declare(
     custom.register_fake(forward_shape)
     custom_backward.register_fake(backward_shape)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*saves(inputs, output))
+    def custom_gradient(ctx: Any, *output_gradients: Tensor | None) -> Any:
+        return gradients_by(custom_backward, ctx, output_gradients)
 
-    def custom_gradient(ctx: Any, *gradients: Tensor) -> Any:
-        return custom_backward(*gradients, *ctx.saved_tensors)
-
-    custom.register_autograd(custom_gradient, setup_context=setup_context)
+    custom.register_autograd(custom_gradient, setup_context=save)
 
     def run(*inputs: Any) -> Any:
         return custom(*inputs) if torch.compiler.is_compiling() else Function.apply(*inputs)

@@ -1,5 +1,6 @@
 import os
 
+import poison
 import pytest
 import torch
 from hypothesis import settings
@@ -11,10 +12,16 @@ torch.ones(8).sqrt()
 # Small models gain nothing from a second thread, and lose much where another process keeps a core busy.
 torch.set_num_threads(1)
 
+# The cache of compiled graphs does not notice that a custom op has got another argument.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
 settings.register_profile("repo", deadline=None, max_examples=60)
 settings.load_profile("repo")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = os.environ.get("MAR_FAST_TEST_DEVICE") == "cuda"
+if ON_GPU:
+    torch.set_default_device("cuda")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -23,8 +30,23 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: make test runs it separately"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if INTERPRETING and parameters.get("dtype") == torch.bfloat16:
+            item.add_marker(pytest.mark.skip(reason="Triton's interpreter computes bfloat16 wrongly"))
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request):
+    """On the Triton path every test runs on poisoned outputs, and fails if nothing went through a launcher."""
+    on_path = "triton_too" in request.keywords and (INTERPRETING or ON_GPU)
+    if not on_path and not (INTERPRETING and "interpreter" in request.keywords):
+        yield None
+        return
+    with poison.launchers() as poisoning:
+        yield poisoning
+    assert poisoning.allocated != 0, "nothing went through a launcher"  # a test sets None where nothing should

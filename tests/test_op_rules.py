@@ -16,6 +16,7 @@ from op_cases import (
     TOKENS,
     attention_operands,
     call,
+    loss_operands,
     make_clip,
     scatter_operands,
     strided,
@@ -39,6 +40,7 @@ def tubelets(index):
     return mask
 
 
+@pytest.mark.triton_too
 @pytest.mark.parametrize("name", WITH_VIDEO)
 def test_other_tubelets_have_no_influence(name):
     """NaN in every tubelet that is not indexed changes no bit of any output or gradient."""
@@ -52,6 +54,7 @@ def test_other_tubelets_have_no_influence(name):
         assert torch.equal(gradient, clean_gradients[operand]) if gradient is not None else operand == "video"
 
 
+@pytest.mark.triton_too
 def test_scatter_tokens_ignores_what_it_replaces():
     """The mask token has no influence where all tokens are visible."""
     operands = scatter_operands(torch.float32, count=TOKENS)
@@ -59,6 +62,7 @@ def test_scatter_tokens_ignores_what_it_replaces():
     assert kernels.scatter_tokens(**operands).isfinite().all()
 
 
+@pytest.mark.triton_too
 @pytest.mark.parametrize("name", OPS)
 def test_any_strides(name):
     """Operands that lie in the gaps of NaN give the same as contiguous ones, gradients too."""
@@ -70,7 +74,14 @@ def test_any_strides(name):
     torch.testing.assert_close(gradients, clean_gradients)
 
 
-# Dtypes under autocast.
+# Dtypes.
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_masked_patch_loss_in_float64(count):
+    """The loss has the precision of its operands if they are finer than float32."""
+    assert kernels.masked_patch_loss(**loss_operands(torch.float64, count=count), patch=PATCH).dtype == torch.float64
+
 
 AUTOCAST = {
     "gather_patch_embed": [torch.float32],  # the weight's

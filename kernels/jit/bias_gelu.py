@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import architecture, launch_config
+from ..launch_config import launch_config
+from .launch import as_rows, launch
 
 
 @triton.jit
@@ -58,12 +59,6 @@ def backward_kernel(
 ROW_PROGRAMS = 256
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """(..., D) as (rows, D) with unit stride in the last dimension; copies only what has another layout."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x + bias); shapes as in `mar_fast.kernels.bias_gelu`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -71,12 +66,10 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
         return out
     x = as_rows(x)
     rows, columns = x.shape
-    config = launch_config("bias_gelu", architecture(x))
+    config = launch_config("bias_gelu.forward", x)
     grid = (triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n))
-    forward_kernel[grid](
-        x, bias.contiguous(), out, rows, columns, x.stride(0),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-    )  # fmt: skip
+    arguments = (x, bias.contiguous(), out, rows, columns, x.stride(0))
+    launch("bias_gelu.forward", forward_kernel, grid, arguments, config, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
     return out
 
 
@@ -87,13 +80,14 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return grad_x, torch.zeros_like(bias)
     x, grad = as_rows(x), as_rows(grad)
     rows, columns = x.shape
-    config = launch_config("bias_gelu", architecture(x))
+    config = launch_config("bias_gelu.backward", x)
     row_tiles = triton.cdiv(rows, config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
     bias_part = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
-    backward_kernel[programs, triton.cdiv(columns, config.block_n)](
-        grad, x, bias.contiguous(), grad_x, bias_part, rows, columns, grad.stride(0), x.stride(0), tiles,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    launch(
+        "bias_gelu.backward", backward_kernel, (programs, triton.cdiv(columns, config.block_n)),
+        (grad, x, bias.contiguous(), grad_x, bias_part, rows, columns, grad.stride(0), x.stride(0), tiles),
+        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     return grad_x, bias_part.sum(0).to(bias.dtype)
