@@ -3,9 +3,48 @@
 import torch
 from torch import Tensor
 
-from . import checks, eager
-from .attention import check_scale
-from .device import eager_only
+from . import checks, eager, op
+from .attention import beyond_kernel, check_scale
+from .device import takes_triton
+
+
+def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+    from .jit import attention as launch
+
+    return launch.forward(qkv, scale, cu_seqlens, max_seqlen)
+
+
+def _forward_shape(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+    total, _, heads, head_dim = qkv.shape
+    lse = torch.empty((heads, total), dtype=torch.float32, device=qkv.device)
+    return torch.empty((total, heads * head_dim), dtype=qkv.dtype, device=qkv.device), lse
+
+
+def _backward(
+    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
+    max_seqlen: int, scale: float, needs: list[bool],
+) -> Tensor:  # fmt: skip
+    from .jit import attention_backward as launch
+
+    return launch.backward(grad, grad_lse, qkv, out, lse, scale, cu_seqlens, max_seqlen)
+
+
+def _backward_shape(
+    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
+    max_seqlen: int, scale: float, needs: list[bool],
+) -> Tensor:  # fmt: skip
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+_triton_attention_varlen = op.declare(
+    "attention_varlen",
+    forward=_forward,
+    forward_shape=_forward_shape,
+    backward=_backward,
+    backward_shape=_backward_shape,
+    saves=lambda inputs, outputs: (inputs[0], inputs[1], *outputs),
+    gradients=("qkv",),
+)
 
 
 def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None) -> Tensor:
@@ -34,7 +73,9 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
     scale = check_scale(scale, qkv.shape[-1])
     checks.same_device("qkv", qkv.device, cu_seqlens=cu_seqlens)
     _check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
-    eager_only("attention_varlen", qkv)
+    if takes_triton("attention_varlen", qkv, beyond_kernel(qkv)):
+        out, _ = _triton_attention_varlen(qkv.to(eager.working_dtype(qkv, qkv.dtype)), cu_seqlens, max_seqlen, scale)
+        return out  # type: ignore[no-any-return]
     if qkv.shape[0] == 0:
         return qkv.flatten(2)[:, 0].to(eager.working_dtype(qkv, qkv.dtype))
     return eager.attention_varlen(qkv, cu_seqlens, max_seqlen, scale)

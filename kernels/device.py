@@ -1,5 +1,6 @@
 """What this machine can run: which backend an op takes."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -8,8 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "eager")
-OPS_WITH_KERNELS = frozenset({"bias_gelu"})
+BACKENDS = ("triton", "eager", "flash_attn", "xformers")
+HALF = (torch.float16, torch.bfloat16)
+# Packages that have attention and nothing else of ours: the module to import, the extra of mar-fast that installs it,
+# and the dtypes that it takes, on CUDA tensors.
+ATTENTION_PACKAGES = {
+    "flash_attn": ("flash_attn", "flash-attn", HALF),
+    "xformers": ("xformers.ops", "xformers", (torch.float32, *HALF)),
+}
+OPS_WITH_KERNELS = frozenset({"bias_gelu", "attention", "attention_varlen", "add_layer_norm"})
 
 # Triton reads this when it is first imported, so it cannot change later in a process.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,13 +32,20 @@ def use_backend(name: str) -> Iterator[None]:
 
     Without it an op with a Triton kernel takes that for a CUDA tensor (or for any tensor when TRITON_INTERPRET=1)
     and plain PyTorch for anything else; float64 always runs in plain PyTorch. Where "triton" is asked for and cannot
-    run, the op raises RuntimeError.
+    run, the op raises RuntimeError. "flash_attn" and "xformers" are for ``attention`` and ``attention_varlen``, by the
+    package of that name (see `mar_fast.kernels.backends`); the other ops run as if nothing was named.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the package that it needs is not installed, or cannot be imported.
     """
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "triton" and not HAS_TRITON:
         raise RuntimeError("name: got 'triton', but the package triton is not installed; expected 'eager'")
+    if name in ATTENTION_PACKAGES:
+        _import_attention(name)
     before, _forced = _forced, name
     try:
         yield
@@ -38,8 +53,39 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def takes_triton(op: str, operand: Tensor) -> bool:
-    """Whether ``op`` on ``operand`` runs on the Triton path.
+def _import_attention(name: str) -> None:
+    module, extra, _ = ATTENTION_PACKAGES[name]
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a build for another PyTorch may raise anything
+        raise RuntimeError(
+            f"name: got {name!r}, but importing {module} fails ({type(error).__name__}: {error}); "
+            f"expected another backend, or: pip install 'mar-fast[{extra}]'"
+        ) from error
+
+
+def attention_backend(operand: Tensor, op: str = "attention") -> str:
+    """What runs ``op`` ("attention" or "attention_varlen"): "triton", "eager", "flash_attn" or "xformers".
+
+    Args:
+        operand: The packed qkv in the dtype to work in, that is after autocast's cast.
+        op: The op's name.
+
+    Raises:
+        RuntimeError: a backend is forced that cannot run this tensor; the message names what it takes.
+    """
+    if _forced not in ATTENTION_PACKAGES:
+        return "triton" if takes_triton(op, operand) else "eager"
+    _, _, dtypes = ATTENTION_PACKAGES[_forced]
+    if not operand.is_cuda or operand.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = f"{str(operand.dtype).removeprefix('torch.')} on {operand.device}"
+        raise RuntimeError(f"backend {_forced!r} runs {op} on CUDA tensors of {accepted}, got {got}")
+    return _forced
+
+
+def takes_triton(op: str, operand: Tensor, beyond: str = "") -> bool:
+    """Whether ``op`` on ``operand`` runs on the Triton path; ``beyond`` says what of this call no kernel takes, if so.
 
     Raises:
         RuntimeError: ``use_backend("triton")`` is in force and this op or this tensor cannot run there.
@@ -48,11 +94,13 @@ def takes_triton(op: str, operand: Tensor) -> bool:
     if _forced == "triton":
         if op not in OPS_WITH_KERNELS:
             raise RuntimeError(f"backend 'triton' has no kernel for {op}; it has {', '.join(sorted(OPS_WITH_KERNELS))}")
+        if beyond:
+            raise RuntimeError(f"backend 'triton' runs {op} {beyond}")
         if not on_device:
             got = f"{operand.dtype} on {operand.device}"
             raise RuntimeError(f"backend 'triton' runs {op} on CUDA tensors of at most 32 bits a value, got {got}")
         return True
-    return _forced != "eager" and HAS_TRITON and on_device and op in OPS_WITH_KERNELS
+    return _forced != "eager" and HAS_TRITON and on_device and not beyond and op in OPS_WITH_KERNELS
 
 
 def eager_only(op: str, operand: Tensor) -> None:

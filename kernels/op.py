@@ -52,7 +52,7 @@ def declare(
         forward: ``forward(*inputs) -> output(s)``; fully annotated, since the schema is read from the annotations.
             Its inputs are tensors, ``Tensor | None``, and options (everything else).
         forward_shape: The same on fake tensors: empty outputs of the right shape, dtype and strides.
-        backward: ``backward(*output_gradients, *saved, *options, needs) -> tuple``, one tensor for each name in
+        backward: ``backward(*output_gradients, *saved, *options, needs)`` gives one tensor for each name in
             ``gradients``; annotated. An output gradient is None where nothing used that output. ``needs[i]`` says
             whether the i-th gradient is wanted; where it is not, any empty tensor will do.
         backward_shape: The same on fake tensors.
@@ -77,7 +77,8 @@ def declare(
         needs = [ctx.needs_input_grad[place] for place in places]
         every: list[Tensor | None] = [None] * len(parameters)
         if any(gradient is not None for gradient in output_gradients):
-            results = list(run_backward(*output_gradients, *ctx.saved_tensors, *ctx.options, needs))
+            result = run_backward(*output_gradients, *ctx.saved_tensors, *ctx.options, needs)
+            results = list(result) if isinstance(result, tuple | list) else [result]
             results = finish(results) if finish else results
             for place, needed, result in zip(places, needs, results, strict=True):
                 every[place] = result if needed else None

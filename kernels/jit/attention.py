@@ -1,0 +1,237 @@
+"""attention and attention_varlen in Triton: FlashAttention-2 (arXiv 2307.08691) on packed qkv. The forward pass.
+
+One program takes BLOCK_M queries of one head and walks over the keys in tiles of BLOCK_N, with a running softmax; the
+scores never leave the chip. What is left over at the end of the keys is a smaller tile of its own, so that 784 tokens
+cost 12 * 64 + 16 keys and not 13 * 64: only this tile is masked.
+
+A head size that is no power of two is worked on as two tiles, D0 + D1 columns wide: 80 is 64 + 16, 96 is 64 + 32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch_config import launch_config
+from .launch import launch
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def load_tile(
+    base, o_row, m_row, row_stride,
+    MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + WIDTH of some tokens: [rows, WIDTH]; zero beyond HEAD_DIM and, if MASKED, off m_row."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p_tile = base + o_row[:, None] * row_stride + o_d[None, :]
+    if FIRST + WIDTH > HEAD_DIM:
+        m_d = (o_d < HEAD_DIM)[None, :]
+        return tl.load(p_tile, mask=m_d & m_row[:, None] if MASKED else m_d, other=0.0)
+    return tl.load(p_tile, mask=m_row[:, None], other=0.0) if MASKED else tl.load(p_tile)
+
+
+@triton.jit
+def store_tile(
+    base, b_tile, o_row, m_row, row_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """The inverse of `load_tile`, rounding to the dtype of the memory."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    mask = m_row[:, None] & (o_d < HEAD_DIM)[None, :] if FIRST + WIDTH > HEAD_DIM else m_row[:, None]
+    tl.store(base + o_row[:, None] * row_stride + o_d[None, :], b_tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_a @ b_b, in the dtype of b_b, summed in float32."""
+    return tl.dot(b_a.to(b_b.dtype), b_b, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def place(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
+    """Which tile of which head of which clip this program takes: (tile, head, clip, first token, length).
+
+    Tiles of one head run side by side and find its keys in L2.
+    """
+    program = tl.program_id(0)
+    clip = (program // (tiles * heads)).to(tl.int64)
+    if VARLEN:
+        first = tl.load(cu_seqlens + clip).to(tl.int64)
+        length = (tl.load(cu_seqlens + clip + 1).to(tl.int64) - first).to(tl.int32)
+    else:
+        first = clip * tokens
+        length = tokens
+    return program % tiles, program // tiles % heads, clip, first, length
+
+
+@triton.jit
+def attend(
+    b_q0, b_q1, b_out0, b_out1, b_max, b_sum, key, value, row_stride, o_n, m_n, scale_log2,
+    MASKED: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running softmax."""
+    b_k = load_tile(key, o_n, m_n, row_stride, MASKED, 0, D0, HEAD_DIM)
+    # [BLOCK_M, BLOCK_N]
+    b_s = tl.dot(b_q0, tl.trans(b_k), input_precision=PRECISION)
+    if D1 > 0:
+        b_k = load_tile(key, o_n, m_n, row_stride, MASKED, D0, D1, HEAD_DIM)
+        b_s = tl.dot(b_q1, tl.trans(b_k), b_s, input_precision=PRECISION)
+    if MASKED:
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
+    b_decay = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_v = load_tile(value, o_n, m_n, row_stride, MASKED, 0, D0, HEAD_DIM)
+    b_out0 = product(b_p, b_v, b_out0 * b_decay[:, None], PRECISION)
+    if D1 > 0:
+        b_v = load_tile(value, o_n, m_n, row_stride, MASKED, D0, D1, HEAD_DIM)
+        b_out1 = product(b_p, b_v, b_out1 * b_decay[:, None], PRECISION)
+    return b_out0, b_out1, b_new_max, b_sum
+
+
+@triton.jit
+def forward_tile(
+    query, key, value, out, lse, start, length, row_stride, out_stride, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries from ``start`` on."""
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = start + o_m < length
+    query += tl.cast(start, tl.int64) * row_stride
+    b_q0 = load_tile(query, o_m, m_m, row_stride, True, 0, D0, HEAD_DIM)
+    b_q1 = b_q0
+    if D1 > 0:
+        b_q1 = load_tile(query, o_m, m_m, row_stride, True, D0, D1, HEAD_DIM)
+    b_out0 = tl.zeros((BLOCK_M, D0), dtype=tl.float32)
+    b_out1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), dtype=tl.float32)
+    b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    o_n = tl.arange(0, BLOCK_N)
+    whole = length // BLOCK_N * BLOCK_N
+    for _ in range(0, whole, BLOCK_N):
+        b_out0, b_out1, b_max, b_sum = attend(
+            b_q0, b_q1, b_out0, b_out1, b_max, b_sum, key, value, row_stride, o_n, o_n < BLOCK_N, scale_log2,
+            False, D0, D1, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+        key += BLOCK_N * row_stride
+        value += BLOCK_N * row_stride
+    if TAIL > 0:
+        o_tail = tl.arange(0, TAIL)
+        b_out0, b_out1, b_max, b_sum = attend(
+            b_q0, b_q1, b_out0, b_out1, b_max, b_sum, key, value, row_stride, o_tail, whole + o_tail < length,
+            scale_log2, True, D0, D1, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+    out += tl.cast(start, tl.int64) * out_stride
+    store_tile(out, b_out0 / b_sum[:, None], o_m, m_m, out_stride, 0, D0, HEAD_DIM)
+    if D1 > 0:
+        store_tile(out, b_out1 / b_sum[:, None], o_m, m_m, out_stride, D0, D1, HEAD_DIM)
+    tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_m)
+
+
+@triton.jit
+def forward_kernel(
+    qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride, row_stride, part_stride, head_stride, lse_stride,
+    scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HALVE_LAST: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Strides of qkv come divided by VEC, so that the compiler sees that loads of VEC values are aligned."""
+    tile, head, clip, first, length = place(cu_seqlens, tokens, tiles, heads, VARLEN)
+    row_stride = row_stride * VEC
+    start = tile * BLOCK_M
+    if start < length:
+        base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
+        query = qkv + (base + head * (head_stride * VEC))
+        key = query + part_stride * VEC
+        value = key + part_stride * VEC
+        out += (first * heads + head) * HEAD_DIM
+        lse += head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * tokens
+        out_stride = heads * HEAD_DIM
+        if HALVE_LAST and start + BLOCK_M // 2 >= length:
+            forward_tile(
+                query, key, value, out, lse, start, length, row_stride, out_stride, scale_log2,
+                BLOCK_M // 2, BLOCK_N, TAIL, D0, D1, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+        else:
+            forward_tile(
+                query, key, value, out, lse, start, length, row_stride, out_stride, scale_log2,
+                BLOCK_M, BLOCK_N, TAIL, D0, D1, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+
+
+def addressable(qkv: Tensor) -> Tensor:
+    """qkv with unit stride in the last dimension; copies only what has another layout."""
+    return qkv if qkv.stride(-1) == 1 or qkv.shape[-1] == 1 else qkv.contiguous()
+
+
+def vector(tensor: Tensor) -> int:
+    """How many values are loaded at once: 16 bytes of them where all strides allow that, else 1."""
+    values = 16 // tensor.element_size()
+    return values if all(stride % values == 0 for stride in tensor.stride()[:-1]) else 1
+
+
+def tail(tokens: int, step: int, varlen: bool) -> int:
+    """Width of the last tile over ``tokens`` in steps of ``step``, 0 where nothing is left over.
+
+    Ragged clips each end elsewhere: for them it is a whole step, masked.
+    """
+    if varlen:
+        return step
+    left = tokens % step
+    return max(16, triton.next_power_of_2(left)) if left else 0
+
+
+def shape_constants(qkv: Tensor) -> dict[str, Any]:
+    """What all kernels are compiled for: the split of the head size, how wide to load, precision of products."""
+    head_dim = qkv.shape[-1]
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = max(0, head_dim - first)
+    return dict(
+        D0=first, D1=max(16, triton.next_power_of_2(rest)) if rest else 0, HEAD_DIM=head_dim, VEC=vector(qkv),
+        PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+
+
+def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seqlen: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention within each clip.
+
+    Args:
+        qkv: (B, N, 3, H, d); with cu_seqlens (total, 3, H, d).
+        scale: Factor on the scores.
+        cu_seqlens: (B + 1,), where each of B ragged clips begins and the last one ends.
+        max_seqlen: The longest of them.
+
+    Returns:
+        out (B, N, H * d) and log-sum-exp (B, H, N) float32; with cu_seqlens (total, H * d) and (H, total).
+    """
+    varlen = cu_seqlens is not None
+    *lead, _, heads, head_dim = qkv.shape
+    out = torch.empty((*lead, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((*lead[:-1], heads, lead[-1]), dtype=torch.float32, device=qkv.device)
+    if out.numel() == 0:
+        return out, lse
+    qkv = addressable(qkv)
+    tokens = max_seqlen if varlen else lead[1]
+    clips = len(cu_seqlens) - 1 if cu_seqlens is not None else lead[0]
+    config = launch_config("attention.forward", qkv, head_dim=head_dim, tokens=tokens)
+    constants = shape_constants(qkv)
+    vec = constants["VEC"]
+    clip_stride = 0 if varlen else qkv.stride(0)
+    tiles = triton.cdiv(tokens, config.block_m)
+    last = tokens % config.block_m
+    launch(
+        "attention.forward", forward_kernel, (tiles * heads * clips,),
+        (
+            qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride // vec,
+            *(stride // vec for stride in qkv.stride()[-4:-1]), lead[-1], scale * LOG2_E,
+        ),
+        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, config.block_n, varlen),
+        HALVE_LAST=config.block_m >= 64 and (varlen or 0 < last <= config.block_m // 2), VARLEN=varlen, **constants,
+    )  # fmt: skip
+    return out, lse
