@@ -90,3 +90,11 @@ def strictly_ascending(argument: str, index: Tensor) -> None:
     """Check that each row is sorted and free of repetitions, where values may be read."""
     if may_read(index) and not bool((index[:, 1:] > index[:, :-1]).all()):
         raise bad(argument, "rows that are not strictly ascending", "sorted, unique indices in every row")
+
+
+def unique_rows(argument: str, index: Tensor) -> None:
+    """Check that no row has an index twice, where values may be read."""
+    if may_read(index):
+        ascending = index.sort(1).values
+        if not bool((ascending[:, 1:] > ascending[:, :-1]).all()):
+            raise bad(argument, "rows with repeated indices", "unique indices in every row")

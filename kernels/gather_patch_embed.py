@@ -1,10 +1,112 @@
 """gather_patch_embed: visible tubelets straight from the clip to embedded tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import checks, eager
-from .device import eager_only
+from . import checks, eager, op
+from .device import takes_triton
+
+Channels = list[float] | None
+FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def memory_order(video: Tensor) -> str | None:
+    """ "planar" where W has stride 1, "channels-last" where C has and W follows; None for anything else."""
+    channels, width = video.shape[1], video.shape[4]
+    if video.stride(4) == 1 or width == 1:
+        return "planar"
+    return "channels-last" if video.stride(1) == 1 and video.stride(4) == channels else None
+
+
+def gradient_memory(video: Tensor) -> Tensor:
+    """Memory for the clip's gradient: dense, in the clip's own order of dimensions where the kernels can write that."""
+    memory = torch.empty_like(video)
+    return memory if memory_order(memory) else torch.empty(video.shape, dtype=video.dtype, device=video.device)
+
+
+def _forward(
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    mean: Channels,
+    std: Channels,
+    work: torch.dtype,
+) -> Tensor:
+    from .jit import gather_patch_embed as launch
+
+    return launch.forward(video, keep_idx, weight, bias, pos_embed, mean, std, work)
+
+
+def _forward_shape(
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    mean: Channels,
+    std: Channels,
+    work: torch.dtype,
+) -> Tensor:
+    return torch.empty((*keep_idx.shape, len(weight)), dtype=weight.dtype, device=weight.device)
+
+
+def _backward(
+    grad: Tensor,
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    pos_embed: Tensor,
+    mean: Channels,
+    std: Channels,
+    work: torch.dtype,
+    needs: list[bool],
+) -> FourTensors:
+    from .jit import gather_patch_embed_backward as launch
+
+    return launch.backward(grad, video, keep_idx, weight, pos_embed, mean, std, work, needs)
+
+
+def _backward_shape(
+    grad: Tensor,
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    pos_embed: Tensor,
+    mean: Channels,
+    std: Channels,
+    work: torch.dtype,
+    needs: list[bool],
+) -> FourTensors:
+    return gradients(video, weight, pos_embed, needs)
+
+
+def gradients(video: Tensor, weight: Tensor, pos_embed: Tensor, needs: list[bool]) -> FourTensors:
+    """Memory for the gradients of video, weight, bias and pos_embed; nothing for one that is not needed."""
+
+    def empty(place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape if needs[place] else (0,), dtype=dtype, device=weight.device)
+
+    return (
+        gradient_memory(video) if needs[0] else empty(0, (0,), video.dtype),
+        empty(1, weight.shape, weight.dtype),
+        empty(2, weight.shape[:1], weight.dtype),
+        empty(3, pos_embed.shape, pos_embed.dtype),
+    )
+
+
+_triton_gather_patch_embed = op.declare(
+    "gather_patch_embed",
+    forward=_forward,
+    forward_shape=_forward_shape,
+    backward=_backward,
+    backward_shape=_backward_shape,
+    saves=lambda inputs, outputs: [inputs[place] for place in (0, 1, 2, 4)],
+    gradients=("video", "weight", "bias", "pos_embed"),
+)
 
 
 def check_video(argument: str, video: Tensor, patch: tuple[int, int, int], channels: int) -> int:
@@ -51,9 +153,12 @@ def gather_patch_embed(
     Equal to a convolution of stride and kernel (t, h, w) over the normalised clip, plus position, at ``keep_idx``.
 
     Args:
-        video: (B, C, T, H, W), any strides. uint8 is divided by 255 and, where mean and std are given, normalised
-            with them in float32; floating point counts as already normalised.
-        keep_idx: (B, N) int32 or int64, flat indices into the grid (T/t, H/h, W/w).
+        video: (B, C, T, H, W), any strides. The kernels read a clip where it lies if its innermost dimension is W, or
+            C and then W (as decoders give it, permuted), and its lines of w or w * C values begin at multiples of 16
+            bytes, or of what divides such a line; otherwise they copy it first, dropped pixels too. uint8 is divided
+            by 255 and, where mean and std are given, normalised with them in float32; floating point counts as
+            already normalised.
+        keep_idx: (B, N) int32 or int64, flat indices into the grid (T/t, H/h, W/w), in any order, in each row unique.
         weight: (D, C, t, h, w), the convolution's.
         bias: (D,), of the weight's dtype.
         pos_embed: (L, D), added in float32.
@@ -80,5 +185,10 @@ def gather_patch_embed(
     mean, std = check_normalisation(mean, std, channels)
     checks.same_device("video", video.device, keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed)
     checks.index_range("keep_idx", keep_idx, tokens)
-    eager_only("gather_patch_embed", video)
+    checks.unique_rows("keep_idx", keep_idx)
+    if takes_triton("gather_patch_embed", weight) and takes_triton("gather_patch_embed", video):
+        options = [None if values is None else list(values) for values in (mean, std)]
+        work = eager.working_dtype(weight, weight.dtype)
+        out: Tensor = _triton_gather_patch_embed(video, keep_idx, weight, bias, pos_embed, *options, work)
+        return out
     return eager.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std)
