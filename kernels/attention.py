@@ -12,6 +12,11 @@ from .device import takes_triton
 MAX_HEAD_DIM = 128
 
 
+def lse_row(tokens: int) -> int:
+    """Length of a row of the kernels' log-sum-exp: whole multiples of 16, so that rows are aligned for wide loads."""
+    return (tokens + 15) // 16 * 16
+
+
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from .jit import attention as launch
 
@@ -20,7 +25,7 @@ def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def _forward_shape(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, count, _, heads, head_dim = qkv.shape
-    lse = torch.empty((batch, heads, count), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device)
     return torch.empty((batch, count, heads * head_dim), dtype=qkv.dtype, device=qkv.device), lse
 
 
@@ -75,7 +80,7 @@ def attention(qkv: Tensor, *, scale: float | None = None, return_lse: bool = Fal
     scale = check_scale(scale, qkv.shape[-1])
     if takes_triton("attention", qkv, beyond_kernel(qkv)):
         out, lse = _triton_attention(qkv.to(eager.working_dtype(qkv, qkv.dtype)), scale)
-        return (out, lse) if return_lse else out
+        return (out, lse[..., : qkv.shape[1]]) if return_lse else out
     out = eager.attention(qkv, scale)
     return (out, eager.attention_lse(qkv, scale)) if return_lse else out
 

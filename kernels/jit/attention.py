@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import lse_row
 from ..launch_config import launch_config
 from .launch import launch
 
@@ -95,7 +96,7 @@ def attend(
 
 @triton.jit
 def forward_tile(
-    query, key, value, out, lse, start, length, row_stride, out_stride, scale_log2,
+    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +131,8 @@ def forward_tile(
     store_tile(out, b_out0 / b_sum[:, None], o_m, m_m, out_stride, 0, D0, HEAD_DIM)
     if D1 > 0:
         store_tile(out, b_out1 / b_sum[:, None], o_m, m_m, out_stride, D0, D1, HEAD_DIM)
-    tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_m)
+    # What pads a row is written too: outputs of an op are the same every time, all of them.
+    tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=start + o_m < lse_length)
 
 
 @triton.jit
@@ -151,16 +153,17 @@ def forward_kernel(
         key = query + part_stride * VEC
         value = key + part_stride * VEC
         out += (first * heads + head) * HEAD_DIM
-        lse += head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * tokens
+        lse += head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
+        lse_length = length if VARLEN else lse_stride
         out_stride = heads * HEAD_DIM
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             forward_tile(
-                query, key, value, out, lse, start, length, row_stride, out_stride, scale_log2,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
                 BLOCK_M // 2, BLOCK_N, TAIL, D0, D1, HEAD_DIM, PRECISION,
             )  # fmt: skip
         else:
             forward_tile(
-                query, key, value, out, lse, start, length, row_stride, out_stride, scale_log2,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
                 BLOCK_M, BLOCK_N, TAIL, D0, D1, HEAD_DIM, PRECISION,
             )  # fmt: skip
 
@@ -208,12 +211,14 @@ def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seq
         max_seqlen: The longest of them.
 
     Returns:
-        out (B, N, H * d) and log-sum-exp (B, H, N) float32; with cu_seqlens (total, H * d) and (H, total).
+        out (B, N, H * d) and log-sum-exp (B, H, `lse_row` (N)) float32, of which the first N are meant; with
+        cu_seqlens (total, H * d) and (H, total).
     """
     varlen = cu_seqlens is not None
     *lead, _, heads, head_dim = qkv.shape
     out = torch.empty((*lead, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((*lead[:-1], heads, lead[-1]), dtype=torch.float32, device=qkv.device)
+    lse_shape = (heads, lead[0]) if varlen else (lead[0], heads, lse_row(lead[1]))
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
         return out, lse
     qkv = addressable(qkv)
@@ -229,7 +234,7 @@ def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seq
         "attention.forward", forward_kernel, (tiles * heads * clips,),
         (
             qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride // vec,
-            *(stride // vec for stride in qkv.stride()[-4:-1]), lead[-1], scale * LOG2_E,
+            *(stride // vec for stride in qkv.stride()[-4:-1]), lse.shape[-1], scale * LOG2_E,
         ),
         config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, config.block_n, varlen),
         HALVE_LAST=config.block_m >= 64 and (varlen or 0 < last <= config.block_m // 2), VARLEN=varlen, **constants,

@@ -61,7 +61,7 @@ def query_kernel(
         grad += first * grad_row_stride if VARLEN else clip * (grad_clip_stride * GRAD_VEC)
         grad += tl.cast(start, tl.int64) * grad_row_stride + head * HEAD_DIM
         out += ((first + start) * heads + head) * HEAD_DIM
-        at_lse = (head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * tokens) + start
+        at_lse = (head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride) + start
         o_m = tl.arange(0, BLOCK_M)
         m_m = start + o_m < length
         b_q0 = load_tile(query, o_m, m_m, row_stride, True, 0, D0, HEAD_DIM)
@@ -152,7 +152,7 @@ def key_value_kernel(
         key = query + part_stride * VEC + tl.cast(start, tl.int64) * row_stride
         value = key + part_stride * VEC
         grad += (first * grad_row_stride if VARLEN else clip * (grad_clip_stride * GRAD_VEC)) + head * HEAD_DIM
-        at_lse = head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * tokens
+        at_lse = head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
         lse += at_lse
         delta += at_lse
         o_n = tl.arange(0, BLOCK_N)
@@ -204,7 +204,10 @@ def backward(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
 ) -> Tensor:
-    """The gradient of qkv, of its shape and contiguous; arguments as `forward` took and gave them."""
+    """The gradient of qkv, of its shape and contiguous; arguments as `forward` took and gave them.
+
+    ``grad`` and ``grad_lse`` are the gradients of out and lse, None where it was not used.
+    """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
         return dqkv
@@ -214,6 +217,7 @@ def backward(
     if grad is None:
         grad = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
     grad, grad_vec = readable(grad, head_dim)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
     tokens = max_seqlen if varlen else lead[1]
     clips = len(cu_seqlens) - 1 if cu_seqlens is not None else lead[0]
@@ -221,7 +225,7 @@ def backward(
     vec = constants["VEC"]
     strides = (
         0 if varlen else qkv.stride(0) // vec, *(stride // vec for stride in qkv.stride()[-4:-1]),
-        0 if varlen else grad.stride(0) // grad_vec, grad.stride(-2) // grad_vec, lead[-1], scale, scale * LOG2_E,
+        0 if varlen else grad.stride(0) // grad_vec, grad.stride(-2) // grad_vec, lse.shape[-1], scale, scale * LOG2_E,
     )  # fmt: skip
 
     def config_and_tiles(kernel: str, own: str) -> tuple[LaunchConfig, int]:

@@ -1,0 +1,276 @@
+"""The attention kernels beyond what test_ops.py asks of every path: tiles, strides, dtypes, the custom ops."""
+
+import functools
+import itertools
+
+import oracle
+import pytest
+import torch
+from helpers import relative
+from op_cases import attention_operands, cropped, strided, varlen_operands
+
+from mar_fast import kernels
+from mar_fast.kernels import device
+from mar_fast.kernels.launch_config import LaunchConfig, forced
+
+pytestmark = pytest.mark.interpreter
+
+KERNELS = ("attention.forward", "attention.backward_query", "attention.backward_key_value")
+# As in test_ops.py: what a recomputed softmax loses in float32.
+FLOOR = 8
+
+
+def tiles(block_m, block_n):
+    """All three kernels in tiles of these sizes."""
+    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, 0, 4, 1)))
+
+
+def check(operands, **options):
+    functions = (functools.partial(module.attention, **options) for module in (kernels, oracle, oracle))
+    return oracle.compare(*functions, operands, floor=FLOOR)
+
+
+def check_varlen(operands):
+    return oracle.compare(kernels.attention_varlen, *[oracle.attention_varlen] * 2, operands, floor=FLOOR)
+
+
+# Tiles. 64 tokens are whole tiles of every size, 63 and 65 are one off; the tail is 16, 32 or a whole tile wide.
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (32, 16), (64, 64), (64, 16)])
+@pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 97])
+def test_tiles(count, block_m, block_n):
+    with tiles(block_m, block_n):
+        check(attention_operands(torch.float32, batch=1, count=count))
+
+
+@pytest.mark.parametrize("lengths", [(63, 0, 65), (1, 64, 31)])
+def test_tiles_of_ragged_clips(lengths):
+    with tiles(64, 32):
+        check_varlen(varlen_operands(torch.float32, lengths, spare=70))
+
+
+@pytest.mark.parametrize("count", [128 + 64, 128 + 65, 129])
+def test_last_queries_in_half_a_tile(count):
+    """192 and 129 tokens leave at most half a tile of 128 queries, 193 more than that."""
+    with tiles(128, 128):
+        check(attention_operands(torch.float32, batch=1, count=count, heads=1))
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 24, 40, 72, 112])
+def test_head_sizes_in_between(size):
+    check(attention_operands(torch.float32, batch=1, count=33, size=size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [64, 88])
+def test_real_tail(size, dtype):
+    """392 tokens are six tiles of 64 and 8 more."""
+    check(attention_operands(dtype, batch=1, count=392, heads=1, size=size))
+
+
+# Strides and addresses.
+
+
+def heads_of_more(value):
+    """The first two of three heads: rows are further apart than they are long; the third is NaN."""
+    buffer = torch.full((*value.shape[:3], 3, value.shape[4]), torch.nan, dtype=value.dtype)
+    return buffer[:, :, :, :2].copy_(value)
+
+
+def tokens_first(value):
+    """(N, B, ...) memory: clips do not follow one another."""
+    return value.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def parts_first(value):
+    """(3, B, N, H, d) memory."""
+    return value.permute(2, 0, 1, 3, 4).contiguous().permute(1, 2, 0, 3, 4)
+
+
+def heads_first(value):
+    """(B, H, N, 3, d) memory."""
+    return value.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+
+
+def sizes_first(value):
+    """No unit stride in the last dimension: this one is copied."""
+    return value.permute(4, 0, 1, 2, 3).contiguous().permute(1, 2, 3, 4, 0)
+
+
+@pytest.mark.parametrize(
+    "layout", [heads_of_more, tokens_first, parts_first, heads_first, sizes_first, cropped, strided]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_strides_of_qkv(layout, dtype):
+    operands = attention_operands(dtype, batch=2, count=33)
+    clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+    qkv = layout(operands["qkv"])
+    assert not qkv.is_contiguous()
+    outputs, _, gradients = oracle.outcome(kernels.attention, dict(qkv=qkv), seeds)
+    assert torch.equal(outputs[0], clean[0])
+    assert torch.equal(gradients["qkv"], clean_gradients["qkv"])
+
+
+def expanded(value):
+    return value[:, :1].expand(value.shape)
+
+
+def expanded_scalar(value):
+    return value[:1, :1, :1].expand(value.shape)
+
+
+@pytest.mark.parametrize("layout", [cropped, strided, tokens_first, expanded, expanded_scalar])
+def test_any_strides_of_the_gradient(layout):
+    operands = attention_operands(torch.float32, batch=2, count=33)
+    seed = layout(torch.randn(2, 33, 64))
+    assert not seed.is_contiguous()
+    _, _, gradients = oracle.outcome(kernels.attention, operands, [seed])
+    _, _, contiguous = oracle.outcome(kernels.attention, operands, [seed.contiguous()])
+    assert torch.equal(gradients["qkv"], contiguous["qkv"])
+
+
+def test_ragged_clips_in_a_larger_buffer():
+    """NaN before, behind and between the rows."""
+    operands = varlen_operands(torch.float32, (33, 0, 17))
+    clean, seeds, clean_gradients = oracle.outcome(kernels.attention_varlen, operands)
+    operands["qkv"] = cropped(operands["qkv"])
+    outputs, _, gradients = oracle.outcome(kernels.attention_varlen, operands, seeds)
+    assert torch.equal(outputs[0], clean[0])
+    assert torch.equal(gradients["qkv"], clean_gradients["qkv"])
+
+
+# Values.
+
+
+def with_lse(module, qkv):
+    return module.attention(qkv, scale=0.3, return_lse=True)
+
+
+@pytest.mark.parametrize("count", [17, 65])
+def test_gradient_of_output_and_log_sum_exp_together(count):
+    ours, naive = (functools.partial(with_lse, module) for module in (kernels, oracle))
+    oracle.compare(ours, naive, naive, attention_operands(torch.float32, count=count), floor=FLOOR)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_far_from_zero(sign):
+    """Scores of 1e3 overflow without the running maximum; one that starts at zero loses those of -1e3."""
+    qkv = torch.randn(1, 65, 3, 1, 32)
+    qkv[:, :, 0] = 10
+    qkv[:, :, 1] = sign * (18 + torch.rand(1, 65, 1, 32))
+    with tiles(32, 32):
+        outputs, seeds, gradients = oracle.outcome(kernels.attention, dict(qkv=qkv))
+    exact, _, exact_gradients = oracle.outcome(oracle.attention, dict(qkv=qkv.double()), [seeds[0].double()])
+    # A score of 1e3 is rounded by up to 6e-5, and so is the weight that it becomes.
+    assert relative(outputs[0], exact[0]) < 2e-4
+    assert relative(gradients["qkv"], exact_gradients["qkv"]) < 2e-4
+
+
+def test_a_key_that_takes_all_comes_last():
+    """The running sum is scaled down by a later maximum."""
+    qkv = torch.randn(1, 65, 3, 1, 32)
+    qkv[:, 64, 1] = 30 * qkv[:, 0, 0]
+    with tiles(32, 32):
+        check(dict(qkv=qkv))
+
+
+def test_a_clip_of_nan_stays_alone():
+    operands = attention_operands(torch.float32, batch=2, count=33)
+    clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+    operands["qkv"][1] = torch.nan
+    outputs, _, gradients = oracle.outcome(kernels.attention, operands, seeds)
+    assert torch.equal(outputs[0][0], clean[0][0])
+    assert torch.equal(gradients["qkv"][0], clean_gradients["qkv"][0])
+    assert outputs[0][1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bitwise_repeatable(dtype):
+    operands = attention_operands(dtype, count=130)
+    first, seeds, first_gradients = oracle.outcome(kernels.attention, operands)
+    second, _, second_gradients = oracle.outcome(kernels.attention, operands, seeds)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first_gradients["qkv"], second_gradients["qkv"])
+
+
+# Which path.
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_varlen"])
+def test_heads_too_large_for_the_kernels(op, poisoned):
+    make = attention_operands if op == "attention" else varlen_operands
+    operands = make(torch.float32, size=136)
+    with pytest.raises(RuntimeError, match=r"runs attention\w* with head sizes up to 128, got 136"):
+        getattr(kernels, op)(**operands)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        oracle.compare(getattr(kernels, op), *[getattr(oracle, op)] * 2, operands, floor=FLOOR)
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+def test_autocast_halves_the_products():
+    """float32 qkv becomes float16 and its gradient float32 again."""
+    operands = attention_operands(torch.float32, count=33)
+    with torch.autocast("cpu", torch.float16):
+        outputs, _, gradients = oracle.outcome(kernels.attention, operands)
+    assert outputs[0].dtype == torch.float16
+    assert gradients["qkv"].dtype == torch.float32
+    assert torch.equal(gradients["qkv"], gradients["qkv"].half().float())
+
+
+# The custom ops, which torch.compile sees.
+
+
+def calls(dtype):
+    """Name, op, operands."""
+    ragged = varlen_operands(dtype, (5, 0, 12), spare=3)
+    yield "attention", functools.partial(kernels.attention, scale=0.3), attention_operands(dtype)
+    yield "attention_varlen", functools.partial(kernels.attention_varlen, scale=0.3), ragged
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(place, dtype):
+    name, _, operands = next(itertools.islice(calls(dtype), place, None))
+    operands["qkv"].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, (*operands.values(), 0.3))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_compiled(place):
+    """Between other code, forward and backward, no bit is another."""
+    _, op, operands = next(itertools.islice(calls(torch.float32), place, None))
+
+    def program(qkv, **rest):
+        return op(qkv=qkv * 2, **rest)
+
+    torch.compiler.reset()
+    outputs, seeds, gradients = oracle.outcome(program, operands)
+    compiled, _, compiled_gradients = oracle.outcome(torch.compile(program, fullgraph=True), operands, seeds)
+    assert torch.equal(compiled[0], outputs[0])
+    assert torch.equal(compiled_gradients["qkv"], gradients["qkv"])
+
+
+def test_compiled_log_sum_exp_alone():
+    """The output goes unused, and its gradient is None."""
+
+    def program(qkv):
+        return kernels.attention(qkv, return_lse=True)[1].sin()
+
+    torch.compiler.reset()
+    operands = attention_operands(torch.float32)
+    outputs, seeds, gradients = oracle.outcome(program, operands)
+    compiled, _, compiled_gradients = oracle.outcome(torch.compile(program, fullgraph=True), operands, seeds)
+    torch.testing.assert_close(compiled[0], outputs[0])
+    torch.testing.assert_close(compiled_gradients["qkv"], gradients["qkv"])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_second_derivative_is_an_error(place):
+    _, op, operands = next(itertools.islice(calls(torch.float32), place, None))
+    qkv = operands["qkv"].requires_grad_()
+    (gradient,) = torch.autograd.grad(op(**operands).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable"):
+        gradient.sum().backward()
