@@ -1,12 +1,13 @@
 # make demo   set up, then measure what masking saves on this machine, on a real clip
 # make test   set up, then run every check of the gate
+# make matrix compile every kernel for every GPU, with the pinned Triton and the oldest supported one; minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := demo
 
-.PHONY: demo test lint types eager interpreter clean
+.PHONY: demo test lint types eager interpreter matrix clean
 
 demo: $(READY)
 	$(BIN)/mar-fast bench --out $(OUT) --force
@@ -35,6 +36,13 @@ eager: $(READY)
 # An interpreted kernel cannot be compiled and the plain path must be tested too, so this is a run of its own.
 interpreter: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -m "interpreter or triton_too"
+
+matrix: $(READY) build/triton36
+	$(BIN)/pytest -q tests/test_compile_matrix.py -m "matrix or not matrix"
+	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/pytest -q tests/test_compile_matrix.py -m "matrix or not matrix"
+
+build/triton36: | $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 clean:
 	rm -rf $(VENV) build $(OUT) *.egg-info

@@ -39,9 +39,9 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: for which dtypes and shapes its configuration is meant."""
+    """One row of a table, a file: for which dtypes and shapes its configuration is meant."""
 
-    table: str
+    table: Path
     kernel: str
     dtypes: tuple[str, ...]
     where: tuple[tuple[str, int, int], ...]
@@ -69,12 +69,12 @@ def read_table(path: Path) -> dict[str, list[Row]]:
     """
     try:
         content: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
-        return {kernel: [_row(path.stem, kernel, entry) for entry in rows] for kernel, rows in content.items()}
+        return {kernel: [_row(path, kernel, entry) for entry in rows] for kernel, rows in content.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: got {error!r}, expected a table of launch configurations") from error
 
 
-def _row(table: str, kernel: str, entry: dict[str, Any]) -> Row:
+def _row(table: Path, kernel: str, entry: dict[str, Any]) -> Row:
     config = LaunchConfig(**entry["config"], origin=str(entry["origin"]))
     for option in ("block_m", "block_n", "block_k", "num_warps"):
         value = getattr(config, option)
@@ -103,6 +103,12 @@ def select(kernel: str, architecture: str, dtype: torch.dtype, features: tuple[t
         if row.fits(name, dict(features)):
             return row
     raise KeyError(f"no launch configuration for {kernel} on {architecture}, {name}, {dict(features)}")
+
+
+def forget_tables() -> None:
+    """Have the tables read again at the next call: for a process that has just written one."""
+    rows.cache_clear()
+    select.cache_clear()
 
 
 _forced: dict[str, LaunchConfig] = {}

@@ -26,6 +26,8 @@ if ON_GPU:
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if "matrix" in item.keywords and "matrix" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make matrix runs it"))
         if "interpreter" in item.keywords and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: make test runs it separately"))
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -11,6 +11,7 @@ import torch
 
 from mar_fast import cli, masking
 from mar_fast.bench import files, machine, savings
+from mar_fast.kernels import device, launch_config
 
 pytestmark = pytest.mark.real_clip
 
@@ -125,7 +126,7 @@ def test_cost_tables(run):
 
 def test_version_and_help(run):
     assert run("--version")[1].startswith("mar-fast 0.")
-    for command in ("bench", "masks", "cost"):
+    for command in ("bench", "masks", "cost", "kernels"):
         assert run(command, "--help")[0] == 0
 
 
@@ -177,6 +178,9 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
             ["cost", "mar_vit_base", "--peak-tflops", "0", "--bandwidth", "1"],
             "peak_flops: got 0.0, expected a number above 0",
         ),
+        (["kernels", "--target", "sm_86"], "target: got 'sm_86', expected one of sm_80, sm_90, sm_100, sm_120, gfx942"),
+        (["kernels", "--kernel", "softmax"], "kernel: got 'softmax', expected an op or a kernel of these: .*bias_gelu"),
+        (["kernels", "--jobs", "-1"], "--jobs: got -1, expected a number of processes, or 0"),
         (["fly"], "No such command 'fly'"),
     ],
 )
@@ -191,6 +195,61 @@ def test_bad_input_is_one_clear_line(run, monkeypatch, tmp_path, arguments, mess
     assert re.search(message, flat), flat
     assert "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.png").read_text() == "mine"
+
+
+ONE_KERNEL = ("kernels", "--kernel", "bias_gelu.forward", "--target", "sm_90", "--jobs", "1")
+needs_compiler = pytest.mark.skipif(not device.HAS_TRITON or device.INTERPRETING, reason="needs a Triton that compiles")
+
+
+@needs_compiler
+def test_kernels_table(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path))
+    code, out, err = run(*ONE_KERNEL)
+    assert code == 0 and "error" not in err
+    for text in (
+        "bias_gelu.forward",
+        "bfloat16",
+        "float32",
+        "sm_90",
+        "registers",
+        "shared",
+        "3 lines, 3 compiled with",
+    ):
+        assert text in out
+
+
+@needs_compiler
+def test_kernels_json(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path))
+    code, out, _ = run(*ONE_KERNEL, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and {line["dtype"] for line in lines} == {"bfloat16", "float16", "float32"}
+    for line in lines:
+        assert line["kernel"] == "bias_gelu.forward" and line["target"] == "sm_90" and line["origin"]
+        assert line["faults"] == [] and not line["failed"] and line["widest_load"] == 16 and line["registers"] > 0
+
+
+@needs_compiler
+def test_kernels_with_a_fault(run, monkeypatch, tmp_path):
+    """A user's table whose row makes scalar loads, and whose other row is for nothing: exit code 1, said in words."""
+    rows = [
+        {"config": {"block_m": 4, "block_n": 32}, "origin": "a bad idea"},
+        {"where": {"never": [0, 1]}, "config": {"block_m": 4, "block_n": 32}, "origin": "never taken"},
+    ]
+    (tmp_path / "sm_90.json").write_text(json.dumps({"bias_gelu.forward": rows}))
+    monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path))
+    launch_config.forget_tables()
+    code, out, err = run(*ONE_KERNEL)
+    launch_config.forget_tables()
+    assert code == 1 and "lines failed" in err
+    assert "bias_gelu.forward, ViT-B, 32 clips, 50 %, bfloat16, sm_90: widest global load" in out
+    assert "bias_gelu.forward, sm_90: no case covers this row of sm_90.json, for never 0 to 1" in out
+
+
+def test_kernels_without_triton(run, monkeypatch):
+    monkeypatch.setattr(device, "HAS_TRITON", False)
+    code, out, err = run("kernels")
+    assert code == 2 and out == "" and err.startswith("error: triton: not installed, expected it for this command")
 
 
 def test_missing_sample_clip(run, monkeypatch):

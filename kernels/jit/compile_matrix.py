@@ -1,7 +1,8 @@
 """Compiling kernels for a GPU that need not be there, and what the machine code looks like.
 
 A launcher run on tensors without memory says what it would launch (jit/launch.py); that is compiled for the target with
-Triton's own compiler and assembler, so what is looked at here is what would run there.
+Triton's own compiler and assembler, so what is looked at here is what would run there. jit/matrix.py does it for every
+case.
 """
 
 import json
@@ -9,6 +10,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,16 +22,20 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..launch_config import assumed_architecture
+from ..launch_config import LaunchConfig, assumed_architecture
 from .launch import Launch, recording
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 STRICT = ("sm_80", "sm_90", "sm_100")
 TARGETS = tuple(SHARED_LIMIT)
+TRITON = triton.__version__
 
 _TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
-_GLOBAL_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E(\.[A-Z0-9.]*)?")
+# LDG.E.128, LDGSTS.E.BYPASS.LTC128B.128, LDG.E.U8.CONSTANT, LDG.E.ENL2.256; LTC128B is about the cache.
+_GLOBAL_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E((?:\.[A-Z0-9]+)*)")
+_LOAD_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_BULK_LOAD = re.compile(r"cp\.async\.bulk(?:\.tensor\.\dd)?\.shared")
 _POINTER = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32",
     torch.int64: "i64",
@@ -54,6 +60,7 @@ class Report:
     loads: dict[int, int]
     seconds: float
     error: str = ""
+    dtype: str = ""
 
     @property
     def widest_load(self) -> int:
@@ -75,9 +82,15 @@ class Report:
             faults.append(f"widest global load {self.widest_load} bytes")
         return faults
 
+    @property
+    def failed(self) -> bool:
+        """Whether a gate stops here: it does not compile, or has a fault on a target where none is allowed."""
+        return bool(self.error or (self.target in STRICT and self.faults()))
+
     def as_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self) | {"widest_load": self.widest_load, "faults": self.faults()})
+        more = {"widest_load": self.widest_load, "faults": self.faults(), "failed": self.failed}
+        return json.dumps(asdict(self) | more | {"triton": TRITON})
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -94,9 +107,43 @@ def launches(run: Callable[[], object], target: str) -> list[Launch]:
     return recorded
 
 
-def compile_launch(launch: Launch, target: str, case: str = "") -> Report:
-    """Compile one launch for ``target`` and read the result."""
+def compile_launch(launch: Launch, target: str, case: str = "", dtype: str = "") -> Report:
+    """Compile one launch for ``target`` and read the result. ``case`` and ``dtype`` are for the report."""
     config = launch.config
+    start, error, compiled = time.perf_counter(), "", None
+    try:
+        compiled = triton.compile(ASTSource(launch.kernel, *specialised(launch)), gpu_target(target), _options(config))
+    except Exception as failure:  # whatever the compiler raises is the finding
+        error = f"does not compile: {type(failure).__name__}: {str(failure).strip()[-300:]}"
+    seconds = time.perf_counter() - start
+    read = _read(compiled, target) if compiled is not None else {}
+    return report(launch.name, target, config, case=case, dtype=dtype, seconds=seconds, error=error, **read)
+
+
+def report(kernel: str, target: str, config: LaunchConfig | None, **known: Any) -> Report:
+    """A report with nothing in it but what is known."""
+    said = ""
+    if config is not None:
+        said = ", ".join(f"{key} {value}" for key, value in asdict(config).items() if key != "origin" and value)
+    nothing: dict[str, Any] = dict(
+        case="", config=said, origin=config.origin if config else "", registers=0, spilled_bytes=0, stack_bytes=0,
+        shared_bytes=0, tensor_core=0, matrix=False, loads={}, seconds=0.0,
+    )  # fmt: skip
+    return Report(kernel=kernel, target=target, **(nothing | known))
+
+
+def launch_key(launch: Launch, target: str) -> str:
+    """Two launches with the same key compile to the same code."""
+    code = (launch.kernel.fn.__module__, launch.kernel.fn.__qualname__)
+    return repr((launch.name, code, specialised(launch), _options(launch.config), target))
+
+
+def _options(config: LaunchConfig) -> dict[str, Any]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """The types of the arguments, the constants among them, and what is known of the others, as Triton does it."""
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -108,21 +155,16 @@ def compile_launch(launch: Launch, target: str, case: str = "") -> Report:
         signature[name] = kind
         if kind == "constexpr":
             constants[name] = value
-        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif _divisible(value):
             hints[(place,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    said = ", ".join(f"{key} {value}" for key, value in asdict(config).items() if key != "origin" and value)
-    start, error, compiled = time.perf_counter(), "", None
-    try:
-        source = ASTSource(launch.kernel, signature, constants, hints)
-        compiled = triton.compile(source, target=gpu_target(target), options=options)
-    except Exception as failure:  # whatever the compiler raises is the finding
-        error = f"does not compile: {type(failure).__name__}: {str(failure).strip()[-300:]}"
-    seconds = time.perf_counter() - start
-    read = dict(registers=0, spilled_bytes=0, stack_bytes=0, shared_bytes=0, tensor_core=0, matrix=False, loads={})
-    if compiled is not None:
-        read |= _read(compiled, target)
-    return Report(launch.name, case, target, said, config.origin, **read, seconds=seconds, error=error)  # type: ignore[arg-type]
+    return signature, constants, hints
+
+
+def _divisible(value: Any) -> bool:
+    """Whether an address, or a number, is a multiple of 16; memory is allocated on such addresses."""
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
 
 
 def _kind(value: Any) -> str:
@@ -131,6 +173,8 @@ def _kind(value: Any) -> str:
         return "constexpr"
     if isinstance(value, Tensor):
         return "*" + _POINTER[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -160,23 +204,19 @@ def _read(compiled: Any, target: str) -> dict[str, Any]:
             loads=_count(_load_bytes(options) for options in _GLOBAL_LOAD.findall(sass)),
         )
         # Bulk copies (TMA) are wider than any load of a thread.
-        if "cp.async.bulk" in code:
-            found["loads"][16] = found["loads"].get(16, 0) + code.count("cp.async.bulk")
+        if bulk := len(_BULK_LOAD.findall(code)):
+            found["loads"] = _count([16] * bulk, found["loads"])
     found["tensor_core"] = len(_TENSOR_CORE.findall(code))
     return found
 
 
 def _load_bytes(options: str) -> int:
-    for mark, size in ((".128", 16), (".64", 8), (".U8", 1), (".S8", 1), (".U16", 2), (".S16", 2)):
-        if mark in options:
-            return size
-    return 4
+    return next((_LOAD_BYTES[option] for option in options.split(".") if option in _LOAD_BYTES), 4)
 
 
-def _count(sizes: Iterable[int]) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for size in sizes:
-        counts[size] = counts.get(size, 0) + 1
+def _count(sizes: Iterable[int], before: dict[int, int] | None = None) -> dict[int, int]:
+    counts = Counter(before or {})
+    counts.update(sizes)
     return dict(sorted(counts.items(), reverse=True))
 
 

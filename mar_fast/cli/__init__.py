@@ -10,6 +10,7 @@ import mar_fast
 from .bench import bench
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .cost import cost
+from .kernels import kernels
 from .masks import masks
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(masks)
 app.command()(cost)
+app.command()(kernels)
 
 
 def _version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .. import MARConfig
+from ..kernels import device
 from ..video import read_clip
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -21,6 +22,8 @@ USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 # Results go to stdout, everything else to stderr, so that --json can be piped.
 results = Console()
 errors = Console(stderr=True)
+# For tables of many columns: in a file or a pipe they have the room that they need.
+wide_results = results if results.is_terminal else Console(width=max(results.width, 180))
 
 Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
 
@@ -37,6 +40,19 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+def need_triton() -> None:
+    """Check that there is a Triton to compile with.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+        ValueError: kernels are interpreted in this process.
+    """
+    if not device.HAS_TRITON:
+        raise ModuleNotFoundError("triton: not installed, expected it for this command: pip install triton (on Linux)")
+    if device.INTERPRETING:
+        raise ValueError("TRITON_INTERPRET: got 1, under which nothing is compiled; expected it not to be set")
 
 
 def print_json(content: Any) -> None:
