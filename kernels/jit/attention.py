@@ -4,7 +4,8 @@ One program takes BLOCK_M queries of one head and walks over the keys in tiles o
 scores never leave the chip. What is left over at the end of the keys is a smaller tile of its own, so that 784 tokens
 cost 12 * 64 + 16 keys and not 13 * 64: only this tile is masked.
 
-A head size that is no power of two is worked on as two tiles, D0 + D1 columns wide: 80 is 64 + 16, 96 is 64 + 32.
+A head is worked on as a tuple of column tiles, each a power of two wide: 80 is 64 + 16, 96 is 64 + 32. Narrower tiles
+also need fewer registers at a time, which float32 and older architectures are short of.
 """
 
 from typing import Any
@@ -15,10 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import lse_row
-from ..launch_config import launch_config
+from ..launch_config import LaunchConfig, launch_config
 from .launch import launch
 
 LOG2_E = 1.4426950408889634
+
+
+@triton.constexpr_function
+def begin(widths, place):
+    """The first column of a column tile."""
+    return sum(widths[:place])
 
 
 @triton.jit
@@ -36,6 +43,16 @@ def load_tile(
 
 
 @triton.jit
+def load_tiles(base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """All column tiles of some tokens."""
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
 def store_tile(
     base, b_tile, o_row, m_row, row_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
@@ -46,9 +63,42 @@ def store_tile(
 
 
 @triton.jit
-def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
-    """b_sum + b_a @ b_b, in the dtype of b_b, summed in float32."""
-    return tl.dot(b_a.to(b_b.dtype), b_b, b_sum, input_precision=PRECISION)
+def store_tiles(base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """All column tiles of some tokens, times ``factor``: a number, or one for each row [rows, 1]."""
+    for i in tl.static_range(len(WIDTHS)):
+        store_tile(base, b_tiles[i] * factor, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Sums that begin at zero."""
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (zero_tile(ROWS, WIDTHS[i]),)
+    return tiles
+
+
+@triton.jit
+def inner(b_rows, b_columns, PRECISION: tl.constexpr):
+    """rows @ columns^T over all column tiles: [M, N] float32."""
+    b_product = tl.dot(b_rows[0], tl.trans(b_columns[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(b_rows)):
+        b_product = tl.dot(b_rows[i], tl.trans(b_columns[i]), b_product, input_precision=PRECISION)
+    return b_product
+
+
+@triton.jit
+def add_product(b_sums, b_weights, b_tiles, PRECISION: tl.constexpr):
+    """sums + weights @ tiles for each column tile, in the tiles' dtype, summed in float32."""
+    sums = ()
+    for i in tl.static_range(len(b_sums)):
+        sums = sums + (tl.dot(b_weights.to(b_tiles[i].dtype), b_tiles[i], b_sums[i], input_precision=PRECISION),)
+    return sums
 
 
 @triton.jit
@@ -70,67 +120,56 @@ def place(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
 
 @triton.jit
 def attend(
-    b_q0, b_q1, b_out0, b_out1, b_max, b_sum, key, value, row_stride, o_n, m_n, scale_log2,
-    MASKED: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_out, b_max, b_sum, key, value, row_stride, o_n, m_n, scale_log2,
+    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running softmax."""
-    b_k = load_tile(key, o_n, m_n, row_stride, MASKED, 0, D0, HEAD_DIM)
     # [BLOCK_M, BLOCK_N]
-    b_s = tl.dot(b_q0, tl.trans(b_k), input_precision=PRECISION)
-    if D1 > 0:
-        b_k = load_tile(key, o_n, m_n, row_stride, MASKED, D0, D1, HEAD_DIM)
-        b_s = tl.dot(b_q1, tl.trans(b_k), b_s, input_precision=PRECISION)
+    b_s = inner(b_q, load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
     if MASKED:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
     b_decay = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_v = load_tile(value, o_n, m_n, row_stride, MASKED, 0, D0, HEAD_DIM)
-    b_out0 = product(b_p, b_v, b_out0 * b_decay[:, None], PRECISION)
-    if D1 > 0:
-        b_v = load_tile(value, o_n, m_n, row_stride, MASKED, D0, D1, HEAD_DIM)
-        b_out1 = product(b_p, b_v, b_out1 * b_decay[:, None], PRECISION)
-    return b_out0, b_out1, b_new_max, b_sum
+    b_faded = ()
+    for i in tl.static_range(len(b_out)):
+        b_faded = b_faded + (b_out[i] * b_decay[:, None],)
+    b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
+    return add_product(b_faded, b_p, b_v, PRECISION), b_new_max, b_sum
 
 
 @triton.jit
 def forward_tile(
     query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries from ``start`` on."""
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < length
     query += tl.cast(start, tl.int64) * row_stride
-    b_q0 = load_tile(query, o_m, m_m, row_stride, True, 0, D0, HEAD_DIM)
-    b_q1 = b_q0
-    if D1 > 0:
-        b_q1 = load_tile(query, o_m, m_m, row_stride, True, D0, D1, HEAD_DIM)
-    b_out0 = tl.zeros((BLOCK_M, D0), dtype=tl.float32)
-    b_out1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), dtype=tl.float32)
+    b_q = load_tiles(query, o_m, m_m, row_stride, True, WIDTHS, HEAD_DIM)
+    b_out = zero_tiles(BLOCK_M, WIDTHS)
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     o_n = tl.arange(0, BLOCK_N)
     whole = length // BLOCK_N * BLOCK_N
     for _ in range(0, whole, BLOCK_N):
-        b_out0, b_out1, b_max, b_sum = attend(
-            b_q0, b_q1, b_out0, b_out1, b_max, b_sum, key, value, row_stride, o_n, o_n < BLOCK_N, scale_log2,
-            False, D0, D1, HEAD_DIM, PRECISION,
+        b_out, b_max, b_sum = attend(
+            b_q, b_out, b_max, b_sum, key, value, row_stride, o_n, o_n < BLOCK_N, scale_log2,
+            False, WIDTHS, HEAD_DIM, PRECISION,
         )  # fmt: skip
         key += BLOCK_N * row_stride
         value += BLOCK_N * row_stride
     if TAIL > 0:
         o_tail = tl.arange(0, TAIL)
-        b_out0, b_out1, b_max, b_sum = attend(
-            b_q0, b_q1, b_out0, b_out1, b_max, b_sum, key, value, row_stride, o_tail, whole + o_tail < length,
-            scale_log2, True, D0, D1, HEAD_DIM, PRECISION,
+        b_out, b_max, b_sum = attend(
+            b_q, b_out, b_max, b_sum, key, value, row_stride, o_tail, whole + o_tail < length, scale_log2,
+            True, WIDTHS, HEAD_DIM, PRECISION,
         )  # fmt: skip
     out += tl.cast(start, tl.int64) * out_stride
-    store_tile(out, b_out0 / b_sum[:, None], o_m, m_m, out_stride, 0, D0, HEAD_DIM)
-    if D1 > 0:
-        store_tile(out, b_out1 / b_sum[:, None], o_m, m_m, out_stride, D0, D1, HEAD_DIM)
+    store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM)
     # What pads a row is written too: outputs of an op are the same every time, all of them.
     tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=start + o_m < lse_length)
 
@@ -140,8 +179,7 @@ def forward_kernel(
     qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride, row_stride, part_stride, head_stride, lse_stride,
     scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HALVE_LAST: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strides of qkv come divided by VEC, so that the compiler sees that loads of VEC values are aligned."""
     tile, head, clip, first, length = place(cu_seqlens, tokens, tiles, heads, VARLEN)
@@ -159,12 +197,12 @@ def forward_kernel(
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             forward_tile(
                 query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
-                BLOCK_M // 2, BLOCK_N, TAIL, D0, D1, HEAD_DIM, PRECISION,
+                BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, PRECISION,
             )  # fmt: skip
         else:
             forward_tile(
                 query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
-                BLOCK_M, BLOCK_N, TAIL, D0, D1, HEAD_DIM, PRECISION,
+                BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, PRECISION,
             )  # fmt: skip
 
 
@@ -190,13 +228,20 @@ def tail(tokens: int, step: int, varlen: bool) -> int:
     return max(16, triton.next_power_of_2(left)) if left else 0
 
 
-def shape_constants(qkv: Tensor) -> dict[str, Any]:
-    """What all kernels are compiled for: the split of the head size, how wide to load, precision of products."""
+def column_tiles(head_dim: int, widest: int) -> tuple[int, ...]:
+    """Widths, each a power of two from 16 to ``widest``, that cover a head with less than 16 columns to spare."""
+    widths: list[int] = []
+    while (rest := head_dim - sum(widths)) > 0:
+        above = max(16, triton.next_power_of_2(rest))
+        widths.append(min(widest, above if above - rest < 16 else above // 2))
+    return tuple(widths)
+
+
+def shape_constants(qkv: Tensor, config: LaunchConfig) -> dict[str, Any]:
+    """What a kernel is compiled for besides its tiles of tokens; ``block_k`` is the widest column tile."""
     head_dim = qkv.shape[-1]
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = max(0, head_dim - first)
     return dict(
-        D0=first, D1=max(16, triton.next_power_of_2(rest)) if rest else 0, HEAD_DIM=head_dim, VEC=vector(qkv),
+        WIDTHS=column_tiles(head_dim, config.block_k), HEAD_DIM=head_dim, VEC=vector(qkv),
         PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
     )  # fmt: skip
 
@@ -225,7 +270,7 @@ def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seq
     tokens = max_seqlen if varlen else lead[1]
     clips = len(cu_seqlens) - 1 if cu_seqlens is not None else lead[0]
     config = launch_config("attention.forward", qkv, head_dim=head_dim, tokens=tokens)
-    constants = shape_constants(qkv)
+    constants = shape_constants(qkv, config)
     vec = constants["VEC"]
     clip_stride = 0 if varlen else qkv.stride(0)
     tiles = triton.cdiv(tokens, config.block_m)

@@ -1,51 +1,44 @@
-"""attention and attention_varlen in Triton: the backward pass, from the saved log-sum-exp (arXiv 2307.08691, section 3.2).
+"""attention and attention_varlen in Triton: the backward pass, from the saved log-sum-exp (arXiv 2307.08691).
 
 Two kernels, so that no sum needs atomics and the result is the same every time: one for the gradient of the queries,
 which also leaves delta = sum(out * grad, 1) - grad_lse for the other, and one for those of keys and values.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_config import LaunchConfig, launch_config
-from .attention import LOG2_E, addressable, load_tile, place, product, shape_constants, store_tile, tail
+from ..launch_config import launch_config
+from .attention import (
+    LOG2_E, add_product, addressable, inner, load_tiles, place, shape_constants, store_tiles, tail, vector, zero_tiles,
+)  # fmt: skip
 from .launch import launch
 
 
 @triton.jit
 def add_query_gradient(
-    b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, key, value, row_stride, o_n, m_n, scale_log2,
-    MASKED: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_q, b_do, b_lse, b_delta, key, value, row_stride, o_n, m_n, scale_log2,
+    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to the gradient of some queries, without the scale."""
-    b_k0 = load_tile(key, o_n, m_n, row_stride, MASKED, 0, D0, HEAD_DIM)
-    b_v = load_tile(value, o_n, m_n, row_stride, MASKED, 0, D0, HEAD_DIM)
+    b_k = load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
+    b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
     # [BLOCK_M, BLOCK_N]
-    b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
-    b_dp = tl.dot(b_do0, tl.trans(b_v), input_precision=PRECISION)
-    b_k1 = b_k0
-    if D1 > 0:
-        b_k1 = load_tile(key, o_n, m_n, row_stride, MASKED, D0, D1, HEAD_DIM)
-        b_v = load_tile(value, o_n, m_n, row_stride, MASKED, D0, D1, HEAD_DIM)
-        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
-        b_dp = tl.dot(b_do1, tl.trans(b_v), b_dp, input_precision=PRECISION)
-    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_p = tl.exp2(inner(b_q, b_k, PRECISION) * scale_log2 - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_n[None, :], b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    b_dq0 = product(b_ds, b_k0, b_dq0, PRECISION)
-    if D1 > 0:
-        b_dq1 = product(b_ds, b_k1, b_dq1, PRECISION)
-    return b_dq0, b_dq1
+    b_ds = b_p * (inner(b_do, b_v, PRECISION) - b_delta[:, None])
+    return add_product(b_dq, b_ds, b_k, PRECISION)
 
 
 @triton.jit
 def query_kernel(
     qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv, tokens, tiles, heads,
     clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, scale, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M queries, and their delta."""
@@ -64,82 +57,59 @@ def query_kernel(
         at_lse = (head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride) + start
         o_m = tl.arange(0, BLOCK_M)
         m_m = start + o_m < length
-        b_q0 = load_tile(query, o_m, m_m, row_stride, True, 0, D0, HEAD_DIM)
-        b_do0 = load_tile(grad, o_m, m_m, grad_row_stride, True, 0, D0, HEAD_DIM)
-        b_out = load_tile(out, o_m, m_m, heads * HEAD_DIM, True, 0, D0, HEAD_DIM)
-        b_delta = tl.sum(b_out.to(tl.float32) * b_do0.to(tl.float32), 1)
-        b_do0 = b_do0.to(b_q0.dtype)
-        b_q1, b_do1 = b_q0, b_do0
-        if D1 > 0:
-            b_q1 = load_tile(query, o_m, m_m, row_stride, True, D0, D1, HEAD_DIM)
-            b_do1 = load_tile(grad, o_m, m_m, grad_row_stride, True, D0, D1, HEAD_DIM)
-            b_out = load_tile(out, o_m, m_m, heads * HEAD_DIM, True, D0, D1, HEAD_DIM)
-            b_delta += tl.sum(b_out.to(tl.float32) * b_do1.to(tl.float32), 1)
-            b_do1 = b_do1.to(b_q0.dtype)
+        b_q = load_tiles(query, o_m, m_m, row_stride, True, WIDTHS, HEAD_DIM)
+        b_grad = load_tiles(grad, o_m, m_m, grad_row_stride, True, WIDTHS, HEAD_DIM)
+        b_out = load_tiles(out, o_m, m_m, heads * HEAD_DIM, True, WIDTHS, HEAD_DIM)
+        b_delta = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for i in tl.static_range(len(WIDTHS)):
+            b_delta += tl.sum(b_out[i].to(tl.float32) * b_grad[i].to(tl.float32), 1)
         if grad_lse is not None:
             b_delta -= tl.load(grad_lse + at_lse + o_m, mask=m_m, other=0.0)
         tl.store(delta + at_lse + o_m, b_delta, mask=m_m)
         b_lse = tl.load(lse + at_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
-        b_dq0 = tl.zeros((BLOCK_M, D0), dtype=tl.float32)
-        b_dq1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), dtype=tl.float32)
+        b_dq = zero_tiles(BLOCK_M, WIDTHS)
         o_n = tl.arange(0, BLOCK_N)
         whole = length // BLOCK_N * BLOCK_N
         for _ in range(0, whole, BLOCK_N):
-            b_dq0, b_dq1 = add_query_gradient(
-                b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, key, value, row_stride, o_n, o_n < BLOCK_N,
-                scale_log2, False, D0, D1, HEAD_DIM, PRECISION,
+            b_dq = add_query_gradient(
+                b_dq, b_q, b_grad, b_lse, b_delta, key, value, row_stride, o_n, o_n < BLOCK_N, scale_log2,
+                False, WIDTHS, HEAD_DIM, PRECISION,
             )  # fmt: skip
             key += BLOCK_N * row_stride
             value += BLOCK_N * row_stride
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
-            b_dq0, b_dq1 = add_query_gradient(
-                b_dq0, b_dq1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, key, value, row_stride, o_tail,
-                whole + o_tail < length, scale_log2, True, D0, D1, HEAD_DIM, PRECISION,
+            b_dq = add_query_gradient(
+                b_dq, b_q, b_grad, b_lse, b_delta, key, value, row_stride, o_tail, whole + o_tail < length, scale_log2,
+                True, WIDTHS, HEAD_DIM, PRECISION,
             )  # fmt: skip
         dqkv += ((first + start) * 3 * heads + head) * HEAD_DIM
-        store_tile(dqkv, b_dq0 * scale, o_m, m_m, 3 * heads * HEAD_DIM, 0, D0, HEAD_DIM)
-        if D1 > 0:
-            store_tile(dqkv, b_dq1 * scale, o_m, m_m, 3 * heads * HEAD_DIM, D0, D1, HEAD_DIM)
+        store_tiles(dqkv, b_dq, scale, o_m, m_m, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
 @triton.jit
 def add_key_value_gradient(
-    b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, query, grad, lse, delta, row_stride, grad_row_stride, o_m, m_m,
-    scale_log2,
-    MASKED: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, query, grad, lse, delta, row_stride, grad_row_stride, o_m, m_m, scale_log2,
+    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients of some keys (without the scale) and values."""
     # Queries that are not there have weight exp(-inf) = 0.
     b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf")) if MASKED else tl.load(lse + o_m)
     b_delta = tl.load(delta + o_m, mask=m_m, other=0.0) if MASKED else tl.load(delta + o_m)
-    b_q0 = load_tile(query, o_m, m_m, row_stride, MASKED, 0, D0, HEAD_DIM)
+    b_q = load_tiles(query, o_m, m_m, row_stride, MASKED, WIDTHS, HEAD_DIM)
+    b_do = load_tiles(grad, o_m, m_m, grad_row_stride, MASKED, WIDTHS, HEAD_DIM)
     # [BLOCK_N, BLOCK_M]: transposed, so that both sums below take it as it is
-    b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=PRECISION)
-    b_q1 = b_q0
-    if D1 > 0:
-        b_q1 = load_tile(query, o_m, m_m, row_stride, MASKED, D0, D1, HEAD_DIM)
-        b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision=PRECISION)
-    b_p = tl.exp2(b_s * scale_log2 - (b_lse * 1.4426950408889634)[None, :])
-    b_do = load_tile(grad, o_m, m_m, grad_row_stride, MASKED, 0, D0, HEAD_DIM).to(b_q0.dtype)
-    b_dv0 = product(b_p, b_do, b_dv0, PRECISION)
-    b_dp = tl.dot(b_v0, tl.trans(b_do), input_precision=PRECISION)
-    if D1 > 0:
-        b_do = load_tile(grad, o_m, m_m, grad_row_stride, MASKED, D0, D1, HEAD_DIM).to(b_q0.dtype)
-        b_dv1 = product(b_p, b_do, b_dv1, PRECISION)
-        b_dp = tl.dot(b_v1, tl.trans(b_do), b_dp, input_precision=PRECISION)
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk0 = product(b_ds, b_q0, b_dk0, PRECISION)
-    if D1 > 0:
-        b_dk1 = product(b_ds, b_q1, b_dk1, PRECISION)
-    return b_dk0, b_dk1, b_dv0, b_dv1
+    b_p = tl.exp2(inner(b_k, b_q, PRECISION) * scale_log2 - (b_lse * 1.4426950408889634)[None, :])
+    b_dv = add_product(b_dv, b_p, b_do, PRECISION)
+    b_ds = b_p * (inner(b_v, b_do, PRECISION) - b_delta[None, :])
+    return add_product(b_dk, b_ds, b_q, PRECISION), b_dv
 
 
 @triton.jit
 def key_value_kernel(
     qkv, cu_seqlens, grad, lse, delta, dqkv, tokens, tiles, heads,
     clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, scale, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M."""
@@ -157,22 +127,16 @@ def key_value_kernel(
         delta += at_lse
         o_n = tl.arange(0, BLOCK_N)
         m_n = start + o_n < length
-        b_k0 = load_tile(key, o_n, m_n, row_stride, True, 0, D0, HEAD_DIM)
-        b_v0 = load_tile(value, o_n, m_n, row_stride, True, 0, D0, HEAD_DIM)
-        b_k1, b_v1 = b_k0, b_v0
-        if D1 > 0:
-            b_k1 = load_tile(key, o_n, m_n, row_stride, True, D0, D1, HEAD_DIM)
-            b_v1 = load_tile(value, o_n, m_n, row_stride, True, D0, D1, HEAD_DIM)
-        b_dk0 = tl.zeros((BLOCK_N, D0), dtype=tl.float32)
-        b_dv0 = tl.zeros((BLOCK_N, D0), dtype=tl.float32)
-        b_dk1 = tl.zeros((BLOCK_N, D1 if D1 > 0 else 16), dtype=tl.float32)
-        b_dv1 = tl.zeros((BLOCK_N, D1 if D1 > 0 else 16), dtype=tl.float32)
+        b_k = load_tiles(key, o_n, m_n, row_stride, True, WIDTHS, HEAD_DIM)
+        b_v = load_tiles(value, o_n, m_n, row_stride, True, WIDTHS, HEAD_DIM)
+        b_dk = zero_tiles(BLOCK_N, WIDTHS)
+        b_dv = zero_tiles(BLOCK_N, WIDTHS)
         o_m = tl.arange(0, BLOCK_M)
         whole = length // BLOCK_M * BLOCK_M
         for _ in range(0, whole, BLOCK_M):
-            b_dk0, b_dk1, b_dv0, b_dv1 = add_key_value_gradient(
-                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, query, grad, lse, delta, row_stride,
-                grad_row_stride, o_m, o_m < BLOCK_M, scale_log2, False, D0, D1, HEAD_DIM, PRECISION,
+            b_dk, b_dv = add_key_value_gradient(
+                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, row_stride, grad_row_stride, o_m, o_m < BLOCK_M,
+                scale_log2, False, WIDTHS, HEAD_DIM, PRECISION,
             )  # fmt: skip
             query += BLOCK_M * row_stride
             grad += BLOCK_M * grad_row_stride
@@ -180,18 +144,13 @@ def key_value_kernel(
             delta += BLOCK_M
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
-            b_dk0, b_dk1, b_dv0, b_dv1 = add_key_value_gradient(
-                b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, query, grad, lse, delta, row_stride,
-                grad_row_stride, o_tail, whole + o_tail < length, scale_log2, True, D0, D1, HEAD_DIM, PRECISION,
+            b_dk, b_dv = add_key_value_gradient(
+                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, row_stride, grad_row_stride, o_tail,
+                whole + o_tail < length, scale_log2, True, WIDTHS, HEAD_DIM, PRECISION,
             )  # fmt: skip
         dkey = dqkv + ((first + start) * 3 * heads + heads + head) * HEAD_DIM
-        dvalue = dkey + heads * HEAD_DIM
-        stride = 3 * heads * HEAD_DIM
-        store_tile(dkey, b_dk0 * scale, o_n, m_n, stride, 0, D0, HEAD_DIM)
-        store_tile(dvalue, b_dv0, o_n, m_n, stride, 0, D0, HEAD_DIM)
-        if D1 > 0:
-            store_tile(dkey, b_dk1 * scale, o_n, m_n, stride, D0, D1, HEAD_DIM)
-            store_tile(dvalue, b_dv1, o_n, m_n, stride, D0, D1, HEAD_DIM)
+        store_tiles(dkey, b_dk, scale, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
+        store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
 def backward(
@@ -221,29 +180,26 @@ def backward(
     delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
     tokens = max_seqlen if varlen else lead[1]
     clips = len(cu_seqlens) - 1 if cu_seqlens is not None else lead[0]
-    constants = shape_constants(qkv) | dict(VARLEN=varlen, GRAD_VEC=grad_vec)
-    vec = constants["VEC"]
+    vec = vector(qkv)
     strides = (
         0 if varlen else qkv.stride(0) // vec, *(stride // vec for stride in qkv.stride()[-4:-1]),
         0 if varlen else grad.stride(0) // grad_vec, grad.stride(-2) // grad_vec, lse.shape[-1], scale, scale * LOG2_E,
     )  # fmt: skip
 
-    def config_and_tiles(kernel: str, own: str) -> tuple[LaunchConfig, int]:
-        config = launch_config(kernel, qkv, head_dim=head_dim, tokens=tokens)
-        return config, triton.cdiv(tokens, getattr(config, own))
+    def run(name: str, kernel: Any, own: str, other: str, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel whose programs each own a tile of ``own`` and walk over tiles of ``other``."""
+        config = launch_config(name, qkv, head_dim=head_dim, tokens=tokens)
+        tiles = triton.cdiv(tokens, getattr(config, own))
+        launch(
+            name, kernel, (tiles * heads * clips,), (*arguments, tokens, tiles, heads, *strides), config,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, getattr(config, other), varlen),
+            VARLEN=varlen, GRAD_VEC=grad_vec, **shape_constants(qkv, config),
+        )  # fmt: skip
 
-    config, tiles = config_and_tiles("attention.backward_query", "block_m")
-    launch(
-        "attention.backward_query", query_kernel, (tiles * heads * clips,),
-        (qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv, tokens, tiles, heads, *strides),
-        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, config.block_n, varlen), **constants,
-    )  # fmt: skip
-    config, tiles = config_and_tiles("attention.backward_key_value", "block_n")
-    launch(
-        "attention.backward_key_value", key_value_kernel, (tiles * heads * clips,),
-        (qkv, cu_seqlens, grad, lse, delta, dqkv, tokens, tiles, heads, *strides),
-        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, config.block_m, varlen), **constants,
-    )  # fmt: skip
+    inputs = (qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)
+    run("attention.backward_query", query_kernel, "block_m", "block_n", inputs)
+    inputs = (qkv, cu_seqlens, grad, lse, delta, dqkv)
+    run("attention.backward_key_value", key_value_kernel, "block_n", "block_m", inputs)
     return dqkv
 
 
