@@ -111,18 +111,27 @@ def forget_tables() -> None:
     select.cache_clear()
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The row that a call of a launcher took, and for which dtype."""
+
+    row: Row
+    dtype: str
+
+
 _forced: dict[str, LaunchConfig] = {}
 _assumed: str | None = None
-_selected: list[Row] | None = None
+_chosen: list[Choice] | None = None
 
 
 def launch_config(kernel: str, operand: Tensor, dtype: torch.dtype | None = None, **features: int) -> LaunchConfig:
-    """The launch configuration of ``kernel`` for a call: where ``operand`` lives, its dtype (or ``dtype``), its shape."""
+    """The launch configuration of ``kernel`` for a call: where ``operand`` lives, its dtype or ``dtype``, its shape."""
     if kernel in _forced:
         return _forced[kernel]
-    row = select(kernel, architecture(operand), dtype or operand.dtype, tuple(features.items()))
-    if _selected is not None:
-        _selected.append(row)
+    dtype = dtype or operand.dtype
+    row = select(kernel, architecture(operand), dtype, tuple(features.items()))
+    if _chosen is not None:
+        _chosen.append(Choice(row, str(dtype).removeprefix("torch.")))
     return row.config
 
 
@@ -139,14 +148,14 @@ def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
 
 
 @contextmanager
-def assumed_architecture(name: str) -> Iterator[list[Row]]:
-    """Within this context tensors without memory live on ``name``; yields the rows as they are taken."""
-    global _assumed, _selected
-    before, (_assumed, _selected) = (_assumed, _selected), (name, [])
+def assumed_architecture(name: str) -> Iterator[list[Choice]]:
+    """Within this context tensors without memory live on ``name``; yields the choices as they are made."""
+    global _assumed, _chosen
+    before, (_assumed, _chosen) = (_assumed, _chosen), (name, [])
     try:
-        yield _selected
+        yield _chosen
     finally:
-        _assumed, _selected = before
+        _assumed, _chosen = before
 
 
 @cache

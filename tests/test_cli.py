@@ -126,7 +126,7 @@ def test_cost_tables(run):
 
 def test_version_and_help(run):
     assert run("--version")[1].startswith("mar-fast 0.")
-    for command in ("bench", "masks", "cost", "kernels"):
+    for command in ("bench", "masks", "cost", "kernels", "tune"):
         assert run(command, "--help")[0] == 0
 
 
@@ -181,6 +181,8 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         (["kernels", "--target", "sm_86"], "target: got 'sm_86', expected one of sm_80, sm_90, sm_100, sm_120, gfx942"),
         (["kernels", "--kernel", "softmax"], "kernel: got 'softmax', expected an op or a kernel of these: .*bias_gelu"),
         (["kernels", "--jobs", "-1"], "--jobs: got -1, expected a number of processes, or 0"),
+        (["tune"], "device: torch finds no GPU here, expected one to measure on"),
+        (["tune", "--out", "rows.txt"], "--out: got 'rows.txt', expected a file name that ends with .json"),
         (["fly"], "No such command 'fly'"),
     ],
 )
@@ -246,9 +248,63 @@ def test_kernels_with_a_fault(run, monkeypatch, tmp_path):
     assert "bias_gelu.forward, sm_90: no case covers this row of sm_90.json, for never 0 to 1" in out
 
 
-def test_kernels_without_triton(run, monkeypatch):
+class StandIn:
+    """A machine on which everything takes 1 ms, but blocks of 8 rows 0.5 ms; it can be interrupted."""
+
+    architecture, description, left = "sm_90", "stand-in", None
+
+    def compile(self, found):
+        from mar_fast.kernels.jit import matrix
+
+        for place, run in enumerate(found):
+            yield place, matrix.report(run.kernel, run.target, run.config, loads={16: 1})
+
+    def outcome(self, run):
+        return [torch.ones(3)]
+
+    def seconds(self, run, turn):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return (0.5e-3 if run.config.block_m == 8 else 1e-3) * (1 + turn % 3 / 1000)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    machine_ = StandIn()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "environment", lambda device: {"mar_fast": "9", "commit": "abc"})
+    monkeypatch.setattr(sys.modules["mar_fast.cli.tune"], "_gpu", lambda: machine_)
+    monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path / "mine"))
+    launch_config.forget_tables()
+    yield machine_
+    launch_config.forget_tables()
+
+
+@needs_compiler
+def test_tune(run, stand_in, tmp_path):
+    code, out, err = run("tune", "--kernel", "bias_gelu.forward", "--quick")
+    assert code == 0 and "3 rows tuned, 3 rows written" in err and str(tmp_path / "mine/sm_90.json") in err
+    assert "bias_gelu.forward" in out and "2.00x" in out and "8 x 256, 4 warps" in out
+    table = json.loads((tmp_path / "mine/sm_90.json").read_text())
+    assert all("stand-in, mar_fast 9 abc" in row["origin"] for row in table["bias_gelu.forward"])
+    code, _, err = run("tune", "--kernel", "nothing")
+    assert code == 2 and "kernel: got 'nothing', expected an op or a kernel of these" in err
+
+
+@needs_compiler
+def test_tune_interrupted(run, stand_in, tmp_path):
+    stand_in.left = 1200  # more than one row takes, less than three
+    code, _, err = run("tune", "--kernel", "bias_gelu.forward", "--out", "mine.json")
+    rows = json.loads((tmp_path / "mine.json").read_text())["bias_gelu.forward"]
+    assert code == 130 and 1 <= len(rows) < 3 and f"{len(rows)} rows written: mine.json" in err
+
+
+@pytest.mark.parametrize("command", ["kernels", "tune"])
+def test_without_triton(run, monkeypatch, command):
     monkeypatch.setattr(device, "HAS_TRITON", False)
-    code, out, err = run("kernels")
+    code, out, err = run(command)
     assert code == 2 and out == "" and err.startswith("error: triton: not installed, expected it for this command")
 
 

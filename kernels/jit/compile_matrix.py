@@ -26,9 +26,12 @@ from ..launch_config import LaunchConfig, assumed_architecture
 from .launch import Launch, recording
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities).
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+SHARED_LIMIT = {
+    "sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
+    "sm_103": 232448, "sm_110": 232448, "sm_120": 101376, "sm_121": 101376, "gfx942": 65536,
+}  # fmt: skip
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STRICT = ("sm_80", "sm_90", "sm_100")
-TARGETS = tuple(SHARED_LIMIT)
 TRITON = triton.__version__
 
 _TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
@@ -74,8 +77,9 @@ class Report:
         faults = []
         if self.spilled_bytes or self.stack_bytes:
             faults.append(f"{self.spilled_bytes} bytes spilled, {self.stack_bytes} bytes of stack")
-        if self.shared_bytes > SHARED_LIMIT[self.target]:
-            faults.append(f"{self.shared_bytes} bytes of shared memory, {SHARED_LIMIT[self.target]} is the limit")
+        limit = SHARED_LIMIT.get(self.target, 65536)
+        if self.shared_bytes > limit:
+            faults.append(f"{self.shared_bytes} bytes of shared memory, {limit} is the limit")
         if self.matrix and not self.tensor_core:
             faults.append("no tensor core instruction")
         if self.target in STRICT and self.widest_load < 16:

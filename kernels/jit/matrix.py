@@ -101,9 +101,9 @@ def _add_case(made: Plan, place: int, case: cases.Case, target: str, wanted: set
     taken: list[Row] = []
     try:
         for call, run in _calls(place).items():
-            with assumed_architecture(target) as taken_here, recording() as launches:
+            with assumed_architecture(target) as choices, recording() as launches:
                 run()
-            taken += taken_here
+            taken += [choice.row for choice in choices]
             for number, launch in enumerate(launches):
                 key = launch_key(launch, target)
                 here = line | {"origin": launch.config.origin}

@@ -12,6 +12,7 @@ from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .cost import cost
 from .kernels import kernels
 from .masks import masks
+from .tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app.command()(bench)
 app.command()(masks)
 app.command()(cost)
 app.command()(kernels)
+app.command()(tune)
 
 
 def _version(wanted: bool) -> None:
