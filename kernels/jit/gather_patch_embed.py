@@ -59,8 +59,35 @@ def centred(b_video, dtype: tl.constexpr):
 
 
 @triton.jit
+def halves(b_out):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(b_out, (b_out.shape[0], 2, b_out.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def finish(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE: tl.constexpr):
+    """Add bias and position to a product, the columns from ``first`` on, and store it."""
+    o_column = first + tl.arange(0, b_out.shape[1])
+    m_column = o_column < columns
+    m_tile = (o_row < rows)[:, None] & m_column[None, :]
+    b_out = b_out * (1.0 / SCALE) + tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    p_position = position + b_index.to(tl.int64)[:, None] * s_position + o_column[None, :]
+    b_out += tl.load(p_position, mask=m_tile, other=0.0).to(tl.float32)
+    p_out = out + o_row.to(tl.int64)[:, None] * columns + o_column[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE: tl.constexpr):
+    b_left, b_right = halves(b_out)
+    right = first + b_out.shape[1] // 2
+    finish(b_left, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+    finish(b_right, right, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+
+
+@triton.jit
 def forward_kernel(
-    video, index, weight, bias, position, out, rows, columns, per_clip, grid_rows, grid_columns,
+    video, index, weight, bias, position, out, rows, columns, values, per_clip, grid_rows, grid_columns,
     s_clip, s_channel, s_frame, s_line, s_position,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -69,35 +96,39 @@ def forward_kernel(
     column_tiles = tl.cdiv(columns, BLOCK_N)
     o_row = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_column = o_column < columns
-    m_tile = (o_row < rows)[:, None] & m_column[None, :]
     b_index, start = tubelet_start(
         index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
-    # Bias and position first: added after the product they would have to be held in registers beside it.
+    # Columns beyond the last repeat that one: a mask would be held in registers all along.
+    p_weight = weight + tl.minimum(o_column, columns - 1)[None, :] * K
     # [BLOCK_M, BLOCK_N]
-    p_position = position + b_index.to(tl.int64)[:, None] * s_position + o_column[None, :]
-    b_out = tl.load(p_position, mask=m_tile, other=0.0).to(tl.float32)
-    b_out += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    b_out *= SCALE
-    for k in range(0, K, BLOCK_K):
+    b_out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # A run-time bound, K again: a constant one is unrolled, at the cost of registers.
+    for k in range(0, values, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         p_video = (
             video + start[:, None] + offset_in_tubelet(o_k, s_channel, s_frame, s_line, T, H, RUN, VECTOR)[None, :]
         )
-        p_weight = weight + o_column.to(tl.int64)[None, :] * K + o_k[:, None]
         # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
         if K % BLOCK_K == 0:
             b_video = tl.load(p_video)
-            b_weight = tl.load(p_weight, mask=m_column[None, :], other=0.0)
+            b_weight = tl.load(p_weight + o_k[:, None])
         else:
             m_k = o_k < K
             b_video = tl.load(p_video, mask=m_k[None, :], other=0)
-            b_weight = tl.load(p_weight, mask=m_k[:, None] & m_column[None, :], other=0.0)
+            b_weight = tl.load(p_weight + o_k[:, None], mask=m_k[:, None], other=0.0)
         b_out = tl.dot(centred(b_video, b_weight.dtype), b_weight, b_out, input_precision="tf32x3")
-    b_out *= 1.0 / SCALE
-    p_out = out + o_row.to(tl.int64)[:, None] * columns + o_column[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_tile)
+    # A whole tile of positions beside the product does not fit into the registers; 64 columns at a time do.
+    first = tl.program_id(0) % column_tiles * BLOCK_N
+    if BLOCK_N <= 64:
+        finish(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+    elif BLOCK_N == 128:
+        finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+    else:
+        b_left, b_right = halves(b_out)
+        right = first + BLOCK_N // 2
+        finish_halves(b_left, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+        finish_halves(b_right, right, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
 
 
 @dataclass(frozen=True)
@@ -164,7 +195,7 @@ def normalisation(mean: Channels, std: Channels, channels: int, device: torch.de
 def fold_normalisation(
     weight: Tensor, bias: Tensor, work: torch.dtype, mean: Channels, std: Channels
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias for centred uint8 pixels: w' = w * 64 * slope, rounded to ``work``, and the bias that goes with it.
+    """Weight and bias for centred uint8 pixels: w' = w * 64 * slope, rounded to ``work``, and the bias that fits it.
 
     That is computed from the rounded w', so that its rounding meets normalised pixels and not their offset.
     """
@@ -194,17 +225,17 @@ def forward(
         scale = UINT8_SCALE
         weight, bias = fold_normalisation(weight, bias, work, mean, std)
     pos_embed = pos_embed if pos_embed.stride(1) == 1 else pos_embed.contiguous()
-    rows = keep_idx.numel()
+    rows, values = keep_idx.numel(), channels * t * h * w
     config = launch_config("gather_patch_embed.forward", video, work, pixel_bytes=video.element_size())
     launch(
         "gather_patch_embed.forward", forward_kernel,
         (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),),
         (
             pixels.memory, keep_idx.contiguous(), pixels.order(weight.to(work)), bias.contiguous(), pos_embed, out,
-            rows, columns, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w,
+            rows, columns, values, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w,
             *pixels.strides, pos_embed.stride(0),
         ),
-        config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=channels * t * h * w, SCALE=scale,
+        config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values, SCALE=scale,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
     )  # fmt: skip
     return out

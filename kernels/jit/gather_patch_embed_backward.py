@@ -15,7 +15,7 @@ from .launch import as_rows, launch
 def weight_kernel(
     grad, video, index, part, rows, columns, per_clip, grid_rows, grid_columns, tiles,
     s_grad, s_clip, s_channel, s_frame, s_line,
-    T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, WORK: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program sums ``tiles`` tiles of rows into its place of ``part``: the parts are added in a fixed order
@@ -38,7 +38,7 @@ def weight_kernel(
         # [BLOCK_K, BLOCK_N], [BLOCK_K, BLOCK_M]
         b_video = tl.load(p_video) if K % BLOCK_N == 0 else tl.load(p_video, mask=m_k[None, :], other=0)
         b_grad = tl.load(p_grad, mask=(o_row < rows)[:, None] & m_column[None, :], other=0.0)
-        b_part = tl.dot(tl.trans(b_grad.to(WORK)), centred(b_video, WORK), b_part, input_precision="tf32x3")
+        b_part = tl.dot(tl.trans(b_grad), centred(b_video, b_grad.dtype), b_part, input_precision="tf32x3")
     p_part = part + (split.to(tl.int64) * columns + o_column)[:, None] * K + o_k[None, :]
     tl.store(p_part, b_part, mask=m_column[:, None] & m_k[None, :])
 
@@ -64,7 +64,7 @@ def video_kernel(
         b_grad = tl.load(p_grad, mask=m_row[:, None] & m_column[None, :], other=0.0)
         p_weight = weight + o_column.to(tl.int64)[:, None] * K + o_k[None, :]
         b_weight = tl.load(p_weight, mask=m_column[:, None] & m_k[None, :], other=0.0)
-        b_video = tl.dot(b_grad.to(b_weight.dtype), b_weight, b_video, input_precision="tf32x3")
+        b_video = tl.dot(b_grad, b_weight, b_video, input_precision="tf32x3")
     _, start = tubelet_start(
         index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
@@ -99,16 +99,13 @@ WEIGHT_PROGRAMS = 264
 
 
 def weight_gradient(
-    grad: Tensor, pixels: Pixels, keep_idx: Tensor, weight: Tensor, mean: Channels, std: Channels, work: torch.dtype
+    grad: Tensor, pixels: Pixels, keep_idx: Tensor, weight: Tensor, mean: Channels, std: Channels
 ) -> Tensor:
     """(M, D) -> (D, C, t, h, w)."""
     columns, channels, t, h, w = weight.shape
     rows, values = len(grad), channels * t * h * w
     height, width = pixels.memory.shape[3:]
-    config = launch_config(
-        "gather_patch_embed.backward_weight", grad, work,
-        pixel_bytes=pixels.memory.element_size(), grad_bytes=grad.element_size(),
-    )  # fmt: skip
+    config = launch_config("gather_patch_embed.backward_weight", grad, pixel_bytes=pixels.memory.element_size())
     programs = triton.cdiv(columns, config.block_m) * triton.cdiv(values, config.block_n)
     row_tiles = triton.cdiv(rows, config.block_k)
     tiles = triton.cdiv(row_tiles, max(1, WEIGHT_PROGRAMS // programs))
@@ -121,32 +118,28 @@ def weight_gradient(
             grad.stride(0), *pixels.strides,
         ),
         config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values,
-        WORK=getattr(tl, str(work).removeprefix("torch.")), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
     )  # fmt: skip
     total = pixels.unorder(part.sum(0), weight.shape)
     if pixels.memory.dtype == torch.uint8:
         slope, offset = (value.view(-1, 1, 1, 1) for value in normalisation(mean, std, channels, grad.device))
-        # In the product the gradient was rounded; what belongs to the offset must be summed from the same.
-        total = total * slope - grad.to(work).sum(0, dtype=torch.float32).view(-1, 1, 1, 1, 1) * offset
+        total = total * slope - grad.sum(0, dtype=torch.float32).view(-1, 1, 1, 1, 1) * offset
     return total.to(weight.dtype).contiguous()
 
 
-def video_gradient(grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, work: torch.dtype) -> Tensor:
+def video_gradient(grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor) -> Tensor:
     """(M, D) -> (B, C, T, H, W): zero but for the indexed tubelets, laid out as `gradient_memory` says."""
     columns, channels, t, h, w = weight.shape
     rows, values = len(grad), channels * t * h * w
     total = gradient_memory(video).zero_()
     pixels = Pixels.of(total, (t, h, w))
     assert pixels is not None
-    config = launch_config(
-        "gather_patch_embed.backward_video", grad, work,
-        pixel_bytes=video.element_size(), grad_bytes=grad.element_size(),
-    )  # fmt: skip
+    config = launch_config("gather_patch_embed.backward_video", grad, pixel_bytes=video.element_size())
     launch(
         "gather_patch_embed.backward_video", video_kernel,
         (triton.cdiv(rows, config.block_m) * triton.cdiv(values, config.block_n),),
         (
-            grad, pixels.order(weight.to(work)), keep_idx, total, rows, columns, keep_idx.shape[1],
+            grad, pixels.order(weight.to(grad.dtype)), keep_idx, total, rows, columns, keep_idx.shape[1],
             video.shape[3] // h, video.shape[4] // w, grad.stride(0), *pixels.strides,
         ),
         config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values,
@@ -187,11 +180,13 @@ def backward(
         return tuple(memory.zero_() for memory in gradients(video, weight, pos_embed, needs))  # type: ignore[return-value]
     results = list(gradients(video, weight, pos_embed, [False] * 4))
     grad, keep_idx = as_rows(grad), keep_idx.contiguous()
+    # Products read the gradient many times, and the offset of uint8 pixels belongs to the same rounded values.
+    rounded = grad.to(work)
     if needs[0]:
-        results[0] = video_gradient(grad, video, keep_idx, weight, work)
+        results[0] = video_gradient(rounded, video, keep_idx, weight)
     if needs[1]:
         pixels = pixels_of(video, weight.shape[2:])
-        results[1] = weight_gradient(grad, pixels, keep_idx, weight, mean, std, work)
+        results[1] = weight_gradient(rounded, pixels, keep_idx, weight, mean, std)
     if needs[2]:
         results[2] = grad.sum(0, dtype=torch.float32).to(weight.dtype)
     if needs[3]:
