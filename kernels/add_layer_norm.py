@@ -89,6 +89,8 @@ def _backward(
 ) -> Six:
     from .jit import add_layer_norm as launch
 
+    if grad_total is not None and grad_total.shape != total.shape:
+        grad_total = None  # that of the empty tensor in place of a sum
     wanted = _wanted(grad_normed, total, gamma, drop_scale, branch_dtype, needs)
     operands = (grad_total, grad_normed, total, mean, rstd, weight, bias, branch, gamma, drop_scale)
     results: Six = launch.backward(*operands, branch_dtype, wanted)

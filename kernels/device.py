@@ -17,7 +17,17 @@ ATTENTION_PACKAGES = {
     "flash_attn": ("flash_attn", "flash-attn", HALF),
     "xformers": ("xformers.ops", "xformers", (torch.float32, *HALF)),
 }
-OPS_WITH_KERNELS = frozenset({"bias_gelu", "attention", "attention_varlen", "add_layer_norm"})
+OPS_WITH_KERNELS = frozenset(
+    {
+        "add_layer_norm",
+        "scatter_tokens",
+        "masked_patch_loss",
+        "attention",
+        "attention_varlen",
+        "bias_gelu",
+        "gather_patch_embed",
+    }
+)
 
 # Triton reads this when it is first imported, so it cannot change later in a process.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

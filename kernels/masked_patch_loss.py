@@ -1,11 +1,80 @@
 """masked_patch_loss: the reconstruction loss straight from the clip, for dropped patches only."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import checks, eager
-from .device import eager_only
+from . import checks, eager, op
+from .device import takes_triton
 from .gather_patch_embed import check_normalisation, check_video
+
+
+def _forward(
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    normalize: bool,
+) -> Tensor:
+    from .jit import masked_patch_loss as launch
+
+    return launch.forward(pixels, video, drop_idx, patch, mean, std, normalize)
+
+
+def _forward_shape(
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    normalize: bool,
+) -> Tensor:
+    return torch.empty((), dtype=torch.float32, device=pixels.device)
+
+
+def _backward(
+    grad: Tensor,
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    normalize: bool,
+    needs: list[bool],
+) -> Tensor:
+    from .jit import masked_patch_loss as launch
+
+    return launch.backward(grad, pixels, video, drop_idx, patch, mean, std, normalize)
+
+
+def _backward_shape(
+    grad: Tensor,
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    normalize: bool,
+    needs: list[bool],
+) -> Tensor:
+    return torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
+
+
+_triton_masked_patch_loss = op.declare(
+    "masked_patch_loss",
+    forward=_forward,
+    forward_shape=_forward_shape,
+    backward=_backward,
+    backward_shape=_backward_shape,
+    saves=lambda inputs, outputs: inputs[:3],
+    gradients=("pixels",),
+)
 
 
 def masked_patch_loss(
@@ -55,5 +124,8 @@ def masked_patch_loss(
     mean, std = check_normalisation(mean, std, channels)
     checks.same_device("video", video.device, pixels=pixels, drop_idx=drop_idx)
     checks.index_range("drop_idx", drop_idx, tokens)
-    eager_only("masked_patch_loss", pixels)
+    if takes_triton("masked_patch_loss", pixels):
+        options = (patch, mean, std, normalize)
+        loss: Tensor = _triton_masked_patch_loss(pixels, video.detach(), drop_idx, *options)
+        return loss
     return eager.masked_patch_loss(pixels, video, drop_idx, (t, h, w), mean, std, normalize)

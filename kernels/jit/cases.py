@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 
+from . import add_layer_norm as norm
 from . import bias_gelu as gelu
+from . import gather_patch_embed as gather
+from . import gather_patch_embed_backward as gather_backward
+from . import masked_patch_loss as loss
+from . import scatter_tokens as scatter
 
 Device = torch.device | str
 Calls = dict[str, Callable[[], Any]]
@@ -37,6 +42,124 @@ def bias_gelu_cases() -> Iterator[Case]:
         yield Case("bias_gelu", "ViT-B, 32 clips, 50 %", dtype, calls)
 
 
+def gather_patch_embed_cases() -> Iterator[Case]:
+    """Tubelets of 2 x 16 x 16 of 16 frames of 224 x 224; float32 weights beside a 16-bit product as under autocast."""
+    kinds = [(dtype, dtype, dtype, False) for dtype in FLOATS]  # weights, product, pixels, channels last
+    kinds += [(torch.bfloat16, torch.bfloat16, pixels, True) for pixels in (torch.bfloat16, torch.uint8)]
+    kinds += [(torch.bfloat16, torch.bfloat16, torch.uint8, False), (torch.float32, torch.bfloat16, torch.uint8, True)]
+    for dtype, work, pixels, channels_last in kinds:
+
+        def calls(
+            device: Device,
+            dtype: torch.dtype = dtype,
+            work: torch.dtype = work,
+            pixels: torch.dtype = pixels,
+            channels_last: bool = channels_last,
+        ) -> Calls:
+            shape = (32, 16, 224, 224, 3) if channels_last else (32, 3, 16, 224, 224)
+            video = torch.randint(256, shape, device=device, dtype=torch.uint8).to(pixels)
+            video = video.permute(0, 4, 1, 2, 3) if channels_last else video
+            keep_idx = torch.rand(32, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
+            weight = torch.empty(768, 3, 2, 16, 16, dtype=dtype, device=device).normal_(std=0.02)
+            bias = torch.empty(768, dtype=dtype, device=device).normal_()
+            pos_embed = torch.empty(1568, 768, device=device).normal_()
+            mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            grad = torch.empty(32, 784, 768, dtype=dtype, device=device).normal_()
+            needs = [pixels != torch.uint8, True, True, True]
+            return {
+                "forward": lambda: gather.forward(video, keep_idx, weight, bias, pos_embed, mean, std, work),
+                "backward": lambda: gather_backward.backward(
+                    grad, video, keep_idx, weight, pos_embed, mean, std, work, needs
+                ),
+            }
+
+        label = f"{'channels-last' if channels_last else 'planar'} {str(pixels).removeprefix('torch.')}, 32 clips, 50 %"
+        yield Case("gather_patch_embed", label, dtype, calls)
+
+
+def add_layer_norm_cases() -> Iterator[Case]:
+    """The encoder's and decoder's widths: a stream with its branch of one dtype, or of float32 as under autocast."""
+    kinds = [(dtype, dtype, width) for dtype in FLOATS for width in (384, 768, 1024, 1280, 1408)]
+    kinds += [(torch.float32, torch.bfloat16, width) for width in (384, 768, 1024, 1280, 1408)]
+    for dtype, work, width in kinds:
+
+        def calls(device: Device, dtype: torch.dtype = dtype, work: torch.dtype = work, width: int = width) -> Calls:
+            x = torch.empty(32, 784, width, dtype=dtype, device=device).normal_()
+            branch = torch.empty(32, 784, width, dtype=work, device=device).normal_()
+            weight, bias, gamma = torch.empty(3, width, dtype=dtype, device=device).normal_()
+            scale = torch.ones(32, device=device)
+            mean = torch.empty(32 * 784, device=device).normal_()
+            wanted = [True, work != dtype, True, True, False, False]  # else the branch's gradient is that of x
+            return {
+                "forward": lambda: norm.forward(x, branch, weight, bias, 1e-6, None, None, work),
+                "backward": lambda: norm.backward(
+                    x, branch, x, mean, mean, weight, bias, None, None, None, work,
+                    wanted,
+                ),
+                "scaled forward": lambda: norm.forward(x, branch, weight, bias, 1e-6, gamma, scale, work),
+                "scaled backward": lambda: norm.backward(
+                    x, branch, x, mean, mean, weight, bias, branch, gamma, scale, work, [True] * 5 + [False]
+                ),
+            }  # fmt: skip
+
+        label = f"width {width}, branch {str(work).removeprefix('torch.')}, 32 clips, 50 %"
+        yield Case("add_layer_norm", label, dtype, calls)
+
+
+def scatter_tokens_cases() -> Iterator[Case]:
+    """The decoder's input, with a constant position table and with a learnt one."""
+    for dtype, width in [(dtype, width) for dtype in FLOATS for width in (384, 512)]:
+
+        def calls(device: Device, dtype: torch.dtype = dtype, width: int = width) -> Calls:
+            visible = torch.empty(32, 784, width, dtype=dtype, device=device).normal_()
+            keep_idx = torch.rand(32, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
+            mask_token = torch.empty(width, dtype=dtype, device=device).normal_()
+            pos_embed = torch.empty(1568, width, device=device).normal_()
+            grad = torch.empty(32, 1568, width, dtype=dtype, device=device).normal_()
+            dtypes = (dtype, dtype, torch.float32)
+            return {
+                "forward": lambda: scatter.forward(visible, keep_idx, mask_token, pos_embed),
+                "backward": lambda: scatter.backward(grad, keep_idx, dtypes, [True, True, False]),
+                "backward of all": lambda: scatter.backward(grad, keep_idx, dtypes, [True, True, True]),
+            }
+
+        yield Case("scatter_tokens", f"width {width}, 32 clips, 50 %", dtype, calls)
+
+
+def masked_patch_loss_cases() -> Iterator[Case]:
+    """The loss of 2 x 16 x 16 tubelets of 16 frames of 224 x 224, half of them dropped, from clips in both layouts."""
+    kinds = [(dtype, torch.uint8, last) for dtype in FLOATS for last in (False, True)]
+    kinds += [(dtype, dtype, last) for dtype in (torch.bfloat16, torch.float32) for last in (False, True)]
+    for dtype, pixel, channels_last in kinds:
+
+        def calls(
+            device: Device,
+            dtype: torch.dtype = dtype,
+            pixel: torch.dtype = pixel,
+            channels_last: bool = channels_last,
+        ) -> Calls:
+            shape = (32, 16, 224, 224, 3) if channels_last else (32, 3, 16, 224, 224)
+            video = torch.randint(256, shape, device=device, dtype=torch.uint8).to(pixel)
+            video = video.permute(0, 4, 1, 2, 3) if channels_last else video
+            pixels = torch.empty(32, 784, 1536, dtype=dtype, device=device).normal_()
+            drop_idx = torch.rand(32, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
+            grad = torch.ones((), device=device)
+            options = ((2, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
+            return {
+                "forward": lambda: loss.forward(pixels, video, drop_idx, *options),
+                "backward": lambda: loss.backward(grad, pixels, video, drop_idx, *options),
+            }
+
+        layout = "channels-last" if channels_last else "planar"
+        yield Case("masked_patch_loss", f"{layout} {str(pixel).removeprefix('torch.')}, 32 clips, 50 %", dtype, calls)
+
+
 def cases() -> list[Case]:
     """All of them."""
-    return [*bias_gelu_cases()]
+    return [
+        *bias_gelu_cases(),
+        *add_layer_norm_cases(),
+        *scatter_tokens_cases(),
+        *masked_patch_loss_cases(),
+        *gather_patch_embed_cases(),
+    ]

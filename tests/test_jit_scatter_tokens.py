@@ -1,0 +1,303 @@
+"""scatter_tokens' Triton kernels beyond what test_ops.py asks of every path: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+import oracle
+import pytest
+import torch
+from op_cases import cropped, make_index, plain_scatter, scatter_operands, strided
+
+from mar_fast import kernels
+from mar_fast.kernels import device
+from mar_fast.kernels.launch_config import LaunchConfig, forced
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+FLOATS = ("visible", "mask_token", "pos_embed")
+
+
+def tiles(places, columns):
+    config = LaunchConfig(block_m=places, block_n=columns)
+    return forced({"scatter_tokens.forward": config, "scatter_tokens.backward": config})
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles():
+    """The interpreter's cost follows the number of programs."""
+    with tiles(64, 64):
+        yield
+
+
+def operands_of(keep_idx, places, width=5, dtype=torch.float32):
+    return dict(
+        visible=torch.randn(*keep_idx.shape, width).to(dtype),
+        keep_idx=keep_idx,
+        mask_token=torch.randn(width).to(dtype),
+        pos_embed=torch.randn(places, width),
+    )
+
+
+def check(operands):
+    return oracle.compare(kernels.scatter_tokens, oracle.scatter_tokens, plain_scatter, operands)[0]
+
+
+def leaves(operands, frozen=()):
+    return {
+        name: value.detach().requires_grad_(name not in frozen) if name in FLOATS else value
+        for name, value in operands.items()
+    }
+
+
+PICKED = {
+    "the first": range(40),
+    "the last": range(114, 154),
+    "all but the first": range(1, 154),
+    "all but the last": range(153),
+    "every second": range(0, 154, 2),
+    "whole tiles": [*range(32, 64), *range(96, 128)],
+    "the ends": [0, 153],
+    "the sample is the first of a tile": [*range(0, 31), *range(63, 154)],
+}
+
+
+@pytest.mark.parametrize("places", [8, 32])
+@pytest.mark.parametrize("picked", PICKED.values(), ids=PICKED)
+def test_where_the_visible_are(picked, places):
+    """Tiles without any, full ones, and every place in the search: a tile's tokens may begin on each side of a step."""
+    with tiles(places, 8):
+        check(operands_of(torch.tensor([[*picked]]), 154))
+
+
+def test_every_shift_of_a_tile_against_the_search():
+    """Runs of every length before a tile: its first token is at each distance from a sample, that of a sample too."""
+    rows = [[*range(skipped), *range(70, 134 - skipped)] for skipped in range(0, 64, 3)]
+    with tiles(32, 8):
+        operands = operands_of(torch.tensor(rows), 140)
+        out = kernels.scatter_tokens(**operands)
+    assert torch.equal(out, plain_scatter(**operands))
+
+
+@pytest.mark.parametrize("step", [1, 2, 8])
+def test_other_steps_of_the_search(step, monkeypatch):
+    from mar_fast.kernels.jit import scatter_tokens as launcher
+
+    monkeypatch.setattr(launcher, "STEP", step)
+    with tiles(32, 64):
+        check(scatter_operands(torch.float32, 2, 98))
+
+
+@pytest.mark.parametrize(("places", "columns"), [(256, 64), (32, 8), (128, 16), (64, 32)])
+@pytest.mark.parametrize("width", [1, 33, 64])
+def test_tiles(width, places, columns):
+    """The last tile of places, 154 of them, and of columns; and tiles that are larger than all there is."""
+    if width == 64 and columns == 8:
+        columns = 64
+    with tiles(places, columns):
+        check(scatter_operands(torch.float32, 2, 17, width))
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("frozen", [(), ("pos_embed",)], ids=str)
+def test_backward_walks_over_clips(clips, frozen, monkeypatch):
+    """5 clips: the last program may have fewer than the others, or be the only one."""
+    from mar_fast.kernels.jit import scatter_tokens as launcher
+
+    monkeypatch.setattr(launcher, "CLIPS", clips)
+    monkeypatch.setattr(launcher, "CLIPS_WITH_POSITIONS", clips)
+    operands = operands_of(make_index(5, 17), 154)
+    seed = torch.randn(5, 154, 5)
+    values, plain = leaves(operands, frozen), leaves(operands, frozen)
+    kernels.scatter_tokens(**values).backward(seed)
+    plain_scatter(**plain).backward(seed)
+    for name in FLOATS:
+        if name in frozen:
+            assert values[name].grad is None
+        else:
+            torch.testing.assert_close(values[name].grad, plain[name].grad)
+
+
+def test_dtypes_side_by_side():
+    """float32 parameters beside half tokens, and a half table of positions: rounded once, at the end."""
+    operands = scatter_operands(torch.float16)
+    operands["mask_token"] = operands["mask_token"].float()
+    assert check(operands).dtype == torch.float16
+    operands = scatter_operands(torch.float32)
+    operands["pos_embed"] = operands["pos_embed"].half()
+    assert check(operands).dtype == torch.float32
+
+
+# What may be read.
+
+
+def test_one_row_for_all_clips():
+    """As the fixed masks of a test: expanded, and not copied."""
+    keep_idx = make_index(1, 17).expand(3, -1)
+    assert keep_idx.stride(0) == 0
+    check(operands_of(keep_idx, 154))
+
+
+def tokens_first(value):
+    """(B, N, D) in the memory of (N, B, D): no single row stride describes it."""
+    return value.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def width_first(value):
+    return value.mT.contiguous().mT
+
+
+def expanded(value):
+    """As the gradient of a sum."""
+    return value[:1, :1, :1].expand(value.shape)
+
+
+def expanded_clips(value):
+    """As the gradient of a mean over clips."""
+    return value[:1].expand(value.shape)
+
+
+@pytest.mark.parametrize("layout", [cropped, strided, tokens_first, width_first])
+def test_any_strides(layout):
+    operands = scatter_operands(torch.float32)
+    for name in ("visible", "keep_idx"):
+        operands[name] = layout(operands[name])
+    for name in ("mask_token", "pos_embed"):
+        operands[name] = strided(operands[name])
+    check(operands)
+
+
+@pytest.mark.parametrize("layout", [cropped, strided, tokens_first, width_first, expanded, expanded_clips])
+def test_any_strides_of_the_gradient(layout):
+    operands = scatter_operands(torch.float32)
+    seed = layout(torch.randn(2, 154, 33))
+    _, _, gradients = oracle.outcome(kernels.scatter_tokens, operands, [seed])
+    _, _, contiguous = oracle.outcome(kernels.scatter_tokens, operands, [seed.contiguous()])
+    assert all(torch.equal(gradients[name], contiguous[name]) for name in FLOATS)
+
+
+def test_the_mask_token_keeps_to_its_places():
+    """Not NaN, but NaN exactly there; and a NaN gradient at the visible places never gets into its own."""
+    operands = operands_of(make_index(2, 17), 154)
+    operands["mask_token"].fill_(torch.nan)
+    visible = torch.zeros(2, 154, dtype=torch.bool).scatter(1, operands["keep_idx"].long(), True)
+    assert torch.equal(kernels.scatter_tokens(**operands).isnan(), ~visible[..., None].expand(-1, -1, 5))
+    operands["mask_token"].fill_(1)
+    seed = torch.ones(2, 154, 5).masked_fill(visible[..., None], torch.nan)
+    _, _, gradients = oracle.outcome(kernels.scatter_tokens, operands, [seed])
+    assert torch.equal(gradients["mask_token"], torch.full((5,), 2.0 * (154 - 17)))
+
+
+def test_a_clip_keeps_to_itself():
+    """One that has become NaN leaves its neighbour as it is."""
+    operands = operands_of(make_index(2, 17), 154)
+    clean = kernels.scatter_tokens(**operands)
+    operands["visible"][0] = torch.nan
+    assert torch.equal(kernels.scatter_tokens(**operands)[1], clean[1])
+
+
+# What is not wanted is not made.
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6])
+def test_frozen(wanted, monkeypatch):
+    from mar_fast.kernels.jit import scatter_tokens as launcher
+
+    seen, launch = [], launcher.launch
+
+    def spy(name, kernel, grid, arguments, config, **constexprs):
+        seen[:] = arguments[2:5]
+        launch(name, kernel, grid, arguments, config, **constexprs)
+
+    operands = operands_of(make_index(3, 17), 154)
+    seed = torch.randn(3, 154, 5)
+    _, _, every = oracle.outcome(kernels.scatter_tokens, operands, [seed])
+    monkeypatch.setattr(launcher, "launch", spy)
+    frozen = [name for place, name in enumerate(FLOATS) if not wanted >> place & 1]
+    values = leaves(operands, frozen)
+    kernels.scatter_tokens(**values).backward(seed)
+    for name, part in zip(FLOATS, seen, strict=True):
+        assert (part is None) == (name in frozen)
+        if name in frozen:
+            assert values[name].grad is None
+        else:
+            torch.testing.assert_close(values[name].grad, every[name])
+
+
+def test_nothing_but_visible_gradients_is_read():
+    """For the gradient of visible alone the rest of the incoming one has no influence, and is not loaded."""
+    operands = operands_of(make_index(2, 17), 154)
+    values = leaves(operands, ("mask_token", "pos_embed"))
+    seed = torch.randn(2, 154, 5)
+    kernels.scatter_tokens(**values).backward(seed)
+    want = seed.gather(1, operands["keep_idx"].long()[..., None].expand(-1, -1, 5))
+    assert torch.equal(values["visible"].grad, want)
+
+
+@every_dtype
+def test_bitwise_repeatable(dtype):
+    operands = scatter_operands(dtype, 5, 98)
+    (first,), seeds, first_gradients = oracle.outcome(kernels.scatter_tokens, operands)
+    (second,), _, second_gradients = oracle.outcome(kernels.scatter_tokens, operands, seeds)
+    assert torch.equal(first, second)
+    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in FLOATS)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "places", "width"), [(0, 3, 5, 4), (2, 0, 5, 4), (2, 0, 0, 4), (2, 3, 5, 0)]
+)
+def test_nothing(batch, count, places, width, poisoned):
+    operands = operands_of(make_index(batch, count, tokens=places), places, width)
+    (out,), _, gradients = oracle.outcome(kernels.scatter_tokens, operands)
+    assert out.shape == (batch, places, width)
+    for name in FLOATS:
+        assert gradients[name].shape == operands[name].shape and gradients[name].isfinite().all()
+
+
+def test_float64_is_left_to_pytorch(poisoned):
+    operands = scatter_operands(torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        check(operands)
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+# The custom op, which torch.compile sees.
+
+
+@pytest.mark.parametrize("frozen", [(), ("pos_embed",), ("visible", "mask_token")], ids=str)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_opcheck(index, frozen):
+    values = leaves(operands_of(make_index(2, 17, index), 154, dtype=torch.float16), frozen)
+    torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
+
+
+def test_opcheck_of_nothing():
+    values = leaves(operands_of(make_index(2, 0), 154))
+    torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
+
+
+@every_dtype
+def test_compiled(dtype):
+    def program(visible, keep_idx, mask_token, pos_embed):
+        return kernels.scatter_tokens(visible * 2, keep_idx, mask_token, pos_embed)
+
+    torch.compiler.reset()
+    operands = scatter_operands(dtype)
+    (out,), seeds, gradients = oracle.outcome(program, operands)
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    (compiled_out,), _, compiled_gradients = oracle.outcome(compiled, operands, seeds)
+    assert torch.equal(compiled_out, out)
+    assert all(torch.equal(gradients[name], compiled_gradients[name]) for name in FLOATS)
+
+
+RUNS = {"function": kernels.scatter_tokens, "custom op": lambda **values: torch.ops.mar_fast.scatter_tokens(**values)}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
+def test_second_derivative_is_an_error(loss, run):
+    values = leaves(operands_of(make_index(2, 17), 154))
+    value = loss(RUNS[run](**values))
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        (gradient,) = torch.autograd.grad(value, values["visible"], create_graph=True)
+        (value + gradient.square().sum()).backward()
