@@ -1,4 +1,4 @@
-"""scatter_tokens' Triton kernels beyond what test_ops.py asks of every path: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""scatter_tokens' Triton kernels beyond test_ops.py's cases: TRITON_INTERPRET=1 pytest -m interpreter."""
 
 import oracle
 import pytest

@@ -1,0 +1,322 @@
+"""masked_patch_loss' Triton kernel beyond test_ops.py's cases: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+from op_cases import LAYOUTS, MEAN, PATCH, STD, channels_last, cropped, loss_operands, make_clip, make_index, plain_loss
+
+from mar_fast import kernels
+from mar_fast.kernels import device
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+REAL = dict(patch=(2, 16, 16), grid=(2, 2, 3))
+
+
+def operands_of(video, patch, grid, count=5, dtype=torch.float32, index=torch.int32):
+    """For a clip in its layout; other tubelets are dropped in each clip."""
+    batch, channels = video.shape[:2]
+    tokens = grid[0] * grid[1] * grid[2]
+    values = patch[0] * patch[1] * patch[2] * channels
+    pixels = torch.randn(batch, count, values).to(dtype)
+    return dict(pixels=pixels, video=video, drop_idx=make_index(batch, count, index, tokens))
+
+
+def plain(video, mean=None, std=None, **rest):
+    if video.dtype != torch.uint8 and mean is not None:
+        video = video * torch.tensor(std).view(-1, 1, 1, 1) + torch.tensor(mean).view(-1, 1, 1, 1)
+    return plain_loss(video=video, **rest)
+
+
+# The interpreter adds 512 values of a channel of a planar clip one after the other, where a GPU and PyTorch halve them.
+IN_A_ROW = 8
+
+
+def check(operands, floor=0.5, **options):
+    functions = (kernels.masked_patch_loss, oracle.masked_patch_loss, plain)
+    ours, naive, other = (functools.partial(function, **options) for function in functions)
+    return oracle.compare(ours, naive, other, operands, no_gradient=("video",), floor=floor)[0]
+
+
+@every_dtype
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("video", [torch.float32, torch.float16, torch.uint8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_real_patch(layout, video, normalize, dtype):
+    """In all layouts: those of the two paths through the kernel, aligned, and those that only strides describe."""
+    operands = operands_of(make_clip(2, video, layout, **REAL), **REAL, dtype=dtype)
+    options = dict(mean=MEAN, std=STD) if video == torch.float32 else {}
+    floor = IN_A_ROW if dtype == torch.float32 and layout != "channels_last" else 0.5
+    check(operands, floor, patch=REAL["patch"], normalize=normalize, **options)
+
+
+OTHERS = [(1, 1, 2), (2, 1, 1), (3, 1, 1), (1, 8, 8), (2, 3, 5), (1, 1, 33), (4, 8, 16)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("patch", OTHERS, ids=str)
+def test_patches(patch, layout):
+    grid = (2, 3, 2)
+    check(
+        operands_of(make_clip(1, torch.float32, layout, patch, grid), patch, grid, count=3),
+        IN_A_ROW if patch == (4, 8, 16) else 0.5,
+        patch=patch,
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, cropped])
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_channels(channels, layout, normalize):
+    """Each has its own statistics, mean and std; a lone one is planar and side by side at once."""
+    mean, std = tuple(torch.rand(channels).tolist()), tuple((torch.rand(channels) + 0.5).tolist())
+    patch, grid = (2, 3, 5), (1, 2, 3)
+    video = layout(torch.randn(2, channels, 2, 6, 15) * (1 + torch.arange(channels).view(-1, 1, 1, 1)))
+    check(operands_of(video, patch, grid, count=2), patch=patch, normalize=normalize, mean=mean, std=std)
+
+
+def test_single_value_patches():
+    """Without normalisation a patch may be one value."""
+    patch, grid = (1, 1, 1), (2, 3, 2)
+    check(
+        operands_of(make_clip(1, torch.float32, "contiguous", patch, grid), patch, grid), patch=patch, normalize=False
+    )
+
+
+# What may be read.
+
+
+def inside(video, offset, fill):
+    """The clip in a larger one that is ``fill`` all around it, in the same memory format."""
+    last = video.stride(1) == 1
+    extents = [extent + 2 * step for extent, step in zip(video.shape[2:], offset, strict=True)]
+    buffer = torch.full((*video.shape[:2], *extents), fill, dtype=video.dtype)
+    buffer = channels_last(buffer) if last else buffer
+    places = tuple(slice(step, step + extent) for step, extent in zip(offset, video.shape[2:], strict=True))
+    return buffer[(slice(None), slice(None), *places)].copy_(video)
+
+
+@pytest.mark.parametrize("offset", [(1, 1, 1), (2, 16, 16), (2, 16, 3)], ids=["misaligned", "aligned", "half"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8])
+def test_crops(video, layout, offset):
+    """Of a clip that is NaN, or 255, around the crop: the same bits as of the crop alone."""
+    clip = make_clip(1, video, layout, **REAL)
+    operands = operands_of(clip, **REAL, count=6)
+    options = dict(patch=REAL["patch"])
+    run = functools.partial(kernels.masked_patch_loss, **options)
+    (clean,), seeds, gradients = oracle.outcome(run, operands)
+    operands["video"] = inside(clip, offset, 255 if video == torch.uint8 else torch.nan)
+    assert not operands["video"].is_contiguous()
+    (loss,), _, crop_gradients = oracle.outcome(run, operands, seeds)
+    assert torch.equal(loss, clean)
+    assert torch.equal(crop_gradients["pixels"], gradients["pixels"])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_only_dropped_tubelets_are_read(layout):
+    """Each clip has others: NaN in one clip's visible tubelets, dropped in its neighbour, leaves no trace."""
+    patch, grid = (1, 2, 2), (1, 2, 3)
+    video = make_clip(2, torch.float32, layout, patch, grid)
+    operands = operands_of(video, patch, grid, count=2)
+    operands["drop_idx"] = torch.tensor([[0, 4], [1, 5]])
+    loss = kernels.masked_patch_loss(**operands, patch=patch)
+    visible = torch.ones(2, 6, dtype=torch.bool).scatter(1, operands["drop_idx"], False).view(2, 1, 1, 2, 3)
+    visible = visible.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    operands["video"] = LAYOUTS[layout](video.masked_fill(visible, torch.nan))
+    assert torch.equal(kernels.masked_patch_loss(**operands, patch=patch), loss)
+
+
+def test_one_row_of_indices_for_all_clips():
+    """As the fixed masks of a test: expanded, and not copied."""
+    operands = loss_operands(torch.float32, 3, 5)
+    operands["drop_idx"] = operands["drop_idx"][:1].expand(3, -1)
+    check(operands, patch=PATCH)
+
+
+def rows_apart(value):
+    buffer = torch.full((*value.shape[:2], value.shape[2] + 3), torch.nan, dtype=value.dtype)
+    return buffer[..., 1:-2].copy_(value)
+
+
+def tokens_first(value):
+    return value.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("layout", [rows_apart, tokens_first, lambda value: value[:, :1].expand(value.shape)])
+@pytest.mark.parametrize("video", ["contiguous", "channels_last"])
+def test_any_strides_of_pixels(video, layout):
+    operands = loss_operands(torch.float32, layout=video, count=5)
+    operands["pixels"] = layout(operands["pixels"])
+    check(operands, patch=PATCH)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [0.1, 0.3, 77.7, -1e-3])
+def test_a_flat_patch_has_a_target_of_exactly_zero(value, layout):
+    """Also where the mean of so many equal values would be rounded."""
+    operands = loss_operands(torch.float32, layout=layout, count=5)
+    operands["video"] = torch.full_like(operands["video"], value)
+    operands["pixels"] = torch.zeros_like(operands["pixels"])
+    assert kernels.masked_patch_loss(**operands, patch=PATCH) == 0
+    assert kernels.masked_patch_loss(**operands, patch=PATCH, mean=MEAN, std=STD) == 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_large_offset(layout):
+    """Where E[v^2] - E[v]^2 would have no digits left: what remains of the clip in float32 is exact."""
+    operands = loss_operands(torch.float32, layout=layout, count=5)
+    operands["video"] = LAYOUTS[layout]((operands["video"] * 64).round() + 2.0**18)
+    exact = operands | {name: operands[name].double() for name in ("pixels", "video")}
+    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    torch.testing.assert_close(loss.double(), oracle.masked_patch_loss(**exact, patch=PATCH), rtol=1e-6, atol=0)
+
+
+# Gradients.
+
+
+@every_dtype
+def test_the_gradient_takes_a_scale(dtype):
+    """A loss scale is a tensor on the device. Here it keeps float16 above its smallest numbers."""
+    operands = loss_operands(dtype, count=5)
+    values = {name: value.clone() for name, value in operands.items()}
+    values["pixels"].requires_grad_()
+    (1024 * kernels.masked_patch_loss(**values, patch=PATCH)).backward()
+    exact = operands | {name: operands[name].double() for name in ("pixels", "video")}
+    exact["pixels"].requires_grad_()
+    (1024 * oracle.masked_patch_loss(**exact, patch=PATCH)).backward()
+    error = values["pixels"].grad.double() - exact["pixels"].grad
+    assert error.norm() < 4 * torch.finfo(dtype).eps * exact["pixels"].grad.norm()
+
+
+def test_the_clip_never_gets_a_gradient():
+    operands = loss_operands(torch.float32)
+    operands["video"].requires_grad_()
+    assert not kernels.masked_patch_loss(**operands, patch=PATCH).requires_grad
+    operands["pixels"].requires_grad_()
+    kernels.masked_patch_loss(**operands, patch=PATCH).backward()
+    assert operands["pixels"].grad is not None and operands["video"].grad is None
+
+
+@pytest.mark.parametrize("shape", [dict(count=0), dict(batch=0)], ids=str)
+def test_nothing(shape):
+    operands = loss_operands(torch.float32, **shape)
+    operands["pixels"].requires_grad_()
+    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    loss.backward()
+    assert loss == 0 and operands["pixels"].grad.shape == operands["pixels"].shape
+
+
+def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
+    """Forward leaves one number a tubelet; backward the gradient, and nothing else."""
+    from mar_fast.kernels.jit import masked_patch_loss as launcher
+
+    torch_, sizes = launcher.torch, []
+
+    class Sizes:
+        def __getattr__(self, name):
+            return getattr(torch_, name)
+
+        def empty(self, shape, **options):
+            sizes.append(torch.Size(shape).numel())
+            return torch_.empty(shape, **options)
+
+    monkeypatch.setattr(launcher, "torch", Sizes())
+    operands = operands_of(make_clip(2, torch.uint8, **REAL), **REAL)
+    operands["pixels"].requires_grad_()
+    with SizesOfAll() as all_sizes:
+        loss = kernels.masked_patch_loss(**operands, patch=REAL["patch"])
+    assert sizes == [10] and max(all_sizes.seen) <= 10
+    assert [value.data_ptr() for value in loss.grad_fn.saved_tensors] == [v.data_ptr() for v in operands.values()]
+    loss.backward()
+    assert sizes == [10, 2 * 5 * 1536]
+
+
+class SizesOfAll(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sizes of the fresh results of all of PyTorch's own calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.known = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {value.data_ptr() for value in args if torch.is_tensor(value)}
+        if torch.is_tensor(result) and result.data_ptr() not in given:
+            self.seen.append(result.numel())
+        return result
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bitwise_repeatable(layout, dtype):
+    operands, run = loss_operands(dtype, layout=layout), functools.partial(kernels.masked_patch_loss, patch=PATCH)
+    (first,), seeds, first_gradients = oracle.outcome(run, operands)
+    (second,), _, second_gradients = oracle.outcome(run, operands, seeds)
+    assert torch.equal(first, second)
+    assert torch.equal(first_gradients["pixels"], second_gradients["pixels"])
+
+
+def test_a_float64_clip():
+    """Beside float32 pixels it is taken as float32, as in plain PyTorch."""
+    operands = loss_operands(torch.float32, count=5, video=torch.float64)
+    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    with kernels.use_backend("eager"):
+        torch.testing.assert_close(loss, kernels.masked_patch_loss(**operands, patch=PATCH))
+
+
+def test_float64_pixels_are_left_to_pytorch(poisoned):
+    operands = loss_operands(torch.float64, video=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        assert kernels.masked_patch_loss(**operands, patch=PATCH).dtype == torch.float64
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+# The custom op, which torch.compile sees.
+
+
+@pytest.mark.parametrize("options", [(None, None, True), (MEAN, STD, False)], ids=str)
+@pytest.mark.parametrize("video", [torch.float16, torch.uint8])
+@pytest.mark.parametrize("count", [0, 3])
+def test_opcheck(count, video, options):
+    operands = loss_operands(torch.float16, count=count, video=video, layout="channels_last")
+    operands["pixels"].requires_grad_()
+    custom = torch.ops.mar_fast.masked_patch_loss.default
+    torch.library.opcheck(custom, (*operands.values(), PATCH, *options))
+
+
+@every_dtype
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8])
+def test_compiled(video, dtype):
+    def program(pixels, video, drop_idx):
+        return 3 * kernels.masked_patch_loss(pixels * 2, video, drop_idx, patch=PATCH, mean=MEAN, std=STD)
+
+    torch.compiler.reset()
+    operands = loss_operands(dtype, count=5, video=video)
+    (out,), seeds, gradients = oracle.outcome(program, operands)
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    (compiled_out,), _, compiled_gradients = oracle.outcome(compiled, operands, seeds)
+    assert torch.equal(compiled_out, out)
+    assert torch.equal(gradients["pixels"], compiled_gradients["pixels"])
+
+
+RUNS = {
+    "function": functools.partial(kernels.masked_patch_loss, patch=PATCH),
+    "custom op": lambda **values: torch.ops.mar_fast.masked_patch_loss(*values.values(), PATCH, None, None, True),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_second_derivative_is_an_error(run):
+    operands = loss_operands(torch.float32, count=3)
+    operands["pixels"].requires_grad_()
+    value = RUNS[run](**operands)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        (gradient,) = torch.autograd.grad(value, operands["pixels"], create_graph=True)
+        (value + gradient.square().sum()).backward()
