@@ -74,22 +74,27 @@ def _import_attention(name: str) -> None:
         ) from error
 
 
-def attention_backend(operand: Tensor, op: str = "attention") -> str:
+def attention_backend(
+    operand: Tensor, op: str = "attention", beyond: str = "", dtype: torch.dtype | None = None
+) -> str:
     """What runs ``op`` ("attention" or "attention_varlen"): "triton", "eager", "flash_attn" or "xformers".
 
     Args:
-        operand: The packed qkv in the dtype to work in, that is after autocast's cast.
+        operand: The packed qkv.
         op: The op's name.
+        beyond: What of this call no Triton kernel takes, if so; see `takes_triton`.
+        dtype: The dtype to work in, autocast's where that is on; None means the operand's.
 
     Raises:
         RuntimeError: a backend is forced that cannot run this tensor; the message names what it takes.
     """
     if _forced not in ATTENTION_PACKAGES:
-        return "triton" if takes_triton(op, operand) else "eager"
+        return "triton" if takes_triton(op, operand, beyond) else "eager"
     _, _, dtypes = ATTENTION_PACKAGES[_forced]
-    if not operand.is_cuda or operand.dtype not in dtypes:
-        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        got = f"{str(operand.dtype).removeprefix('torch.')} on {operand.device}"
+    dtype = dtype or operand.dtype
+    if not operand.is_cuda or dtype not in dtypes:
+        accepted = " or ".join(str(name).removeprefix("torch.") for name in dtypes)
+        got = f"{str(dtype).removeprefix('torch.')} on {operand.device}"
         raise RuntimeError(f"backend {_forced!r} runs {op} on CUDA tensors of {accepted}, got {got}")
     return _forced
 

@@ -217,6 +217,7 @@ def test_choice(backend, request):
     with kernels.use_backend(backend):
         assert device.attention_backend(cuda(torch.bfloat16)) == backend
         assert device.attention_backend(cuda(torch.float16), "attention_varlen") == backend
+        assert device.attention_backend(cuda(torch.float32), dtype=torch.bfloat16) == backend  # under autocast
         with kernels.use_backend("eager"):
             assert device.attention_backend(cuda(torch.bfloat16)) == "eager"
         assert not device.takes_triton("bias_gelu", torch.empty(0, dtype=torch.float64))  # other ops: as ever
@@ -228,6 +229,7 @@ def test_choice_of_triton(monkeypatch):
     monkeypatch.setattr(device, "HAS_TRITON", True)
     monkeypatch.setattr(device, "OPS_WITH_KERNELS", frozenset({"attention"}))
     assert device.attention_backend(cuda(torch.bfloat16)) == "triton"
+    assert device.attention_backend(cuda(torch.bfloat16), beyond="heads of at most 128, got 256") == "eager"
     assert device.attention_backend(cuda(torch.bfloat16), "attention_varlen") == "eager"
     with kernels.use_backend("triton"), pytest.raises(RuntimeError, match="no kernel for attention_varlen"):
         device.attention_backend(cuda(torch.bfloat16), "attention_varlen")

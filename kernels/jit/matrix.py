@@ -37,7 +37,7 @@ class Plan:
     """What to compile, by key; the lines that each stands for; and what is wrong before anything is compiled."""
 
     found: dict[str, Found] = field(default_factory=dict)
-    lines: dict[str, list[dict[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     faults: list[Report] = field(default_factory=list)
 
 

@@ -118,6 +118,7 @@ def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:
     loops = config.num_stages > 1 or config.block_k
     stages = [other for other in range(1, 6) if other != config.num_stages] if loops else []
     choices["num_stages"] = [config.num_stages, *stages]
+    changes: list[dict[str, Any]]
     if quick:
         changes = [{name: value} for name, values in choices.items() for value in values[1:]]
     else:
