@@ -44,6 +44,7 @@ BAD = {
         (dict(keep_idx=index(rows=3)), VALUE, "keep_idx", "3 rows"),
         (dict(keep_idx=index((16, 154))), VALUE, "keep_idx", "values from 0 to 154"),
         (dict(keep_idx=index((0, -1))), VALUE, "keep_idx", "values from -1 to 16"),
+        (dict(keep_idx=index((16, 3))), VALUE, "keep_idx", "rows with repeated indices"),
         (dict(keep_idx=META), VALUE, "keep_idx", "a tensor on meta"),
         (dict(weight=zeros(33, 90)), VALUE, "weight", "shape (33, 90)"),
         (dict(weight=zeros(33, 3, 2, 3, 5, dtype=torch.int8)), TYPE, "weight", "torch.int8"),
@@ -158,6 +159,11 @@ def test_bad_call(name, changes, error, argument, got):
     with pytest.raises(error, match=rf"^{argument}: got .*{re.escape(got)}.*, expected .+") as caught:
         op(**{**operands, **changes})
     assert caught.type is error
+
+
+def test_unsorted_rows_are_no_error():
+    op, operands = call("gather_patch_embed")
+    op(**operands | dict(keep_idx=index().flip(1)))
 
 
 @pytest.mark.parametrize("name", OPS)

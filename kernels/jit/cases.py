@@ -44,10 +44,11 @@ def bias_gelu_cases() -> Iterator[Case]:
 
 def gather_patch_embed_cases() -> Iterator[Case]:
     """Tubelets of 2 x 16 x 16 of 16 frames of 224 x 224; float32 weights beside a 16-bit product as under autocast."""
-    kinds = [(dtype, dtype, dtype, False) for dtype in FLOATS]  # weights, product, pixels, channels last
-    kinds += [(torch.bfloat16, torch.bfloat16, pixels, True) for pixels in (torch.bfloat16, torch.uint8)]
-    kinds += [(torch.bfloat16, torch.bfloat16, torch.uint8, False), (torch.float32, torch.bfloat16, torch.uint8, True)]
-    for dtype, work, pixels, channels_last in kinds:
+    kinds = [(dtype, dtype, dtype, False, 32) for dtype in FLOATS]  # weights, product, pixels, channels last, clips
+    kinds += [(torch.bfloat16, torch.bfloat16, pixels, True, 32) for pixels in (torch.bfloat16, torch.uint8)]
+    kinds += [(torch.bfloat16, torch.bfloat16, torch.uint8, False, clips) for clips in (1, 32)]
+    kinds += [(torch.float32, torch.bfloat16, torch.uint8, True, 32)]
+    for dtype, work, pixels, channels_last, clips in kinds:
 
         def calls(
             device: Device,
@@ -55,16 +56,17 @@ def gather_patch_embed_cases() -> Iterator[Case]:
             work: torch.dtype = work,
             pixels: torch.dtype = pixels,
             channels_last: bool = channels_last,
+            clips: int = clips,
         ) -> Calls:
-            shape = (32, 16, 224, 224, 3) if channels_last else (32, 3, 16, 224, 224)
+            shape = (clips, 16, 224, 224, 3) if channels_last else (clips, 3, 16, 224, 224)
             video = torch.randint(256, shape, device=device, dtype=torch.uint8).to(pixels)
             video = video.permute(0, 4, 1, 2, 3) if channels_last else video
-            keep_idx = torch.rand(32, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
+            keep_idx = torch.rand(clips, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
             weight = torch.empty(768, 3, 2, 16, 16, dtype=dtype, device=device).normal_(std=0.02)
             bias = torch.empty(768, dtype=dtype, device=device).normal_()
             pos_embed = torch.empty(1568, 768, device=device).normal_()
             mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-            grad = torch.empty(32, 784, 768, dtype=dtype, device=device).normal_()
+            grad = torch.empty(clips, 784, 768, dtype=dtype, device=device).normal_()
             needs = [pixels != torch.uint8, True, True, True]
             return {
                 "forward": lambda: gather.forward(video, keep_idx, weight, bias, pos_embed, mean, std, work),
@@ -73,7 +75,8 @@ def gather_patch_embed_cases() -> Iterator[Case]:
                 ),
             }
 
-        label = f"{'channels-last' if channels_last else 'planar'} {str(pixels).removeprefix('torch.')}, 32 clips, 50 %"
+        layout = "channels-last" if channels_last else "planar"
+        label = f"{layout} {str(pixels).removeprefix('torch.')}, {clips} clips, 50 %"
         yield Case("gather_patch_embed", label, dtype, calls)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import eager
 from ..gather_patch_embed import Channels, memory_order
 from ..launch_config import launch_config
-from .launch import launch
+from .launch import block, launch
 
 Triple = tuple[int, int, int]
 
@@ -204,6 +204,11 @@ def fold_normalisation(
     return folded, bias.float() - (folded.float().sum((2, 3, 4)) * (offset / (UINT8_SCALE * slope))).sum(1)
 
 
+def features(video: Tensor, rows: int, columns: int) -> dict[str, int]:
+    """What launch tables go by; rows only roughly, since every number of them would be a choice of its own."""
+    return dict(pixel_bytes=video.element_size(), rows=block(rows), columns=columns)
+
+
 def forward(
     video: Tensor,
     keep_idx: Tensor,
@@ -226,7 +231,7 @@ def forward(
         weight, bias = fold_normalisation(weight, bias, work, mean, std)
     pos_embed = pos_embed if pos_embed.stride(1) == 1 else pos_embed.contiguous()
     rows, values = keep_idx.numel(), channels * t * h * w
-    config = launch_config("gather_patch_embed.forward", video, work, pixel_bytes=video.element_size())
+    config = launch_config("gather_patch_embed.forward", video, work, **features(video, rows, columns))
     launch(
         "gather_patch_embed.forward", forward_kernel,
         (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..gather_patch_embed import Channels, gradient_memory, gradients
 from ..launch_config import launch_config
-from .gather_patch_embed import Pixels, centred, normalisation, offset_in_tubelet, pixels_of, tubelet_start
+from .gather_patch_embed import Pixels, centred, features, normalisation, offset_in_tubelet, pixels_of, tubelet_start
 from .launch import as_rows, launch
 
 
@@ -105,7 +105,7 @@ def weight_gradient(
     columns, channels, t, h, w = weight.shape
     rows, values = len(grad), channels * t * h * w
     height, width = pixels.memory.shape[3:]
-    config = launch_config("gather_patch_embed.backward_weight", grad, pixel_bytes=pixels.memory.element_size())
+    config = launch_config("gather_patch_embed.backward_weight", grad, **features(pixels.memory, rows, columns))
     programs = triton.cdiv(columns, config.block_m) * triton.cdiv(values, config.block_n)
     row_tiles = triton.cdiv(rows, config.block_k)
     tiles = triton.cdiv(row_tiles, max(1, WEIGHT_PROGRAMS // programs))
@@ -134,7 +134,7 @@ def video_gradient(grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor
     total = gradient_memory(video).zero_()
     pixels = Pixels.of(total, (t, h, w))
     assert pixels is not None
-    config = launch_config("gather_patch_embed.backward_video", grad, pixel_bytes=video.element_size())
+    config = launch_config("gather_patch_embed.backward_video", grad, **features(video, rows, columns))
     launch(
         "gather_patch_embed.backward_video", video_kernel,
         (triton.cdiv(rows, config.block_m) * triton.cdiv(values, config.block_n),),

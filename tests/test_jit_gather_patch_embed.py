@@ -1,0 +1,449 @@
+"""gather_patch_embed's Triton kernels beyond what test_ops.py asks: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+from op_cases import (
+    MEAN,
+    PATCH,
+    STD,
+    TOKENS,
+    channels_last,
+    check,
+    gather_operands,
+    make_clip,
+    plain_gather,
+    strided,
+)
+
+from mar_fast import kernels
+from mar_fast.kernels import device, eager
+from mar_fast.kernels.launch_config import LaunchConfig, forced
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+REAL = dict(patch=(2, 16, 16), grid=(2, 2, 3), width=96, count=7)
+FEW = dict(grid=(2, 2, 2), count=3)  # programs
+FLAT = dict(patch=(1, 4, 16), grid=(2, 2, 2), width=32, count=3)  # the same lines, but fewer
+NORMALISED = dict(mean=MEAN, std=STD)
+normalised = functools.partial(kernels.gather_patch_embed, **NORMALISED)
+
+
+def compare(operands, **options):
+    return check("gather_patch_embed", plain_gather, operands, **(options or NORMALISED))[0]
+
+
+# Tiles.
+
+NAMES = ["forward", "backward_weight", "backward_video", "backward_position"]
+
+
+def tiles(*sizes):
+    """Launch configurations of the four kernels by (block_m, block_n, block_k)."""
+    return {f"gather_patch_embed.{name}": LaunchConfig(*size) for name, size in zip(NAMES, sizes, strict=True)}
+
+
+LARGE = tiles((32, 128, 512), (128, 512, 32), (32, 512, 128), (16, 128, 0))
+SMALL = tiles((16, 16, 32), (32, 64, 16), (16, 64, 16), (2, 16, 0))
+FULL = tiles((16, 32, 64), (32, 64, 8), (16, 64, 32), (4, 32, 0))
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles():
+    """What the interpreter takes goes by the number of tiles; those of the tables are in test_ops.py."""
+    with forced(LARGE):
+        yield
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_ragged_last_tiles(layout, video):
+    """M = 18, D = 33 and K = 90, in small tiles: several each way, the last neither full nor empty."""
+    with forced(SMALL):
+        compare(gather_operands(torch.float32, video=video, layout=layout, grid=(2, 2, 3), count=9))
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8])
+def test_full_last_tiles(video):
+    """M = 16, D = 32 and K = 192 are multiples of the tiles: nothing is masked."""
+    with forced(FULL):
+        compare(gather_operands(torch.float32, video=video, **(FLAT | dict(batch=4, count=4))))
+
+
+@pytest.mark.parametrize("columns", [16, 64, 128, 256])
+def test_columns_of_a_tile(columns):
+    """Positions are added to 64 columns at a time, so tiles of 128 and of 256 are finished in parts."""
+    with forced({"gather_patch_embed.forward": LaunchConfig(32, columns, 512)}):
+        compare(gather_operands(torch.float32, **FLAT | dict(width=300)))
+
+
+@pytest.mark.parametrize("programs", [1, 6, 8, 1000])
+def test_weight_gradient_in_several_parts(programs, monkeypatch):
+    """2 x 2 programs a part, 3 tiles of rows: in 1, 1, 2 and 3 parts, the second of 2 with one tile beyond the last."""
+    from mar_fast.kernels.jit import gather_patch_embed_backward as launcher
+
+    monkeypatch.setattr(launcher, "WEIGHT_PROGRAMS", programs)
+    with forced({"gather_patch_embed.backward_weight": LaunchConfig(32, 64, 16)}):
+        compare(gather_operands(torch.float32, video=torch.uint8))
+
+
+# Clips.
+
+
+@every_dtype
+@pytest.mark.parametrize("video", [None, torch.uint8], ids=["float", "uint8"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_real_patch(layout, video, dtype):
+    compare(gather_operands(dtype, video=video, layout=layout, **REAL))
+
+
+def clips_copied(monkeypatch):
+    """Counts the clips that a launcher copies."""
+    copies = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **how: (copies.append(self.shape), clone(self, **how))[1])
+    return copies
+
+
+def within(clip, before, after, order=(0, 1, 2, 3, 4)):
+    """The clip inside a buffer full of NaN, or of 255, whose dimensions lie in memory in this order."""
+    shape = [low + extent + high for low, extent, high in zip(before, clip.shape, after, strict=True)]
+    poison = torch.nan if clip.is_floating_point() else 255
+    buffer = torch.full([shape[place] for place in order], poison, dtype=clip.dtype)
+    buffer = buffer.permute([order.index(place) for place in range(5)])
+    view = buffer[tuple(slice(low, low + extent) for low, extent in zip(before, clip.shape, strict=True))]
+    return view.copy_(clip)
+
+
+PLANAR, LAST, FRAMES_FIRST = (0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 2, 1, 3, 4)
+CROPS = {
+    # Pixels before and after in (B, C, T, H, W), order in memory, copied (once forward, once backward)?
+    "y": ((0, 0, 0, 3, 0), (0, 0, 0, 5, 0), PLANAR, False),
+    "y and t, frames before channels": ((0, 0, 1, 3, 0), (0, 0, 2, 5, 0), FRAMES_FIRST, False),
+    "every way, by 16": ((1, 1, 1, 1, 16), (1, 1, 1, 1, 16), PLANAR, False),
+    "x": ((0, 0, 0, 0, 1), (0, 0, 0, 0, 2), PLANAR, True),
+    "x, whole lines apart": ((0, 0, 0, 0, 5), (0, 0, 0, 0, 11), PLANAR, True),  # only the first pixel is misaligned
+    "beyond x": ((0, 0, 0, 0, 0), (0, 0, 0, 0, 3), PLANAR, True),  # only the other lines are misaligned
+    "channels-last, y": ((0, 0, 0, 3, 0), (0, 0, 0, 5, 0), LAST, False),
+    "channels-last, x by 16": ((0, 0, 0, 1, 16), (0, 0, 0, 1, 32), LAST, False),
+    "channels-last, x": ((0, 0, 0, 0, 1), (0, 0, 0, 0, 2), LAST, True),
+    "channels-last, c": ((0, 0, 0, 0, 0), (0, 1, 0, 0, 0), LAST, True),  # RGB of RGBA
+    "another order": ((0, 0, 0, 0, 0), (0, 0, 0, 0, 0), (0, 1, 2, 4, 3), True),
+}
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize("crop", CROPS)
+def test_crops(crop, video, monkeypatch):
+    """A crop gives what a clip on its own gives, bit by bit; where it is aligned it is not copied."""
+    before, after, order, copied = CROPS[crop]
+    operands = gather_operands(torch.float32, video=video, **FLAT)
+    if order == LAST:  # sums in the same order
+        operands["video"] = channels_last(operands["video"])
+    clean, seeds, clean_gradients = oracle.outcome(normalised, operands)
+    copies = clips_copied(monkeypatch)
+    operands["video"] = within(operands["video"], before, after, order)
+    outputs, _, gradients = oracle.outcome(normalised, operands, seeds)
+    assert copies == [operands["video"].shape] * (2 if copied else 0)
+    torch.testing.assert_close(outputs, clean, rtol=1e-5 if copied else 0, atol=1e-5 if copied else 0)
+    for name, gradient in gradients.items():
+        exact = name != "weight" or not copied
+        torch.testing.assert_close(
+            gradient, clean_gradients[name], rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5
+        )
+
+
+def test_odd_patches_are_never_copied(monkeypatch):
+    """Lines of 5 values cannot be loaded several at a time anyway."""
+    operands = gather_operands(torch.float32, layout="cropped")
+    copies = clips_copied(monkeypatch)
+    oracle.outcome(kernels.gather_patch_embed, operands)
+    assert not copies
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 4, 1), (2, 2, 6)])
+def test_other_patches_and_channels(patch, channels):
+    clip = torch.randn(2, channels, *(2 * step for step in patch))
+    operands = gather_operands(torch.float32, count=5, patch=patch, grid=(2, 2, 2), width=7)
+    operands["weight"] = torch.randn(7, channels, *patch)
+    for video in (clip, channels_last(clip)):
+        check("gather_patch_embed", plain_gather, operands | dict(video=video))
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 1, 3), (3, 1, 1), (1, 3, 1)])
+def test_thin_grids(grid):
+    """Where an extent is 1, or a patch is the whole of it, strides say little."""
+    for layout in ("contiguous", "channels_last"):
+        compare(gather_operands(torch.float32, count=1, grid=grid, layout=layout))
+
+
+def test_one_clip_for_all():
+    """A clip expanded over the batch is not copied, and its gradient is dense."""
+    operands = gather_operands(torch.float32)
+    operands["video"] = operands["video"][:1].expand(2, -1, -1, -1, -1)
+    compare(operands)
+
+
+LAYOUTS = {"contiguous": PLANAR, "channels-last": LAST, "frames first": FRAMES_FIRST, "another": (0, 1, 2, 4, 3)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_the_clips_gradient(layout):
+    """Dense, in the clip's own order where that has lines to store; zero outside the visible tubelets."""
+    operands = gather_operands(torch.float32)
+    operands["video"] = within(operands["video"], [0] * 5, [0] * 5, LAYOUTS[layout])
+    gradient = oracle.outcome(kernels.gather_patch_embed, operands)[2]["video"]
+    expected = torch.empty_like(operands["video"]) if layout != "another" else torch.empty(operands["video"].shape)
+    assert gradient.stride() == expected.stride()
+    per_tubelet = 3 * PATCH[0] * PATCH[1] * PATCH[2]
+    assert int((gradient != 0).sum()) == operands["keep_idx"].numel() * per_tubelet
+
+
+# Indices.
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_unsorted_index(index):
+    operands = gather_operands(torch.float32, index=index)
+    operands["keep_idx"] = torch.stack([row[torch.randperm(17)] for row in operands["keep_idx"]])
+    compare(operands)
+
+
+def test_strided_index():
+    operands = gather_operands(torch.float32, **FEW)
+    compare(operands | dict(keep_idx=strided(operands["keep_idx"])))
+    compare(operands | dict(keep_idx=operands["keep_idx"].T.contiguous().T))
+    compare(operands | dict(keep_idx=operands["keep_idx"][:1].expand(2, -1)))
+
+
+def test_positions():
+    """Position 0 has no row, 1 has one, 2 as many as clips; in tiles of 2."""
+    operands = gather_operands(torch.float32, batch=5, count=3, grid=(2, 2, 2), width=7)
+    operands["keep_idx"] = torch.tensor([[1, 2, 3], [7, 4, 2], [2, 5, 4], [3, 2, 6], [6, 3, 2]])
+    with forced(SMALL):
+        compare(operands)
+        gradient = oracle.outcome(kernels.gather_patch_embed, operands)[2]["pos_embed"]
+    assert torch.equal(gradient[0], torch.zeros(7))
+
+
+def test_repeated_index_beyond_the_check(monkeypatch):
+    """On a GPU nobody looks: all but the clip's gradient is right even then."""
+    monkeypatch.setattr("mar_fast.kernels.checks.may_read", lambda value: False)
+    operands = gather_operands(torch.float32, count=9, video=torch.uint8)
+    operands["keep_idx"] = torch.randint(TOKENS, (2, 9), dtype=torch.int32)
+    operands["keep_idx"][:, :3] = 5
+    compare(operands)
+
+
+# Dtypes.
+
+
+def test_positions_in_half():
+    operands = gather_operands(torch.float32)
+    operands["pos_embed"] = operands["pos_embed"].half()
+    assert compare(operands).dtype == torch.float32
+
+
+def test_positions_in_float64():
+    """They count as float32, and get their gradient in float64."""
+    operands = gather_operands(torch.float32, **FEW)
+    (out,), seeds, gradients = oracle.outcome(normalised, operands)
+    operands["pos_embed"] = operands["pos_embed"].double()
+    (same,), _, others = oracle.outcome(normalised, operands, seeds)
+    assert torch.equal(same, out)
+    assert others["pos_embed"].dtype == torch.float64
+    assert torch.equal(others["pos_embed"].float(), gradients["pos_embed"])
+
+
+@pytest.mark.parametrize(("video", "weights"), [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+def test_clip_of_another_dtype(video, weights):
+    compare(gather_operands(weights, video=video, **REAL))
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.float16, torch.uint8], ids=str)
+def test_autocast(video):
+    """The product in float16; weights, output and gradients in float32."""
+    operands = gather_operands(torch.float32, video=video)
+
+    def in_half(function, **operands):
+        with torch.autocast("cpu", torch.float16):
+            return function(**operands, **NORMALISED)
+
+    naive = functools.partial(oracle.gather_patch_embed, **NORMALISED)
+    ours, plain = (functools.partial(in_half, function) for function in (kernels.gather_patch_embed, plain_gather))
+    outputs, cotangents, gradients = oracle.outcome(ours, operands)
+    others, _, other_gradients = oracle.outcome(plain, operands, cotangents)
+    exact, _, exact_gradients = oracle.outcome(
+        naive,
+        {name: value.double() if value.is_floating_point() else value for name, value in operands.items()},
+        [seed.double() for seed in cotangents],
+    )
+    assert outputs[0].dtype == torch.float32
+    eps = torch.finfo(torch.float16).eps
+    assert (outputs[0] - exact[0]).detach().norm() > 1e-5 * exact[0].detach().norm()  # it was float16
+    oracle.assert_as_good("output", outputs[0], others[0], exact[0], coarsest=eps)
+    for name, gradient in gradients.items():
+        oracle.assert_as_good(name, gradient, other_gradients[name], exact_gradients[name], coarsest=eps)
+        assert gradient.dtype == operands[name].dtype
+
+
+def test_small_weights_of_uint8_pixels():
+    """In float16, weights of 1e-4 divided by 255 would lose most of their digits."""
+    operands = gather_operands(torch.float16, video=torch.uint8, **REAL)
+    operands["weight"] *= 1e-3
+    operands["bias"] *= 0
+    operands["pos_embed"] *= 0
+    compare(operands)
+
+
+def test_uint8_weight_gradient_of_a_flat_clip():
+    """Pixels at the mean: what is taken off and what remains must come from the same rounded gradient."""
+    operands = gather_operands(torch.float16, video=torch.uint8)
+    operands["video"].clamp_(100, 104)
+    compare(operands, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+
+
+def test_float64_is_left_to_pytorch(poisoned):
+    operands = gather_operands(torch.float64)
+    for changes in ({}, dict(video=operands["video"].float()), dict(video=make_clip(2, torch.uint8))):
+        with pytest.raises(RuntimeError, match=r"gather_patch_embed.*float64"):
+            kernels.gather_patch_embed(**operands | changes)
+    half = gather_operands(torch.float16, video=torch.float64)
+    with pytest.raises(RuntimeError, match=r"gather_patch_embed.*float64"):
+        kernels.gather_patch_embed(**half)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        compare(operands)
+        kernels.gather_patch_embed(**half)
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+def test_taken_without_being_asked_for(poisoned):
+    operands = gather_operands(torch.float32)
+    with kernels.use_backend("eager"):
+        assert torch.equal(
+            kernels.gather_patch_embed(**operands), eager.gather_patch_embed(**operands, mean=None, std=None)
+        )
+    assert not poisoned.allocated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        kernels.gather_patch_embed(**operands)
+    assert poisoned.allocated
+
+
+# Gradients.
+
+
+def expanded(value):
+    """All elements one element, as the gradient of a sum."""
+    return value[:1, :1, :1].expand(value.shape)
+
+
+def transposed(value):
+    return value.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def swapped(value):
+    """(B, N, D) in the memory of (N, B, D): no single row stride describes it."""
+    return value.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("layout", [expanded, transposed, swapped, strided])
+def test_any_strides_of_the_gradient(layout):
+    operands = gather_operands(torch.float32, **FEW)
+    seed = layout(torch.randn(2, 3, 33))
+    assert not seed.is_contiguous()
+    _, _, gradients = oracle.outcome(kernels.gather_patch_embed, operands, [seed])
+    _, _, contiguous = oracle.outcome(kernels.gather_patch_embed, operands, [seed.contiguous()])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, contiguous[name])
+
+
+@pytest.mark.parametrize("wanted", ["video", "weight", "bias", "pos_embed"])
+def test_one_gradient_alone(wanted):
+    """It is the same as among all; what is not wanted is not computed."""
+    operands = gather_operands(torch.float32, **FEW)
+    _, seeds, every = oracle.outcome(kernels.gather_patch_embed, operands)
+    operands[wanted].requires_grad_()
+    kernels.gather_patch_embed(**operands).backward(*seeds)
+    for name in every:
+        assert torch.equal(operands[name].grad, every[name]) if name == wanted else operands[name].grad is None
+
+
+def test_bitwise_repeatable():
+    operands = gather_operands(torch.float32, grid=(2, 2, 3), count=9, batch=4)
+    with forced(SMALL):
+        (first,), seeds, first_gradients = oracle.outcome(kernels.gather_patch_embed, operands)
+        (second,), _, second_gradients = oracle.outcome(kernels.gather_patch_embed, operands, seeds)
+    assert torch.equal(first, second)
+    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in first_gradients)
+
+
+# The custom op, which torch.compile sees.
+
+
+def custom(video, keep_idx, weight, bias, pos_embed, mean=None, std=None):
+    return torch.ops.mar_fast.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std, weight.dtype)
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_opcheck(layout, video):
+    operands = gather_operands(torch.float32, count=3, grid=(1, 2, 2), video=video, layout=layout, width=7)
+    operands = [value.requires_grad_() if value.is_floating_point() else value for value in operands.values()]
+    options = (list(MEAN), list(STD), torch.float32)
+    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, *options))
+
+
+def test_opcheck_of_nothing():
+    operands = [
+        value.requires_grad_() if value.is_floating_point() else value
+        for value in gather_operands(torch.float32, count=0).values()
+    ]
+    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, None, None, torch.float32))
+
+
+def compiling(program, seen):
+    """``program`` compiled by inductor; targets of the graph's nodes go to ``seen``."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def inductor(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return compile_fx(graph, inputs)
+
+    torch.compiler.reset()
+    return torch.compile(program, fullgraph=True, backend=inductor)
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
+def test_compiled(video):
+    """Inductor calls the kernels through the custom op, and changes no bit of them."""
+    seen = []
+    operands = gather_operands(torch.float32, video=video)
+    (out,), seeds, gradients = oracle.outcome(normalised, operands)
+    (compiled_out,), _, compiled_gradients = oracle.outcome(compiling(normalised, seen), operands, seeds)
+    assert torch.equal(compiled_out, out)
+    assert all(torch.equal(compiled_gradients[name], gradients[name]) for name in gradients)
+    assert torch.ops.mar_fast.gather_patch_embed.default in seen
+
+
+# Once differentiable.
+
+RUNS = {"function": kernels.gather_patch_embed, "custom op": custom}
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("run", RUNS)
+def test_second_derivative_is_an_error(run, loss):
+    operands = gather_operands(torch.float32, count=1, batch=1)
+    operands["weight"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        value = loss(RUNS[run](**operands))
+        (gradient,) = torch.autograd.grad(value, operands["weight"], create_graph=True)
+        (value + gradient.square().sum()).backward()
