@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import eager
 from ..gather_patch_embed import Channels, memory_order
-from ..launch_config import launch_config
+from ..launch_config import architecture, launch_config
 from .launch import block, launch
 
 Triple = tuple[int, int, int]
@@ -90,7 +90,7 @@ def forward_kernel(
     video, index, weight, bias, position, out, rows, columns, values, per_clip, grid_rows, grid_columns,
     s_clip, s_channel, s_frame, s_line, s_position,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Column tiles of the same rows run next to each other: the clip's pixels come from memory once, then from L2.
     column_tiles = tl.cdiv(columns, BLOCK_N)
@@ -117,7 +117,7 @@ def forward_kernel(
             m_k = o_k < K
             b_video = tl.load(p_video, mask=m_k[None, :], other=0)
             b_weight = tl.load(p_weight + o_k[:, None], mask=m_k[:, None], other=0.0)
-        b_out = tl.dot(centred(b_video, b_weight.dtype), b_weight, b_out, input_precision="tf32x3")
+        b_out = tl.dot(centred(b_video, b_weight.dtype), b_weight, b_out, input_precision=PRECISION)
     # A whole tile of positions beside the product does not fit into the registers; 64 columns at a time do.
     first = tl.program_id(0) % column_tiles * BLOCK_N
     if BLOCK_N <= 64:
@@ -204,6 +204,11 @@ def fold_normalisation(
     return folded, bias.float() - (folded.float().sum((2, 3, 4)) * (offset / (UINT8_SCALE * slope))).sum(1)
 
 
+def precision(operand: Tensor) -> str:
+    """How products of float32 are formed: from three of tf32, or where there is none of these, as they are."""
+    return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
+
+
 def features(video: Tensor, rows: int, columns: int) -> dict[str, int]:
     """What launch tables go by; rows only roughly, since every number of them would be a choice of its own."""
     return dict(pixel_bytes=video.element_size(), rows=block(rows), columns=columns)
@@ -241,6 +246,6 @@ def forward(
             *pixels.strides, pos_embed.stride(0),
         ),
         config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values, SCALE=scale,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PRECISION=precision(video), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
     )  # fmt: skip
     return out

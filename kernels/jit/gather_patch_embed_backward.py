@@ -7,7 +7,16 @@ from torch import Tensor
 
 from ..gather_patch_embed import Channels, gradient_memory, gradients
 from ..launch_config import launch_config
-from .gather_patch_embed import Pixels, centred, features, normalisation, offset_in_tubelet, pixels_of, tubelet_start
+from .gather_patch_embed import (
+    Pixels,
+    centred,
+    features,
+    normalisation,
+    offset_in_tubelet,
+    pixels_of,
+    precision,
+    tubelet_start,
+)
 from .launch import as_rows, launch
 
 
@@ -16,7 +25,7 @@ def weight_kernel(
     grad, video, index, part, rows, columns, per_clip, grid_rows, grid_columns, tiles,
     s_grad, s_clip, s_channel, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program sums ``tiles`` tiles of rows into its place of ``part``: the parts are added in a fixed order
     afterwards, so the result is the same every time. Programs of the same rows run next to each other."""
@@ -38,7 +47,7 @@ def weight_kernel(
         # [BLOCK_K, BLOCK_N], [BLOCK_K, BLOCK_M]
         b_video = tl.load(p_video) if K % BLOCK_N == 0 else tl.load(p_video, mask=m_k[None, :], other=0)
         b_grad = tl.load(p_grad, mask=(o_row < rows)[:, None] & m_column[None, :], other=0.0)
-        b_part = tl.dot(tl.trans(b_grad), centred(b_video, b_grad.dtype), b_part, input_precision="tf32x3")
+        b_part = tl.dot(tl.trans(b_grad), centred(b_video, b_grad.dtype), b_part, input_precision=PRECISION)
     p_part = part + (split.to(tl.int64) * columns + o_column)[:, None] * K + o_k[None, :]
     tl.store(p_part, b_part, mask=m_column[:, None] & m_k[None, :])
 
@@ -48,7 +57,7 @@ def video_kernel(
     grad, weight, index, grad_video, rows, columns, per_clip, grid_rows, grid_columns,
     s_grad, s_clip, s_channel, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(K, BLOCK_N)
     o_row = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -64,7 +73,7 @@ def video_kernel(
         b_grad = tl.load(p_grad, mask=m_row[:, None] & m_column[None, :], other=0.0)
         p_weight = weight + o_column.to(tl.int64)[:, None] * K + o_k[None, :]
         b_weight = tl.load(p_weight, mask=m_column[:, None] & m_k[None, :], other=0.0)
-        b_video = tl.dot(b_grad, b_weight, b_video, input_precision="tf32x3")
+        b_video = tl.dot(b_grad, b_weight, b_video, input_precision=PRECISION)
     _, start = tubelet_start(
         index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
@@ -118,7 +127,7 @@ def weight_gradient(
             grad.stride(0), *pixels.strides,
         ),
         config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PRECISION=precision(grad), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
     )  # fmt: skip
     total = pixels.unorder(part.sum(0), weight.shape)
     if pixels.memory.dtype == torch.uint8:
@@ -143,7 +152,7 @@ def video_gradient(grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor
             video.shape[3] // h, video.shape[4] // w, grad.stride(0), *pixels.strides,
         ),
         config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PRECISION=precision(grad), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
     )  # fmt: skip
     return total
 
