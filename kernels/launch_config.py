@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ class LaunchConfig:
     """Tile sizes and launch options of one kernel, and where the choice came from.
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
-    dimension of a matrix product. Which of them a kernel reads is said where it is launched.
+    dimension of a matrix product. ``resident`` says whether the tile that a program owns stays in registers or is
+    loaded anew at each step. Which of these a kernel reads is said where it is launched.
     """
 
     block_m: int
@@ -34,7 +35,17 @@ class LaunchConfig:
     block_k: int = 0
     num_warps: int = 4
     num_stages: int = 1
+    resident: bool = True
     origin: str = field(default="", compare=False)
+
+    def options(self) -> dict[str, int | bool]:
+        """What is said of it: warps and stages, and everything else that is not at its default."""
+        always = ("block_m", "num_warps", "num_stages")
+        return {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name in always or (option.name != "origin" and getattr(self, option.name) != option.default)
+        }
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ def stand_in(monkeypatch, tmp_path):
 def test_tune(run, stand_in, tmp_path):
     code, out, err = run("tune", "--kernel", "bias_gelu.forward", "--quick")
     assert code == 0 and "3 rows tuned, 3 rows written" in err and str(tmp_path / "mine/sm_90.json") in err
-    assert "bias_gelu.forward" in out and "2.00x" in out and "8 x 256, 4 warps" in out
+    assert "bias_gelu.forward" in out and "2.00x" in out and "block_m 8, block_n 256, num_warps 4" in out
     table = json.loads((tmp_path / "mine/sm_90.json").read_text())
     assert all("stand-in, mar_fast 9 abc" in row["origin"] for row in table["bias_gelu.forward"])
     code, _, err = run("tune", "--kernel", "nothing")

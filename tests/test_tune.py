@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -95,9 +95,9 @@ def test_neighbourhood():
 
 def test_quick_neighbourhood_changes_one_thing():
     found = tune.candidates(BASE, quick=True)
-    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    names = [option.name for option in fields(BASE) if option.name != "origin"]
     changes = [sum(getattr(config, name) != getattr(BASE, name) for name in names) for config in found]
-    assert changes[0] == 0 and set(changes[1:]) == {1} and 10 <= len(found) <= 14
+    assert changes[0] == 0 and set(changes[1:]) == {1} and 10 <= len(found) <= 16
 
 
 def test_neighbourhood_without_a_loop():
@@ -120,6 +120,18 @@ def test_units():
     for one in found:
         assert one.runs and all(matrix.launch_at(run).name == one.kernel for run in one.runs)
         assert one.dtype in ("float32", "float16", "bfloat16")
+
+
+def test_options_that_a_kernel_does_not_read():
+    """They make no further candidate; and a table keeps every option that is not at its default."""
+    config = in_force()
+    others = [replace(config, block_k=64), replace(config, num_warps=8)]
+    assert tune.distinct(unit(), [config, *others]) == [config, others[1]]
+    for option in fields(config):
+        if isinstance(option.default, bool):
+            switched = replace(config, **{option.name: not option.default})
+            assert tune.distinct(unit(), [config, switched]) == [config]
+            assert tune.entry(replace(unit().row, config=switched))["config"][option.name] is not option.default
 
 
 def test_candidate_is_what_gets_compiled():
@@ -147,7 +159,7 @@ def test_faster_one_wins():
 def test_slower_ones_change_nothing():
     others = tune.candidates(in_force())[1:]
     result = tuned(StandIn(speed={config: 1.3e-3 for config in others}))
-    assert result.winner is None and result.gain == 1.0 and result.timed == len(others) + 1
+    assert result.winner is None and result.gain == 1.0 and 5 < result.timed <= len(others) + 1
 
 
 def test_gain_within_the_spread_is_none():
@@ -171,6 +183,16 @@ def test_bad_code_is_never_run(fault, words):
     result = tuned(machine)
     assert result.winner is None and words in result.dropped[bad]
     assert bad in machine.compiled and bad not in machine.ran and bad not in machine.timed
+
+
+def test_the_compiler_itself_drops_candidates():
+    """Not a stand-in's word: far too large a tile for its warps spills, and a tiny one loads bit by bit."""
+    machine = StandIn()
+    machine.compile = lambda found: matrix.each(matrix.compile_found, found, jobs=0)
+    base, huge, tiny = in_force(), LaunchConfig(128, 512, num_warps=4), LaunchConfig(4, 32, num_warps=1)
+    dropped = tune.compiled_clean(unit(), [base, near(base), huge, tiny], machine)
+    assert set(dropped) == {huge, tiny}
+    assert "bytes of stack" in dropped[huge] and "widest global load" in dropped[tiny]
 
 
 @pytest.mark.parametrize(

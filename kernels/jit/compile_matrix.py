@@ -128,7 +128,7 @@ def report(kernel: str, target: str, config: LaunchConfig | None, **known: Any) 
     """A report with nothing in it but what is known."""
     said = ""
     if config is not None:
-        said = ", ".join(f"{key} {value}" for key, value in asdict(config).items() if key != "origin" and value)
+        said = ", ".join(f"{name} {value}" for name, value in config.options().items())
     nothing: dict[str, Any] = dict(
         case="", config=said, origin=config.origin if config else "", registers=0, spilled_bytes=0, stack_bytes=0,
         shared_bytes=0, tensor_core=0, matrix=False, loads={}, seconds=0.0,

@@ -10,7 +10,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..launch_config import LaunchConfig, Row, assumed_architecture, forget_tables, read_table, rows
 from . import cases, matrix
-from .compile_matrix import Report
+from .compile_matrix import Report, launch_key
 from .launch import recording
 from .matrix import Found
 
@@ -104,7 +104,7 @@ def units(architecture: str, kernels: Sequence[str] = ()) -> list[Unit]:
 
 
 def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:
-    """The neighbourhood of a configuration, itself first: blocks halved and doubled, other warps, other stages.
+    """The neighbourhood of a configuration, itself first: blocks halved and doubled, other warps, stages and switches.
 
     All combinations of them, or, if ``quick``, one change at a time.
     """
@@ -118,6 +118,8 @@ def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:
     loops = config.num_stages > 1 or config.block_k
     stages = [other for other in range(1, 6) if other != config.num_stages] if loops else []
     choices["num_stages"] = [config.num_stages, *stages]
+    for name in (option.name for option in fields(config) if isinstance(option.default, bool)):
+        choices[name] = [getattr(config, name), not getattr(config, name)]
     changes: list[dict[str, Any]]
     if quick:
         changes = [{name: value} for name, values in choices.items() for value in values[1:]]
@@ -135,6 +137,18 @@ def _sensible(config: LaunchConfig) -> bool:
 
 
 # What is fit to be timed.
+
+
+def distinct(unit: Unit, configs: Sequence[LaunchConfig]) -> list[LaunchConfig]:
+    """Without those that are the same launch as one before: not every kernel reads every option."""
+    found: dict[str, LaunchConfig] = {}
+    for config in configs:
+        try:
+            key = launch_key(matrix.launch_at(replace(unit.runs[0], config=config)), unit.runs[0].target)
+        except Exception:  # it may be refused, which compiling it will report
+            key = repr(config)
+        found.setdefault(key, config)
+    return list(found.values())
 
 
 def compiled_clean(unit: Unit, configs: Sequence[LaunchConfig], machine: Machine) -> dict[LaunchConfig, str]:
@@ -270,7 +284,7 @@ def tune_unit(
 
 def _tune_unit(unit: Unit, machine: Machine, quick: bool, on_step: Callable[[str, float], None]) -> Result:
     in_force = unit.row.config
-    configs = candidates(in_force, quick)
+    configs = distinct(unit, candidates(in_force, quick))
     on_step(f"compiling {len(configs)} candidates", 0.0)
     dropped = compiled_clean(unit, configs, machine)
     configs = [config for config in configs if config not in dropped]
@@ -345,11 +359,10 @@ def _overlap(row: Row, other: Row) -> bool:
 
 def entry(row: Row) -> dict[str, Any]:
     """A row as it stands in a table's file."""
-    config = {name: value for name, value in asdict(row.config).items() if name != "origin" and value}
     written: dict[str, Any] = {"dtypes": list(row.dtypes)} if row.dtypes else {}
     if row.where:
         written["where"] = {name: [low, high] for name, low, high in row.where}
-    return written | {"config": config, "origin": row.config.origin}
+    return written | {"config": row.config.options(), "origin": row.config.origin}
 
 
 def write_table(path: Path, content: Mapping[str, list[dict[str, Any]]]) -> None:

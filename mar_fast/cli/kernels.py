@@ -97,6 +97,7 @@ def _tile(config: str) -> str:
     if not config:
         return ""
     value = dict(part.split(" ") for part in config.split(", "))
-    blocks = " x ".join(value[name] for name in ("block_m", "block_n", "block_k") if name in value)
-    stages = value.get("num_stages", "0")
-    return f"{blocks}, {value['num_warps']} warps, {stages} stage{'' if stages == '1' else 's'}"
+    blocks = " x ".join(value.pop(name) for name in ("block_m", "block_n", "block_k") if name in value)
+    warps, stages = value.pop("num_warps"), value.pop("num_stages")
+    more = [f"{name} {said}" for name, said in value.items()]
+    return ", ".join([blocks, f"{warps} warps", f"{stages} stage{'' if stages == '1' else 's'}", *more])

@@ -64,9 +64,11 @@ def _print(results: "list[Result]", path: Path) -> None:
         where = ", ".join(f"{name} {low} to {high}" for name, low, high in row.where) or "everything"
         tried = f"{result.timed} of {result.timed + len(result.dropped)}"
         before, after = (" ".join(f"{s * 1e6:.1f}" for s in medians) for medians in (result.before, result.after))
-        chosen = result.winner or row.config
-        blocks = " x ".join(str(size) for size in (chosen.block_m, chosen.block_n, chosen.block_k) if size)
-        said = f"{blocks}, {chosen.num_warps} warps, {chosen.num_stages} stages" if result.winner else "stays"
+        said = (
+            ", ".join(f"{name} {value}" for name, value in result.winner.options().items())
+            if result.winner
+            else "stays"
+        )
         table.add_row(
             result.unit.kernel, result.unit.dtype, where, tried, before, after,
             f"{result.gain:.2f}x" if result.winner else "", result.problem or said,
