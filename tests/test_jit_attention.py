@@ -20,9 +20,9 @@ KERNELS = ("attention.forward", "attention.backward_query", "attention.backward_
 FLOOR = 8
 
 
-def tiles(block_m, block_n):
+def tiles(block_m, block_n, block_k=64, resident=True):
     """All three kernels in tiles of these sizes."""
-    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, 64, 4, 1)))
+    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, block_k, 4, 1, resident)))
 
 
 def check(operands, **options):
@@ -42,6 +42,15 @@ def check_varlen(operands):
 def test_tiles(count, block_m, block_n):
     with tiles(block_m, block_n):
         check(attention_operands(torch.float32, batch=1, count=count))
+
+
+@pytest.mark.parametrize("count", [33, 64, 65])
+@pytest.mark.parametrize("size", [32, 88])
+def test_tiles_loaded_anew(count, size):
+    """No operand stays in registers, and column tiles are narrow: as float32 and older architectures run it."""
+    with tiles(32, 32, block_k=32, resident=False):
+        check(attention_operands(torch.float32, batch=1, count=count, size=size))
+        check_varlen(varlen_operands(torch.float32, (count, 5), size=size))
 
 
 @pytest.mark.parametrize("lengths", [(63, 0, 65), (1, 64, 31)])

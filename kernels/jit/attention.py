@@ -93,11 +93,40 @@ def inner(b_rows, b_columns, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def inner_of_loaded(
+    rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same, each column tile loaded where it is used: the fewest registers."""
+    b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM)
+    b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
+    b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
+    for i in tl.static_range(1, len(WIDTHS)):
+        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_column = load_tile(columns, o_columns, m_columns, column_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_product = tl.dot(b_row, tl.trans(b_column), b_product, input_precision=PRECISION)
+    return b_product
+
+
+@triton.jit
 def add_product(b_sums, b_weights, b_tiles, PRECISION: tl.constexpr):
     """sums + weights @ tiles for each column tile, in the tiles' dtype, summed in float32."""
     sums = ()
     for i in tl.static_range(len(b_sums)):
         sums = sums + (tl.dot(b_weights.to(b_tiles[i].dtype), b_tiles[i], b_sums[i], input_precision=PRECISION),)
+    return sums
+
+
+@triton.jit
+def add_product_of_loaded(
+    b_sums, b_weights, base, o_row, m_row, row_stride,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same, each column tile loaded where it is used."""
+    sums = ()
+    for i in tl.static_range(len(b_sums)):
+        b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        sums = sums + (tl.dot(b_weights.to(b_tile.dtype), b_tile, b_sums[i], input_precision=PRECISION),)
     return sums
 
 
@@ -120,12 +149,18 @@ def place(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
 
 @triton.jit
 def attend(
-    b_q, b_out, b_max, b_sum, key, value, row_stride, o_n, m_n, scale_log2,
-    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_n, m_n, scale_log2,
+    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running softmax."""
     # [BLOCK_M, BLOCK_N]
-    b_s = inner(b_q, load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
+    if RESIDENT:
+        b_s = inner(b_q, load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
+    else:
+        b_s = inner_of_loaded(
+            query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
+        )  # fmt: skip
     if MASKED:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
@@ -135,15 +170,19 @@ def attend(
     b_faded = ()
     for i in tl.static_range(len(b_out)):
         b_faded = b_faded + (b_out[i] * b_decay[:, None],)
-    b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
-    return add_product(b_faded, b_p, b_v, PRECISION), b_new_max, b_sum
+    if RESIDENT:
+        b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
+        b_out = add_product(b_faded, b_p, b_v, PRECISION)
+    else:
+        b_out = add_product_of_loaded(b_faded, b_p, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+    return b_out, b_new_max, b_sum
 
 
 @triton.jit
 def forward_tile(
-    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
+    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries from ``start`` on."""
     o_m = tl.arange(0, BLOCK_M)
@@ -157,16 +196,17 @@ def forward_tile(
     whole = length // BLOCK_N * BLOCK_N
     for _ in range(0, whole, BLOCK_N):
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, key, value, row_stride, o_n, o_n < BLOCK_N, scale_log2,
-            False, WIDTHS, HEAD_DIM, PRECISION,
+            b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_n, o_n < BLOCK_N, scale_log2,
+            False, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
+        query += nothing
         key += BLOCK_N * row_stride
         value += BLOCK_N * row_stride
     if TAIL > 0:
         o_tail = tl.arange(0, TAIL)
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, key, value, row_stride, o_tail, whole + o_tail < length, scale_log2,
-            True, WIDTHS, HEAD_DIM, PRECISION,
+            b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_tail, whole + o_tail < length,
+            scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
     out += tl.cast(start, tl.int64) * out_stride
     store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM)
@@ -177,11 +217,17 @@ def forward_tile(
 @triton.jit
 def forward_kernel(
     qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride, row_stride, part_stride, head_stride, lse_stride,
-    scale_log2,
+    nothing, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HALVE_LAST: tl.constexpr,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strides of qkv come divided by VEC, so that the compiler sees that loads of VEC values are aligned."""
+    """Strides of qkv come divided by VEC, so that the compiler sees that loads of VEC values are aligned.
+
+    Where not RESIDENT, the tile that a program owns is loaded anew for each tile that it meets. Kept, it would fill
+    registers all along, in float32 twice (as a rounded part and a rest). ``nothing`` is 0, unknown to the compiler,
+    which would otherwise move these loads out of the loop.
+    """
     tile, head, clip, first, length = place(cu_seqlens, tokens, tiles, heads, VARLEN)
     row_stride = row_stride * VEC
     start = tile * BLOCK_M
@@ -196,13 +242,13 @@ def forward_kernel(
         out_stride = heads * HEAD_DIM
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             forward_tile(
-                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
-                BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, PRECISION,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+                BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         else:
             forward_tile(
-                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, scale_log2,
-                BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, PRECISION,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+                BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
 
 
@@ -242,7 +288,7 @@ def shape_constants(qkv: Tensor, config: LaunchConfig) -> dict[str, Any]:
     head_dim = qkv.shape[-1]
     return dict(
         WIDTHS=column_tiles(head_dim, config.block_k), HEAD_DIM=head_dim, VEC=vector(qkv),
-        PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
+        RESIDENT=config.resident, PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
     )  # fmt: skip
 
 
@@ -279,7 +325,7 @@ def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seq
         "attention.forward", forward_kernel, (tiles * heads * clips,),
         (
             qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride // vec,
-            *(stride // vec for stride in qkv.stride()[-4:-1]), lse.shape[-1], scale * LOG2_E,
+            *(stride // vec for stride in qkv.stride()[-4:-1]), lse.shape[-1], 0, scale * LOG2_E,
         ),
         config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, config.block_n, varlen),
         HALVE_LAST=config.block_m >= 64 and (varlen or 0 < last <= config.block_m // 2), VARLEN=varlen, **constants,

@@ -13,33 +13,46 @@ from torch import Tensor
 
 from ..launch_config import launch_config
 from .attention import (
-    LOG2_E, add_product, addressable, inner, load_tiles, place, shape_constants, store_tiles, tail, vector, zero_tiles,
+    LOG2_E, add_product, add_product_of_loaded, addressable, inner, inner_of_loaded, load_tiles, place, shape_constants, store_tiles, tail, vector, zero_tiles,
 )  # fmt: skip
 from .launch import launch
 
 
 @triton.jit
 def add_query_gradient(
-    b_dq, b_q, b_do, b_lse, b_delta, key, value, row_stride, o_n, m_n, scale_log2,
-    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_q, b_do, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
+    nothing, scale_log2,
+    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to the gradient of some queries, without the scale."""
-    b_k = load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
-    b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
     # [BLOCK_M, BLOCK_N]
-    b_p = tl.exp2(inner(b_q, b_k, PRECISION) * scale_log2 - b_lse[:, None])
+    if RESIDENT:
+        b_k = load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
+        b_s = inner(b_q, b_k, PRECISION)
+        b_dp = inner(b_do, load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
+    else:
+        b_s = inner_of_loaded(query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_dp = inner_of_loaded(
+            grad, o_m, m_m, grad_row_stride, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
+        )  # fmt: skip
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_n[None, :], b_p, 0.0)
-    b_ds = b_p * (inner(b_do, b_v, PRECISION) - b_delta[:, None])
-    return add_product(b_dq, b_ds, b_k, PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    if RESIDENT:
+        return add_product(b_dq, b_ds, b_k, PRECISION)
+    return add_product_of_loaded(b_dq, b_ds, key + nothing, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
 
 
 @triton.jit
 def query_kernel(
     qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, scale, scale_log2,
+    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, nothing,
+    scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M queries, and their delta."""
     tile, head, clip, first, length = place(cu_seqlens, tokens, tiles, heads, VARLEN)
@@ -72,16 +85,18 @@ def query_kernel(
         whole = length // BLOCK_N * BLOCK_N
         for _ in range(0, whole, BLOCK_N):
             b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, key, value, row_stride, o_n, o_n < BLOCK_N, scale_log2,
-                False, WIDTHS, HEAD_DIM, PRECISION,
+                b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
+                o_n, o_n < BLOCK_N, nothing, scale_log2, False, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
+            query += nothing
+            grad += nothing
             key += BLOCK_N * row_stride
             value += BLOCK_N * row_stride
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
             b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, key, value, row_stride, o_tail, whole + o_tail < length, scale_log2,
-                True, WIDTHS, HEAD_DIM, PRECISION,
+                b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
+                o_tail, whole + o_tail < length, nothing, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         dqkv += ((first + start) * 3 * heads + head) * HEAD_DIM
         store_tiles(dqkv, b_dq, scale, o_m, m_m, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
@@ -89,28 +104,47 @@ def query_kernel(
 
 @triton.jit
 def add_key_value_gradient(
-    b_dk, b_dv, b_k, b_v, query, grad, lse, delta, row_stride, grad_row_stride, o_m, m_m, scale_log2,
-    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
+    nothing, scale_log2,
+    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients of some keys (without the scale) and values."""
     # Queries that are not there have weight exp(-inf) = 0.
     b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf")) if MASKED else tl.load(lse + o_m)
     b_delta = tl.load(delta + o_m, mask=m_m, other=0.0) if MASKED else tl.load(delta + o_m)
-    b_q = load_tiles(query, o_m, m_m, row_stride, MASKED, WIDTHS, HEAD_DIM)
-    b_do = load_tiles(grad, o_m, m_m, grad_row_stride, MASKED, WIDTHS, HEAD_DIM)
     # [BLOCK_N, BLOCK_M]: transposed, so that both sums below take it as it is
-    b_p = tl.exp2(inner(b_k, b_q, PRECISION) * scale_log2 - (b_lse * 1.4426950408889634)[None, :])
-    b_dv = add_product(b_dv, b_p, b_do, PRECISION)
-    b_ds = b_p * (inner(b_v, b_do, PRECISION) - b_delta[None, :])
-    return add_product(b_dk, b_ds, b_q, PRECISION), b_dv
+    if RESIDENT:
+        b_q = load_tiles(query, o_m, m_m, row_stride, MASKED, WIDTHS, HEAD_DIM)
+        b_do = load_tiles(grad, o_m, m_m, grad_row_stride, MASKED, WIDTHS, HEAD_DIM)
+        b_s = inner(b_k, b_q, PRECISION)
+    else:
+        b_s = inner_of_loaded(key, o_n, m_n, row_stride, query, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+    b_p = tl.exp2(b_s * scale_log2 - (b_lse * 1.4426950408889634)[None, :])
+    if RESIDENT:
+        b_dv = add_product(b_dv, b_p, b_do, PRECISION)
+        b_dp = inner(b_v, b_do, PRECISION)
+    else:
+        b_dv = add_product_of_loaded(b_dv, b_p, grad + nothing, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_dp = inner_of_loaded(
+            value, o_n, m_n, row_stride, grad, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION
+        )  # fmt: skip
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    if RESIDENT:
+        b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
+    else:
+        b_dk = add_product_of_loaded(b_dk, b_ds, query + nothing, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+    return b_dk, b_dv
 
 
 @triton.jit
 def key_value_kernel(
     qkv, cu_seqlens, grad, lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, scale, scale_log2,
+    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, nothing,
+    scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M."""
     tile, head, clip, first, length = place(cu_seqlens, tokens, tiles, heads, VARLEN)
@@ -135,9 +169,11 @@ def key_value_kernel(
         whole = length // BLOCK_M * BLOCK_M
         for _ in range(0, whole, BLOCK_M):
             b_dk, b_dv = add_key_value_gradient(
-                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, row_stride, grad_row_stride, o_m, o_m < BLOCK_M,
-                scale_log2, False, WIDTHS, HEAD_DIM, PRECISION,
+                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m,
+                o_m < BLOCK_M, o_n, m_n, nothing, scale_log2, False, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
+            key += nothing
+            value += nothing
             query += BLOCK_M * row_stride
             grad += BLOCK_M * grad_row_stride
             lse += BLOCK_M
@@ -145,8 +181,8 @@ def key_value_kernel(
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
             b_dk, b_dv = add_key_value_gradient(
-                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, row_stride, grad_row_stride, o_tail,
-                whole + o_tail < length, scale_log2, True, WIDTHS, HEAD_DIM, PRECISION,
+                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_tail,
+                whole + o_tail < length, o_n, m_n, nothing, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         dkey = dqkv + ((first + start) * 3 * heads + heads + head) * HEAD_DIM
         store_tiles(dkey, b_dk, scale, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
@@ -183,7 +219,8 @@ def backward(
     vec = vector(qkv)
     strides = (
         0 if varlen else qkv.stride(0) // vec, *(stride // vec for stride in qkv.stride()[-4:-1]),
-        0 if varlen else grad.stride(0) // grad_vec, grad.stride(-2) // grad_vec, lse.shape[-1], scale, scale * LOG2_E,
+        0 if varlen else grad.stride(0) // grad_vec, grad.stride(-2) // grad_vec, lse.shape[-1], 0,
+        scale, scale * LOG2_E,
     )  # fmt: skip
 
     def run(name: str, kernel: Any, own: str, other: str, arguments: tuple[Any, ...]) -> None:
