@@ -114,7 +114,9 @@ def weight_gradient(
     columns, channels, t, h, w = weight.shape
     rows, values = len(grad), channels * t * h * w
     height, width = pixels.memory.shape[3:]
-    config = launch_config("gather_patch_embed.backward_weight", grad, **features(pixels.memory, rows, columns))
+    config = launch_config(
+        "gather_patch_embed.backward_weight", grad, grad.dtype, **features(pixels.memory, rows, columns)
+    )
     programs = triton.cdiv(columns, config.block_m) * triton.cdiv(values, config.block_n)
     row_tiles = triton.cdiv(rows, config.block_k)
     tiles = triton.cdiv(row_tiles, max(1, WEIGHT_PROGRAMS // programs))
@@ -143,7 +145,7 @@ def video_gradient(grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor
     total = gradient_memory(video).zero_()
     pixels = Pixels.of(total, (t, h, w))
     assert pixels is not None
-    config = launch_config("gather_patch_embed.backward_video", grad, **features(video, rows, columns))
+    config = launch_config("gather_patch_embed.backward_video", grad, grad.dtype, **features(video, rows, columns))
     launch(
         "gather_patch_embed.backward_video", video_kernel,
         (triton.cdiv(rows, config.block_m) * triton.cdiv(values, config.block_n),),
@@ -194,7 +196,8 @@ def backward(
     if needs[0]:
         results[0] = video_gradient(rounded, video, keep_idx, weight)
     if needs[1]:
-        pixels = pixels_of(video, weight.shape[2:])
+        t, h, w = weight.shape[2:]
+        pixels = pixels_of(video, (t, h, w))
         results[1] = weight_gradient(rounded, pixels, keep_idx, weight, mean, std)
     if needs[2]:
         results[2] = grad.sum(0, dtype=torch.float32).to(weight.dtype)
