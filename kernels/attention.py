@@ -5,8 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, eager, op
-from .device import takes_triton
+from . import backends, checks, eager, op
+from .device import attention_backend
 
 # Larger heads do not fit the kernels' registers; they run in plain PyTorch.
 MAX_HEAD_DIM = 128
@@ -73,14 +73,19 @@ def attention(qkv: Tensor, *, scale: float | None = None, return_lse: bool = Fal
 
     Raises:
         ValueError, TypeError: a shape, dtype or scale does not fit; the message names it.
+        RuntimeError: ``use_backend`` names a backend that cannot run this call.
     """
     checks.tensor("qkv", qkv, 5, checks.FLOATS, "(B, N, 3, H, d)")
     if qkv.shape[2] != 3:
         raise checks.bad("qkv", f"shape {tuple(qkv.shape)}", "size 3 (q, k, v) in dimension 2 of (B, N, 3, H, d)")
     scale = check_scale(scale, qkv.shape[-1])
-    if takes_triton("attention", qkv, beyond_kernel(qkv)):
-        out, lse = _triton_attention(qkv.to(eager.working_dtype(qkv, qkv.dtype)), scale)
+    dtype = eager.working_dtype(qkv, qkv.dtype)
+    backend = attention_backend(qkv, "attention", beyond_kernel(qkv), dtype)
+    if backend == "triton":
+        out, lse = _triton_attention(qkv.to(dtype), scale)
         return (out, lse[..., : qkv.shape[1]]) if return_lse else out
+    if backend != "eager":
+        return backends.ATTENTION[backend](qkv, scale, return_lse)
     out = eager.attention(qkv, scale)
     return (out, eager.attention_lse(qkv, scale)) if return_lse else out
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import checks, eager, op
+from . import backends, checks, eager, op
 from .attention import beyond_kernel, check_scale
-from .device import takes_triton
+from .device import attention_backend
 
 
 def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,7 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
 
     Raises:
         ValueError, TypeError: a shape, dtype or offset does not fit; the message names it.
+        RuntimeError: ``use_backend`` names a backend that cannot run this call.
     """
     checks.tensor("qkv", qkv, 4, checks.FLOATS, "(total, 3, H, d)")
     if qkv.shape[1] != 3:
@@ -73,11 +74,15 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
     scale = check_scale(scale, qkv.shape[-1])
     checks.same_device("qkv", qkv.device, cu_seqlens=cu_seqlens)
     _check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
-    if takes_triton("attention_varlen", qkv, beyond_kernel(qkv)):
-        out, _ = _triton_attention_varlen(qkv.to(eager.working_dtype(qkv, qkv.dtype)), cu_seqlens, max_seqlen, scale)
-        return out  # type: ignore[no-any-return]
+    dtype = eager.working_dtype(qkv, qkv.dtype)
+    backend = attention_backend(qkv, "attention_varlen", beyond_kernel(qkv), dtype)
+    if backend == "triton":
+        out: Tensor = _triton_attention_varlen(qkv.to(dtype), cu_seqlens, max_seqlen, scale)[0]
+        return out
+    if backend != "eager":
+        return backends.VARLEN[backend](qkv, cu_seqlens, max_seqlen, scale)
     if qkv.shape[0] == 0:
-        return qkv.flatten(2)[:, 0].to(eager.working_dtype(qkv, qkv.dtype))
+        return qkv.flatten(2)[:, 0].to(dtype)
     return eager.attention_varlen(qkv, cu_seqlens, max_seqlen, scale)
 
 

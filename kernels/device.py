@@ -17,17 +17,6 @@ ATTENTION_PACKAGES = {
     "flash_attn": ("flash_attn", "flash-attn", HALF),
     "xformers": ("xformers.ops", "xformers", (torch.float32, *HALF)),
 }
-OPS_WITH_KERNELS = frozenset(
-    {
-        "add_layer_norm",
-        "scatter_tokens",
-        "masked_patch_loss",
-        "attention",
-        "attention_varlen",
-        "bias_gelu",
-        "gather_patch_embed",
-    }
-)
 
 # Triton reads this when it is first imported, so it cannot change later in a process.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,8 +29,8 @@ _forced: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the named backend: "triton" or "eager". One switch for the process.
 
-    Without it an op with a Triton kernel takes that for a CUDA tensor (or for any tensor when TRITON_INTERPRET=1)
-    and plain PyTorch for anything else; float64 always runs in plain PyTorch. Where "triton" is asked for and cannot
+    Without it an op runs its Triton kernels for a CUDA tensor (or for any tensor when TRITON_INTERPRET=1) and plain
+    PyTorch for anything else; float64 always runs in plain PyTorch. Where "triton" is asked for and cannot
     run, the op raises RuntimeError. "flash_attn" and "xformers" are for ``attention`` and ``attention_varlen``, by the
     package of that name (see `mar_fast.kernels.backends`); the other ops run as if nothing was named.
 
@@ -103,21 +92,15 @@ def takes_triton(op: str, operand: Tensor, beyond: str = "") -> bool:
     """Whether ``op`` on ``operand`` runs on the Triton path; ``beyond`` says what of this call no kernel takes, if so.
 
     Raises:
-        RuntimeError: ``use_backend("triton")`` is in force and this op or this tensor cannot run there.
+        RuntimeError: ``use_backend("triton")`` is in force and this call cannot run there.
     """
     on_device = (operand.is_cuda or INTERPRETING) and operand.dtype != torch.float64
     if _forced == "triton":
-        if op not in OPS_WITH_KERNELS:
-            raise RuntimeError(f"backend 'triton' has no kernel for {op}; it has {', '.join(sorted(OPS_WITH_KERNELS))}")
         if beyond:
             raise RuntimeError(f"backend 'triton' runs {op} {beyond}")
         if not on_device:
             got = f"{operand.dtype} on {operand.device}"
             raise RuntimeError(f"backend 'triton' runs {op} on CUDA tensors of at most 32 bits a value, got {got}")
         return True
-    return _forced != "eager" and HAS_TRITON and on_device and not beyond and op in OPS_WITH_KERNELS
+    return _forced != "eager" and HAS_TRITON and on_device and not beyond
 
-
-def eager_only(op: str, operand: Tensor) -> None:
-    """For an op that has no kernel yet: raise RuntimeError where ``use_backend("triton")`` asks for one."""
-    takes_triton(op, operand)
