@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from . import add_layer_norm as norm
+from . import attention as flash
+from . import attention_backward as flash_backward
 from . import bias_gelu as gelu
 from . import gather_patch_embed as gather
 from . import gather_patch_embed_backward as gather_backward
@@ -157,6 +159,44 @@ def masked_patch_loss_cases() -> Iterator[Case]:
         yield Case("masked_patch_loss", f"{layout} {str(pixel).removeprefix('torch.')}, 32 clips, 50 %", dtype, calls)
 
 
+def attention_cases() -> Iterator[Case]:
+    """Head sizes of ViT-B and L (64), H (80), g (88) and others; tokens of 16 frames with 50 %, 75 % and none masked."""
+    half = (torch.bfloat16, torch.float16)
+    shapes = [(64, 12, tokens, dtype) for tokens in (784, 392, 1568) for dtype in half]
+    shapes += [(size, 16, 784, torch.bfloat16) for size in (32, 80, 88, 96, 128)]
+    shapes += [(size, 16, 784, torch.float32) for size in (32, 64, 80, 88, 96, 128)]
+    shapes += [(64, 12, 49, dtype) for dtype in (torch.bfloat16, torch.float32)]  # 4 frames of 112 x 112, 50 %
+    for size, heads, tokens, dtype in shapes:
+        for ragged in (False, True):
+
+            def calls(
+                device: Device,
+                size: int = size,
+                heads: int = heads,
+                tokens: int = tokens,
+                dtype: torch.dtype = dtype,
+                ragged: bool = ragged,
+            ) -> Calls:
+                lead = (16 * tokens,) if ragged else (16, tokens)
+                qkv = torch.empty((*lead, 3, heads, size), dtype=dtype, device=device).normal_()
+                grad = torch.empty((*lead, heads * size), dtype=dtype, device=device).normal_()
+                offsets = torch.arange(17, dtype=torch.int32, device=device) * tokens if ragged else None
+                options = (size**-0.5, offsets, tokens)
+                saved = {}
+
+                def forward() -> Any:
+                    saved["outputs"] = flash.forward(qkv, *options)
+                    return saved["outputs"]
+
+                def backward() -> Any:
+                    return flash_backward.backward(grad, None, qkv, *(saved.get("outputs") or forward()), *options)
+
+                return {"forward": forward, "backward": backward}
+
+            label = f"{'16 ragged clips' if ragged else '16 clips'}, {tokens} tokens, {heads} heads of {size}"
+            yield Case("attention_varlen" if ragged else "attention", label, dtype, calls)
+
+
 def cases() -> list[Case]:
     """All of them."""
     return [
@@ -165,4 +205,5 @@ def cases() -> list[Case]:
         *scatter_tokens_cases(),
         *masked_patch_loss_cases(),
         *gather_patch_embed_cases(),
+        *attention_cases(),
     ]
