@@ -275,7 +275,12 @@ def tail(tokens: int, step: int, varlen: bool) -> int:
 
 
 def column_tiles(head_dim: int, widest: int) -> tuple[int, ...]:
-    """Widths, each a power of two from 16 to ``widest``, that cover a head with less than 16 columns to spare."""
+    """Widths of the column tiles that cover a head, each a power of two from 16 to ``widest``.
+
+    Wide ones leave less than 16 columns to spare; narrow ones are all alike, since a mixture needs more registers.
+    """
+    if widest <= 32:
+        return (widest,) * triton.cdiv(head_dim, widest)
     widths: list[int] = []
     while (rest := head_dim - sum(widths)) > 0:
         above = max(16, triton.next_power_of_2(rest))

@@ -13,8 +13,20 @@ from torch import Tensor
 
 from ..launch_config import launch_config
 from .attention import (
-    LOG2_E, add_product, add_product_of_loaded, addressable, inner, inner_of_loaded, load_tiles, place, shape_constants, store_tiles, tail, vector, zero_tiles,
-)  # fmt: skip
+    LOG2_E,
+    add_product,
+    add_product_of_loaded,
+    addressable,
+    inner,
+    inner_of_loaded,
+    load_tiles,
+    place,
+    shape_constants,
+    store_tiles,
+    tail,
+    vector,
+    zero_tiles,
+)
 from .launch import launch
 
 

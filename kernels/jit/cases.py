@@ -160,7 +160,7 @@ def masked_patch_loss_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """Head sizes of ViT-B and L (64), H (80), g (88) and others; tokens of 16 frames with 50 %, 75 % and none masked."""
+    """Head sizes of ViT-B and L (64), H (80), g (88) and others; 16 frames with 50 %, 75 % and none masked."""
     half = (torch.bfloat16, torch.float16)
     shapes = [(64, 12, tokens, dtype) for tokens in (784, 392, 1568) for dtype in half]
     shapes += [(size, 16, 784, torch.bfloat16) for size in (32, 80, 88, 96, 128)]

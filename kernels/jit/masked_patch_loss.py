@@ -143,7 +143,7 @@ def _launch(
     if side_by_side:
         block_p = block(t * h * w * channels, block_c) // block_c
     stride_b, stride_c, stride_t, stride_h, stride_w = video.stride()
-    config = launch_config(name, pixels, values=t * h * w * channels)
+    config = launch_config(name, pixels, values=t * h * w * channels, side_by_side=int(side_by_side))
     launch(
         name, kernel, (len(rows),),
         (rows, video, drop_idx, grad, out, count, video.shape[3] // h, video.shape[4] // w, 2 / pixels.numel(),
