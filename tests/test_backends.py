@@ -262,3 +262,27 @@ def test_package_that_is_missing(backend, extra, monkeypatch):
 def test_extras_are_in_setup():
     text = (Path(__file__).parent.parent / "setup.py").read_text()
     assert all(f'"{extra}": [' in text for _, extra, _ in device.ATTENTION_PACKAGES.values())
+
+
+# The ops themselves.
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
+def test_ops_take_the_backend(backend, request, monkeypatch):
+    """On a CPU the choice is a clear error; once it is made, the op gives the package's result."""
+    calls = request.getfixturevalue({"flash_attn": "flash"}.get(backend, backend))
+    dense, ragged = attention_operands(torch.float16), varlen_operands(torch.float16, (5, 12))
+    want, want_lse = oracle.attention(dense["qkv"].double(), scale=SCALE, return_lse=True)
+    with kernels.use_backend(backend):
+        for op, operands in ((kernels.attention, dense), (kernels.attention_varlen, ragged)):
+            with pytest.raises(RuntimeError, match=f"backend '{backend}' runs {op.__name__} on CUDA tensors"):
+                op(**operands)
+        for name in ("attention", "attention_varlen"):
+            module = sys.modules[f"mar_fast.kernels.{name}"]
+            monkeypatch.setattr(module, "attention_backend", lambda *args: backend)
+        out, lse = kernels.attention(dense["qkv"], scale=SCALE, return_lse=True)
+        assert relative(out, want) < 1e-2 and relative(lse, want_lse) < 1e-5
+        assert relative(kernels.attention(dense["qkv"], scale=SCALE), want) < 1e-2
+        out = kernels.attention_varlen(**ragged, scale=SCALE)
+    naive = {**ragged, "qkv": ragged["qkv"].double()}
+    assert relative(out, oracle.attention_varlen(**naive, scale=SCALE)) < 1e-2 and len(calls) == 3

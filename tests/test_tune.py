@@ -186,10 +186,10 @@ def test_bad_code_is_never_run(fault, words):
 
 
 def test_the_compiler_itself_drops_candidates():
-    """Not a stand-in's word: far too large a tile for its warps spills, and a tiny one loads bit by bit."""
+    """Not a stand-in's word: far too large a tile for its warps spills, and a tiny one makes narrow loads."""
     machine = StandIn()
     machine.compile = lambda found: matrix.each(matrix.compile_found, found, jobs=0)
-    base, huge, tiny = in_force(), LaunchConfig(128, 512, num_warps=4), LaunchConfig(4, 32, num_warps=1)
+    base, huge, tiny = in_force(), LaunchConfig(64, 512, num_warps=4), LaunchConfig(4, 32, num_warps=1)
     dropped = tune.compiled_clean(unit(), [base, near(base), huge, tiny], machine)
     assert set(dropped) == {huge, tiny}
     assert "bytes of stack" in dropped[huge] and "widest global load" in dropped[tiny]
