@@ -132,7 +132,7 @@ def outcome(function, operands, cotangents=None):
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if cotangents is None:
-        cotangents = [(torch.randn(out.shape) + 1).to(out.dtype) for out in outputs]
+        cotangents = [(torch.randn(out.shape, device=out.device) + 1).to(out.dtype) for out in outputs]
     wanted = {name: leaf for name, leaf in leaves.items() if torch.is_tensor(leaf) and leaf.requires_grad}
     pairs = [(out, seed.to(out.dtype)) for out, seed in zip(outputs, cotangents, strict=True) if out.requires_grad]
     gradients = [None] * len(wanted)

@@ -1,0 +1,315 @@
+"""On a GPU, at the sizes of real models: make gpu. The truth is plain PyTorch in float64, which test_ops.py proves."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+
+import mar_fast
+from mar_fast import kernels, masking
+from mar_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from mar_fast.kernels import use_backend
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_visible = pytest.mark.parametrize("visible", [392, 784, 1568])
+WIDTHS = {"base": 768, "large": 1024}
+NORMALISE = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+GRID, PATCH = (8, 14, 14), (2, 16, 16)
+# As in test_ops.py: what a softmax made anew from its log-sum-exp loses in float32; here 3 x TF32 comes on top.
+FLOOR = {torch.float32: 32}
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def make_index(batch, count, tokens=1568):
+    return torch.rand(batch, tokens, device="cuda").argsort(1)[:, :count].sort(1).values.int()
+
+
+def make_clip(batch, dtype, channels_last=False):
+    shape = (batch, 16, 224, 224, 3) if channels_last else (batch, 3, 16, 224, 224)
+    if dtype == torch.uint8:
+        clip = torch.randint(256, shape, dtype=dtype, device="cuda")
+    else:
+        clip = random(*shape, dtype=dtype)
+    return clip.permute(0, 4, 1, 2, 3) if channels_last else clip
+
+
+def gather_operands(dtype, visible, width=768, batch=4, video=None, channels_last=False):
+    return dict(
+        video=make_clip(batch, video or dtype, channels_last),
+        keep_idx=make_index(batch, visible),
+        weight=random(width, 3, *PATCH) .div(40).to(dtype),
+        bias=random(width, dtype=dtype),
+        pos_embed=random(1568, width),
+    )  # fmt: skip
+
+
+def attention_operands(dtype, visible, heads=12, size=64, batch=2):
+    return dict(qkv=random(batch, visible, 3, heads, size, dtype=dtype))
+
+
+def varlen_operands(dtype, lengths=(784, 1, 0, 392, 1568, 130), heads=12, size=64):
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    qkv = random(sum(lengths), 3, heads, size, dtype=dtype)
+    return dict(qkv=qkv, cu_seqlens=offsets, max_seqlen=max(lengths))
+
+
+def norm_operands(dtype, visible, width=768, batch=4):
+    x, branch = (random(batch, visible, width, dtype=dtype) + 1 for _ in range(2))
+    weight, bias, gamma = (random(width, dtype=dtype) + 1 for _ in range(3))
+    drop_scale = torch.tensor([1.25, 0.0, 2.5, 1.0], device="cuda")[:batch].to(dtype)
+    return dict(x=x, branch=branch, weight=weight, bias=bias, gamma=gamma, drop_scale=drop_scale)
+
+
+def scatter_operands(dtype, visible, width=384, batch=4):
+    return dict(
+        visible=random(batch, visible, width, dtype=dtype),
+        keep_idx=make_index(batch, visible),
+        mask_token=random(width, dtype=dtype),
+        pos_embed=random(1568, width),
+    )
+
+
+def loss_operands(dtype, dropped, video=torch.uint8, channels_last=True, batch=4):
+    return dict(
+        pixels=random(batch, dropped, 1536, dtype=dtype),
+        video=make_clip(batch, video, channels_last),
+        drop_idx=make_index(batch, dropped),
+    )
+
+
+def on(backend, name, **options):
+    """The op on one backend, whatever the device."""
+
+    def run(**operands):
+        with use_backend(backend):
+            return getattr(kernels, name)(**operands, **options)
+
+    return run
+
+
+def check(name, operands, *, floor=0.5, no_gradient=(), **options):
+    """Every output and gradient of the kernels against float64, bounded by PyTorch's own error on this GPU."""
+    ours, eager = on("triton", name, **options), on("eager", name, **options)
+    return oracle.compare(ours, eager, eager, operands, no_gradient=no_gradient, floor=floor)
+
+
+@every_dtype
+@every_visible
+@pytest.mark.parametrize("size", WIDTHS)
+def test_gather_patch_embed(size, visible, dtype):
+    check("gather_patch_embed", gather_operands(dtype, visible, WIDTHS[size]), floor=FLOOR.get(dtype, 0.5), **NORMALISE)
+
+
+@every_dtype
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gather_patch_embed_of_uint8(channels_last, dtype):
+    operands = gather_operands(dtype, 784, video=torch.uint8, channels_last=channels_last)
+    check("gather_patch_embed", operands, floor=FLOOR.get(dtype, 0.5), **NORMALISE)
+
+
+@every_dtype
+@every_visible
+def test_attention(visible, dtype):
+    check("attention", attention_operands(dtype, visible), floor=FLOOR.get(dtype, 0.5))
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [32, 80, 88, 96, 128])
+def test_attention_head_sizes(size, dtype):
+    check("attention", attention_operands(dtype, 392, heads=4, size=size), floor=FLOOR.get(dtype, 0.5))
+
+
+@every_dtype
+def test_attention_varlen(dtype):
+    check("attention_varlen", varlen_operands(dtype), floor=FLOOR.get(dtype, 0.5))
+
+
+@every_dtype
+@every_visible
+@pytest.mark.parametrize("size", WIDTHS)
+def test_add_layer_norm(size, visible, dtype):
+    check("add_layer_norm", norm_operands(dtype, visible, WIDTHS[size]), floor=2)
+
+
+@every_dtype
+@pytest.mark.parametrize("size", WIDTHS)
+def test_bias_gelu(size, dtype):
+    hidden = 4 * WIDTHS[size]
+    check("bias_gelu", dict(x=random(4, 784, hidden, dtype=dtype), bias=random(hidden, dtype=dtype)), floor=2)
+
+
+@every_dtype
+@every_visible
+def test_scatter_tokens(visible, dtype):
+    check("scatter_tokens", scatter_operands(dtype, visible), floor=2)
+
+
+@every_dtype
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("video", [torch.uint8, torch.bfloat16])
+def test_masked_patch_loss(video, channels_last, dtype):
+    operands = loss_operands(dtype, 784, video, channels_last)
+    check("masked_patch_loss", operands, patch=PATCH, no_gradient=("video",), floor=2, **NORMALISE)
+
+
+CALLS = {
+    "gather_patch_embed": (gather_operands, NORMALISE),
+    "attention": (attention_operands, {}),
+    "add_layer_norm": (norm_operands, {}),
+    "scatter_tokens": (scatter_operands, {}),
+    "masked_patch_loss": (loss_operands, dict(patch=PATCH, **NORMALISE)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_hundred_times_the_same_bits(name):
+    make, options = CALLS[name]
+    operands, run = make(torch.bfloat16, 784), on("triton", name, **options)
+    first, seeds, first_gradients = oracle.outcome(run, operands)
+    for _ in range(99):
+        again, _, gradients = oracle.outcome(run, operands, seeds)
+        assert all(torch.equal(*pair) for pair in zip(again, first, strict=True))
+        assert all(
+            gradient is None or torch.equal(gradient, first_gradients[key]) for key, gradient in gradients.items()
+        )
+
+
+# Memory.
+
+
+def peak(run):
+    """Bytes that ``run`` takes beyond what is held before, its results included."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def bytes_of(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+def test_memory_of_attention():
+    """Forward and backward: output, log-sum-exp, delta and the gradient of qkv; the scores alone would be 6 x qkv."""
+    operands = attention_operands(torch.bfloat16, 1568, batch=8)
+    run = functools.partial(oracle.outcome, on("triton", "attention"), operands, [random(8, 1568, 768).bfloat16()])
+    assert peak(run) < 1.6 * bytes_of(operands["qkv"])
+
+
+def test_memory_of_gather_patch_embed():
+    """Only the result: neither the gathered patches nor a float copy of the clip."""
+    operands = gather_operands(torch.bfloat16, 784, batch=16, video=torch.uint8, channels_last=True)
+    out = 16 * 784 * 768 * 2
+    with torch.no_grad():
+        assert peak(lambda: on("triton", "gather_patch_embed", **NORMALISE)(**operands)) < 1.1 * out + 3 * 2**22
+
+
+def test_memory_of_masked_patch_loss():
+    """The gradient of pixels, and a few numbers for each tubelet: no target."""
+    operands = loss_operands(torch.bfloat16, 784, batch=16)
+    run = functools.partial(oracle.outcome, on("triton", "masked_patch_loss", patch=PATCH, **NORMALISE), operands)
+    assert peak(run) < 1.1 * bytes_of(operands["pixels"])
+
+
+# Addresses beyond 2**31 elements.
+
+
+def test_large_clips():
+    batch = 2**31 // (3 * 16 * 224 * 224) + 3
+    operands = gather_operands(torch.bfloat16, 4, batch=batch, video=torch.uint8, channels_last=True)
+    assert operands["video"].numel() > 2**31
+    gather = on("triton", "gather_patch_embed", **NORMALISE)
+    last = {key: value[-2:] if key in ("video", "keep_idx") else value for key, value in operands.items()}
+    assert torch.equal(gather(**operands)[-2:], gather(**last))
+
+
+def test_large_qkv():
+    batch = 2**31 // (784 * 3 * 768) + 3
+    qkv = torch.empty(batch, 784, 3, 12, 64, dtype=torch.bfloat16, device="cuda").normal_()
+    assert qkv.numel() > 2**31
+    attention = on("triton", "attention")
+    (whole, _, gradients), (last, _, last_gradients) = (
+        oracle.outcome(attention, dict(qkv=part), [torch.ones(len(part), 784, 768, device="cuda")])
+        for part in (qkv, qkv[-2:])
+    )
+    assert torch.equal(whole[0][-2:], last[0])
+    assert torch.equal(gradients["qkv"][-2:], last_gradients["qkv"])
+
+
+# The model.
+
+
+def outcome_of_model(model, clip, mask, dtype):
+    """Logits, loss and gradients of one training step, on whatever backend is in force."""
+    model = model.to(dtype)
+    model.zero_grad()
+    out = model(clip, mask, reconstruct=True)
+    loss = mar_fast.mar_loss(out, torch.arange(len(clip), device="cuda"), reconstruction_weight=0.1)
+    loss.backward()
+    gradients = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+    return out.logits.detach(), gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model(dtype):
+    torch.manual_seed(0)
+    model = mar_fast.create_model("mar_vit_base", num_classes=174, mask_ratio=0.5, depth=4).cuda().eval()
+    clip = make_clip(2, torch.uint8, channels_last=True)
+    mask = masking.cell_running(2, model.config.grid, 0.5, device="cuda")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    results = {}
+    for name, backend, precision in (
+        ("ours", "triton", dtype),
+        ("plain", "eager", dtype),
+        ("exact", "eager", torch.double),
+    ):
+        model.load_state_dict(state)
+        with use_backend(backend):
+            results[name] = outcome_of_model(
+                model.double() if precision == torch.double else model, clip, mask, precision
+            )
+    for got, plain, exact in zip(results["ours"], results["plain"], results["exact"], strict=True):
+        size = float(exact.double().norm())
+        error, own = (float((value.double() - exact.double()).norm()) / size for value in (got, plain))
+        assert error <= 2 * own + (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_compiled_model():
+    """One graph, forward and backward, through the kernels; inductor may round differently around them."""
+    model = mar_fast.create_model("mar_vit_base", num_classes=174, mask_ratio=0.5, depth=2).cuda().eval()
+    clip = make_clip(2, torch.uint8, channels_last=True)
+    mask = masking.cell_running(2, model.config.grid, 0.5, device="cuda")
+    torch.compiler.reset()
+    logits, gradients = outcome_of_model(model, clip, mask, torch.float32)
+    compiled = torch.compile(model, fullgraph=True)
+    model.zero_grad()
+    out = compiled(clip, mask, reconstruct=True)
+    mar_fast.mar_loss(out, torch.arange(2, device="cuda"), reconstruction_weight=0.1).backward()
+    again = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+    assert (out.logits - logits).norm() < 1e-4 * logits.norm()
+    assert (again - gradients).norm() < 1e-3 * gradients.norm()
+
+
+def test_captured_in_a_cuda_graph():
+    """Nothing waits for the device: the forward pass can be captured, and its replay gives the same bits."""
+    model = mar_fast.create_model("mar_vit_base", num_classes=174, mask_ratio=0.5, depth=2).cuda().eval().bfloat16()
+    clip = make_clip(2, torch.uint8, channels_last=True)
+    mask = masking.cell_running(2, model.config.grid, 0.5, device="cuda")
+    with torch.no_grad():
+        want = model(clip, mask).logits
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(clip, mask).logits
+        graph.replay()
+    assert torch.equal(got, want)
