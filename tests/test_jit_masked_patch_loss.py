@@ -5,7 +5,19 @@ import functools
 import oracle
 import pytest
 import torch
-from op_cases import LAYOUTS, MEAN, PATCH, STD, channels_last, cropped, loss_operands, make_clip, make_index, plain_loss
+from op_cases import (
+    GRID,
+    LAYOUTS,
+    MEAN,
+    PATCH,
+    STD,
+    channels_last,
+    cropped,
+    loss_operands,
+    make_clip,
+    make_index,
+    plain_loss,
+)
 
 from mar_fast import kernels
 from mar_fast.kernels import device
@@ -77,6 +89,13 @@ def test_channels(channels, layout, normalize):
     patch, grid = (2, 3, 5), (1, 2, 3)
     video = layout(torch.randn(2, channels, 2, 6, 15) * (1 + torch.arange(channels).view(-1, 1, 1, 1)))
     check(operands_of(video, patch, grid, count=2), patch=patch, normalize=normalize, mean=mean, std=std)
+
+
+@pytest.mark.parametrize("part", [slice(3), slice(1, 2)], ids=str)
+def test_some_channels_of_a_wider_clip(part):
+    """RGB of RGBA: channels side by side, but not the pixels."""
+    video = channels_last(torch.randn(2, 4, 4, 21, 55))[:, part]
+    check(operands_of(video, PATCH, GRID, count=3), patch=PATCH)
 
 
 def test_single_value_patches():
