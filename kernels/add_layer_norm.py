@@ -93,8 +93,8 @@ def _backward(
         grad_total = None  # that of the empty tensor in place of a sum
     wanted = _wanted(grad_normed, total, gamma, drop_scale, branch_dtype, needs)
     operands = (grad_total, grad_normed, total, mean, rstd, weight, bias, branch, gamma, drop_scale)
-    results: Six = launch.backward(*operands, branch_dtype, wanted)
-    return results
+    of_x, of_branch, of_weight, of_bias, of_gamma, of_drop_scale = launch.backward(*operands, branch_dtype, wanted)
+    return of_x, of_branch, of_weight, of_bias, of_gamma, of_drop_scale
 
 
 def _backward_shape(

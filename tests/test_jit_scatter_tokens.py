@@ -60,7 +60,7 @@ PICKED = {
 }
 
 
-@pytest.mark.parametrize("places", [8, 32])
+@pytest.mark.parametrize("places", [16, 32])
 @pytest.mark.parametrize("picked", PICKED.values(), ids=PICKED)
 def test_where_the_visible_are(picked, places):
     """Tiles without any, full ones, and every place in the search: a tile's tokens may begin on each side of a step."""
@@ -70,7 +70,7 @@ def test_where_the_visible_are(picked, places):
 
 def test_every_shift_of_a_tile_against_the_search():
     """Runs of every length before a tile: its first token is at each distance from a sample, that of a sample too."""
-    rows = [[*range(skipped), *range(70, 134 - skipped)] for skipped in range(0, 64, 3)]
+    rows = [[*range(skipped), *range(70, 134 - skipped)] for skipped in range(0, 64, 5)]
     with tiles(32, 8):
         operands = operands_of(torch.tensor(rows), 140)
         out = kernels.scatter_tokens(**operands)
@@ -86,17 +86,16 @@ def test_other_steps_of_the_search(step, monkeypatch):
         check(scatter_operands(torch.float32, 2, 98))
 
 
-@pytest.mark.parametrize(("places", "columns"), [(256, 64), (32, 8), (128, 16), (64, 32)])
-@pytest.mark.parametrize("width", [1, 33, 64])
+@pytest.mark.parametrize(
+    ("width", "places", "columns"), [(33, 256, 64), (33, 64, 8), (33, 128, 32), (64, 64, 32), (1, 32, 8), (1, 256, 1)]
+)
 def test_tiles(width, places, columns):
     """The last tile of places, 154 of them, and of columns; and tiles that are larger than all there is."""
-    if width == 64 and columns == 8:
-        columns = 64
     with tiles(places, columns):
         check(scatter_operands(torch.float32, 2, 17, width))
 
 
-@pytest.mark.parametrize("clips", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("clips", [2, 3, 8])
 @pytest.mark.parametrize("frozen", [(), ("pos_embed",)], ids=str)
 def test_backward_walks_over_clips(clips, frozen, monkeypatch):
     """5 clips: the last program may have fewer than the others, or be the only one."""
