@@ -30,6 +30,7 @@ REAL = dict(patch=(2, 16, 16), grid=(2, 2, 3), width=96, count=7)
 FEW = dict(grid=(2, 2, 2), count=3)  # programs
 FLAT = dict(patch=(1, 4, 16), grid=(2, 2, 2), width=32, count=3)  # the same lines, but fewer
 NORMALISED = dict(mean=MEAN, std=STD)
+DARK = dict(mean=(0.05, 0.05, 0.05), std=(0.02, 0.02, 0.02))  # of pixels from 10 to 16
 normalised = functools.partial(kernels.gather_patch_embed, **NORMALISED)
 
 
@@ -157,6 +158,16 @@ def test_crops(crop, video, monkeypatch):
         )
 
 
+def test_a_lone_clip_is_not_copied(monkeypatch):
+    """The stride of an extent of 1 may be any number."""
+    operands = gather_operands(torch.float32, batch=1, **FLAT)
+    video = operands["video"]
+    operands["video"] = video.as_strided(video.shape, (7, *video.stride()[1:]))
+    copies = clips_copied(monkeypatch)
+    compare(operands)
+    assert not copies
+
+
 def test_odd_patches_are_never_copied(monkeypatch):
     """Lines of 5 values cannot be loaded several at a time anyway."""
     operands = gather_operands(torch.float32, layout="cropped")
@@ -265,16 +276,23 @@ def test_clip_of_another_dtype(video, weights):
     compare(gather_operands(weights, video=video, **REAL))
 
 
-@pytest.mark.parametrize("video", [torch.float32, torch.float16, torch.uint8], ids=str)
-def test_autocast(video):
+@pytest.mark.parametrize(
+    ("video", "dark"),
+    [(torch.float32, False), (torch.float16, False), (torch.uint8, False), (torch.uint8, True)],
+    ids=str,
+)
+def test_autocast(video, dark):
     """The product in float16; weights, output and gradients in float32."""
     operands = gather_operands(torch.float32, video=video)
+    if dark:
+        operands["video"] = operands["video"] % 7 + 10
+    options = DARK if dark else NORMALISED
 
     def in_half(function, **operands):
         with torch.autocast("cpu", torch.float16):
-            return function(**operands, **NORMALISED)
+            return function(**operands, **options)
 
-    naive = functools.partial(oracle.gather_patch_embed, **NORMALISED)
+    naive = functools.partial(oracle.gather_patch_embed, **options)
     ours, plain = (functools.partial(in_half, function) for function in (kernels.gather_patch_embed, plain_gather))
     outputs, cotangents, gradients = oracle.outcome(ours, operands)
     others, _, other_gradients = oracle.outcome(plain, operands, cotangents)
@@ -301,11 +319,11 @@ def test_small_weights_of_uint8_pixels():
     compare(operands)
 
 
-def test_uint8_weight_gradient_of_a_flat_clip():
-    """Pixels at the mean: what is taken off and what remains must come from the same rounded gradient."""
+def test_dark_clip():
+    """Far below 128, where all that the mean takes off must be rounded as the product is: forward and backward."""
     operands = gather_operands(torch.float16, video=torch.uint8)
-    operands["video"].clamp_(100, 104)
-    compare(operands, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    operands["video"] = operands["video"] % 7 + 10
+    compare(operands, **DARK)
 
 
 def test_float64_is_left_to_pytorch(poisoned):
