@@ -40,6 +40,15 @@ def matmul_rates(device: torch.device, dtypes: tuple[str, ...], budget: float = 
     return {name: 2 * side**3 / spread.p50 for name, spread in spreads.items()}
 
 
+def copy_rate(device: torch.device, budget: float = 2.0) -> float:
+    """Measured bytes per second of a large copy, those read and those written counted."""
+    size = (1024 if device.type == "cuda" else 256) * 2**20
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    spread = interleaved({"copy": lambda: target.copy_(source)}, device, budget=budget, min_rounds=5, max_rounds=30)
+    return 2 * size / spread["copy"].p50
+
+
 def _product(left: Tensor, right: Tensor) -> Callable[[], object]:
     return lambda: left @ right
 

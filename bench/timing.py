@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,9 +25,23 @@ class Spread:
         return cls(p20, p50, p80, len(values))
 
 
+# A GPU waits this many cycles (about 0.3 ms) before it begins, so that all launches of a call are queued by then and
+# their cost on the host is not counted.
+HEAD_START = 500_000
+# Written between calls: more than any cache holds.
+FLUSHED_BYTES = 256 * 2**20
+
+
+@cache
+def _flushed(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes; on a GPU by events, so that only the device's time counts."""
+    """How long one call takes; on a GPU by events, from cold caches, so that only the device's time counts."""
     if device.type == "cuda":
+        _flushed(device).zero_()
+        torch.cuda._sleep(HEAD_START)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()

@@ -1,0 +1,75 @@
+"""Measurements as tidy rows: one JSON line for each, appended as they are made and complete at every moment."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .files import write_whole
+from .timing import Spread
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement: ``metric`` of ``provider`` on ``case`` of ``suite``; ``x`` is for the x axis of a plot."""
+
+    suite: str
+    case: str
+    provider: str
+    mode: str
+    metric: str
+    unit: str
+    x: float
+    p20: float
+    p50: float
+    p80: float
+    n: int
+    device: str
+    dtype: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+    @classmethod
+    def of(
+        cls,
+        environment: Mapping[str, str | int],
+        spread: Spread,
+        *,
+        suite: str,
+        case: str,
+        provider: str,
+        mode: str,
+        metric: str,
+        unit: str,
+        dtype: str,
+        x: float,
+    ) -> "Record":
+        """A record of ``spread``, measured in ``environment`` (see `machine.environment`)."""
+        where = {key: str(environment[key]) for key in ("device", "torch", "triton", "commit", "date")}
+        return cls(
+            suite=suite, case=case, provider=provider, mode=mode, metric=metric, unit=unit, x=x, dtype=dtype,
+            **asdict(spread), **where,
+        )  # fmt: skip
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Write all records to ``path``, whole or not at all."""
+    text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file.
+
+    Raises:
+        ValueError: a line is no record; the message names file and line.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: got {line[:60]!r}, expected a measurement ({error})") from error
+    return records
