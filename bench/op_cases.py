@@ -80,12 +80,9 @@ def attention_peers(device: torch.device) -> dict[str, Provider]:
     peers = {"SDPA": lambda qkv: eager.attention(qkv, qkv.shape[-1] ** -0.5)}
     if device.type != "cuda":
         return peers
-    for name, backend in (
-        ("SDPA flash", SDPBackend.FLASH_ATTENTION),
-        ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
-        ("SDPA efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):
-        peers[name] = with_sdpa(backend)
+    peers["SDPA flash"] = with_sdpa(SDPBackend.FLASH_ATTENTION)
+    peers["SDPA cuDNN"] = with_sdpa(SDPBackend.CUDNN_ATTENTION)
+    peers["SDPA efficient"] = with_sdpa(SDPBackend.EFFICIENT_ATTENTION)
     flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
 
     def flex_attention(qkv: Tensor) -> Tensor:
@@ -222,7 +219,7 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
 
 def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, tokens: int) -> OpCase:
     """The reconstruction loss from a uint8 clip as a decoder gives it; ``tokens`` are the dropped ones."""
-    options = dict(patch=PATCH, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalize=True)
+    options: Operands = dict(patch=PATCH, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalize=True)
 
     def operands() -> Operands:
         clip = torch.randint(256, (batch, 16, 224, 224, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)

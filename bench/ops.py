@@ -79,9 +79,9 @@ def fault(provider: Provider, case: OpCase, operands: Operands, mode: str) -> st
         return f"absent: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
     exact = results(case.providers["mar_fast"], double(few(operands)), case.differentiated, mode)
     for number, (value, truth) in enumerate(zip(got, exact, strict=True)):
-        error = float((value.double() - truth).norm() / truth.norm())
-        if not error <= BOUND[case.dtype]:
-            return f"wrong: result {number} differs from float64 by {error:.1e}"
+        difference = float((value.double() - truth).norm() / truth.norm())
+        if not difference <= BOUND[case.dtype]:
+            return f"wrong: result {number} differs from float64 by {difference:.1e}"
     return ""
 
 

@@ -47,10 +47,12 @@ class Record:
         x: float,
     ) -> "Record":
         """A record of ``spread``, measured in ``environment`` (see `machine.environment`)."""
-        where = {key: str(environment[key]) for key in ("device", "torch", "triton", "commit", "date")}
+        device, torch, triton, commit, date = (
+            str(environment[key]) for key in ("device", "torch", "triton", "commit", "date")
+        )
         return cls(
-            suite=suite, case=case, provider=provider, mode=mode, metric=metric, unit=unit, x=x, dtype=dtype,
-            **asdict(spread), **where,
+            suite, case, provider, mode, metric, unit, x, spread.p20, spread.p50, spread.p80, spread.n,
+            device, dtype, torch, triton, commit, date,
         )  # fmt: skip
 
 

@@ -103,4 +103,3 @@ def takes_triton(op: str, operand: Tensor, beyond: str = "") -> bool:
             raise RuntimeError(f"backend 'triton' runs {op} on CUDA tensors of at most 32 bits a value, got {got}")
         return True
     return _forced != "eager" and HAS_TRITON and on_device and not beyond
-

@@ -245,10 +245,10 @@ def backward(
             VARLEN=varlen, GRAD_VEC=grad_vec, **shape_constants(qkv, config),
         )  # fmt: skip
 
-    inputs = (qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)
-    run("attention.backward_query", query_kernel, "block_m", "block_n", inputs)
-    inputs = (qkv, cu_seqlens, grad, lse, delta, dqkv)
-    run("attention.backward_key_value", key_value_kernel, "block_n", "block_m", inputs)
+    operands = (qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)
+    run("attention.backward_query", query_kernel, "block_m", "block_n", operands)
+    with_delta = (qkv, cu_seqlens, grad, lse, delta, dqkv)
+    run("attention.backward_key_value", key_value_kernel, "block_n", "block_m", with_delta)
     return dqkv
 
 

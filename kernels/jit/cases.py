@@ -181,15 +181,18 @@ def attention_cases() -> Iterator[Case]:
                 qkv = torch.empty((*lead, 3, heads, size), dtype=dtype, device=device).normal_()
                 grad = torch.empty((*lead, heads * size), dtype=dtype, device=device).normal_()
                 offsets = torch.arange(17, dtype=torch.int32, device=device) * tokens if ragged else None
-                options = (size**-0.5, offsets, tokens)
-                saved = {}
+                scale = size**-0.5
+                saved: list[torch.Tensor] = []
 
                 def forward() -> Any:
-                    saved["outputs"] = flash.forward(qkv, *options)
-                    return saved["outputs"]
+                    saved[:] = flash.forward(qkv, scale, offsets, tokens)
+                    return tuple(saved)
 
                 def backward() -> Any:
-                    return flash_backward.backward(grad, None, qkv, *(saved.get("outputs") or forward()), *options)
+                    if not saved:
+                        forward()
+                    out, lse = saved
+                    return flash_backward.backward(grad, None, qkv, out, lse, scale, offsets, tokens)
 
                 return {"forward": forward, "backward": backward}
 
