@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..attention import lse_row
 from ..launch_config import LaunchConfig, launch_config
-from .launch import launch
+from .launch import launch, precision
 
 LOG2_E = 1.4426950408889634
 
@@ -293,7 +293,7 @@ def shape_constants(qkv: Tensor, config: LaunchConfig) -> dict[str, Any]:
     head_dim = qkv.shape[-1]
     return dict(
         WIDTHS=column_tiles(head_dim, config.block_k), HEAD_DIM=head_dim, VEC=vector(qkv),
-        RESIDENT=config.resident, PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
+        RESIDENT=config.resident, PRECISION=precision(qkv),
     )  # fmt: skip
 
 

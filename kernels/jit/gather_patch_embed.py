@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import eager
 from ..gather_patch_embed import Channels, memory_order
-from ..launch_config import architecture, launch_config
-from .launch import block, launch
+from ..launch_config import launch_config
+from .launch import block, launch, precision
 
 Triple = tuple[int, int, int]
 
@@ -202,11 +202,6 @@ def fold_normalisation(
     slope, offset = normalisation(mean, std, weight.shape[1], weight.device)
     folded = (weight.float() * (UINT8_SCALE * slope).view(-1, 1, 1, 1)).to(work)
     return folded, bias.float() - (folded.float().sum((2, 3, 4)) * (offset / (UINT8_SCALE * slope))).sum(1)
-
-
-def precision(operand: Tensor) -> str:
-    """How products of float32 are formed: from three of tf32, or where there is none of these, as they are."""
-    return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
 
 
 def features(video: Tensor, rows: int, columns: int) -> dict[str, int]:

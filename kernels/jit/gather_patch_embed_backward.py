@@ -14,10 +14,9 @@ from .gather_patch_embed import (
     normalisation,
     offset_in_tubelet,
     pixels_of,
-    precision,
     tubelet_start,
 )
-from .launch import as_rows, launch
+from .launch import as_rows, launch, precision
 
 
 @triton.jit

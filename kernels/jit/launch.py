@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch_config import LaunchConfig
+from ..launch_config import LaunchConfig, architecture
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     """(..., D) as (rows, D) with unit stride in the last dimension; copies only what has another layout."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def precision(operand: Tensor) -> str:
+    """How the tensor cores multiply float32 without losing its precision: by parts on NVIDIA's, as it is on AMD's."""
+    return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
 
 
 def block(extent: int, least: int = 1) -> int:

@@ -1,0 +1,65 @@
+"""The whole model through the kernels: the original's numbers, and compiled as one graph."""
+
+import pytest
+import test_golden
+import torch
+from helpers import small_config
+
+import mar_fast
+from mar_fast import masking
+from mar_fast.kernels.launch_config import LaunchConfig, forced
+
+pytestmark = pytest.mark.interpreter
+
+# The interpreter's time goes by the number of tiles. That tiles fit together is for the tests of each kernel to show.
+LARGE_TILES = {
+    **dict.fromkeys(("attention.forward", "attention.backward_query", "attention.backward_key_value"), (512, 512, 64)),
+    **dict.fromkeys(("add_layer_norm.forward", "add_layer_norm.backward"), (256, 0, 0)),
+    **dict.fromkeys(("bias_gelu.forward", "bias_gelu.backward"), (512, 512, 0)),
+    **dict.fromkeys(("scatter_tokens.forward", "scatter_tokens.backward"), (512, 512, 0)),
+    **dict.fromkeys(("masked_patch_loss.forward", "masked_patch_loss.backward"), (128, 0, 0)),
+    **dict.fromkeys(("gather_patch_embed.forward", "gather_patch_embed.backward_weight"), (512, 128, 512)),
+}
+
+
+@pytest.fixture(autouse=True)
+def large_tiles():
+    with forced({name: LaunchConfig(*blocks) for name, blocks in LARGE_TILES.items()}):
+        yield
+
+
+@pytest.mark.parametrize("percent", [50, 75])
+def test_eval(percent):
+    test_golden.run_eval.cache_clear()
+    test_golden.test_eval("model", percent)
+
+
+def test_train():
+    """Values, target and the norm of every gradient."""
+    test_golden.run_train.cache_clear()
+    test_golden.test_train_values("model")
+    test_golden.test_kernel_target()
+    test_golden.test_gradient_norms("model")
+
+
+def step(model, clip, mask):
+    """Logits and gradients of one training step."""
+    model.zero_grad()
+    out = model(clip, mask, reconstruct=True)
+    mar_fast.mar_loss(out, torch.tensor([3, 5]), reconstruction_weight=0.1).backward()
+    return out.logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_compiled():
+    """torch.compile finds no graph break, and eager and compiled agree, forward and backward."""
+    config = small_config()
+    model = mar_fast.MAR(config).eval()
+    clip = torch.randint(256, (2, 3, config.num_frames, *config.image_size), dtype=torch.uint8)
+    mask = masking.random(2, config.grid, 0.5)
+    torch.compiler.reset()
+    logits, gradients = step(model, clip, mask)
+    compiled_logits, compiled_gradients = step(torch.compile(model, fullgraph=True), clip, mask)
+    torch.testing.assert_close(compiled_logits, logits, rtol=1e-4, atol=1e-5)
+    for name, gradient in compiled_gradients.items():
+        name = name.removeprefix("_orig_mod.")
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-5)
