@@ -5,6 +5,7 @@ import functools
 import oracle
 import pytest
 import torch
+from helpers import relative
 
 import mar_fast
 from mar_fast import kernels, masking
@@ -63,7 +64,9 @@ def varlen_operands(dtype, lengths=(784, 1, 0, 392, 1568, 130), heads=12, size=6
 def norm_operands(dtype, visible, width=768, batch=4):
     x, branch = (random(batch, visible, width, dtype=dtype) + 1 for _ in range(2))
     weight, bias, gamma = (random(width, dtype=dtype) + 1 for _ in range(3))
-    drop_scale = torch.tensor([1.25, 0.0, 2.5, 1.0], device="cuda")[:batch].to(dtype)
+    # The gradient of drop_scale, a sum over a clip, is beyond float16's range.
+    scale_dtype = torch.float32 if dtype == torch.float16 else dtype
+    drop_scale = torch.tensor([1.25, 0.0, 2.5, 1.0], device="cuda")[:batch].to(scale_dtype)
     return dict(x=x, branch=branch, weight=weight, bias=bias, gamma=gamma, drop_scale=drop_scale)
 
 
@@ -94,9 +97,16 @@ def on(backend, name, **options):
     return run
 
 
-def check(name, operands, *, floor=0.5, no_gradient=(), **options):
+def times(factor, function):
+    """A multiple of what the function gives: its gradients are that much larger, as with a loss scaler."""
+    return lambda **operands: function(**operands) * factor
+
+
+def check(name, operands, *, floor=0.5, no_gradient=(), factor=None, **options):
     """Every output and gradient of the kernels against float64, bounded by PyTorch's own error on this GPU."""
     ours, eager = on("triton", name, **options), on("eager", name, **options)
+    if factor is not None:
+        ours, eager = times(factor, ours), times(factor, eager)
     return oracle.compare(ours, eager, eager, operands, no_gradient=no_gradient, floor=floor)
 
 
@@ -155,8 +165,10 @@ def test_scatter_tokens(visible, dtype):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("video", [torch.uint8, torch.bfloat16])
 def test_masked_patch_loss(video, channels_last, dtype):
+    """The gradient of one pixel among millions would be a few steps of float16's smallest number: it is scaled."""
     operands = loss_operands(dtype, 784, video, channels_last)
-    check("masked_patch_loss", operands, patch=PATCH, no_gradient=("video",), floor=2, **NORMALISE)
+    options = dict(patch=PATCH, no_gradient=("video",), floor=2, factor=2.0**20, **NORMALISE)
+    check("masked_patch_loss", operands, **options)
 
 
 CALLS = {
@@ -201,7 +213,7 @@ def bytes_of(tensor):
 
 
 def test_memory_of_attention():
-    """Forward and backward: output, log-sum-exp, delta and the gradient of qkv; the scores alone would be 6 x qkv."""
+    """Forward and backward: output, log-sum-exp, delta and the gradient of qkv; the scores alone would be 8 x qkv."""
     operands = attention_operands(torch.bfloat16, 1568, batch=8)
     run = functools.partial(oracle.outcome, on("triton", "attention"), operands, [random(8, 1568, 768).bfloat16()])
     assert peak(run) < 1.6 * bytes_of(operands["qkv"])
@@ -231,7 +243,8 @@ def test_large_clips():
     assert operands["video"].numel() > 2**31
     gather = on("triton", "gather_patch_embed", **NORMALISE)
     last = {key: value[-2:] if key in ("video", "keep_idx") else value for key, value in operands.items()}
-    assert torch.equal(gather(**operands)[-2:], gather(**last))
+    # So few rows may run in other tiles.
+    assert relative(gather(**operands)[-2:], gather(**last)) < 1e-3
 
 
 def test_large_qkv():
