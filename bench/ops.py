@@ -71,12 +71,18 @@ def backward_of(provider: Provider, operands: Operands, differentiated: tuple[st
     return functools.partial(torch.autograd.grad, outputs, [*leaves.values()], seeds, retain_graph=True)
 
 
+def absent(error: Exception) -> str:
+    """Why a provider gets no time that cannot run here: the first line of what it raised, which may have none."""
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"absent: {type(error).__name__}: {first[:100]}"
+
+
 def fault(provider: Provider, case: OpCase, operands: Operands, mode: str) -> str:
     """Why a provider gets no time: it fails here, or its result is wrong. "" if all is well."""
     try:
         got = results(provider, few(operands), case.differentiated, mode)
     except Exception as error:  # a peer that cannot run here is absent, whatever it raises
-        return f"absent: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        return absent(error)
     exact = results(case.providers["mar_fast"], double(few(operands)), case.differentiated, mode)
     for number, (value, truth) in enumerate(zip(got, exact, strict=True)):
         difference = float((value.double() - truth).norm() / truth.norm())
@@ -108,15 +114,22 @@ def measure(case: OpCase, device: torch.device, mode: str, budget: float, sets: 
     present: dict[str, Provider] = {name: case.providers[name] for name, why in withheld.items() if not why}
     if mode == "forward":
         present |= case.bounds
-    calls = {
-        name: in_turn(
-            [
-                forward_of(provider, each) if mode == "forward" else backward_of(provider, each, case.differentiated)
-                for each in operands
-            ]
-        )
-        for name, provider in present.items()
-    }
+    calls = {}
+    for name, provider in present.items():
+        try:
+            run = in_turn(
+                [
+                    forward_of(provider, each)
+                    if mode == "forward"
+                    else backward_of(provider, each, case.differentiated)
+                    for each in operands
+                ]
+            )
+            run()
+        except Exception as error:  # it takes the few clips of the check and not all of them, for memory say
+            withheld[name] = absent(error)
+        else:
+            calls[name] = run
     spreads = interleaved(calls, device, budget=budget, min_rounds=10, max_rounds=200) if calls else {}
     return [
         Result(case, name, mode, spreads.get(name), withheld.get(name, "")) for name in [*case.providers, *case.bounds]

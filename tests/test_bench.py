@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mar_fast.bench import files, machine
+from mar_fast import kernels
+from mar_fast.bench import files, machine, ops
+from mar_fast.bench.op_cases import OpCase
 from mar_fast.bench.timing import Spread, interleaved
 
 CPU = torch.device("cpu")
@@ -63,6 +65,29 @@ def test_environment_identifies_the_run():
     env = machine.environment(CPU)
     assert env["torch"] == torch.__version__ and env["threads"] == torch.get_num_threads()
     assert env["commit"] and "cores" in env["device"] and env["date"].startswith("20")
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_only_what_runs_and_is_right_gets_a_time(mode):
+    def silent(x, bias):
+        raise NotImplementedError
+
+    def small(x, bias):
+        if len(x) > 2:
+            raise MemoryError("too many clips\nand more")
+        return kernels.bias_gelu(x, bias)
+
+    providers = {"mar_fast": kernels.bias_gelu, "silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
+    case = OpCase(
+        "bias_gelu", "a case", 5, torch.float32, lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
+        providers, ("x",), 0.0, 1.0, {"bound": lambda x, bias: x},
+    )  # fmt: skip
+    found = {result.provider: result for result in ops.measure(case, CPU, mode, budget=1e-9)}
+    timed = [name for name, result in found.items() if result.spread is not None]
+    assert timed == (["mar_fast", "bound"] if mode == "forward" else ["mar_fast"])
+    assert found["silent"].withheld == "absent: NotImplementedError: no message"
+    assert found["small"].withheld == "absent: MemoryError: too many clips"
+    assert found["wrong"].withheld.startswith("wrong: result 0 differs from float64 by ")
 
 
 def test_half_written_files_are_never_seen(tmp_path):
