@@ -46,11 +46,14 @@ def bias_gelu_cases() -> Iterator[Case]:
 
 def gather_patch_embed_cases() -> Iterator[Case]:
     """Tubelets of 2 x 16 x 16 of 16 frames of 224 x 224; float32 weights beside a 16-bit product as under autocast."""
-    kinds = [(dtype, dtype, dtype, False, 32) for dtype in FLOATS]  # weights, product, pixels, channels last, clips
-    kinds += [(torch.bfloat16, torch.bfloat16, pixels, True, 32) for pixels in (torch.bfloat16, torch.uint8)]
-    kinds += [(torch.bfloat16, torch.bfloat16, torch.uint8, False, clips) for clips in (1, 32)]
-    kinds += [(torch.float32, torch.bfloat16, torch.uint8, True, 32)]
-    for dtype, work, pixels, channels_last, clips in kinds:
+    half = torch.bfloat16
+    # Weights, product, pixels, channels last, clips, width.
+    kinds = [(dtype, dtype, dtype, False, 32, 768) for dtype in FLOATS]
+    kinds += [(half, half, pixels, True, 32, 768) for pixels in (half, torch.uint8)]
+    kinds += [(half, half, torch.uint8, False, clips, 768) for clips in (1, 32)]
+    kinds += [(torch.float32, half, torch.uint8, True, 32, 768)]
+    kinds += [(half, half, half, False, clips, 384) for clips in (4, 32)]
+    for dtype, work, pixels, channels_last, clips, width in kinds:
 
         def calls(
             device: Device,
@@ -59,16 +62,17 @@ def gather_patch_embed_cases() -> Iterator[Case]:
             pixels: torch.dtype = pixels,
             channels_last: bool = channels_last,
             clips: int = clips,
+            width: int = width,
         ) -> Calls:
             shape = (clips, 16, 224, 224, 3) if channels_last else (clips, 3, 16, 224, 224)
             video = torch.randint(256, shape, device=device, dtype=torch.uint8).to(pixels)
             video = video.permute(0, 4, 1, 2, 3) if channels_last else video
             keep_idx = torch.rand(clips, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
-            weight = torch.empty(768, 3, 2, 16, 16, dtype=dtype, device=device).normal_(std=0.02)
-            bias = torch.empty(768, dtype=dtype, device=device).normal_()
-            pos_embed = torch.empty(1568, 768, device=device).normal_()
+            weight = torch.empty(width, 3, 2, 16, 16, dtype=dtype, device=device).normal_(std=0.02)
+            bias = torch.empty(width, dtype=dtype, device=device).normal_()
+            pos_embed = torch.empty(1568, width, device=device).normal_()
             mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-            grad = torch.empty(clips, 784, 768, dtype=dtype, device=device).normal_()
+            grad = torch.empty(clips, 784, width, dtype=dtype, device=device).normal_()
             needs = [pixels != torch.uint8, True, True, True]
             return {
                 "forward": lambda: gather.forward(video, keep_idx, weight, bias, pos_embed, mean, std, work),
@@ -78,7 +82,7 @@ def gather_patch_embed_cases() -> Iterator[Case]:
             }
 
         layout = "channels-last" if channels_last else "planar"
-        label = f"{layout} {str(pixels).removeprefix('torch.')}, {clips} clips, 50 %"
+        label = f"{layout} {str(pixels).removeprefix('torch.')}, width {width}, {clips} clips, 50 %"
         yield Case("gather_patch_embed", label, dtype, calls)
 
 
@@ -86,6 +90,7 @@ def add_layer_norm_cases() -> Iterator[Case]:
     """The encoder's and decoder's widths: a stream with its branch of one dtype, or of float32 as under autocast."""
     kinds = [(dtype, dtype, width) for dtype in FLOATS for width in (384, 768, 1024, 1280, 1408)]
     kinds += [(torch.float32, torch.bfloat16, width) for width in (384, 768, 1024, 1280, 1408)]
+    kinds += [(torch.bfloat16, torch.bfloat16, 4096)]
     for dtype, work, width in kinds:
 
         def calls(device: Device, dtype: torch.dtype = dtype, work: torch.dtype = work, width: int = width) -> Calls:
@@ -132,31 +137,36 @@ def scatter_tokens_cases() -> Iterator[Case]:
 
 
 def masked_patch_loss_cases() -> Iterator[Case]:
-    """The loss of 2 x 16 x 16 tubelets of 16 frames of 224 x 224, half of them dropped, from clips in both layouts."""
-    kinds = [(dtype, torch.uint8, last) for dtype in FLOATS for last in (False, True)]
-    kinds += [(dtype, dtype, last) for dtype in (torch.bfloat16, torch.float32) for last in (False, True)]
-    for dtype, pixel, channels_last in kinds:
+    """The loss of tubelets of 16 frames of 224 x 224, half of them dropped, from clips in both layouts."""
+    layouts = (False, True)
+    kinds = [(dtype, torch.uint8, last, 2) for dtype in FLOATS for last in layouts]
+    kinds += [(dtype, dtype, last, 2) for dtype in (torch.bfloat16, torch.float32) for last in layouts]
+    kinds += [(torch.bfloat16, torch.uint8, last, 4) for last in layouts]
+    for dtype, pixel, channels_last, frames in kinds:
 
         def calls(
             device: Device,
             dtype: torch.dtype = dtype,
             pixel: torch.dtype = pixel,
             channels_last: bool = channels_last,
+            frames: int = frames,
         ) -> Calls:
+            dropped = 1568 // frames
             shape = (32, 16, 224, 224, 3) if channels_last else (32, 3, 16, 224, 224)
             video = torch.randint(256, shape, device=device, dtype=torch.uint8).to(pixel)
             video = video.permute(0, 4, 1, 2, 3) if channels_last else video
-            pixels = torch.empty(32, 784, 1536, dtype=dtype, device=device).normal_()
-            drop_idx = torch.rand(32, 1568, device=device).argsort(1)[:, :784].sort(1).values.int()
+            pixels = torch.empty(32, dropped, 768 * frames, dtype=dtype, device=device).normal_()
+            drop_idx = torch.rand(32, 2 * dropped, device=device).argsort(1)[:, :dropped].sort(1).values.int()
             grad = torch.ones((), device=device)
-            options = ((2, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
+            options = ((frames, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
             return {
                 "forward": lambda: loss.forward(pixels, video, drop_idx, *options),
                 "backward": lambda: loss.backward(grad, pixels, video, drop_idx, *options),
             }
 
         layout = "channels-last" if channels_last else "planar"
-        yield Case("masked_patch_loss", f"{layout} {str(pixel).removeprefix('torch.')}, 32 clips, 50 %", dtype, calls)
+        label = f"{layout} {str(pixel).removeprefix('torch.')}, tubelets of {frames} frames, 32 clips, 50 %"
+        yield Case("masked_patch_loss", label, dtype, calls)
 
 
 def attention_cases() -> Iterator[Case]:
