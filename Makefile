@@ -1,13 +1,16 @@
 # make demo   set up, then measure what masking saves on this machine, on a real clip
 # make test   set up, then run every check of the gate
 # make matrix compile every kernel for every GPU, with the pinned Triton and the oldest supported one; minutes
+# make gpu    on a machine with a GPU and its own torch and Triton: all kernel tests there, then measurements; no network
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := demo
 
-.PHONY: demo test lint types eager interpreter matrix clean
+RESULTS := bench/results/gpu
+
+.PHONY: demo test lint types eager interpreter matrix gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/mar-fast bench --out $(OUT) --force
@@ -43,6 +46,22 @@ matrix: $(READY) build/triton36
 
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+# Its own Python, with -P: the repository's folder kernels/ must not be importable by that name. A red test ends it
+# before anything is measured.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	MAR_FAST_TEST_DEVICE=cuda $(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py tests/test_op_rules.py
+	$(PYTHON) -P -m pytest -q -m gpu
+	mkdir -p $(RESULTS)
+	$(PYTHON) -P -m mar_fast.bench.ops --out $(RESULTS)/kernels.jsonl
+
+# Memory errors and races of the kernels, on small cases; slow.
+sanitize:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 MAR_FAST_TEST_DEVICE=cuda compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py -k "17 or 33"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 MAR_FAST_TEST_DEVICE=cuda compute-sanitizer --tool racecheck --error-exitcode 1 \
+		$(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py -k "attention_head_sizes and float16"
 
 clean:
 	rm -rf $(VENV) build $(OUT) *.egg-info

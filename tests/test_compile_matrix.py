@@ -65,7 +65,8 @@ def test_kernels_compile_without_faults():
     reports = matrix.reports(made, jobs=0)
     assert not faults(reports)
     assert {line.target for line in reports} == set(compile_matrix.TARGETS)
-    assert {line.kernel.split(".")[0] for line in reports if line.target == "sm_90"} == {c.op for c in cases.cases()}
+    found = {line.kernel.split(".")[0] for line in reports if line.target == "sm_90"}
+    assert found == {case.op.removesuffix("_varlen") for case in cases.cases()}
     assert all(line.registers > 0 and line.widest_load > 0 for line in reports)
 
 
