@@ -10,15 +10,23 @@ from mar_fast.bench.files import sample_clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.real_clip
 def test_python_example_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    code = EXAMPLES[0]
     names = {}
     exec(code.replace('"bikes.mp4"', repr(str(sample_clip()))), names)
     assert names["clip"].shape == (3, 16, 224, 224) and names["logits"].shape == (1, 174)
     assert names["features"].shape == (1, 392, 768)
+
+
+def test_op_example_runs():
+    names = {}
+    exec(EXAMPLES[1], names)
+    assert names["x"].grad.shape == (2, 100, 256)
+    assert all(parameter.grad is not None for parameter in names["layer"].parameters())
 
 
 def test_named_files_and_commands_exist():
@@ -27,7 +35,7 @@ def test_named_files_and_commands_exist():
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert {name for name in re.findall(r"^mar-fast (\w+)", README, re.MULTILINE)} == commands
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert targets == ["demo", "test"] and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+    assert targets == ["demo", "test", "gpu", "sanitize", "matrix"] and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
 
 
 @pytest.mark.parametrize(("letter", "size"), [("B", "base"), ("L", "large")])
