@@ -53,8 +53,9 @@ def test_tiles_loaded_anew(count, size):
         check_varlen(varlen_operands(torch.float32, (count, 5), size=size))
 
 
-@pytest.mark.parametrize("lengths", [(63, 0, 65), (1, 64, 31)])
+@pytest.mark.parametrize("lengths", [(63, 0, 65), (1, 64, 31, 33)])
 def test_tiles_of_ragged_clips(lengths):
+    """33 tokens are one more than half a tile of queries, which the last one may be."""
     with tiles(64, 32):
         check_varlen(varlen_operands(torch.float32, lengths, spare=70))
 
@@ -219,11 +220,12 @@ def test_heads_too_large_for_the_kernels(op, poisoned):
     poisoned.allocated = None
 
 
-def test_autocast_halves_the_products():
+@pytest.mark.parametrize("op", ["attention", "attention_varlen"])
+def test_autocast_halves_the_products(op):
     """float32 qkv becomes float16 and its gradient float32 again."""
-    operands = attention_operands(torch.float32, count=33)
+    operands = (attention_operands if op == "attention" else varlen_operands)(torch.float32)
     with torch.autocast("cpu", torch.float16):
-        outputs, _, gradients = oracle.outcome(kernels.attention, operands)
+        outputs, _, gradients = oracle.outcome(getattr(kernels, op), operands)
     assert outputs[0].dtype == torch.float16
     assert gradients["qkv"].dtype == torch.float32
     assert torch.equal(gradients["qkv"], gradients["qkv"].half().float())
@@ -245,6 +247,12 @@ def test_opcheck(place, dtype):
     name, _, operands = next(itertools.islice(calls(dtype), place, None))
     operands["qkv"].requires_grad_()
     torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, (*operands.values(), 0.3))
+
+
+def test_all_of_the_log_sum_exp_is_written():
+    """What pads its rows too, which the op cuts off: graphs are compared by all that they hold."""
+    _, lse = torch.ops.mar_fast.attention(attention_operands(torch.float32)["qkv"], 0.3)
+    assert lse.shape == (2, 2, 32) and not lse.isnan().any()
 
 
 @pytest.mark.parametrize("place", [0, 1])
