@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mar_fast import kernels
-from mar_fast.bench import files, machine, ops
+from mar_fast.bench import files, machine, ops, records
 from mar_fast.bench.op_cases import OpCase
 from mar_fast.bench.timing import Spread, interleaved
 
@@ -115,3 +115,18 @@ def test_may_write(tmp_path):
     ):
         with pytest.raises(error):
             files.may_write([path], force=False)
+
+
+def test_records_come_back(tmp_path):
+    made = records.Record.of(
+        machine.environment(CPU), Spread(1.0, 2.0, 3.0, 7), suite="kernels", case="attention", provider="mar_fast",
+        mode="forward", metric="time", unit="s", dtype="float32", x=784,
+    )  # fmt: skip
+    path = tmp_path / "results.jsonl"
+    records.write(path, [made, made])
+    assert records.read(path) == [made, made]
+    path.write_text(path.read_text() + '{"suite": "kernels"}\n')
+    with pytest.raises(
+        ValueError, match=r"results.jsonl, line 3: got '\{\"suite\": \"kernels\"\}', expected a measurement"
+    ):
+        records.read(path)
