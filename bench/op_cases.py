@@ -29,6 +29,9 @@ TOKENS = 1568
 class OpCase:
     """One op at one shape. ``flops`` and ``bytes`` are of the forward pass: the least that any provider must do.
 
+    ``backward`` says how many times as much of each the backward pass must do at least: it reads the gradients of the
+    outputs and what it recomputes from, and writes those of the differentiated operands.
+
     ``bounds`` are functions that do only a part of the work, for comparison: their results are not checked.
     """
 
@@ -41,6 +44,7 @@ class OpCase:
     differentiated: tuple[str, ...]
     flops: float
     bytes: float
+    backward: tuple[float, float]
     bounds: Mapping[str, Provider] = field(default_factory=dict)
 
 
@@ -108,7 +112,7 @@ def attention(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
         "attention", f"{batch} clips, {tokens} tokens, {heads} heads of {size}", tokens, dtype,
         lambda: dict(qkv=random(device, dtype, batch, tokens, 3, heads, size)),
         {"mar_fast": kernels.attention} | attention_peers(device), ("qkv",),
-        flops, 4.0 * batch * tokens * heads * size * dtype.itemsize,
+        flops, 4.0 * batch * tokens * heads * size * dtype.itemsize, (2.5, 2.0),
     )  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def gather_patch_embed(
             "the same, compiled": compiled(reshape_index_linear),
             "Conv3d of all, then index": conv_then_index,
         },
-        ("weight", "bias"), 2.0 * batch * tokens * values * width, float(moved),
+        ("weight", "bias"), 2.0 * batch * tokens * values * width, float(moved), (1.0, 1.0),
         {"cuBLAS on gathered patches": linear_of_gathered},
     )  # fmt: skip
 
@@ -182,7 +186,7 @@ def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens:
     return OpCase(
         "add_layer_norm", f"{batch} clips, {tokens} tokens, width {width}", tokens, dtype, operands,
         {"mar_fast": kernels.add_layer_norm, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("x", "branch", "weight", "bias"), 0.0, 4.0 * batch * tokens * width * dtype.itemsize,
+        ("x", "branch", "weight", "bias"), 0.0, 4.0 * batch * tokens * width * dtype.itemsize, (0.0, 1.0),
     )  # fmt: skip
 
 
@@ -196,7 +200,7 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
         "bias_gelu", f"{batch} clips, {tokens} tokens, width {width}", tokens, dtype,
         lambda: dict(x=random(device, dtype, batch, tokens, width), bias=random(device, dtype, width)),
         {"mar_fast": kernels.bias_gelu, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("x", "bias"), 0.0, 2.0 * batch * tokens * width * dtype.itemsize,
+        ("x", "bias"), 0.0, 2.0 * batch * tokens * width * dtype.itemsize, (0.0, 1.5),
     )  # fmt: skip
 
 
@@ -213,7 +217,7 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
     return OpCase(
         "scatter_tokens", f"{batch} clips, {tokens} of 1568 tokens, width {width}", tokens, dtype, operands,
         {"mar_fast": kernels.scatter_tokens, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("visible", "mask_token"), 0.0, float(batch * (tokens + TOKENS) * width * dtype.itemsize),
+        ("visible", "mask_token"), 0.0, float(batch * (tokens + TOKENS) * width * dtype.itemsize), (0.0, 1.0),
     )  # fmt: skip
 
 
@@ -244,6 +248,7 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
             "PyTorch, compiled": compiled(plain),
         },
         ("pixels",), 0.0, float(batch * tokens * 1536 * (1 + dtype.itemsize)),
+        (0.0, 2 * dtype.itemsize / (1 + dtype.itemsize)),  # the error read, if it was kept, and the gradient written
     )  # fmt: skip
 
 

@@ -138,10 +138,10 @@ def measure(case: OpCase, device: torch.device, mode: str, budget: float, sets: 
 
 
 def floor_seconds(case: OpCase, mode: str, rates: Mapping[str, float]) -> float:
-    """The least time at this machine's own ceilings; backward does twice the products, in attention 2.5 times."""
-    more = 1.0 if mode == "forward" else 2.5 if case.op == "attention" else 2.0
+    """The least time at this machine's own ceilings."""
+    flops, moved = (1.0, 1.0) if mode == "forward" else case.backward
     key = next(name for name, dtype in machine.DTYPES.items() if dtype == case.dtype)
-    return more * max(case.flops / rates[key], case.bytes / rates["copy"])
+    return max(flops * case.flops / rates[key], moved * case.bytes / rates["copy"])
 
 
 def table(found: list[Result], rates: Mapping[str, float]) -> str:

@@ -80,7 +80,7 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
     providers = {"mar_fast": kernels.bias_gelu, "silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
     case = OpCase(
         "bias_gelu", "a case", 5, torch.float32, lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
-        providers, ("x",), 0.0, 1.0, {"bound": lambda x, bias: x},
+        providers, ("x",), 0.0, 1.0, (0.0, 1.5), {"bound": lambda x, bias: x},
     )  # fmt: skip
     found = {result.provider: result for result in ops.measure(case, CPU, mode, budget=1e-9)}
     timed = [name for name, result in found.items() if result.spread is not None]
@@ -88,6 +88,8 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
     assert found["silent"].withheld == "absent: NotImplementedError: no message"
     assert found["small"].withheld == "absent: MemoryError: too many clips"
     assert found["wrong"].withheld.startswith("wrong: result 0 differs from float64 by ")
+    floor = ops.floor_seconds(case, mode, {"fp32": 1e9, "copy": 1e9})
+    assert floor == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
 
 
 def test_half_written_files_are_never_seen(tmp_path):
