@@ -193,11 +193,11 @@ def forward_tile(
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     o_n = tl.arange(0, BLOCK_N)
-    whole = length // BLOCK_N * BLOCK_N
-    for _ in range(0, whole, BLOCK_N):
+    whole = length // BLOCK_N * BLOCK_N if RESIDENT else length
+    for at in range(0, whole, BLOCK_N):
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_n, o_n < BLOCK_N, scale_log2,
-            False, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+            b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_n, at + o_n < length, scale_log2,
+            not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
         query += nothing
         key += BLOCK_N * row_stride
@@ -263,11 +263,14 @@ def vector(tensor: Tensor) -> int:
     return values if all(stride % values == 0 for stride in tensor.stride()[:-1]) else 1
 
 
-def tail(tokens: int, step: int, varlen: bool) -> int:
+def tail(tokens: int, step: int, varlen: bool, resident: bool) -> int:
     """Width of the last tile over ``tokens`` in steps of ``step``, 0 where nothing is left over.
 
-    Ragged clips each end elsewhere: for them it is a whole step, masked.
+    Ragged clips each end elsewhere: for them it is a whole step, masked. Where nothing stays in registers, since these
+    are scarce, every tile is masked and there is no last one of its own, whose code would need some more.
     """
+    if not resident:
+        return 0
     if varlen:
         return step
     left = tokens % step
@@ -326,13 +329,14 @@ def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seq
     clip_stride = 0 if varlen else qkv.stride(0)
     tiles = triton.cdiv(tokens, config.block_m)
     last = tokens % config.block_m
+    key_tail = tail(tokens, config.block_n, varlen, config.resident)
     launch(
         "attention.forward", forward_kernel, (tiles * heads * clips,),
         (
             qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride // vec,
             *(stride // vec for stride in qkv.stride()[-4:-1]), lse.shape[-1], 0, scale * LOG2_E,
         ),
-        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, config.block_n, varlen),
+        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=key_tail,
         HALVE_LAST=config.block_m >= 64 and (varlen or 0 < last <= config.block_m // 2), VARLEN=varlen, **constants,
     )  # fmt: skip
     return out, lse

@@ -94,11 +94,11 @@ def query_kernel(
         b_lse = tl.load(lse + at_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
         b_dq = zero_tiles(BLOCK_M, WIDTHS)
         o_n = tl.arange(0, BLOCK_N)
-        whole = length // BLOCK_N * BLOCK_N
-        for _ in range(0, whole, BLOCK_N):
+        whole = length // BLOCK_N * BLOCK_N if RESIDENT else length
+        for at in range(0, whole, BLOCK_N):
             b_dq = add_query_gradient(
                 b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_n, o_n < BLOCK_N, nothing, scale_log2, False, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                o_n, at + o_n < length, nothing, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
             query += nothing
             grad += nothing
@@ -178,11 +178,11 @@ def key_value_kernel(
         b_dk = zero_tiles(BLOCK_N, WIDTHS)
         b_dv = zero_tiles(BLOCK_N, WIDTHS)
         o_m = tl.arange(0, BLOCK_M)
-        whole = length // BLOCK_M * BLOCK_M
-        for _ in range(0, whole, BLOCK_M):
+        whole = length // BLOCK_M * BLOCK_M if RESIDENT else length
+        for at in range(0, whole, BLOCK_M):
             b_dk, b_dv = add_key_value_gradient(
                 b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m,
-                o_m < BLOCK_M, o_n, m_n, nothing, scale_log2, False, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                at + o_m < length, o_n, m_n, nothing, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
             key += nothing
             value += nothing
@@ -239,9 +239,10 @@ def backward(
         """Launch a kernel whose programs each own a tile of ``own`` and walk over tiles of ``other``."""
         config = launch_config(name, qkv, head_dim=head_dim, tokens=tokens)
         tiles = triton.cdiv(tokens, getattr(config, own))
+        rest = tail(tokens, getattr(config, other), varlen, config.resident)
         launch(
             name, kernel, (tiles * heads * clips,), (*arguments, tokens, tiles, heads, *strides), config,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(tokens, getattr(config, other), varlen),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=rest,
             VARLEN=varlen, GRAD_VEC=grad_vec, **shape_constants(qkv, config),
         )  # fmt: skip
 
