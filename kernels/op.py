@@ -2,8 +2,9 @@
 
 From a forward, a backward and their shape functions `declare` makes
 (a) a ``torch.autograd.Function``, which eager code calls directly: a custom op would add 8 to 15 us to each call;
-(b) a ``torch.library`` custom op with fake and autograd registrations, used under ``torch.compile``: dynamo cannot
-    trace into a launch. Its backward is a custom op too, so that it stays opaque when autograd is traced.
+(b) a ``torch.library`` custom op with fake and autograd registrations, used where something else than the device looks
+    at the call: torch.compile, fake tensors, dispatch modes. Its backward is a custom op too, so that it stays opaque
+    when autograd is traced.
 The eager path of an op does not come here: plain PyTorch is traced straight through, and inductor fuses it.
 """
 
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LIBRARY = "mar_fast"
 
@@ -113,7 +116,9 @@ def declare(
     custom.register_autograd(custom_gradient, setup_context=save)
 
     def run(*inputs: Any) -> Any:
-        return custom(*inputs) if torch.compiler.is_compiling() else Function.apply(*inputs)
+        # Fake tensors and dispatch modes (flop counters, selective checkpointing) must see an op, not a launch.
+        opaque = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or is_fake(inputs[0])
+        return custom(*inputs) if opaque else Function.apply(*inputs)
 
     run.__name__ = run.__qualname__ = name
     return run
