@@ -7,7 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := demo
-
 RESULTS := bench/results/gpu
 
 .PHONY: demo test lint types eager interpreter matrix gpu sanitize clean
@@ -15,7 +14,9 @@ RESULTS := bench/results/gpu
 demo: $(READY)
 	$(BIN)/mar-fast bench --out $(OUT) --force
 
-test: lint types eager interpreter
+# The two test runs at once: each of them keeps one core busy.
+test: lint types
+	$(MAKE) --no-print-directory --output-sync=target -j2 eager interpreter
 
 # The set-up runs again only when one of these files has changed.
 $(READY): setup.py pyproject.toml constraints.txt

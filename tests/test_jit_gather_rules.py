@@ -1,0 +1,231 @@
+"""gather_patch_embed on its Triton kernels: dtypes, gradients and the custom op; tiles and clips are in a file apart."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+from op_cases import (
+    MEAN,
+    STD,
+    gather_operands,
+    make_clip,
+    plain_gather,
+    strided,
+)
+from test_jit_gather_patch_embed import DARK, FEW, LARGE, NORMALISED, REAL, SMALL, compare, normalised
+
+from mar_fast import kernels
+from mar_fast.kernels import device
+from mar_fast.kernels.launch_config import forced
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles():
+    with forced(LARGE):
+        yield
+
+
+# Dtypes.
+
+
+def test_positions_in_half():
+    operands = gather_operands(torch.float32)
+    operands["pos_embed"] = operands["pos_embed"].half()
+    assert compare(operands).dtype == torch.float32
+
+
+def test_positions_in_float64():
+    """They count as float32, and get their gradient in float64."""
+    operands = gather_operands(torch.float32, **FEW)
+    (out,), seeds, gradients = oracle.outcome(normalised, operands)
+    operands["pos_embed"] = operands["pos_embed"].double()
+    (same,), _, others = oracle.outcome(normalised, operands, seeds)
+    assert torch.equal(same, out)
+    assert others["pos_embed"].dtype == torch.float64
+    assert torch.equal(others["pos_embed"].float(), gradients["pos_embed"])
+
+
+@pytest.mark.parametrize(("video", "weights"), [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+def test_clip_of_another_dtype(video, weights):
+    compare(gather_operands(weights, video=video, **REAL))
+
+
+@pytest.mark.parametrize(
+    ("video", "dark"),
+    [(torch.float32, False), (torch.float16, False), (torch.uint8, False), (torch.uint8, True)],
+    ids=str,
+)
+def test_autocast(video, dark):
+    """The product in float16; weights, output and gradients in float32."""
+    operands = gather_operands(torch.float32, video=video)
+    if dark:
+        operands["video"] = operands["video"] % 7 + 10
+    options = DARK if dark else NORMALISED
+
+    def in_half(function, **operands):
+        with torch.autocast("cpu", torch.float16):
+            return function(**operands, **options)
+
+    naive = functools.partial(oracle.gather_patch_embed, **options)
+    ours, plain = (functools.partial(in_half, function) for function in (kernels.gather_patch_embed, plain_gather))
+    outputs, cotangents, gradients = oracle.outcome(ours, operands)
+    others, _, other_gradients = oracle.outcome(plain, operands, cotangents)
+    exact, _, exact_gradients = oracle.outcome(
+        naive,
+        {name: value.double() if value.is_floating_point() else value for name, value in operands.items()},
+        [seed.double() for seed in cotangents],
+    )
+    assert outputs[0].dtype == torch.float32
+    eps = torch.finfo(torch.float16).eps
+    assert (outputs[0] - exact[0]).detach().norm() > 1e-5 * exact[0].detach().norm()  # it was float16
+    oracle.assert_as_good("output", outputs[0], others[0], exact[0], coarsest=eps)
+    for name, gradient in gradients.items():
+        oracle.assert_as_good(name, gradient, other_gradients[name], exact_gradients[name], coarsest=eps)
+        assert gradient.dtype == operands[name].dtype
+
+
+def test_small_weights_of_uint8_pixels():
+    """In float16, weights of 1e-4 divided by 255 would lose most of their digits."""
+    operands = gather_operands(torch.float16, video=torch.uint8, **REAL)
+    operands["weight"] *= 1e-3
+    operands["bias"] *= 0
+    operands["pos_embed"] *= 0
+    compare(operands)
+
+
+def test_dark_clip():
+    """Far below 128, where all that the mean takes off must be rounded as the product is: forward and backward."""
+    operands = gather_operands(torch.float16, video=torch.uint8)
+    operands["video"] = operands["video"] % 7 + 10
+    compare(operands, **DARK)
+
+
+def test_float64_is_left_to_pytorch(poisoned):
+    operands = gather_operands(torch.float64)
+    for changes in ({}, dict(video=operands["video"].float()), dict(video=make_clip(2, torch.uint8))):
+        with pytest.raises(RuntimeError, match=r"gather_patch_embed.*float64"):
+            kernels.gather_patch_embed(**operands | changes)
+    half = gather_operands(torch.float16, video=torch.float64)
+    with pytest.raises(RuntimeError, match=r"gather_patch_embed.*float64"):
+        kernels.gather_patch_embed(**half)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        compare(operands)
+        kernels.gather_patch_embed(**half)
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+# Gradients.
+
+
+def expanded(value):
+    """All elements one element, as the gradient of a sum."""
+    return value[:1, :1, :1].expand(value.shape)
+
+
+def transposed(value):
+    return value.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def swapped(value):
+    """(B, N, D) in the memory of (N, B, D): no single row stride describes it."""
+    return value.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("layout", [expanded, transposed, swapped, strided])
+def test_any_strides_of_the_gradient(layout):
+    operands = gather_operands(torch.float32, **FEW)
+    seed = layout(torch.randn(2, 3, 33))
+    assert not seed.is_contiguous()
+    _, _, gradients = oracle.outcome(kernels.gather_patch_embed, operands, [seed])
+    _, _, contiguous = oracle.outcome(kernels.gather_patch_embed, operands, [seed.contiguous()])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, contiguous[name])
+
+
+@pytest.mark.parametrize("wanted", ["video", "weight", "bias", "pos_embed"])
+def test_one_gradient_alone(wanted):
+    """It is the same as among all; what is not wanted is not computed."""
+    operands = gather_operands(torch.float32, **FEW)
+    _, seeds, every = oracle.outcome(kernels.gather_patch_embed, operands)
+    operands[wanted].requires_grad_()
+    kernels.gather_patch_embed(**operands).backward(*seeds)
+    for name in every:
+        assert torch.equal(operands[name].grad, every[name]) if name == wanted else operands[name].grad is None
+
+
+def test_bitwise_repeatable():
+    operands = gather_operands(torch.float32, grid=(2, 2, 3), count=9, batch=4)
+    with forced(SMALL):
+        (first,), seeds, first_gradients = oracle.outcome(kernels.gather_patch_embed, operands)
+        (second,), _, second_gradients = oracle.outcome(kernels.gather_patch_embed, operands, seeds)
+    assert torch.equal(first, second)
+    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in first_gradients)
+
+
+# The custom op, which torch.compile sees.
+
+
+def custom(video, keep_idx, weight, bias, pos_embed, mean=None, std=None):
+    return torch.ops.mar_fast.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std, weight.dtype)
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_opcheck(layout, video):
+    operands = gather_operands(torch.float32, count=3, grid=(1, 2, 2), video=video, layout=layout, width=7)
+    operands = [value.requires_grad_() if value.is_floating_point() else value for value in operands.values()]
+    options = (list(MEAN), list(STD), torch.float32)
+    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, *options))
+
+
+def test_opcheck_of_nothing():
+    operands = [
+        value.requires_grad_() if value.is_floating_point() else value
+        for value in gather_operands(torch.float32, count=0).values()
+    ]
+    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, None, None, torch.float32))
+
+
+def compiling(program, seen):
+    """``program`` compiled by inductor; targets of the graph's nodes go to ``seen``."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def inductor(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return compile_fx(graph, inputs)
+
+    torch.compiler.reset()
+    return torch.compile(program, fullgraph=True, backend=inductor)
+
+
+@pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
+def test_compiled(video):
+    """Inductor calls the kernels through the custom op, and changes no bit of them."""
+    seen = []
+    operands = gather_operands(torch.float32, video=video)
+    (out,), seeds, gradients = oracle.outcome(normalised, operands)
+    (compiled_out,), _, compiled_gradients = oracle.outcome(compiling(normalised, seen), operands, seeds)
+    assert torch.equal(compiled_out, out)
+    assert all(torch.equal(compiled_gradients[name], gradients[name]) for name in gradients)
+    assert torch.ops.mar_fast.gather_patch_embed.default in seen
+
+
+# Once differentiable.
+
+RUNS = {"function": kernels.gather_patch_embed, "custom op": custom}
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("run", RUNS)
+def test_second_derivative_is_an_error(run, loss):
+    operands = gather_operands(torch.float32, count=1, batch=1)
+    operands["weight"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        value = loss(RUNS[run](**operands))
+        (gradient,) = torch.autograd.grad(value, operands["weight"], create_graph=True)
+        (value + gradient.square().sum()).backward()
