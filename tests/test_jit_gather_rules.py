@@ -1,4 +1,4 @@
-"""gather_patch_embed on its Triton kernels: dtypes, gradients and the custom op; tiles and clips are in a file apart."""
+"""gather_patch_embed in Triton: dtypes, gradients and the custom op; tiles and clips are in another file."""
 
 import functools
 

@@ -144,7 +144,7 @@ def place(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
     else:
         first = clip * tokens
         length = tokens
-    return program % tiles, program // tiles % heads, clip, first, length
+    return program % tiles, (program // tiles % heads).to(tl.int64), clip, first, length
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def forward_kernel(
         key = query + part_stride * VEC
         value = key + part_stride * VEC
         out += (first * heads + head) * HEAD_DIM
-        lse += head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
+        lse += head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
         lse_length = length if VARLEN else lse_stride
         out_stride = heads * HEAD_DIM
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
@@ -258,9 +258,12 @@ def addressable(qkv: Tensor) -> Tensor:
 
 
 def vector(tensor: Tensor) -> int:
-    """How many values are loaded at once: 16 bytes of them where all strides allow that, else 1."""
+    """How many values are loaded at once: 16 bytes of them where all strides allow that, else 1.
+
+    A stride that takes 64 bits must reach the kernel whole: divided, it could look like one of 32 bits there.
+    """
     values = 16 // tensor.element_size()
-    return values if all(stride % values == 0 for stride in tensor.stride()[:-1]) else 1
+    return values if all(stride % values == 0 and stride < 2**31 for stride in tensor.stride()[:-1]) else 1
 
 
 def tail(tokens: int, step: int, varlen: bool, resident: bool) -> int:

@@ -79,7 +79,7 @@ def query_kernel(
         grad += first * grad_row_stride if VARLEN else clip * (grad_clip_stride * GRAD_VEC)
         grad += tl.cast(start, tl.int64) * grad_row_stride + head * HEAD_DIM
         out += ((first + start) * heads + head) * HEAD_DIM
-        at_lse = (head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride) + start
+        at_lse = (head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride) + start
         o_m = tl.arange(0, BLOCK_M)
         m_m = start + o_m < length
         b_q = load_tiles(query, o_m, m_m, row_stride, True, WIDTHS, HEAD_DIM)
@@ -168,7 +168,7 @@ def key_value_kernel(
         key = query + part_stride * VEC + tl.cast(start, tl.int64) * row_stride
         value = key + part_stride * VEC
         grad += (first * grad_row_stride if VARLEN else clip * (grad_clip_stride * GRAD_VEC)) + head * HEAD_DIM
-        at_lse = head.to(tl.int64) * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
+        at_lse = head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
         lse += at_lse
         delta += at_lse
         o_n = tl.arange(0, BLOCK_N)
@@ -257,5 +257,5 @@ def readable(grad: Tensor, head_dim: int) -> tuple[Tensor, int]:
     """The gradient of out with unit stride in the last dimension, and how many of its values are loaded at once."""
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    values = 16 // grad.element_size()
-    return grad, values if all(step % values == 0 for step in (*grad.stride()[:-1], head_dim)) else 1
+    values = vector(grad)
+    return grad, values if head_dim % values == 0 else 1
