@@ -324,6 +324,7 @@ def forward(qkv: Tensor, scale: float, cu_seqlens: Tensor | None = None, max_seq
     if out.numel() == 0:
         return out, lse
     qkv = addressable(qkv)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     tokens = max_seqlen if varlen else lead[1]
     clips = len(cu_seqlens) - 1 if cu_seqlens is not None else lead[0]
     config = launch_config("attention.forward", qkv, head_dim=head_dim, tokens=tokens)

@@ -221,6 +221,7 @@ def backward(
     varlen = cu_seqlens is not None
     *lead, _, heads, head_dim = qkv.shape
     qkv = addressable(qkv)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     if grad is None:
         grad = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
     grad, grad_vec = readable(grad, head_dim)
