@@ -8,16 +8,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import cost, kernels, masking, reference, video
     from .config import MARConfig, list_models, named_config
+    from .inference import CompiledModel, compile_for_inference
     from .kernels import debug_checks
     from .masking import TokenMask
     from .model import MAR, MAROutput, create_model, mar_loss
 
 # Loaded on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
 _HOME = {
+    "CompiledModel": "inference",
     "MAR": "model",
     "MARConfig": "config",
     "MAROutput": "model",
     "TokenMask": "masking",
+    "compile_for_inference": "inference",
     "create_model": "model",
     "debug_checks": "kernels",
     "list_models": "config",
@@ -27,10 +30,12 @@ _HOME = {
 _MODULES = ("cost", "kernels", "masking", "reference", "video")
 
 __all__ = [
+    "CompiledModel",
     "MAR",
     "MARConfig",
     "MAROutput",
     "TokenMask",
+    "compile_for_inference",
     "cost",
     "create_model",
     "debug_checks",
