@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu_attention
+
 Triple = tuple[int, int, int]
 
 
@@ -66,9 +68,12 @@ def gather_patch_embed(
 
 def attention(qkv: Tensor, scale: float) -> Tensor:
     """See `mar_fast.kernels.attention`."""
+    dtype = working_dtype(qkv, qkv.dtype)
+    if cpu_attention.takes(qkv, dtype):
+        return cpu_attention.attention(qkv.to(dtype), scale)
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, d)
     out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-    return out.to(working_dtype(qkv, qkv.dtype))  # without tokens autocast leaves it as it is
+    return out.to(dtype)  # without tokens autocast leaves it as it is
 
 
 def attention_lse(qkv: Tensor, scale: float) -> Tensor:

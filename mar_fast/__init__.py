@@ -30,8 +30,8 @@ _HOME = {
 _MODULES = ("cost", "kernels", "masking", "reference", "video")
 
 __all__ = [
-    "CompiledModel",
     "MAR",
+    "CompiledModel",
     "MARConfig",
     "MAROutput",
     "TokenMask",

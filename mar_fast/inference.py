@@ -104,8 +104,8 @@ def compile_for_inference(
         settings["triton.cudagraphs"] = True
     else:
         settings |= {"freezing": True, "freezing_discard_parameters": True}
-    # A copy: weights that are packed are constants, but others stay shared with the model that they came from, and would
-    # follow its changes. What is packed is then let go in the copy.
+    # A copy: weights that are packed are constants, but others stay shared with the model that they came from, and
+    # would follow its changes. What is packed is then let go in the copy.
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
     begin = time.perf_counter()
     # Patched around the calls and not given to torch.compile as options: what makes weights constants is read while

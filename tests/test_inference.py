@@ -101,7 +101,7 @@ def test_bad_arguments():
     model, clip = model_and_clip()
     with pytest.raises(ValueError, match="model: got a model in training mode, expected one in eval mode"):
         compile_for_inference(model.train(), clip)
-    with pytest.raises(TypeError, match="model: got function, expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match="model: got function, expected a torch"):
         compile_for_inference(lambda x: x, clip)
     with pytest.raises(TypeError, match="example: got dict, expected a tensor or a tuple"):
         compile_for_inference(model.eval(), {"video": clip})
