@@ -18,6 +18,11 @@ from .timing import interleaved
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """ "bf16" for torch.bfloat16, and so on."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def device(name: str = "auto") -> torch.device:
     """The device to run on: "cpu", "cuda", or "auto" for the GPU where there is one.
 
@@ -96,6 +101,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "clocks": _clocks(device),
         "mar_fast": importlib.metadata.version("mar-fast"),
         "commit": _commit(),
         "torch": torch.__version__,
@@ -104,6 +110,11 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device_name(device: torch.device) -> str:
@@ -116,8 +127,20 @@ def _device_name(device: torch.device) -> str:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _clocks(device: torch.device) -> str:
+    """Clocks and power limit of a GPU as its driver gives them; empty where there is no such tool."""
+    if device.type != "cuda":
+        return ""
+    wanted = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f"{wanted}: {answer.stdout.strip()}" if answer.returncode == 0 else ""
 
 
 def _version(package: str) -> str:

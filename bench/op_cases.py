@@ -6,8 +6,8 @@ operands that give the same output. The first provider is ours.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class OpCase:
     ``backward`` says how many times as much of each the backward pass must do at least: it reads the gradients of the
     outputs and what it recomputes from, and writes those of the differentiated operands.
 
-    ``bounds`` are functions that do only a part of the work, for comparison: their results are not checked.
+    ``bounds`` are functions that do only a part of the work, for comparison: their results are not checked. ``graph``
+    says whether the forward pass is timed as a CUDA graph.
     """
 
     op: str
@@ -46,6 +47,7 @@ class OpCase:
     bytes: float
     backward: tuple[float, float]
     bounds: Mapping[str, Provider] = field(default_factory=dict)
+    graph: bool = False
 
 
 def random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -68,25 +70,36 @@ def compiled(function: Provider) -> Provider:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def sdpa(qkv: Tensor) -> Tensor:
+    """Attention on packed qkv by the backend that PyTorch chooses, without a copy where it takes strides."""
+    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 def with_sdpa(backend: SDPBackend) -> Provider:
-    """Attention on packed qkv by one of PyTorch's backends, without a copy where it takes strides."""
+    """The same by one of its backends."""
 
     def attend(qkv: Tensor) -> Tensor:
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            return sdpa(qkv)
 
     return attend
 
 
+def naive_attention(qkv: Tensor) -> Tensor:
+    """The whole matrix of scores, as the original does it."""
+    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+    scores = (query * qkv.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
 def attention_peers(device: torch.device) -> dict[str, Provider]:
     """Every other attention that this machine has."""
-    peers = {"SDPA": lambda qkv: eager.attention(qkv, qkv.shape[-1] ** -0.5)}
-    if device.type != "cuda":
-        return peers
-    peers["SDPA flash"] = with_sdpa(SDPBackend.FLASH_ATTENTION)
-    peers["SDPA cuDNN"] = with_sdpa(SDPBackend.CUDNN_ATTENTION)
-    peers["SDPA efficient"] = with_sdpa(SDPBackend.EFFICIENT_ATTENTION)
+    peers = {"SDPA": sdpa, "scores written out": naive_attention}
+    if device.type == "cuda":
+        peers["SDPA flash"] = with_sdpa(SDPBackend.FLASH_ATTENTION)
+        peers["SDPA cuDNN"] = with_sdpa(SDPBackend.CUDNN_ATTENTION)
+        peers["SDPA efficient"] = with_sdpa(SDPBackend.EFFICIENT_ATTENTION)
     flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
 
     def flex_attention(qkv: Tensor) -> Tensor:
@@ -252,13 +265,30 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
     )  # fmt: skip
 
 
-SIZES = {"base": (768, 12), "large": (1024, 16)}
+# Width and heads of an encoder.
+SIZES = {
+    "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16),
+}  # fmt: skip
+SMALL = ("add_layer_norm", "bias_gelu", "scatter_tokens", "masked_patch_loss")
 
 
-def cases(
-    device: torch.device, dtype: torch.dtype, sizes: list[str], batches: list[int], kept: list[float]
+def op_cases(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    kept: Sequence[float],
+    *,
+    graph: bool = False,
 ) -> Iterator[OpCase]:
-    """Every op at every size, batch and keep ratio."""
+    """Every op at every size, batch and keep ratio; ``graph``: small ops are timed as CUDA graphs."""
+    for case in _all(device, dtype, sizes, batches, kept):
+        yield replace(case, graph=graph and case.op in SMALL)
+
+
+def _all(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[str], batches: Sequence[int], kept: Sequence[float]
+) -> Iterator[OpCase]:
     for size in sizes:
         width, heads = SIZES[size]
         for batch in batches:

@@ -30,6 +30,7 @@ class Record:
     triton: str
     commit: str
     date: str
+    note: str = ""
 
     @classmethod
     def of(
@@ -45,6 +46,7 @@ class Record:
         unit: str,
         dtype: str,
         x: float,
+        note: str = "",
     ) -> "Record":
         """A record of ``spread``, measured in ``environment`` (see `machine.environment`)."""
         device, torch, triton, commit, date = (
@@ -52,7 +54,7 @@ class Record:
         )
         return cls(
             suite, case, provider, mode, metric, unit, x, spread.p20, spread.p50, spread.p80, spread.n,
-            device, dtype, torch, triton, commit, date,
+            device, dtype, torch, triton, commit, date, note,
         )  # fmt: skip
 
 

@@ -53,6 +53,25 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` recorded once as a CUDA graph; the function replays it. Its result stays where the graph wrote it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and allocates, which cannot be recorded
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
     device: torch.device,

@@ -1,0 +1,39 @@
+"""``python -m mar_fast.bench SUITE...``: the suites with no more than torch; ``mar-fast bench`` adds comforts."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import files, session
+from .machine import DTYPES
+from .suites import SUITES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run suites; exit code 1 if one of our own results is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m mar_fast.bench", description=__doc__)
+    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, or all")
+    parser.add_argument("--out", type=Path, help="write the measurements there, as JSON lines")
+    parser.add_argument("--force", action="store_true", help="replace that file")
+    parser.add_argument("--quick", action="store_true", help="few and small cases")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--size", action="append", default=[], help="small, base, large, ...; may be given again")
+    parser.add_argument("--batch", action="append", type=int, default=[], help="clips a call; may be given again")
+    parser.add_argument("--seconds", type=float, help="for the timed rounds of a case")
+    parser.add_argument("--clip", type=Path, help="a video file for the pipeline")
+    options = parser.parse_args(arguments)
+    names = session.chosen_suites(options.suites)
+    if options.out is not None:
+        files.may_write([options.out], options.force)
+    setting, reason, rates = session.setting_for(
+        device=options.device, dtype=options.dtype, sizes=options.size, batches=options.batch, quick=options.quick,
+        seconds=options.seconds, clip=options.clip,
+    )  # fmt: skip
+    print(f"dtype: {reason}")
+    done = session.run(names, setting, rates, out=options.out, say=lambda text: print(text, flush=True))
+    return int(done.wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

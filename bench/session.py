@@ -1,0 +1,156 @@
+"""A run of suites: ceilings, cases, findings, and a results file that is complete at every moment."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mar_fast.kernels import checks
+
+from . import machine, records, runner
+from .case import Setting
+from .suites import SUITES
+
+# Quick runs take the small model: the whole of them must not take longer than a coffee.
+CPU_SIZES, GPU_SIZES, QUICK_SIZES = ("base",), ("base", "large"), ("small",)
+CPU_BATCHES, GPU_BATCHES, QUICK_BATCHES = (1, 4), (1, 8, 32), (1,)
+
+
+@dataclass
+class Session:
+    """What came of a run so far.
+
+    ``wrong`` counts cases in which one of our own results was withheld or did not run.
+    """
+
+    dtype_reason: str = ""
+    rows: list[records.Record] = field(default_factory=list)
+    wrong: int = 0
+
+
+def chosen_suites(names: Sequence[str]) -> list[str]:
+    """The suites that are named; "all" is every one.
+
+    Raises:
+        ValueError: there is no such suite, or none is named.
+    """
+    known = f"one or more of {', '.join(SUITES)}, or all"
+    if not names:
+        raise checks.bad("suite", "none", known)
+    for name in names:
+        if name != "all" and name not in SUITES:
+            raise checks.bad("suite", repr(name), known)
+    return list(SUITES) if "all" in names else list(dict.fromkeys(names))
+
+
+def setting_for(
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    sizes: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    quick: bool = False,
+    seconds: float | None = None,
+    clip: Path | None = None,
+) -> tuple[Setting, str, dict[str, float]]:
+    """The setting of a run, why it has its dtype, and the ceilings of the machine, which are measured for it.
+
+    Args:
+        device: "cpu", "cuda" or "auto".
+        dtype: "bf16", "fp16", "fp32", or "auto": bf16 where its products are clearly faster here.
+        sizes: Encoders; none means base, and on a GPU large too, or small for a quick run.
+        batches: Clips a call; none means 1 and 4, on a GPU 1, 8 and 32, or 1 for a quick run.
+        quick: Few and small cases.
+        seconds: For the timed rounds of a case; None is 20, or 2 for a quick run.
+        clip: A video file for the pipeline.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    if seconds is not None:
+        checks.positive("seconds", seconds)
+    for batch in batches:
+        if not isinstance(batch, int) or batch < 1:
+            raise checks.bad("batch", batch, "a whole number, 1 or more")
+    if clip is not None and not clip.is_file():
+        raise FileNotFoundError(f"clip: got {str(clip)!r}, expected an existing video file")
+    where = machine.device(device)
+    on_gpu = where.type == "cuda"
+    rates = runner.ceilings(where, quick)
+    if dtype == "auto":
+        dtype, reason = machine.choose_dtype(where, rates)
+    else:
+        reason = "asked for"
+    usual = (GPU_SIZES, GPU_BATCHES) if on_gpu else (CPU_SIZES, CPU_BATCHES)
+    default_sizes, default_batches = (QUICK_SIZES, QUICK_BATCHES) if quick else usual
+    setting = Setting(
+        device=where, dtype=machine.DTYPES[dtype], sizes=tuple(sizes) or default_sizes,
+        batches=tuple(batches) or default_batches, quick=quick,
+        budget=seconds if seconds is not None else (2.0 if quick else 20.0), clip=str(clip) if clip else None,
+    )  # fmt: skip
+    return setting, reason, rates
+
+
+def run(
+    names: Sequence[str],
+    setting: Setting,
+    rates: dict[str, float],
+    *,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+    on_step: runner.Step = runner.quiet,
+) -> Session:
+    """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
+
+    Args:
+        names: Suites, see `chosen_suites`.
+        setting: Where, in which dtype, how much.
+        rates: Ceilings, as `setting_for` measured them.
+        out: A file for the records, JSON lines; None keeps them in memory only.
+        say: Takes the table of every case as it is done.
+        on_step: Told what is going on and which share of the suite is done.
+    """
+    session = Session()
+    environment = machine.environment(setting.device)
+
+    def keep(rows: Sequence[records.Record]) -> None:
+        session.rows += rows
+        if out is not None:
+            records.write(out, session.rows)
+
+    with _Threads(setting.device):
+        keep(list(runner.finding_rows("machine", runner.ceiling_findings(rates, environment), environment)))
+        for name in names:
+            suite, outcomes = SUITES[name], []
+            found = list(suite.cases(setting))
+            for number, case in enumerate(found):
+                step = _within(on_step, name, number, len(found))
+                outcome = runner.measure(case, setting, rates, step)
+                say(runner.text(outcome))
+                session.wrong += outcome.wrong
+                outcomes.append(outcome)
+                keep(list(runner.rows(outcome, environment)))
+            findings = suite.conclude(setting, outcomes)
+            for finding in findings:
+                say(runner.finding_text(name, finding))
+            keep(list(runner.finding_rows(name, findings, environment)))
+    return session
+
+
+def _within(on_step: runner.Step, suite: str, number: int, total: int) -> runner.Step:
+    return lambda what, share: on_step(f"{suite} {number + 1} of {total}: {what}", (number + share) / total)
+
+
+class _Threads:
+    """As many threads as this process has cores, for the whole run, and then as many as before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.before = torch.get_num_threads()
+        self.wanted = machine.cores() if device.type == "cpu" else self.before
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.wanted)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)
