@@ -280,11 +280,13 @@ def text(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finding_text(suite: str, finding: Finding) -> str:
-    """A finding in one line."""
-    amount = f"{finding.value / 1e9:.2f} G" if finding.value >= 1e8 else f"{finding.value:.4g}"
-    note = f" ({finding.note})" if finding.note else ""
-    return f"{suite}: {finding.case}, x = {finding.x:g}, {finding.provider}: {finding.metric} {amount}{note}"
+def findings_text(findings: list[Finding]) -> str:
+    """Findings, a line each."""
+    return "\n".join(
+        f"{found.case}, x = {found.x:g}, {found.provider}: {found.metric} {found.value:.3g}"
+        + (f" ({found.note})" if found.note else "")
+        for found in findings
+    )
 
 
 def seconds(value: float | None) -> str:

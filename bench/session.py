@@ -24,7 +24,6 @@ class Session:
     ``wrong`` counts cases in which one of our own results was withheld or did not run.
     """
 
-    dtype_reason: str = ""
     rows: list[records.Record] = field(default_factory=list)
     wrong: int = 0
 
@@ -100,6 +99,7 @@ def run(
     out: Path | None = None,
     say: Callable[[str], None] = print,
     on_step: runner.Step = runner.quiet,
+    into: Session | None = None,
 ) -> Session:
     """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
 
@@ -110,8 +110,9 @@ def run(
         out: A file for the records, JSON lines; None keeps them in memory only.
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
+        into: Takes what is found as it is found, so that it is there also after an interruption; None makes a new one.
     """
-    session = Session()
+    session = into if into is not None else Session()
     environment = machine.environment(setting.device)
 
     def keep(rows: Sequence[records.Record]) -> None:
@@ -132,8 +133,8 @@ def run(
                 outcomes.append(outcome)
                 keep(list(runner.rows(outcome, environment)))
             findings = suite.conclude(setting, outcomes)
-            for finding in findings:
-                say(runner.finding_text(name, finding))
+            if findings:
+                say(suite.describe(findings))
             keep(list(runner.finding_rows(name, findings, environment)))
     return session
 

@@ -4,21 +4,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..case import Case, Setting
-from ..runner import Finding, Outcome
+from ..runner import Finding, Outcome, findings_text
 from . import encoder, flops, kernels, pipeline, scaling, training, waterfall
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its cases, one after the other, and findings from all of their outcomes together."""
+    """A suite: its cases, one after the other, findings from all of their outcomes together, and these in words."""
 
     about: str
     cases: Callable[[Setting], Iterator[Case]]
     conclude: Callable[[Setting, list[Outcome]], list[Finding]] = lambda setting, outcomes: []
+    describe: Callable[[list[Finding]], str] = findings_text
 
 
 SUITES = {
-    "flops": Suite("multiply-adds and parameters against the paper; nothing is run", flops.cases, flops.conclude),
+    "flops": Suite(
+        "multiply-adds and parameters against the paper; nothing is run", flops.cases, flops.conclude, flops.table
+    ),
     "encoder": Suite("clips to logits, against every peer", encoder.cases),
     "training": Suite("forward, backward and optimizer, against every peer", training.cases),
     "waterfall": Suite("from the dense model to ours, one step at a time", waterfall.cases),

@@ -39,3 +39,21 @@ def _size(size: str) -> Iterator[Finding]:
         if keep in COUNTED.get(size, {}):
             yield Finding(case, "original, counted", "multiply-adds", "1", COUNTED[size][keep] * 1e9, keep)
             yield Finding(case, "paper", "parameters", "1", PAPER[size][1] * 1e6, keep)
+
+
+def table(findings: list[Finding]) -> str:
+    """Multiply-adds in G by keep ratio, parameters in M: a line for each model and source."""
+    lines = [f"{'multiply-adds of a clip, G':34} {'dense':>9} {'50 %':>9} {'75 %':>9} {'parameters, M':>15}"]
+    for case, provider in dict.fromkeys((found.case, found.provider) for found in findings):
+        of = {
+            (found.metric, found.x): found.value
+            for found in findings
+            if (found.case, found.provider) == (case, provider)
+        }
+        cells = [
+            f"{of[key] / 1e9:9.2f}" if (key := ("multiply-adds", keep)) in of else f"{'':9}"
+            for keep in (1.0, 0.5, 0.25)
+        ]
+        parameters = f"{of['parameters', 0.5] / 1e6:15.2f}" if ("parameters", 0.5) in of else ""
+        lines.append(f"{case + ': ' + provider:34} {' '.join(cells)} {parameters}".rstrip())
+    return "\n".join(lines)

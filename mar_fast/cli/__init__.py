@@ -7,11 +7,12 @@ import typer
 
 import mar_fast
 
-from .bench import bench
+from .bench import SUITE_LIST, bench
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .cost import cost
 from .kernels import kernels
 from .masks import masks
+from .savings import savings
 from .tune import tune
 
 app = typer.Typer(
@@ -21,7 +22,8 @@ app = typer.Typer(
     help="Masked video transformers on visible tokens only.\n\n"
     "Exit codes: 0 done, 1 a check failed and results are withheld, 2 bad input, 130 interrupted.",
 )
-app.command()(bench)
+app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
+app.command()(savings)
 app.command()(masks)
 app.command()(cost)
 app.command()(kernels)

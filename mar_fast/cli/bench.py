@@ -1,94 +1,75 @@
-"""mar-fast bench: what masking saves on this machine."""
+"""mar-fast bench: the suites, and what changed between two runs of them."""
 
-import json
-from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ..bench import files, machine
-from ..bench.savings import FP32_BOUND, Savings, measure, model_config
-from .common import CHECK_FAILED, Size, clip_for, errors, print_json, progress, results
+from ..bench import compare as comparison
+from ..bench import files, session
+from ..bench.suites import SUITES
+from .common import CHECK_FAILED, INTERRUPTED, Device, Dtype, Size, errors, progress, results
 
-Dtype = StrEnum("Dtype", ["auto", "fp32", "bf16", "fp16"])
-Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+SUITE_LIST = "\n\n".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
 
 
 def bench(
-    clip: Annotated[Path | None, typer.Argument(help="A video file; without one, a short real clip.")] = None,
-    model: Annotated[Size, typer.Option(help="Size of the ViT.")] = Size.base,
-    batch: Annotated[int, typer.Option(help="Clips a call.")] = 1,
+    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Names from below, or all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and small cases, a few rounds.")] = False,
+    size: Annotated[
+        list[Size] | None, typer.Option(help="Of the ViT; repeatable. Usual: base, on a GPU large too.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Clips a call; repeatable.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where its matrix products are clearly faster.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
-    stride: Annotated[int, typer.Option(help="Frames of the file from one frame of the clip to the next.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Time for the timed rounds; at least 5 are done.")] = 30.0,
-    out: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("mar-fast-results"),
-    force: Annotated[bool, typer.Option(help="Replace results that are there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="For the timed rounds of a case.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="A video file for the pipeline; else a short real clip.")] = None,
+    out: Annotated[Path, typer.Option(help="The measurements, as JSON lines.")] = Path("bench.jsonl"),
+    force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Run nothing: what changed from file A to file B.")
+    ] = None,
+    fail_on_regression: Annotated[
+        bool, typer.Option(help="With --compare: exit code 1 if something got worse.")
+    ] = False,
 ) -> None:
-    """Time a dense ViT against MAR at 50 % and 75 % masking, checked against the reference first."""
-    from ..bench import plot
+    """Measure: every way to do a job in turn, each checked against float64 before it is timed.
 
-    written = [out / "results.json", out / "results.png"]
-    files.may_write(written, force)
-    plot.new_figure()  # without matplotlib, say so now and not after the measurement
-    path = clip if clip is not None else files.sample_clip()
-    video = clip_for(path, model_config(model, "dense"), stride)
-    where = machine.device(device)
-    with progress() as step:
-        result = measure(model, video, batch=batch, device=where, dtype=dtype, budget=seconds, on_step=step)
-    content = {"clip": path.name, **asdict(result)}
-    files.write_whole(written[0], lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
-    if result.correct:
-        plot.draw_savings(result, video, written[1])
-    if as_json:
-        print_json(content)
-    else:
-        _print(result, path, written)
-    if not result.correct:
-        errors.print("error: the fast model differs from the reference beyond rounding; no speed is given", style="red")
+    The file of measurements is complete after every case; Ctrl-C keeps what was measured. For a quick look at what
+    masking saves, see savings.
+    """
+    if compare is not None:
+        if suites:
+            raise ValueError(f"--compare: got it together with {' '.join(suites)}, expected no suite beside it")
+        code = comparison.run(*compare, fail_on_regression=fail_on_regression, console=results)
+        raise typer.Exit(code)
+    if fail_on_regression:
+        raise ValueError("--fail-on-regression: got it without --compare, expected both")
+    names = session.chosen_suites(suites or [])
+    files.may_write([out], force)
+    done = session.Session()
+    try:
+        with progress() as step:
+            step("measuring this machine's ceilings", 0.0)
+            setting, reason, rates = session.setting_for(
+                device=device, dtype=dtype, sizes=[str(one) for one in size or ()], batches=batch or (), quick=quick,
+                seconds=seconds, clip=clip,
+            )  # fmt: skip
+            results.print(f"dtype: {reason}", highlight=False)
+            ways = dict(out=out, say=_say, on_step=step, into=done)
+            session.run(names, setting, rates, **ways)
+    except KeyboardInterrupt:
+        if not done.rows:
+            raise
+        errors.print(f"interrupted: {out} has the {len(done.rows)} measurements made so far")
+        raise typer.Exit(INTERRUPTED) from None
+    results.print(f"Written: {out}, {len(done.rows)} measurements; mar-fast report {out} draws them", highlight=False)
+    if done.wrong:
+        errors.print(
+            f"error: in {done.wrong} cases a result of ours is wrong or did not run; it has no speed", style="red"
+        )
         raise typer.Exit(CHECK_FAILED)
 
 
-def _print(result: Savings, clip: Path, written: list[Path]) -> None:
-    env = result.environment
-    title = f"MAR, ViT-{result.model.capitalize()}, {clip.name}, batch {result.batch}, {result.dtype}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for row in result.rows:
-        table.add_column(row.case, justify="right")
-    rate = result.matmul_rates[result.dtype]
-    lines: list[tuple[str, Any]] = [
-        ("visible tokens", lambda row: f"{row.visible_tokens}"),
-        ("multiply-adds, G", lambda row: f"{row.multiply_adds / 1e9:.2f}"),
-        ("latency, ms: median", lambda row: _ms(row.latency.p50)),
-        ("  p20 - p80", lambda row: f"{_ms(row.latency.p20)} - {_ms(row.latency.p80)}"),
-        ("clips per second", lambda row: f"{row.clips_per_second:.2f}"),
-        ("peak memory, MB", lambda row: "not measured" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}"),
-        ("speed-up over dense", lambda row: f"{row.speedup:.2f}x"),
-        (f"of {rate / 1e9:,.0f} GFLOP/s matmul rate", lambda row: f"{row.rate_fraction:.0%}"),
-    ]
-    if not result.correct:
-        lines = lines[:2]
-    lines.append(("difference, fp32", lambda row: f"{row.difference_fp32:.0e}"))
-    if result.dtype != "fp32":
-        lines.append((f"difference, {result.dtype}", lambda row: f"{row.difference:.0e}"))
-        lines.append((f"  (reference's own, {result.dtype})", lambda row: f"{row.reference_difference:.0e}"))
-    for name, cell in lines:
-        table.add_row(name, *(cell(row) for row in result.rows))
-    results.print(table)
-    notes = [
-        f"{env['device']}; torch {env['torch']}, {env['threads']} threads. dtype: {result.dtype_reason}.",
-        "Random weights: speed does not depend on them. dense is a plain ViT classifier, the others are MAR.",
-        f"Differences: of the logits, relative to the reference model in fp32 (allowed in fp32: {FP32_BOUND:.0e}).",
-        f"Written: {', '.join(str(path) for path in written if path.exists())}",
-    ]
-    for note in notes:
-        results.print(note, style="dim", highlight=False, soft_wrap=True)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2f}"
+def _say(text: str) -> None:
+    results.print(text, highlight=False, markup=False, soft_wrap=True)

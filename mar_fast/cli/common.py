@@ -26,6 +26,8 @@ errors = Console(stderr=True)
 wide_results = results if results.is_terminal else Console(width=max(results.width, 180))
 
 Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
+Dtype = StrEnum("Dtype", ["auto", "fp32", "bf16", "fp16"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""The suites under pytest-benchmark: ``pytest bench --benchmark-only -k encoder``.
+
+The cases and candidates are those of ``mar-fast bench``. pytest-benchmark runs one after the other, so a drift of the
+machine falls on some of them only: for a comparison take ``mar-fast bench``, which runs them in turn.
+"""
+
+import gc
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mar_fast.bench import machine, runner
+from mar_fast.bench.case import Candidate, Case, Setting
+from mar_fast.bench.suites import SUITES, flops
+
+
+@pytest.fixture(autouse=True)
+def _all_cores() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(machine.cores())
+    yield
+    torch.set_num_threads(before)
+    gc.collect()
+
+
+def test_candidate(benchmark: Any, measured: tuple[Case, Candidate]) -> None:
+    """Right by float64, then timed; error, memory and time to compile go with the figures."""
+    case, candidate = measured
+    torch.compiler.reset()
+    try:
+        prepared = candidate.prepare()
+    except Exception as error:
+        pytest.skip(f"absent: {runner.reason(error)}")
+    if candidate.checked:
+        truth = (candidate.truth or case.truth)()
+        error = max(runner.relative(got, want) for got, want in zip(prepared.outputs(), truth, strict=True))
+        assert error <= case.bound
+        benchmark.extra_info["error"] = error
+    benchmark.group = f"{case.suite}: {case.name}, x = {case.x:g}, {case.mode}"
+    benchmark.extra_info["provider"] = candidate.provider
+    benchmark.extra_info["dtype"] = case.dtype_name
+    benchmark.extra_info["compile seconds"] = prepared.compile_seconds
+    benchmark.pedantic(prepared.run, rounds=5, warmup_rounds=2)
+    device = next((value.device for value in (truth if candidate.checked else [])), torch.device("cpu"))
+    benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, device)
+
+
+def test_flops(benchmark: Any, setting: Setting) -> None:
+    """The suite that runs nothing: how long the arithmetic takes, and that its numbers are the paper's."""
+    found = benchmark(SUITES["flops"].conclude, setting, [])
+    for row in found:
+        if row.metric == "multiply-adds" and row.provider == "original, by formula":
+            size = next((size for size in flops.PAPER if row.case == f"ViT-{flops.LETTERS[size]}"), None)
+            if size is not None:
+                assert math.isclose(round(row.value / 1e9), flops.PAPER[size][0][row.x])
