@@ -11,7 +11,10 @@ from .timing import Spread
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement: ``metric`` of ``provider`` on ``case`` of ``suite``; ``x`` is for the x axis of a plot."""
+    """One measurement: ``metric`` of ``provider`` on ``case`` of ``suite``; ``x`` is for the x axis of a plot.
+
+    ``note`` is for words that belong to it, such as why a provider is absent.
+    """
 
     suite: str
     case: str
@@ -30,6 +33,7 @@ class Record:
     triton: str
     commit: str
     date: str
+    note: str = ""
 
     @classmethod
     def of(
@@ -45,6 +49,7 @@ class Record:
         unit: str,
         dtype: str,
         x: float,
+        note: str = "",
     ) -> "Record":
         """A record of ``spread``, measured in ``environment`` (see `machine.environment`)."""
         device, torch, triton, commit, date = (
@@ -52,7 +57,7 @@ class Record:
         )
         return cls(
             suite, case, provider, mode, metric, unit, x, spread.p20, spread.p50, spread.p80, spread.n,
-            device, dtype, torch, triton, commit, date,
+            device, dtype, torch, triton, commit, date, note,
         )  # fmt: skip
 
 
