@@ -7,7 +7,7 @@ are relative. Percentiles of few rounds understate the width and vary themselves
 
 Two runs of the same code differ by more than their rounds do: memory is laid out otherwise, clocks are another. Each
 run is therefore taken to be off by a further `RUN_TO_RUN`. The allowance is z standard errors of the difference, z such
-that all rows of a comparison together give a false alarm once in twenty comparisons, and never below `LEAST_Z`.
+that all ratios of a comparison together give a false alarm once in twenty comparisons, and never below `LEAST_Z`.
 
 A shared machine also drifts as a whole. Providers of a case are timed in turn, so drift hits them alike, and the ratio
 of our time to a peer's in the same run does not feel it. Both are judged. A row is worse if its time is longer beyond
@@ -118,8 +118,8 @@ def compare(before: list[Record], after: list[Record], *, allow_other_device: bo
             f"{'; '.join(devices[0]) or 'nothing'} as before (times of different devices do not show a change of code)"
         )
     old, new = (_by_key(run, name, allow_other_device) for run, name in ((before, "before"), (after, "after")))
-    shared = [name for name in old if name in new and name.metric in JUDGED]
-    z = critical(len(shared))
+    timed = [name for name in old if name in new and name.metric in TIMED]
+    z = critical(sum(1 if _peer(name, old, new) is None else 2 for name in timed))
     same_software = _software(before) == _software(after)
     changes = []
     for name, row in old.items():
@@ -136,7 +136,7 @@ def compare(before: list[Record], after: list[Record], *, allow_other_device: bo
 
 
 def critical(count: int) -> float:
-    """How many standard errors are beyond chance where ``count`` rows are looked at together (Bonferroni's bound)."""
+    """How many standard errors are beyond chance where ``count`` ratios are looked at together (Bonferroni's bound)."""
     return max(LEAST_Z, NormalDist().inv_cdf(1 - FALSE_ALARMS / (2 * max(count, 1))))
 
 
@@ -261,10 +261,10 @@ def _machine_change(name: Key, old: Rows, new: Rows, direction: int) -> float:
     changes = [0.0]
     for rate, before in old.items():
         after = new.get(rate)
-        matters = rate.suite == "machine" and rate.metric == "rate" and rate.device == name.device
-        if matters and after is not None and (rate.case == "copy" or rate.dtype == name.dtype):
-            if before.p50 > 0 and after.p50 > 0:
-                changes.append(direction * math.log(before.p50 / after.p50))
+        if after is None or (rate.suite, rate.metric, rate.device) != ("machine", "rate", name.device):
+            continue
+        if (rate.case == "copy" or rate.dtype == name.dtype) and min(before.p50, after.p50) > 0:
+            changes.append(direction * math.log(before.p50 / after.p50))
     return max(changes)
 
 

@@ -163,4 +163,6 @@ def in_words(value: float, unit: str, metric: str) -> str:
         return f"{number(value)} {unit}"
     prefixes = _SMALL if unit == "s" else _LARGE
     scale, prefix = next((pair for pair in prefixes if abs(value) >= pair[0]), (1.0, "") if not value else prefixes[-1])
-    return f"{number(value / scale)} {prefix}{'' if unit == '1' else unit}".rstrip()
+    if unit == "1":
+        return f"{value / scale:.2f} {prefix}".rstrip()
+    return f"{number(value / scale)} {prefix}{unit}"
