@@ -6,13 +6,13 @@ and 60 % of the rounds lie between p20 and p80, so that f is about 0.6 / (p80 - 
 are relative. Percentiles of few rounds understate the width and vary themselves, which `FEW_ROUNDS` makes up for.
 
 Two runs of the same code differ by more than their rounds do: memory is laid out otherwise, clocks are another. Each
-run is therefore taken to be off by a further `RUN_TO_RUN`. The allowance is z standard errors of the difference, z such
+row is therefore taken to be off by a further `RUN_TO_RUN`. The allowance is z standard errors of the difference, z such
 that all ratios of a comparison together give a false alarm once in twenty comparisons, and never below `LEAST_Z`.
 
 A shared machine also drifts as a whole. Providers of a case are timed in turn, so drift hits them alike, and the ratio
 of our time to a peer's in the same run does not feel it. Both are judged. A row is worse if its time is longer beyond
 the noise, or the ratio to its peer is. It is laid to the machine only where the ratio to the peer has not become worse
-and the machine's own measured rates fell enough to explain it: time lost by ours and by the peer alike, on a machine
+and the machine's own measured rates fell, beyond their noise, enough to explain it: time lost by ours and by the peer alike, on a machine
 that is as fast as before, is still a loss.
 """
 
@@ -218,12 +218,14 @@ def _judge(name: Key, old: Rows, new: Rows, z: float, same_software: bool) -> Ch
     relative, relative_noise = math.nan, math.nan
     if peer is not None:
         relative, relative_noise = _difference([after, old[peer]], [before, new[peer]], z)
+    rate_noise = z * math.sqrt(2) * RUN_TO_RUN  # of the machine's own rates, which are medians of long calls
     verdict = Verdict.STEADY
     for direction, found in ((sign, Verdict.WORSE), (-sign, Verdict.BETTER)):
         # A peer is a measure only while its own code is the same; NaN, for no peer, is never beyond anything.
         against_peer = same_software and direction * relative > relative_noise
         if direction * change > noise:
-            explained = direction * change - _machine_change(name, old, new, direction * sign) <= noise
+            shift = _machine_change(name, old, new, direction * sign)
+            explained = shift > rate_noise and direction * change - shift <= math.hypot(noise, rate_noise)
             verdict = Verdict.MACHINE if explained and not against_peer else found
         elif against_peer:
             verdict = found
@@ -239,8 +241,7 @@ def _difference(numerator: list[Record], denominator: list[Record], z: float) ->
     if any(not 0 < record.p50 < math.inf for record in every):
         return math.nan, math.inf
     change = sum(math.log(record.p50) for record in numerator) - sum(math.log(record.p50) for record in denominator)
-    # What two runs differ by beyond their rounds counts once for each run, also where a peer divides it.
-    variance = sum(median_error(record) ** 2 for record in every) + 2 * RUN_TO_RUN**2
+    variance = sum(median_error(record) ** 2 + RUN_TO_RUN**2 for record in every)
     return change, z * math.sqrt(variance)
 
 

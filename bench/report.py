@@ -17,7 +17,23 @@ X_NAMES = {
     "encoder": "keep ratio", "training": "keep ratio", "pipeline": "keep ratio", "flops": "keep ratio",
     "kernels": "tokens", "waterfall": "step",
 }  # fmt: skip
-TEXT_COLUMNS = ("provider", "what", "dtype", "note", "device", "torch", "triton", "commits", "dates", "suites")
+TEXT_COLUMNS = (
+    "provider",
+    "what",
+    "dtype",
+    "case",
+    "step",
+    "quantity",
+    "clip",
+    "stage",
+    "note",
+    "device",
+    "torch",
+    "triton",
+    "commits",
+    "dates",
+    "suites",
+)
 
 
 @dataclass
@@ -90,9 +106,10 @@ def page(found: list[Record], planned: Iterable[Picture], baseline: str | None =
         lines += [f"## {escaped(device)}", ""]
         for suite, group in rows.grouped(own, lambda row: row.suite).items():
             lines += [f"### {escaped(suite)}", ""]
-            for (case, mode, dtype), rows_ in rows.grouped(group, _table_name).items():
-                lines += [f"#### {escaped(', '.join(part for part in (case, mode, dtype) if part))}", ""]
-                lines += _case(suite, rows_, baseline)
+            for (case, mode, _), table_ in rows.grouped(group, _table_name).items():
+                dtypes = "" if suite == "machine" else rows.dtypes(table_)
+                lines += [f"#### {escaped(', '.join(part for part in (case, mode, dtypes) if part))}", ""]
+                lines += _case(suite, table_, baseline)
             for picture in planned:
                 if (picture.suite, picture.device) == (suite, device):
                     lines += [f"![{escaped(picture.title)}]({picture.name})", ""]
@@ -102,7 +119,7 @@ def page(found: list[Record], planned: Iterable[Picture], baseline: str | None =
 def _table_name(row: Record) -> tuple[str, str, str]:
     if row.suite == "machine":
         return ("measured ceilings", "", "")
-    return (row.case, row.mode, row.dtype)
+    return (row.case, row.mode, rows.shared_dtype(row))
 
 
 def _origins(found: list[Record]) -> list[str]:
@@ -128,7 +145,13 @@ def lines_of(found: list[Record]) -> list[Line]:
 def _case(suite: str, found: list[Record], wanted: str | None) -> list[str]:
     """Table of one case, then what stands below it: arithmetic, exponents, who is missing and why."""
     if suite == "machine":
-        return [*table(["what", "dtype", "rate"], [[row.case, row.dtype, _words(row)] for row in found]), ""]
+        return [
+            *table(
+                ["what", "dtype", "case", "step", "quantity", "clip", "stage", "rate"],
+                [[row.case, row.dtype, _words(row)] for row in found],
+            ),
+            "",
+        ]
     apart = ("exponent", *rows.NO_TIME)
     measured = [row for row in found if row.provider != ROOFLINE and row.metric not in apart]
     by_arithmetic = {line.x: line for line in lines_of([row for row in found if row.provider == ROOFLINE])}

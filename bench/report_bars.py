@@ -87,16 +87,13 @@ def draw_waterfall(found: list[Record], title: str, path: Path) -> None:
     before = np.concatenate((middle[:1], middle[:-1]))
     # What the step takes away, pale, from its own time to that of the step before; what it adds, hatched.
     axis.barh(places, np.maximum(before - middle, 0), left=middle, height=0.66, color=SAVED, alpha=0.35)
-    axis.barh(
-        places, middle, height=0.66, color="#0072B2", xerr=(middle - low, high - middle), ecolor="#444444", capsize=2
-    )
+    axis.barh(places, middle, height=0.66, color=TAKEN, xerr=(middle - low, high - middle), ecolor=WHISKER, capsize=2)
     added = np.maximum(middle - before, 0)
     axis.barh(places, added, left=before, height=0.66, color=ADDED, hatch="///", edgecolor="white", linewidth=0)
     axis.set_yticks(places, [row.provider for row in times], fontsize=9)
     axis.invert_yaxis()
-    axis.set(
-        xlim=(0, 1.08 * high.max()), xlabel=f"time of a call, {unit}: median, p20 to p80; pale: what the step saves"
-    )
+    said = f"time of a call, {unit}: median, p20 to p80\npale: saved by the step, hatched: added by it"
+    axis.set(xlim=(0, 1.08 * max(high.max(), before.max())), xlabel=said)
     axis.spines[["top", "right"]].set_visible(False)
     cells = [
         ("time", [rows.in_words(row.p50, row.unit, row.metric) for row in times]),

@@ -53,11 +53,11 @@ Planned = tuple[str, str, tuple[str, ...], Callable[[Path], None]]
 def _of_device(found: list[Record], wanted: str | None) -> Iterator[Planned]:
     rates = {(row.case, row.dtype): row.p50 for row in found if row.suite == "machine" and row.metric == "rate"}
     copy = next((rate for (case, _), rate in rates.items() if case == "copy"), None)
-    for (suite, mode, dtype), own in rows.grouped(found, lambda row: (row.suite, row.mode, row.dtype)).items():
+    for (suite, mode, dtype), own in rows.grouped(found, _shared).items():
         times = [row for row in own if row.metric == "time" and row.p50 > 0]
         if not times:
             continue
-        what = ", ".join(part for part in (mode, dtype) if part)
+        what = ", ".join(part for part in (mode, rows.dtypes(own)) if part)
         look = looks(row.provider for row in found if row.suite == suite and row.metric == "time")
         if suite in KEEP_RATIO_SUITES:
             for case, group in rows.grouped(own, lambda row: row.case).items():
@@ -80,6 +80,10 @@ def _of_device(found: list[Record], wanted: str | None) -> Iterator[Planned]:
             title = f"{suite}, {what}: attained rate under the machine's measured ceilings"
             draw = functools.partial(draw_roofline, own, copy, peak, look, title)
             yield suite, title, (suite, mode, dtype, "roofline"), draw
+
+
+def _shared(row: Record) -> tuple[str, str, str]:
+    return row.suite, row.mode, rows.shared_dtype(row)
 
 
 def _peers(suite: str, times: list[Record], look: dict[str, Look], wanted: str | None, what: str) -> Iterator[Planned]:

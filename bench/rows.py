@@ -61,6 +61,16 @@ def setting(record: Record) -> Setting:
     return Setting(*(getattr(record, name) for name in Setting._fields))
 
 
+def shared_dtype(record: Record) -> str:
+    """The dtype that tables and pictures are set apart by; "" where one of them goes from one dtype to another."""
+    return "" if record.suite == "waterfall" else record.dtype
+
+
+def dtypes(found: Iterable[Record]) -> str:
+    """The dtypes of some rows in words."""
+    return " and ".join(distinct(row.dtype for row in found if row.dtype))
+
+
 def load(paths: Iterable[Path]) -> list[Record]:
     """All rows of record files, and of the record files in folders (not in folders below them).
 
