@@ -12,8 +12,8 @@ that all ratios of a comparison together give a false alarm once in twenty compa
 A shared machine also drifts as a whole. Providers of a case are timed in turn, so drift hits them alike, and the ratio
 of our time to a peer's in the same run does not feel it. Both are judged. A row is worse if its time is longer beyond
 the noise, or the ratio to its peer is. It is laid to the machine only where the ratio to the peer has not become worse
-and the machine's own measured rates fell, beyond their noise, enough to explain it: time lost by ours and by the peer alike, on a machine
-that is as fast as before, is still a loss.
+and the machine's own measured rates fell, beyond their noise, enough to explain it: time lost by ours and by the peer
+alike, on a machine that is as fast as before, is still a loss.
 """
 
 import math

@@ -75,6 +75,8 @@ def replaced(text: str, results: dict[str, list[list[Record]]]) -> str:
                     f"line {number}: got {END!r} without a beginning, expected <!-- results: NAME --> first"
                 )
             opened = None
+        elif START.search(line) or END in line:
+            raise ValueError(f"line {number}: got a marker within a line, expected it on a line of its own")
         if not opened and not start:
             made.append(line)
     if opened:

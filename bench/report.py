@@ -18,22 +18,9 @@ X_NAMES = {
     "kernels": "tokens", "waterfall": "step",
 }  # fmt: skip
 TEXT_COLUMNS = (
-    "provider",
-    "what",
-    "dtype",
-    "case",
-    "step",
-    "quantity",
-    "clip",
-    "stage",
-    "note",
-    "device",
-    "torch",
-    "triton",
-    "commits",
-    "dates",
-    "suites",
-)
+    "provider", "case", "step", "quantity", "clip", "stage", "what", "dtype", "note", "device", "torch", "triton",
+    "commits", "dates", "suites",
+)  # fmt: skip
 
 
 @dataclass
@@ -145,13 +132,7 @@ def lines_of(found: list[Record]) -> list[Line]:
 def _case(suite: str, found: list[Record], wanted: str | None) -> list[str]:
     """Table of one case, then what stands below it: arithmetic, exponents, who is missing and why."""
     if suite == "machine":
-        return [
-            *table(
-                ["what", "dtype", "case", "step", "quantity", "clip", "stage", "rate"],
-                [[row.case, row.dtype, _words(row)] for row in found],
-            ),
-            "",
-        ]
+        return [*table(["what", "dtype", "rate"], [[row.case, row.dtype, _words(row)] for row in found]), ""]
     apart = ("exponent", *rows.NO_TIME)
     measured = [row for row in found if row.provider != ROOFLINE and row.metric not in apart]
     by_arithmetic = {line.x: line for line in lines_of([row for row in found if row.provider == ROOFLINE])}
