@@ -1,6 +1,7 @@
 """Bars of a report: peers side by side, and the waterfall from the plain model to the fast one."""
 
 import itertools
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ def draw_waterfall(found: list[Record], title: str, path: Path) -> None:
     axis.barh(places, middle, height=0.66, color=TAKEN, xerr=(middle - low, high - middle), ecolor=WHISKER, capsize=2)
     added = np.maximum(middle - before, 0)
     axis.barh(places, added, left=before, height=0.66, color=ADDED, hatch="///", edgecolor="white", linewidth=0)
-    axis.set_yticks(places, [row.provider for row in times], fontsize=9)
+    axis.set_yticks(places, [textwrap.fill(row.provider, 28) for row in times], fontsize=9)
     axis.invert_yaxis()
     said = f"time of a call, {unit}: median, p20 to p80\npale: saved by the step, hatched: added by it"
     axis.set(xlim=(0, 1.08 * max(high.max(), before.max())), xlabel=said)
@@ -101,9 +102,12 @@ def draw_waterfall(found: list[Record], title: str, path: Path) -> None:
         ("in all", [f"{middle[0] / value:.2f}x" for value in middle]),
         *((name, [_cell(step, name) for step in timed]) for name in ("peak memory", "error")),
     ]
+    edges = (1.0, 2.2, 3.2, 4.9, 5.9)  # on the right of each column, by its widest text
     columns.axis("off")
     columns.set_xlim(0, 6)
-    for (name, values), edge in zip(cells, (1.0, 2.2, 3.2, 4.9, 5.9), strict=True):  # right edges, by the widest text
+    for (name, values), edge in zip(cells, edges, strict=True):
+        if not any(values):
+            continue
         columns.annotate(
             name, (edge, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
             ha="right", fontsize=9, fontweight="bold",

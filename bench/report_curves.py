@@ -33,7 +33,7 @@ def draw_keep_ratio(found: list[Record], looks: dict[str, Look], title: str, pat
         axes[1].set(ylabel="peak memory beyond what is held before, MB")
     for axis in axes:
         axis.set(xlabel="keep ratio (share of visible tokens)", xlim=(0, 1.05))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.06 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     legend_below(figure, axes)
     save(figure, path)

@@ -61,7 +61,7 @@ def _of_device(found: list[Record], wanted: str | None) -> Iterator[Planned]:
         look = looks(row.provider for row in found if row.suite == suite and row.metric == "time")
         if suite in KEEP_RATIO_SUITES:
             for case, group in rows.grouped(own, lambda row: row.case).items():
-                if any(row.metric == "time" for row in group):
+                if len({row.x for row in group if row.metric == "time"}) > 1:
                     title = f"{case}, {what}: time and memory against keep ratio"
                     draw: Callable[[Path], None] = functools.partial(draw_keep_ratio, group, look, title)
                     yield suite, title, (suite, case, mode, dtype, "keep ratio"), draw
@@ -76,10 +76,16 @@ def _of_device(found: list[Record], wanted: str | None) -> Iterator[Planned]:
             title = f"How time grows, {what}"
             yield suite, title, (suite, mode, dtype), functools.partial(draw_scaling, own, look, title)
         peak = rates.get(("matrix product", dtype))
-        if copy and peak and roofline_points(own):
-            title = f"{suite}, {what}: attained rate under the machine's measured ceilings"
-            draw = functools.partial(draw_roofline, own, copy, peak, look, title)
-            yield suite, title, (suite, mode, dtype, "roofline"), draw
+        for op, group in rows.grouped(own, _op).items():
+            if copy and peak and roofline_points(group):
+                title = f"{op or suite}, {what}: attained rate under the machine's measured ceilings"
+                draw = functools.partial(draw_roofline, group, copy, peak, look, title)
+                yield suite, title, (suite, op, mode, dtype, "roofline"), draw
+
+
+def _op(row: Record) -> str:
+    """The op of a kernel's row, which is what stands before the colon; "" in all other suites."""
+    return row.case.partition(":")[0] if row.suite == "kernels" else ""
 
 
 def _shared(row: Record) -> tuple[str, str, str]:
@@ -87,17 +93,16 @@ def _shared(row: Record) -> tuple[str, str, str]:
 
 
 def _peers(suite: str, times: list[Record], look: dict[str, Look], wanted: str | None, what: str) -> Iterator[Planned]:
-    """Pages of panels: for the kernels a row of pages for each op, its name being what stands before the colon."""
-    ops = rows.grouped(times, lambda row: row.case.partition(":")[0] if suite == "kernels" else suite)
-    for op, own in ops.items():
+    """Pages of panels; for the kernels those of each op are on their own."""
+    for op, own in rows.grouped(times, _op).items():
         panels = [
             (_panel(suite, case, x), group)
             for (case, x), group in rows.grouped(own, lambda row: (row.case, row.x)).items()
         ]
         for page, first in enumerate(range(0, len(panels), PANELS), 1):
             of = f", page {page}" if len(panels) > PANELS else ""
-            title = f"{op}, {what}: peers{of}"
-            parts = (suite, op if suite == "kernels" else "", what, "peers", str(page) if of else "")
+            title = f"{op or suite}, {what}: peers{of}"
+            parts = (suite, op, what, "peers", str(page) if of else "")
             draw = functools.partial(draw_peers, panels[first : first + PANELS], look, wanted, title)
             yield suite, title, parts, draw
 

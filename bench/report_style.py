@@ -9,6 +9,7 @@ from . import rows
 from .records import Record
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -53,9 +54,7 @@ def looks(providers: Iterable[str]) -> dict[str, Look]:
 
 def heading(figure: "Figure", title: str, record: Record) -> None:
     """Title of a picture, with what it was measured on below."""
-    layout = figure.get_layout_engine()
-    if layout is not None:
-        layout.set(w_pad=0.1, h_pad=0.08)  # inches; long names would touch the edge
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)  # inches; long names would touch the edge
     figure.suptitle(f"{title}\n{origin(record)}", fontsize=10)
 
 
@@ -67,7 +66,7 @@ def origin(record: Record) -> str:
 
 def legend_below(figure: "Figure", axes: "Iterable[Axes]") -> None:
     """One legend for all axes, outside of them: however long the names are, nothing is covered."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)

@@ -171,6 +171,32 @@ def flops(make):
     return found
 
 
+def awkward(make):
+    """What pictures get wrong easily: one provider, one ratio, a bad step with a long name, little memory or range."""
+    found = machine(make)
+    for op, factors in {
+        "add_layer_norm": {"mar_fast": 1.1, "PyTorch": 2.7}, "gather_patch_embed": {"mar_fast": 1.3, "Conv3d": 5}
+    }.items():  # fmt: skip
+        for tokens in (98, 392, 1568):
+            case, where = f"{op}: 32 clips, {tokens} tokens", dict(mode="forward", x=tokens)
+            moved = 32 * tokens * 6144
+            count = moved / 2 if op == "add_layer_norm" else 32 * tokens * 1536 * 768
+            found.append(make.row("kernels", case, "roofline", "multiply-adds", count, "1", **where))
+            found.append(make.row("kernels", case, "roofline", "bytes moved", moved, "B", **where))
+            for provider, factor in factors.items():
+                seconds = factor * max(2 * count / 740e9, moved / 11e9)
+                found.append(make.timed("kernels", case, provider, seconds, **where))
+    steps = {"dense, eager": 1.0, "a step that makes things much worse than they were before": 1.4, "compiled": 0.4}
+    for number, (step, seconds) in enumerate(steps.items()):
+        found.append(
+            make.timed("waterfall", "ViT-L, batch 32, 75 % masked", step, seconds, mode="training step", x=number)
+        )
+    found.append(make.timed("encoder", "ViT-B, batch 1", "mar_fast", 0.003, mode="inference", x=0.5))
+    return found + [
+        make.timed("scaling", "batch", "mar_fast", 0.1 + 0.001 * x, mode="inference", x=x) for x in (1, 2, 3)
+    ]
+
+
 def everything(make):
     return [
         *machine(make), *flops(make), *models(make), *models(make, "training", "training step", (8,)), *kernels(make),
