@@ -108,6 +108,9 @@ def _check(row: Record, place: str) -> None:
         good = isinstance(value, str) if wanted is str else isinstance(value, int | float)
         if not good or isinstance(value, bool):
             raise ValueError(f"{place}, {name}: got {value!r}, expected {'text' if wanted is str else 'a number'}")
+    if row.p20 > row.p50 or row.p50 > row.p80:  # NaN, as an error may be, is neither
+        got = f"p20 {row.p20:g}, p50 {row.p50:g}, p80 {row.p80:g}"
+        raise ValueError(f"{place}: got {got}, expected them in ascending order")
 
 
 def newest(rows: Iterable[Record]) -> list[Record]:

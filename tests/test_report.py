@@ -155,19 +155,16 @@ def test_nothing_is_replaced_and_the_page_comes_last(tmp_path, monkeypatch):
         report.write(found, tmp_path / "new", baseline="nobody")
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """Draw pictures and keep the figures instead of writing files: {file name: figure}."""
-
-    def call(found, baseline=None):
-        drawn = {}
+@functools.cache
+def figures(suites):
+    """The pictures of made-up rows, as figures instead of files: {file name: figure}."""
+    drawn = {}
+    with pytest.MonkeyPatch.context() as patch:
         for module in (report_bars, report_curves):
-            monkeypatch.setattr(module, "save", lambda figure, path: drawn.__setitem__(path, figure))
-        for picture in report_plots.pictures(list(found), baseline):
+            patch.setattr(module, "save", lambda figure, path: drawn.__setitem__(path, figure))
+        for picture in report_plots.pictures(suites(Maker(0))):
             picture.draw(picture.name)
-        return drawn
-
-    return call
+    return drawn
 
 
 def texts(figure):
@@ -193,9 +190,9 @@ def texts(figure):
 
 
 @pytest.mark.parametrize(("found", "count"), [(bench_records.everything, 16), (bench_records.awkward, 7)])
-def test_no_text_lies_on_another_or_leaves_the_picture(figures, found, count):
+def test_no_text_lies_on_another_or_leaves_the_picture(found, count):
     """With ten providers and long names, and with next to nothing to show."""
-    drawn = figures(found(Maker(0)))
+    drawn = figures(found)
     assert len(drawn) == count
     for name, figure in drawn.items():
         seen = texts(figure)
@@ -214,8 +211,8 @@ def test_no_text_lies_on_another_or_leaves_the_picture(figures, found, count):
                 assert axis.get_xlabel() and (axis.get_ylabel() or axis.get_yticklabels()[0].get_text()), name
 
 
-def test_bars_are_as_long_as_the_times(figures):
-    drawn = figures(measured())
+def test_bars_are_as_long_as_the_times():
+    drawn = figures(bench_records.everything)
     panels = drawn["kernels-attention-forward-bfloat16-peers.png"].axes
     assert len(panels) == 3
     for panel, tokens in zip(panels, (392, 784, 1568), strict=True):
@@ -229,8 +226,8 @@ def test_bars_are_as_long_as_the_times(figures):
         assert [text.get_text() for text in panel.texts] == want
 
 
-def test_steps_are_drawn_one_below_the_other(figures):
-    (axis, columns), = (figure.axes for figure in figures(bench_records.waterfall(Maker(0))).values())  # fmt: skip
+def test_steps_are_drawn_one_below_the_other():
+    (axis, columns), = (figure.axes for figure in figures(bench_records.waterfall).values())  # fmt: skip
     found = bench_records.waterfall(Maker(0))
     times = np.array([find(found, provider=step, metric="time").p50 for step in bench_records.STEPS])
     widths = np.array([bar.get_width() for bar in axis.patches]).reshape(3, -1)
@@ -243,8 +240,8 @@ def test_steps_are_drawn_one_below_the_other(figures):
     assert {"time", "this step", "in all", "peak memory", "error", "300 MB", "3e-07"} <= set(said)
 
 
-def test_curves_and_laws(figures):
-    drawn = figures(measured())
+def test_curves_and_laws():
+    drawn = figures(bench_records.everything)
     left, right = drawn["encoder-vit-b-batch-8-inference-bfloat16-keep-ratio.png"].axes
     at = dict(suite="encoder", case="ViT-B, batch 8", provider="mar_fast")
     for axis, metric, factor in ((left, "time", 1.0), (right, "peak memory", 1e-6)):
@@ -261,8 +258,8 @@ def test_curves_and_laws(figures):
     assert np.mean(np.log(points.get_ydata()) - np.log(y0 * (points.get_xdata() / x0) ** 1.15)) == pytest.approx(0)
 
 
-def test_roofline_points_and_ceilings(figures):
-    axis = figures(measured())["encoder-inference-bfloat16-roofline.png"].axes[0]
+def test_roofline_points_and_ceilings():
+    axis = figures(bench_records.everything)["encoder-inference-bfloat16-roofline.png"].axes[0]
     ceiling = axis.lines[0]
     low, ridge, _ = ceiling.get_xdata()
     assert ridge == pytest.approx(740e9 / 11e9)
@@ -365,6 +362,7 @@ def test_command_writes_a_report_from_files_and_folders(command, tmp_path):
         (["text.jsonl"], "text.jsonl, line 1: got 'not json', expected a measurement"),
         (["list.jsonl"], "list.jsonl, line 1: got '[1]', expected a measurement"),
         (["word.jsonl"], "word.jsonl, row 1, p50: got 'fast', expected a number"),
+        (["order.jsonl"], "order.jsonl, row 1: got p20 3, p50 2, p80 1, expected them in ascending order"),
         (["good.jsonl", "--baseline", "nobody"], "baseline: got 'nobody', expected one of dense, eager, masked"),
         (["good.jsonl", "--out", "text.jsonl"], "text.jsonl is a file, expected a folder"),
         ([], "Missing argument 'RESULTS...'"),
@@ -375,6 +373,7 @@ def test_bad_input_is_one_clear_line(command, tmp_path, arguments, message):
     found = bench_records.waterfall(Maker())
     records.write(tmp_path / "good.jsonl", found)
     records.write(tmp_path / "word.jsonl", [replace(found[0], p50="fast")])
+    records.write(tmp_path / "order.jsonl", [replace(found[0], p20=3, p50=2, p80=1)])
     for name, text in (("none", ""), ("text", "not json\n"), ("list", "[1]\n")):
         (tmp_path / f"{name}.jsonl").write_text(text)
     before = sorted(tmp_path.rglob("*"))
