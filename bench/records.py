@@ -11,7 +11,10 @@ from .timing import Spread
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement: ``metric`` of ``provider`` on ``case`` of ``suite``; ``x`` is for the x axis of a plot."""
+    """One measurement: ``metric`` of ``provider`` on ``case`` of ``suite``; ``x`` is for the x axis of a plot.
+
+    ``note`` is for words that belong to it, such as why a provider is absent.
+    """
 
     suite: str
     case: str

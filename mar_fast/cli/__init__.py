@@ -12,6 +12,7 @@ from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .cost import cost
 from .kernels import kernels
 from .masks import masks
+from .report import report
 from .savings import savings
 from .tune import tune
 
@@ -28,6 +29,7 @@ app.command()(masks)
 app.command()(cost)
 app.command()(kernels)
 app.command()(tune)
+app.command()(report)
 
 
 def _version(wanted: bool) -> None:
