@@ -12,7 +12,7 @@ RESULTS := bench/results/gpu
 .PHONY: demo test lint types eager interpreter matrix gpu sanitize clean
 
 demo: $(READY)
-	$(BIN)/mar-fast bench --out $(OUT) --force
+	$(BIN)/mar-fast savings --out $(OUT) --force
 
 # The two test runs at once: each of them keeps one core busy.
 test: lint types
@@ -55,7 +55,9 @@ gpu:
 	MAR_FAST_TEST_DEVICE=cuda $(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py tests/test_op_rules.py
 	$(PYTHON) -P -m pytest -q -m gpu
 	mkdir -p $(RESULTS)
-	$(PYTHON) -P -m mar_fast.bench.ops --out $(RESULTS)/kernels.jsonl
+	for suite in kernels encoder training waterfall scaling; do \
+		$(PYTHON) -P -m mar_fast.bench $$suite --force --out $(RESULTS)/$$suite.jsonl || exit 1; \
+	done
 
 # Memory errors and races of the kernels, on small cases; slow.
 sanitize:

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mar_fast import kernels
-from mar_fast.bench import files, machine, ops, records
+from mar_fast.bench import files, machine, records, runner
+from mar_fast.bench.case import Setting
 from mar_fast.bench.op_cases import OpCase
+from mar_fast.bench.suites.kernels import kernel_case
 from mar_fast.bench.timing import Spread, interleaved
 
 CPU = torch.device("cpu")
@@ -78,18 +80,26 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
         return kernels.bias_gelu(x, bias)
 
     providers = {"mar_fast": kernels.bias_gelu, "silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
-    case = OpCase(
+    op_case = OpCase(
         "bias_gelu", "a case", 5, torch.float32, lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
         providers, ("x",), 0.0, 1.0, (0.0, 1.5), {"bound": lambda x, bias: x},
     )  # fmt: skip
-    found = {result.provider: result for result in ops.measure(case, CPU, mode, budget=1e-9)}
-    timed = [name for name, result in found.items() if result.spread is not None]
+    setting = Setting(CPU, torch.float32, ("small",), (1,), budget=1e-9)
+    outcome = runner.measure(kernel_case(op_case, mode), setting, {"fp32": 1e9, "copy": 1e9})
+    found = {result.provider: result for result in outcome.results}
+    timed = [name for name, result in found.items() if result.time is not None]
     assert timed == (["mar_fast", "bound"] if mode == "forward" else ["mar_fast"])
-    assert found["silent"].withheld == "absent: NotImplementedError: no message"
-    assert found["small"].withheld == "absent: MemoryError: too many clips"
-    assert found["wrong"].withheld.startswith("wrong: result 0 differs from float64 by ")
-    floor = ops.floor_seconds(case, mode, {"fp32": 1e9, "copy": 1e9})
-    assert floor == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
+    assert found["silent"].absent == "NotImplementedError: no message"
+    assert found["small"].absent == "MemoryError: too many clips"
+    assert found["wrong"].withheld.startswith("wrong: differs from float64 by ") and found["wrong"].memory is None
+    assert outcome.floor == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
+    assert not outcome.wrong
+    rows = list(runner.rows(outcome, machine.environment(CPU)))
+    speeds = {row.provider for row in rows if row.metric in ("time", "throughput", "peak memory")}
+    assert speeds == set(timed)
+    assert {row.provider: row.metric for row in rows if row.note} == dict.fromkeys(
+        ("silent", "small"), "absent"
+    ) | {"wrong": "withheld"}  # fmt: skip
 
 
 def test_half_written_files_are_never_seen(tmp_path):

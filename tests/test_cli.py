@@ -36,8 +36,8 @@ def run(monkeypatch, capsys, tmp_path):
 QUICK = ("--model", "small", "--seconds", "0.1")
 
 
-def test_bench_table_and_files(run, tmp_path):
-    code, out, _ = run("bench", *QUICK, "--out", "results")
+def test_savings_table_and_files(run, tmp_path):
+    code, out, _ = run("savings", *QUICK, "--out", "results")
     assert code == 0
     for text in ("dense", "50 %", "75 %", "visible tokens", "1568", "784", "392", "multiply-adds", "p20 - p80"):
         assert text in out
@@ -66,12 +66,12 @@ def test_bench_table_and_files(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["results.json", "results.png"]
 
 
-def test_bench_json_is_all_of_stdout(run, monkeypatch):
+def test_savings_json_is_all_of_stdout(run, monkeypatch):
     small = {
         case: replace(savings.model_config("small", case), width=96, num_heads=3, depth=1) for case in savings.CASES
     }
     monkeypatch.setattr(savings, "model_config", lambda size, case: small[case])
-    code, out, _ = run("bench", *QUICK, "--json", "--dtype", "fp32", "--batch", "2")
+    code, out, _ = run("savings", *QUICK, "--json", "--dtype", "fp32", "--batch", "2")
     content = json.loads(out)
     assert code == 0 and content["dtype"] == "fp32" and content["batch"] == 2
     assert content["rows"][0]["multiply_adds"] == 2 * savings.cost.count(small["dense"]).multiply_adds
@@ -83,7 +83,7 @@ def test_wrong_model_withholds_speeds(run, monkeypatch, tmp_path):
 
     attention = eager.attention
     monkeypatch.setattr(eager, "attention", lambda qkv, scale: attention(qkv, scale * 1.01))
-    code, out, err = run("bench", *QUICK)
+    code, out, err = run("savings", *QUICK)
     assert code == 1 and "differs from the reference" in err
     assert "latency" not in out and "speed-up" not in out
     rows = json.loads((tmp_path / "mar-fast-results/results.json").read_text())["rows"]
@@ -93,7 +93,7 @@ def test_wrong_model_withholds_speeds(run, monkeypatch, tmp_path):
 
 def test_results_are_not_overwritten(run, tmp_path):
     (tmp_path / "results.json").write_text("mine")
-    code, _, err = run("bench", *QUICK, "--out", ".")
+    code, _, err = run("savings", *QUICK, "--out", ".")
     assert code == 2 and "results.json: already exists, expected a new file (or --force" in err
     assert (tmp_path / "results.json").read_text() == "mine"
 
@@ -126,7 +126,7 @@ def test_cost_tables(run):
 
 def test_version_and_help(run):
     assert run("--version")[1].startswith("mar-fast 0.")
-    for command in ("bench", "masks", "cost", "kernels", "tune"):
+    for command in ("bench", "savings", "report", "masks", "cost", "kernels", "tune"):
         assert run(command, "--help")[0] == 0
 
 
@@ -135,27 +135,36 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(machine, "matmul_rates", interrupted)
-    code, _, _ = run("bench", *QUICK)
+    code, _, _ = run("savings", *QUICK)
     assert code == 130
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "nowhere.mp4"], "path: got 'nowhere.mp4', expected an existing video file"),
-        (["bench", "text.mp4"], "path: got 'text.mp4' .* expected a video file that FFmpeg can decode"),
-        (["bench", "--model", "tiny"], "'tiny' is not one of 'small', 'base', 'large', 'huge', 'giant'"),
-        (["bench", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
-        (["bench", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
+        (["savings", "nowhere.mp4"], "path: got 'nowhere.mp4', expected an existing video file"),
+        (["savings", "text.mp4"], "path: got 'text.mp4' .* expected a video file that FFmpeg can decode"),
+        (["savings", "--model", "tiny"], "'tiny' is not one of 'small', 'base', 'large', 'huge', 'giant'"),
+        (["savings", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
+        (["savings", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
+        (["bench"], "suite: got none, expected one or more of flops, encoder, .*, or all"),
+        (["bench", "speed"], "suite: got 'speed', expected one or more of flops, encoder"),
+        (["bench", "encoder", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
+        (["bench", "encoder", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
+        (["bench", "pipeline", "--clip", "nowhere.mp4"], "clip: got 'nowhere.mp4', expected an existing video file"),
+        (["bench", "flops", "--out", "there.png"], "there.png: already exists, expected a new file"),
+        (["bench", "flops", "--compare", "a", "b"], "--compare: got it together with flops, expected no suite"),
+        (["bench", "--compare", "nowhere", "there.png"], "nowhere"),
+        (["bench", "flops", "--fail-on-regression"], "--fail-on-regression: got it without --compare, expected both"),
         (["cost", "mar_vit_base", "--classes", "0"], "num_classes: got 0, expected a whole number, 1 or more"),
         (["masks", "--stride", "0"], "stride: got 0, expected a whole number, 1 or more"),
-        (["bench", "--dtype", "int8"], "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
-        (["bench", "--device", "cuda"], "device: got 'cuda', but torch finds no GPU here; expected 'cpu' or 'auto'"),
+        (["savings", "--dtype", "int8"], "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        (["savings", "--device", "cuda"], "device: got 'cuda', but torch finds no GPU here; expected 'cpu' or 'auto'"),
         (
-            ["bench", "--stride", "100"],
+            ["savings", "--stride", "100"],
             "path: got a video of 250 frames, expected at least 1501: 16 frames at stride 100",
         ),
-        (["bench", "--out", "text.mp4"], "text.mp4 is a file, expected a folder"),
+        (["savings", "--out", "text.mp4"], "text.mp4 is a file, expected a folder"),
         (["masks", "--ratio", "0.3"], "ratio: got 0.3, expected a whole number of the 4 slots"),
         (["masks", "--ratio", "1"], r"ratio: got 1.0, expected a number in \[0, 1\)"),
         (["masks", "--ratio", "nan"], r"ratio: got nan, expected a number in \[0, 1\)"),
@@ -310,7 +319,7 @@ def test_without_triton(run, monkeypatch, command):
 
 def test_missing_sample_clip(run, monkeypatch):
     monkeypatch.setattr(files, "SAMPLE", "absent.mp4")
-    code, _, err = run("bench")
+    code, _, err = run("savings")
     assert code == 2 and "clip: got none, and the sample absent.mp4" in err and "mar-fast[demo]" in err
 
 

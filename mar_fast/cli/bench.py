@@ -29,6 +29,7 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Run nothing: what changed from file A to file B.")
     ] = None,
+    allow_other_device: Annotated[bool, typer.Option(help="With --compare: also runs of different devices.")] = False,
     fail_on_regression: Annotated[
         bool, typer.Option(help="With --compare: exit code 1 if something got worse.")
     ] = False,
@@ -41,8 +42,8 @@ def bench(
     if compare is not None:
         if suites:
             raise ValueError(f"--compare: got it together with {' '.join(suites)}, expected no suite beside it")
-        code = comparison.run(*compare, fail_on_regression=fail_on_regression, console=results)
-        raise typer.Exit(code)
+        judged = dict(fail_on_regression=fail_on_regression, allow_other_device=allow_other_device)
+        raise typer.Exit(comparison.run(*compare, **judged, console=results))
     if fail_on_regression:
         raise ValueError("--fail-on-regression: got it without --compare, expected both")
     names = session.chosen_suites(suites or [])
@@ -56,8 +57,7 @@ def bench(
                 seconds=seconds, clip=clip,
             )  # fmt: skip
             results.print(f"dtype: {reason}", highlight=False)
-            ways = dict(out=out, say=_say, on_step=step, into=done)
-            session.run(names, setting, rates, **ways)
+            session.run(names, setting, rates, out=out, say=_say, on_step=step, into=done)
     except KeyboardInterrupt:
         if not done.rows:
             raise
