@@ -341,6 +341,7 @@ def test_command_writes_a_report_from_files_and_folders(command, tmp_path):
     (tmp_path / "folder").mkdir()
     records.write(tmp_path / "folder" / "waterfall.jsonl", bench_records.waterfall(Maker()))
     records.write(tmp_path / "scaling.jsonl", bench_records.scaling(Maker()))
+    assert command("--help")[0] == 0
     code, out, _ = command("folder", "scaling.jsonl", "--out", "page")
     assert code == 0 and "2 pictures" in out and "Written: page/report.md" in out
     text = (tmp_path / "page/report.md").read_text()
