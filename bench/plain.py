@@ -63,6 +63,8 @@ class PlainMAR(nn.Module):
     def __init__(self, config: MARConfig, *, sdpa: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.table: Tensor
+        self.decoder_table: Tensor
         whole = reference.MAR(config)
         if sdpa:
             for module in whole.modules():

@@ -35,9 +35,9 @@ def test_candidate(benchmark: Any, measured: tuple[Case, Candidate]) -> None:
         pytest.skip(f"absent: {runner.reason(error)}")
     if candidate.checked:
         truth = (candidate.truth or case.truth)()
-        error = max(runner.relative(got, want) for got, want in zip(prepared.outputs(), truth, strict=True))
-        assert error <= case.bound
-        benchmark.extra_info["error"] = error
+        difference = max(runner.relative(got, want) for got, want in zip(prepared.outputs(), truth, strict=True))
+        assert difference <= case.bound
+        benchmark.extra_info["error"] = difference
     benchmark.group = f"{case.suite}: {case.name}, x = {case.x:g}, {case.mode}"
     benchmark.extra_info["provider"] = candidate.provider
     benchmark.extra_info["dtype"] = case.dtype_name

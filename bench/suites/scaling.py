@@ -12,6 +12,7 @@ import numpy as np
 from mar_fast import MARConfig
 
 from ..case import Candidate, Case, Setting
+from ..machine import short_name
 from ..peers import YARDSTICK, Job, original, ours, truth
 from ..runner import OURS, Finding, Outcome
 from .common import ABSOLUTE_BOUND, LETTERS, model_config
@@ -32,11 +33,11 @@ def cases(setting: Setting) -> Iterator[Case]:
         for x in places[:: len(places) - 1] if setting.quick else places:
             config, batch = configuration(size, axis, x)
             job = Job(config, batch, setting.device, setting.dtype)
-            candidates = (Candidate(OURS, functools.partial(ours, job)),)
+            candidates = [Candidate(OURS, functools.partial(ours, job))]
             if not setting.quick:
-                candidates = (Candidate(YARDSTICK, functools.partial(original, job)), *candidates)
+                candidates.insert(0, Candidate(YARDSTICK, functools.partial(original, job)))
             yield Case(
-                "scaling", axis, "inference", x, setting.dtype, batch, candidates, functools.partial(truth, job),
+                "scaling", axis, "inference", x, setting.dtype, batch, tuple(candidates), functools.partial(truth, job),
                 ABSOLUTE_BOUND[setting.dtype], YARDSTICK, inference_floor(job), OURS,
             )  # fmt: skip
 
@@ -69,7 +70,10 @@ def conclude(setting: Setting, outcomes: list[Outcome]) -> list[Finding]:
                 points.setdefault(("tokens", result.provider), []).append((config.num_visible, result.time.p50))
     note = f"time of ViT-{LETTERS[size]}, fitted over {{}} points"
     return [
-        Finding(axis, provider, "exponent", "1", exponent(found), mode="inference", note=note.format(len(found)))
+        Finding(
+            axis, provider, "exponent", "1", exponent(found), mode="inference", dtype=short_name(setting.dtype),
+            note=note.format(len(found)),
+        )
         for (axis, provider), found in points.items() if len({x for x, _ in found}) > 1
     ]  # fmt: skip
 

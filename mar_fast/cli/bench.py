@@ -42,8 +42,13 @@ def bench(
     if compare is not None:
         if suites:
             raise ValueError(f"--compare: got it together with {' '.join(suites)}, expected no suite beside it")
-        judged = dict(fail_on_regression=fail_on_regression, allow_other_device=allow_other_device)
-        raise typer.Exit(comparison.run(*compare, **judged, console=results))
+        code = comparison.run(
+            *compare,
+            fail_on_regression=fail_on_regression,
+            allow_other_device=allow_other_device,
+            console=results,
+        )
+        raise typer.Exit(code)
     if fail_on_regression:
         raise ValueError("--fail-on-regression: got it without --compare, expected both")
     names = session.chosen_suites(suites or [])
