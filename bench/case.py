@@ -28,7 +28,7 @@ class Setting:
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
     quick: bool = False
-    budget: float = 20.0
+    budget: float = 12.0
     clip: str | None = None
 
     @property
@@ -105,6 +105,7 @@ class Case:
         floor: The least work, if it is known.
         baseline: The provider that speed-ups are given over; "" is the first one.
         slack: The little more.
+        share: Of the setting's seconds for timed rounds: less where calls are short or cases are many.
     """
 
     suite: str
@@ -120,6 +121,7 @@ class Case:
     floor: Floor | None = None
     baseline: str = ""
     slack: float = 1e-3
+    share: float = 1.0
 
     @property
     def dtype_name(self) -> str:

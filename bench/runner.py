@@ -131,7 +131,8 @@ def measure(case: Case, setting: Setting, rates: Mapping[str, float], on_step: S
     runs = {name: ready[name].run for name in results if name in ready}
     if runs:
         times = interleaved(
-            runs, setting.device, budget=setting.budget, min_rounds=3 if setting.quick else 5, max_rounds=200,
+            runs, setting.device, budget=case.share * setting.budget, warm=1, max_rounds=200,
+            min_rounds=3 if setting.quick else 5,
             on_round=lambda share: on_step(f"{case.name}: timing {len(runs)} in turn", 0.5 + 0.45 * share),
         )  # fmt: skip
         for name, run in runs.items():
@@ -195,10 +196,10 @@ def rows(outcome: Outcome, environment: Mapping[str, str | int]) -> Iterator[Rec
 
     places = {candidate.provider: candidate.x for candidate in case.candidates if candidate.x is not None}
 
-    def row(provider: str, metric: str, unit: str, spread: Spread, note: str = "") -> Record:
+    def row(provider: str, metric: str, unit: str, spread: Spread, note: str = "", x: float | None = None) -> Record:
         return Record.of(
             environment, spread, suite=case.suite, case=case.name, provider=provider, mode=case.mode, metric=metric,
-            unit=unit, dtype=case.dtype_name, x=places.get(provider, case.x), note=note,
+            unit=unit, dtype=case.dtype_name, x=places.get(provider, case.x) if x is None else x, note=note,
         )  # fmt: skip
 
     for result in outcome.results:
@@ -219,10 +220,11 @@ def rows(outcome: Outcome, environment: Mapping[str, str | int]) -> Iterator[Rec
             if value is not None and value != float("inf"):
                 yield row(result.provider, metric, unit, once(value))
     if case.floor is not None:
-        yield row("roofline", "multiply-adds", "1", once(case.floor.multiply_adds))
-        yield row("roofline", "bytes moved", "B", once(case.floor.bytes_moved))
-        if outcome.floor is not None:
-            yield row("roofline", "floor", "s", once(outcome.floor))
+        for x in places.values() or (case.x,):
+            yield row("roofline", "multiply-adds", "1", once(case.floor.multiply_adds), x=x)
+            yield row("roofline", "bytes moved", "B", once(case.floor.bytes_moved), x=x)
+            if outcome.floor is not None:
+                yield row("roofline", "floor", "s", once(outcome.floor), x=x)
 
 
 def finding_rows(

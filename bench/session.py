@@ -61,7 +61,7 @@ def setting_for(
         sizes: Encoders; none means base, and on a GPU large too, or small for a quick run.
         batches: Clips a call; none means 1 and 4, on a GPU 1, 8 and 32, or 1 for a quick run.
         quick: Few and small cases.
-        seconds: For the timed rounds of a case; None is 20, or 2 for a quick run.
+        seconds: For the timed rounds of a case; None is 12, or 1 for a quick run.
         clip: A video file for the pipeline.
 
     Raises:
@@ -86,7 +86,7 @@ def setting_for(
     setting = Setting(
         device=where, dtype=machine.DTYPES[dtype], sizes=tuple(sizes) or default_sizes,
         batches=tuple(batches) or default_batches, quick=quick,
-        budget=seconds if seconds is not None else (2.0 if quick else 20.0), clip=str(clip) if clip else None,
+        budget=seconds if seconds is not None else (1.0 if quick else 12.0), clip=str(clip) if clip else None,
     )  # fmt: skip
     return setting, reason, rates
 

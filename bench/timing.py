@@ -79,24 +79,26 @@ def interleaved(
     budget: float,
     min_rounds: int = 5,
     max_rounds: int = 100,
+    warm: int = 2,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Spread]:
     """Time the candidates in turn, A B C A B C ..., so that a drift of the machine hits all of them alike.
 
     Args:
-        candidates: What to call, by name. Each is called twice first, uncounted.
+        candidates: What to call, by name.
         device: Where they run.
         budget: Seconds for all of it; at least ``min_rounds`` are done, at most ``max_rounds``.
         min_rounds: Least number of counted rounds.
         max_rounds: Largest number of counted rounds.
+        warm: How often each is called first, uncounted.
         on_round: Told the share that is done, after each round.
 
     Returns:
         Seconds of one call, by name.
     """
     for run in candidates.values():
-        run()
-        run()
+        for _ in range(warm):
+            run()
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for number in range(max_rounds):

@@ -59,7 +59,7 @@ def kernel_case(op_case: OpCase, mode: str) -> Case:
     return Case(
         "kernels", f"{op_case.op}: {op_case.label}", mode, op_case.tokens, op_case.dtype, 0, tuple(candidates),
         lambda: exact(op_case, mode, sets), BOUND[op_case.dtype],
-        floor=Floor(flops * op_case.flops / 2, moved * op_case.bytes), baseline="mar_fast",
+        floor=Floor(flops * op_case.flops / 2, moved * op_case.bytes), baseline="mar_fast", share=0.4,
     )  # fmt: skip
 
 

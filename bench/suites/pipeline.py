@@ -70,7 +70,7 @@ def pipeline_case(setting: Setting, size: str, keep: float) -> Case:
             Candidate(MODEL, lambda: prepared(functools.partial(lambda: classify(decoded())))),
             Candidate(BOTH, lambda: prepared(functools.partial(lambda: classify(read()[None])))),
         ),
-        exact, ABSOLUTE_BOUND[setting.dtype], baseline=BOTH,
+        exact, ABSOLUTE_BOUND[setting.dtype], baseline=BOTH, share=0.5,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def cases(setting: Setting) -> Iterator[Case]:
                 candidates.insert(0, Candidate(YARDSTICK, functools.partial(original, job)))
             yield Case(
                 "scaling", axis, "inference", x, setting.dtype, batch, tuple(candidates), functools.partial(truth, job),
-                ABSOLUTE_BOUND[setting.dtype], YARDSTICK, inference_floor(job), OURS,
+                ABSOLUTE_BOUND[setting.dtype], YARDSTICK, inference_floor(job), OURS, share=0.5,
             )  # fmt: skip
 
 
