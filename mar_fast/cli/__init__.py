@@ -9,10 +9,13 @@ import mar_fast
 
 from .bench import bench
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
+from .convert import convert
 from .cost import cost
+from .inspect import inspect
 from .kernels import kernels
 from .masks import masks
 from .tune import tune
+from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +29,9 @@ app.command()(masks)
 app.command()(cost)
 app.command()(kernels)
 app.command()(tune)
+app.command()(inspect)
+app.command()(convert)
+app.command()(verify)
 
 
 def _version(wanted: bool) -> None:
