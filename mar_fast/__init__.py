@@ -31,8 +31,8 @@ _HOME = {
 _MODULES = ("checkpoint", "cost", "kernels", "masking", "reference", "video")
 
 __all__ = [
-    "LoadReport",
     "MAR",
+    "LoadReport",
     "MARConfig",
     "MAROutput",
     "TokenMask",

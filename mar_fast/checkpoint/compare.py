@@ -61,10 +61,9 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
         ValueError: the two do not take the same clips.
     """
     for name in ("num_frames", "image_size", "channels", "patch"):
-        if getattr(first.config, name) != getattr(second.config, name):
-            raise checks.bad(
-                f"second, {name}", getattr(second.config, name), f"{getattr(first.config, name)}, as first"
-            )
+        want, got = getattr(first.config, name), getattr(second.config, name)
+        if got != want:
+            raise checks.bad(f"second, {name}", got, f"{want}, as first")
     config = first.config
     generator = torch.Generator().manual_seed(seed)
     # Normalised pixels, so that a difference of mean and std is one of configuration and not of every layer.

@@ -55,7 +55,8 @@ class LoadReport:
         ):
             if notes:
                 lines.append(f"{title}:")
-                lines += [f"  {_listed(names)}: {reason}" for reason, names in _by_reason(notes)]
+                most = len(notes) if title == "configuration" else 12
+                lines += [f"  {_listed(names, most)}: {reason}" for reason, names in _by_reason(notes)]
         lines += [f"note: {remark}" for remark in self.remarks]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -79,6 +80,6 @@ def _by_reason(notes: tuple[Note, ...]) -> list[tuple[str, list[str]]]:
     return [(reason, [note.name for note in group]) for reason, group in groupby(ordered, lambda note: note.reason)]
 
 
-def _listed(names: list[str], most: int = 12) -> str:
+def _listed(names: list[str], most: int) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -47,9 +47,7 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
     """
     if not isinstance(model, MAR):
         raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
-    if layout not in LAYOUTS:
-        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
-    path = Path(path).expanduser()
+    path = check_target(path, layout, force)
     config = model.config
     target = layout_for(config, layout)
     tensors = named_tensors(model, target)
@@ -61,9 +59,6 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
         save_file(tensors, file, metadata=metadata)
 
     if layout != "hf":
-        if path.suffix != ".safetensors":
-            raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
-        may_write([path], force)
         write_whole(path, write_tensors)
         return path
 
@@ -73,7 +68,6 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
         _write_json(folder / "preprocessor_config.json", huggingface.preprocessor_json(config))
         write_tensors(folder / "model.safetensors")
 
-    _may_write_folder(path, force)
     write_whole_folder(path, write_folder)
     return path
 
@@ -82,12 +76,27 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _may_write_folder(path: Path, force: bool) -> None:
+def check_target(path: str | Path, layout: str, force: bool) -> Path:
+    """Check, before any work, that a checkpoint of this layout may be written there.
+
+    Raises:
+        ValueError: an unknown layout, or a name that does not fit it.
+        FileExistsError, NotADirectoryError: something stands in the way.
+    """
+    if layout not in LAYOUTS:
+        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
+    path = Path(path).expanduser()
+    if layout != "hf":
+        if path.suffix != ".safetensors":
+            raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
+        may_write([path], force)
+        return path
     if path.is_file():
         raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
     may_write([path / name for name in _FOLDER], force)
     if path.is_dir() and (others := sorted(item.name for item in path.iterdir() if item.name not in _FOLDER)):
         raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")
+    return path
 
 
 def layout_for(config: MARConfig, layout: LayoutName) -> Layout:

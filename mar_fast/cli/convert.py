@@ -2,17 +2,17 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
 
 from .. import from_pretrained, save_checkpoint
-from ..checkpoint.write import LAYOUTS, check_target
+from ..checkpoint.write import LayoutName, check_target
 from .common import CHECK_FAILED, errors, results
 from .loading import AllowMissing, AllowUnknown, Given, ModelKey, Position, load
 
-Target = StrEnum("Target", list(LAYOUTS))
+Target = StrEnum("Target", ["mar", "videomae", "hf", "mar_fast"])
 
 
 def convert(
@@ -35,7 +35,7 @@ def convert(
         source, given,
         position=position, model_key=model_key, allow_missing=allow_missing, allow_unknown=allow_unknown,
     )  # fmt: skip
-    save_checkpoint(model, out, layout=to.value, force=force)
+    save_checkpoint(model, out, layout=cast(LayoutName, to.value), force=force)
     results.print(str(model.load_report), highlight=False, markup=False, soft_wrap=True)
     back = from_pretrained(out).state_dict()
     wrong = [name for name, value in model.state_dict().items() if not torch.equal(value, back[name])]
