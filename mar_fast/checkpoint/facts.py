@@ -1,6 +1,5 @@
 """What a checkpoint says about its model: fields of `MARConfig` from shapes, configuration files and conventions."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -47,13 +46,16 @@ def gather(checkpoint: Checkpoint, layout: Layout, overrides: Mapping[str, Any])
         ValueError: something that sizes are read from is missing or contradicts a configuration file.
     """
     facts = Facts()
-    if "mar_fast" in checkpoint.configs:
+    if "mar_fast" in checkpoint.configs and layout.key != "hf":
         facts.state("the file's own configuration", **_own_config(checkpoint))
         facts.grid_known = True
         return facts
     _from_shapes(facts, checkpoint, layout, overrides)
     if layout.key == "hf":
         huggingface.state(facts, checkpoint, layout)
+        if "mar_fast" in checkpoint.configs:
+            # What config.json itself says goes first: transformers reads that, and it may have been edited.
+            facts.state("mar_fast in config.json", **_own_config(checkpoint))
     else:
         eps = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
         facts.state(f"{layout.title}: all of its norms", **dict.fromkeys(eps, 1e-6))
@@ -69,7 +71,7 @@ def gather(checkpoint: Checkpoint, layout: Layout, overrides: Mapping[str, Any])
 
 def _own_config(checkpoint: Checkpoint) -> dict[str, Any]:
     values = checkpoint.configs["mar_fast"]
-    where = f"{checkpoint.where}, configuration in its metadata"
+    where = f"{checkpoint.where}, configuration of mar_fast in it"
     if not isinstance(values, dict):
         raise checks.bad(where, type(values).__name__, "an object of MARConfig's fields")
     if unknown := sorted(set(values) - set(FIELDS)):
@@ -79,11 +81,6 @@ def _own_config(checkpoint: Checkpoint) -> dict[str, Any]:
         return asdict(MARConfig(**values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def own_metadata(config: MARConfig) -> str:
-    """The configuration as `_own_config` reads it."""
-    return json.dumps(asdict(config))
 
 
 def _from_shapes(facts: Facts, checkpoint: Checkpoint, layout: Layout, overrides: Mapping[str, Any]) -> None:

@@ -35,9 +35,12 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
         ValueError: they contradict the shapes, or ask for something that mar_fast does not compute.
     """
     given = checkpoint.configs.get("config.json")
-    facts.state("transformers: fixed for this norm", classifier_norm_eps=FIXED_EPS, decoder_norm_eps=FIXED_EPS)
+    decoder = ("decoder_eps",) if facts.value("decoder_depth") else ()
+    fixed = (("classifier_norm_eps", "classifier"), ("decoder_norm_eps", "decoder_depth"))
+    facts.state("transformers: fixed for this norm", **{name: FIXED_EPS for name, part in fixed if facts.value(part)})
     if given is None:
-        eps = dict.fromkeys(("encoder_eps", "final_norm_eps", "decoder_eps"), _DEFAULTS["layer_norm_eps"])
+        final = ("final_norm_eps",) if facts.value("final_norm") else ()
+        eps = dict.fromkeys(("encoder_eps", *final, *decoder), _DEFAULTS["layer_norm_eps"])
         facts.state("transformers' default: there is no config.json", **eps)
         return
     where = f"{checkpoint.where}, config.json"
@@ -58,12 +61,14 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
             raise checks.bad(f"{where}, {_KEYS[name]}", said[name], shapes)
     # transformers has the norm before pooling or, for mean pooling, none: with the file, this says what must be in it.
     facts["final_norm"] = (not config["use_mean_pooling"], "config.json, use_mean_pooling")
+    final = ("final_norm_eps",) if facts.value("final_norm") else ()
     facts.state(
         "config.json",
-        **{name: said[name] for name in ("num_frames", "image_size", "num_heads", "decoder_heads")},
-        **dict.fromkeys(("encoder_eps", "final_norm_eps", "decoder_eps"), config["layer_norm_eps"]),
-        normalize_target=bool(config["norm_pix_loss"]),
+        **{name: said[name] for name in ("num_frames", "image_size", "num_heads")},
+        **dict.fromkeys(("encoder_eps", *final, *decoder), config["layer_norm_eps"]),
     )
+    if decoder:
+        facts.state("config.json", decoder_heads=said["decoder_heads"], normalize_target=bool(config["norm_pix_loss"]))
     facts.grid_known = True
     processor = checkpoint.configs.get("preprocessor_config.json", {})
     for name, key in (("mean", "image_mean"), ("std", "image_std")):

@@ -277,8 +277,7 @@ def _message(checkpoint: Checkpoint, layout: Layout, fit: _Fit) -> str:
 def _suspicions(fit: _Fit, model: MAR, layout: Layout, checkpoint: Checkpoint) -> None:
     """What is allowed, and yet looks like an accident."""
     biases = [name for name in fit.values if name.startswith("encoder.") and name.endswith(_BIASES)]
-    foreign = layout.key == "hf" and "mar_fast" not in checkpoint.configs
-    if foreign and biases and not any(bool(fit.values[name].any()) for name in biases):
+    if layout.key == "hf" and biases and not any(bool(fit.values[name].any()) for name in biases):
         fit.warnings.append(
             "all biases of query and value are zero: some versions of transformers 5 lose them when they load a file"
         )

@@ -104,7 +104,10 @@ def _read_folder(folder: Path, where: str, model_key: str | None) -> Checkpoint:
 
 def _json_configs(folder: Path) -> dict[str, dict[str, Any]]:
     names = ("config.json", "preprocessor_config.json")
-    return {name: _read_json(folder / name) for name in names if (folder / name).is_file()}
+    configs = {name: _read_json(folder / name) for name in names if (folder / name).is_file()}
+    if "mar_fast" in configs.get("config.json", {}):
+        configs["mar_fast"] = configs["config.json"]["mar_fast"]
+    return configs
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """save_checkpoint: a model as a safetensors file or folder, in any layout that can express it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,6 @@ from ..files import may_write, write_whole, write_whole_folder
 from ..kernels import checks
 from ..model import MAR
 from . import huggingface
-from .facts import own_metadata
 from .layouts import FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face
 from .read import METADATA_KEY
 
@@ -24,8 +24,8 @@ _FOLDER = ("config.json", "model.safetensors", "preprocessor_config.json")
 def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_fast", force: bool = False) -> Path:
     """Write a model's weights as safetensors, whole or not at all.
 
-    The configuration goes into the file's metadata, where other programs pass over it: `from_pretrained` gives the same
-    model back, heads, eps and mask ratio included.
+    The configuration goes into the file's metadata, or into config.json, where other programs pass over it:
+    `from_pretrained` gives the same model back, heads, eps and mask ratio included. Equal models give equal bytes.
 
     Args:
         model: The model; its parameters keep their dtype.
@@ -51,7 +51,8 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
     config = model.config
     target = layout_for(config, layout)
     tensors = named_tensors(model, target)
-    metadata = {"format": "pt", METADATA_KEY: own_metadata(config)}
+    # One entry: safetensors writes several in a random order, and the same model shall give the same bytes.
+    metadata = {"format": "pt"} if layout == "hf" else {METADATA_KEY: json.dumps(asdict(config))}
 
     def write_tensors(file: Path) -> None:
         from safetensors.torch import save_file
@@ -64,7 +65,8 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
 
     def write_folder(folder: Path) -> None:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", huggingface.config_json(config, dtype))
+        content = {**huggingface.config_json(config, dtype), "mar_fast": asdict(config)}
+        _write_json(folder / "config.json", content)
         _write_json(folder / "preprocessor_config.json", huggingface.preprocessor_json(config))
         write_tensors(folder / "model.safetensors")
 
