@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from ..config import MARConfig
 from ..kernels import checks
-from . import huggingface
 from .facts import FIELDS, KNOWN, Facts, table_tokens
 from .layouts import Layout
 from .read import Checkpoint
@@ -77,8 +76,10 @@ def choose(
         if part in fresh | dropped:
             # What the checkpoint says of a part that is not read from it is of no use.
             values = {name: value for name, value in values.items() if name not in (*names, *_EPS[part])}
-        elif part == "classifier" or facts.value("decoder_depth"):
+        elif part == "classifier":
             fixed |= {name: facts.value(name) for name in names}
+        elif facts.value("decoder_depth"):
+            fixed |= {name: facts.value(name) for name in ("decoder_depth", *names)}
 
     for name, value in overrides.items():
         if name in fixed and fixed[name] is not None and not _agree(value, fixed[name]):
@@ -129,7 +130,9 @@ def _parts(
                 raise checks.bad("num_classes", "none", accepted)
             fresh["classifier"] = f"new: the file has no {wanted} classifier"
     elif wanted == "linear" and _reads_token_0(layout, checkpoint, facts):
-        raise checks.bad(checkpoint.where, *huggingface.TOKEN_0)
+        got = "a classifier that reads token 0 after the last norm (no mean pooling), which no MARConfig expresses"
+        accepted = "one that averages over tokens (fc_norm); classifier=None reads the encoder alone"
+        raise checks.bad(checkpoint.where, got, accepted)
     if facts.value("decoder_depth") and overrides.get("decoder_depth") == 0:
         dropped["decoder"] = "decoder_depth=0 was asked for"
     elif not facts.value("decoder_depth") and overrides.get("decoder_depth"):
@@ -167,11 +170,11 @@ def _position(
     position: Position | None,
     overrides: Mapping[str, Any],
     values: Mapping[str, Any],
-) -> tuple[tuple[int, int, int] | None, tuple[str, ...]]:
+) -> tuple[Any, tuple[str, ...]]:
     """The grid that position tables are made for, None for the model's own, and what there is to say about it."""
     patch = values["patch"]
     frames, size = facts.value("num_frames"), tuple(facts.value("image_size"))
-    same = values["num_frames"] == frames and tuple(values["image_size"]) == size
+    same = values["num_frames"] == frames and _agree(values["image_size"], size)
     new = _grid(values["num_frames"], values["image_size"], patch)
     base = facts.value("position_grid") or _grid(frames, size, patch)
     base = tuple(base) if base else None
@@ -180,7 +183,7 @@ def _position(
     if overrides.get("position_grid") is not None:
         if position is not None:
             raise checks.bad("position", repr(position), "None where position_grid is given")
-        return tuple(overrides["position_grid"]), ("position table: interpolated from the position_grid given",)
+        return overrides["position_grid"], ("position table: interpolated from the position_grid given",)
     if tokens is not None and base is not None and tokens != math.prod(base):
         if known or (not same and tokens != (new and math.prod(new))):
             got = f"a position table of {tokens} tokens"

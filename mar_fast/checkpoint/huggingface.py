@@ -22,10 +22,6 @@ _DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12, "use_mean_pooling": True, "decoder_num_attention_heads": 6, "decoder_hidden_size": 384,
     "decoder_num_hidden_layers": 4, "decoder_intermediate_size": 1536, "norm_pix_loss": True,
 }  # fmt: skip
-TOKEN_0 = (
-    "a classifier that reads token 0 after the last norm (use_mean_pooling is false), which no MARConfig expresses, "
-    "expected one that averages over tokens (fc_norm); classifier=None reads the encoder alone"
-)
 
 
 def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:

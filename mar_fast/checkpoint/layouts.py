@@ -148,7 +148,7 @@ def detect(where: str, names: Collection[str]) -> Layout:
         return any(re.match(pattern, name) for name in names)
 
     if some(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
-        linear_biases = any(name.endswith((".query.bias", ".value.bias")) for name in names)
+        linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
         kind = "VideoMAEModel"
         if some(r"videomae\."):
             kind = "VideoMAEForPreTraining" if some(_OUR_PARTS["decoder"]) else "VideoMAEForVideoClassification"
