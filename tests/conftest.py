@@ -28,6 +28,7 @@ NEEDS = {
     "test_checkpoint_damage.py": "safetensors",
     "test_checkpoint_huggingface.py": "safetensors",
     "test_checkpoint_position.py": "safetensors",
+    "test_checkpoint_write.py": "safetensors",
     "test_cli.py": "matplotlib",
     "test_cli_checkpoint.py": "typer",
     "test_masking.py": "hypothesis",

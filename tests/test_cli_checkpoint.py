@@ -150,7 +150,7 @@ def test_verify_another(run, mar, tmp_path):
 
 
 def test_verify_parts_and_nan(run, mar, classifier, tmp_path):
-    code, out, _ = run("verify", mar, classifier, *TOLD[:-2], "--set", "position_grid=3,2,4")
+    code, out, _ = run("verify", mar, classifier, *TOLD)
     assert code == 1 and "only in the first" in out
     model = small_model()
     with torch.no_grad():

@@ -20,7 +20,10 @@ _PARTS = {
     "classifier": ("num_classes", "bridge_width", "bridge_depth", "bridge_heads", "bridge_mlp_ratio"),
     "decoder": ("decoder_width", "decoder_heads", "decoder_mlp_ratio"),
 }
-_EPS = {"classifier": ("classifier_norm_eps", "bridge_eps"), "decoder": ("decoder_eps", "decoder_norm_eps")}
+_BESIDES = {
+    "classifier": ("classifier_norm_eps", "bridge_eps", "mask_ratio"),
+    "decoder": ("decoder_eps", "decoder_norm_eps"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def choose(
     for part, names in _PARTS.items():
         if part in fresh | dropped:
             # What the checkpoint says of a part that is not read from it is of no use.
-            values = {name: value for name, value in values.items() if name not in (*names, *_EPS[part])}
+            for name in (*names, *_BESIDES[part]):
+                values.pop(name, None), origins.pop(name, None)
         elif part == "classifier":
             fixed |= {name: facts.value(name) for name in names}
         elif facts.value("decoder_depth"):
@@ -192,8 +196,10 @@ def _position(
             got = f"none for {checkpoint.where}, whose position table has {tokens} tokens"
             raise checks.bad("num_frames and image_size", got, "the size of clip that it was trained on")
         base, known = new, True  # the file confirms the size that the caller gives
-    if same or new is None or new == base:
+    if same:
         return facts.value("position_grid"), ()
+    if new is None or new == base:
+        return None, ()
     if position is None and not known:
         accepted = (
             f"'formula' if the checkpoint was trained on clips of this size, or 'interpolate' from {frames} frames of "
@@ -203,6 +209,9 @@ def _position(
     if position == "formula":
         its = f"; the checkpoint's grid is {base}" if known else ""
         return None, (f"position table: by the formula for the grid {new}{its}",)
+    if base is None:
+        got = f"none, and clips of {frames} frames of {size[0]} x {size[1]} do not fit the patch {patch}"
+        raise checks.bad("position_grid", got, "the grid that the checkpoint was trained with")
     how = "as asked for" if position else "the default where the size of clips differs; position='formula' is the other"
     if not known:
         how += "; the checkpoint's size is assumed, since the file does not say"

@@ -52,7 +52,7 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
     """Run one random clip through both models, in evaluation, and compare what every layer gives.
 
     Args:
-        first: The model that differences are relative to.
+        first: The model that differences are relative to; both are on the CPU.
         second: The other one; it takes clips of the same size, in patches of the same size.
         ratio: Share of tokens that are masked, the same ones for both; the pixel decoders predict them.
         seed: Of clip and mask.

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..checkpoint import compare
 from .common import CHECK_FAILED, errors, print_json, results
-from .loading import Given, load
+from .loading import Given, Position, load
 
 
 def verify(
@@ -19,6 +19,7 @@ def verify(
     ratio: Annotated[float, typer.Option(help="Share of masked tokens, the same for both.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the random clip and mask.")] = 0,
     given: Given = None,
+    position: Position = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Run the same random clip through two checkpoints and compare every layer.
@@ -29,7 +30,8 @@ def verify(
         raise ValueError(f"--tolerance: got {tolerance}, expected a number, 0 or more")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed: got {seed}, expected a whole number from 0 to 2^63 - 1")
-    found = compare(load(first, given), load(second, given), ratio=ratio, seed=seed)
+    models = [load(source, given, position=position) for source in (first, second)]
+    found = compare(*models, ratio=ratio, seed=seed)
     within = found.within(tolerance)
     if as_json:
         print_json({"first": first, "second": second, "tolerance": tolerance, "within": within, **asdict(found)})
