@@ -205,6 +205,18 @@ def test_another_number_of_classes():
         assert torch.equal(model.classifier.norm.weight, state["fc_norm.weight"])
 
 
+def test_a_missing_head_needs_its_size():
+    state = fine_tuned_names(small_model(**LINEAR).state_dict())
+    del state["head.weight"], state["head.bias"]
+    with pytest.raises(
+        ValueError, match="num_classes: got none: the file has no head that says, expected num_classes="
+    ):
+        from_pretrained(state, allow_missing="head.*", **TOLD)
+    model = from_pretrained(state, allow_missing="head.*", num_classes=3, **TOLD)
+    assert model.classifier.head.weight.shape == (3, 96) and bool(model.classifier.head.weight.any())
+    assert torch.equal(model.classifier.norm.bias, state["fc_norm.bias"])
+
+
 def test_parts_left_out():
     state = mar_names(small_model().state_dict())
     model = from_pretrained(state, classifier=None, decoder_depth=0, **TOLD)

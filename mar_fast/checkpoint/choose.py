@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..config import MARConfig
 from ..kernels import checks
-from .facts import FIELDS, KNOWN, Facts, table_tokens
+from .facts import FIELDS, Facts, table_tokens
 from .layouts import Layout
 from .read import Checkpoint
 
@@ -87,7 +87,7 @@ def choose(
 
     for name, value in overrides.items():
         if name in fixed and fixed[name] is not None and not _agree(value, fixed[name]):
-            may_differ = (name == "num_classes" and new_head) or origins[name].startswith(KNOWN)
+            may_differ = (name == "num_classes" and new_head) or name in facts.guessed
             if not may_differ:
                 more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
                 raise checks.bad(name, value, f"{fixed[name]} ({origins[name]}){more}")

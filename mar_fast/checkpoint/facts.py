@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
+from ..config import MARConfig, known_decoder_heads, known_heads
 from ..kernels import checks
 from ..layers import sinusoid_table
 from . import huggingface
@@ -17,8 +17,6 @@ from .layouts import Layout
 from .read import Checkpoint
 
 FIELDS = tuple(item.name for item in fields(MARConfig))
-KNOWN = "the known"
-"""How the origin of a head count begins that goes by a named model and not by the checkpoint."""
 BRIDGE_HEADS = {512: 4}
 """The bridging classifier of the paper: 512 wide, heads of 128."""
 
@@ -26,8 +24,12 @@ BRIDGE_HEADS = {512: 4}
 class Facts(dict[str, tuple[Any, str]]):
     """Field of `MARConfig` -> (value, where it came from)."""
 
-    grid_known = False
-    """Whether the checkpoint says how large its clips were."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid_known = False
+        """Whether the checkpoint says how large its clips were."""
+        self.guessed: set[str] = set()
+        """Fields that go by a named model and not by the checkpoint: the caller may know better."""
 
     def state(self, origin: str, **values: Any) -> None:
         """Note values of one origin; what was noted before is kept."""
@@ -159,7 +161,7 @@ def _from_args(facts: Facts, args: dict[str, Any]) -> None:
 
 def _from_mar_entries(facts: Facts, checkpoint: Checkpoint) -> None:
     """MAR keeps its mean and std, as constants, with the weights."""
-    for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+    for name in ("mean", "std"):
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             continue
@@ -171,17 +173,20 @@ def _from_mar_entries(facts: Facts, checkpoint: Checkpoint) -> None:
         decimals = tuple(float(str(np.float32(value))) for value in values.tolist())
         if not all(0 <= value <= 1 for value in decimals):
             raise checks.bad(f"{checkpoint.where}, {name}", decimals, "values in [0, 1], as of pixels in [0, 1]")
-        facts.state(f"{name} in the file", **{name: usual if decimals == usual else decimals})
+        facts.state(f"{name} in the file", **{name: decimals})
 
 
 def _heads(facts: Facts) -> None:
-    width, depth = facts.value("width"), facts.value("depth")
-    if heads := known_heads(width, depth):
-        facts.state(f"{KNOWN} model that is {width} wide and {depth} deep", num_heads=heads)
-    if facts.value("decoder_depth") and (heads := known_decoder_heads(facts.value("decoder_width"))):
-        facts.state(f"{KNOWN} decoder that is {facts.value('decoder_width')} wide", decoder_heads=heads)
-    if heads := BRIDGE_HEADS.get(facts.value("bridge_width", 0)):
-        facts.state(f"{KNOWN} bridging classifier of the paper", bridge_heads=heads)
+    width, depth, decoder_width = facts.value("width"), facts.value("depth"), facts.value("decoder_width")
+    known = {
+        "num_heads": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
+        "decoder_heads": (known_decoder_heads(decoder_width), f"the known decoder that is {decoder_width} wide"),
+        "bridge_heads": (BRIDGE_HEADS.get(facts.value("bridge_width")), "the bridging classifier of the paper"),
+    }
+    for name, (heads, origin) in known.items():
+        if heads and name not in facts:
+            facts.state(origin, **{name: heads})
+            facts.guessed.add(name)
 
 
 TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed")

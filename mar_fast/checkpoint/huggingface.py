@@ -45,7 +45,7 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
     config = {**_DEFAULTS, **given}
     if config["hidden_act"] != "gelu":
         raise checks.bad(f"{where}, hidden_act", repr(config["hidden_act"]), "'gelu', the exact one")
-    kinds = [kind for kind in given.get("architectures") or () if kind in layout.title or kind.startswith("VideoMAE")]
+    kinds = [kind for kind in given.get("architectures") or () if str(kind).startswith("VideoMAE")]
     if kinds and not any(layout.title.endswith(kind) for kind in kinds):
         raise checks.bad(checkpoint.where, f"the tensors of a {layout.title}", f"those of {kinds[0]}, by config.json")
 

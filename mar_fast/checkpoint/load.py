@@ -82,8 +82,10 @@ def from_pretrained(
     checkpoint = read(source, model_key, revision)
     layout = detect(checkpoint.where, checkpoint.tensors)
     facts = gather(checkpoint, layout, overrides)
-    new_head = allowed.mismatched_name("classifier.head.weight", layout.theirs("classifier.head.weight"))
-    choice = choose(checkpoint, layout, facts, position, new_head, overrides)
+    heads = ("classifier.head.weight", *layout.theirs("classifier.head.weight"))
+    choice = choose(checkpoint, layout, facts, position, allowed.allows("mismatched", *heads), overrides)
+    if choice.config.classifier and "num_classes" not in choice.origins and allowed.allows("missing", *heads):
+        raise checks.bad("num_classes", "none: the file has no head that says", "num_classes=, where it may be missing")
     with torch.device("meta"):
         model = MAR(choice.config)
     fit = _fit(checkpoint, layout, choice, model, allowed)
@@ -120,9 +122,6 @@ class _Allowed:
     def allows(self, fault: str, *names: str) -> bool:
         """Whether any of the names of a thing is allowed to have this fault."""
         return any(fnmatchcase(name, pattern) for pattern in getattr(self, fault) for name in names)
-
-    def mismatched_name(self, ours: str, theirs: tuple[str, ...]) -> bool:
-        return self.allows("mismatched", ours, *theirs)
 
 
 @dataclass
@@ -239,7 +238,7 @@ def _leftovers(
             fit.ignored[name] = layout.unused[name]
         elif part in choice.dropped:
             fit.ignored[name] = choice.dropped[part]
-        elif layout.key == "mar" and name in ("mean", "std"):
+        elif layout.key == "mar" and name in ("mean", "std") and "mar_fast" not in checkpoint.configs:
             fit.ignored[name] = "read into the configuration"
         elif name in TABLES and table_fault(tensor) is None:
             fit.ignored[name] = "the position table of the formula, which the model makes itself"
