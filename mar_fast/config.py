@@ -24,6 +24,9 @@ class MARConfig:
     channels: int = 3
     patch: tuple[int, int, int] = (2, 16, 16)
     """The tubelet (t, h, w)."""
+    position_grid: tuple[int, int, int] | None = None
+    """The grid that position tables are made for, then interpolated trilinearly to the model's own; None is its own.
+    For weights that were trained at another size."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     """Normalisation of pixels in [0, 1], used on uint8 clips and undone for the reconstruction target."""
@@ -75,7 +78,11 @@ class MARConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch", "cell", "mean", "std"):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
-        for name, size in (("image_size", 2), ("patch", 3), ("cell", 3)):
+        sizes = {"image_size": 2, "patch": 3, "cell": 3}
+        if self.position_grid is not None:
+            object.__setattr__(self, "position_grid", _as_tuple("position_grid", self.position_grid))
+            sizes["position_grid"] = 3
+        for name, size in sizes.items():
             value = getattr(self, name)
             if len(value) != size or not all(isinstance(part, int) and part > 0 for part in value):
                 raise checks.bad(name, value, f"{size} whole numbers above 0")
@@ -193,6 +200,9 @@ _SIZES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
+# Decoder depth is an option of pre-training; width alone names a decoder of the same papers.
+_DECODER_HEADS = {size["decoder_width"]: size["decoder_heads"] for size in _SIZES.values()}
+
 # A dense VideoMAE classifier: mean pooling and its own norm instead of the encoder's last one, no decoder.
 _DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)
 
@@ -222,3 +232,16 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
             raise checks.bad_type(key, "an unknown field", "one of " + ", ".join(sorted(known)))
     family, _, size = name.split("_")
     return replace(MARConfig(), **{**_SIZES[size], **(_DENSE if family == "videomae" else {}), **overrides})
+
+
+def known_heads(width: int, depth: int) -> int | None:
+    """Heads of the named encoder of this width and depth; None where there is none."""
+    for size in _SIZES.values():
+        if (size["width"], size["depth"]) == (width, depth):
+            return int(size["num_heads"])
+    return None
+
+
+def known_decoder_heads(width: int) -> int | None:
+    """Heads of the named pixel decoders of this width; None where there is none."""
+    return _DECODER_HEADS.get(width)

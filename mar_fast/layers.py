@@ -3,6 +3,7 @@
 In comments: B clips, L tokens in the grid, N visible, M dropped, D width.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,20 @@ def sinusoid_table(tokens: int, width: int) -> Tensor:
     column = torch.arange(width)
     angle = position / 10000.0 ** (2 * (column // 2).double() / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def position_table(grid: tuple[int, int, int], made_for: tuple[int, int, int] | None, width: int) -> Tensor:
+    """(L, D) float32: the sinusoid table of ``grid``, or that of ``made_for`` interpolated trilinearly to ``grid``.
+
+    Between the centres of tubelets, as F.interpolate without align_corners; beyond the outermost ones the table goes on
+    as it is there. The interpolation is done in float64.
+    """
+    if made_for is None or made_for == grid:
+        return sinusoid_table(math.prod(grid), width)
+    table = sinusoid_table(math.prod(made_for), width).double()
+    volume = table.T.reshape(1, width, *made_for)
+    resized = F.interpolate(volume, size=grid, mode="trilinear", align_corners=False)
+    return resized.reshape(width, -1).T.contiguous().float()
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:

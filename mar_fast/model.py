@@ -8,7 +8,7 @@ plus ``classifier.*``. In comments: B clips, L tokens in the grid, N visible, M 
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from .config import MARConfig, named_config
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from .layers import Attention, Block, Constant, norm, run_blocks, sinusoid_table
+from .layers import Attention, Block, Constant, norm, position_table, run_blocks
 from .masking import TokenMask, cell_running
+
+if TYPE_CHECKING:
+    from .checkpoint import LoadReport
 
 
 class MAROutput(NamedTuple):
@@ -83,7 +86,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = Constant(partial(sinusoid_table, config.num_tokens, config.width))
+        self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, config.width))
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         shape = (config.width, config.num_heads, config.mlp_ratio, config.encoder_eps)
         self.blocks = nn.ModuleList(Block(*shape, drop_path=rate) for rate in rates)
@@ -111,7 +114,7 @@ class PixelDecoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.decoder_width
-        self.pos_embed = Constant(partial(sinusoid_table, config.num_tokens, width))
+        self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, width))
         shape = (width, config.decoder_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
@@ -173,6 +176,8 @@ class MAR(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
+        self.load_report: LoadReport | None = None
+        """What `from_pretrained` read into this model; None where the weights are random."""
         self.encoder = Encoder(config)
         self.classifier: BridgingClassifier | LinearClassifier | None = None
         if config.classifier is not None:

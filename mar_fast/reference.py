@@ -29,6 +29,24 @@ def position_table(tokens: int, width: int) -> Tensor:
     return table.float()
 
 
+def resized_table(config: MARConfig, width: int) -> Tensor:
+    """(L, D): the table of the config's position_grid, resampled linearly along time, height and width in turn."""
+    if config.position_grid is None:
+        return position_table(config.num_tokens, width)
+    table = position_table(math.prod(config.position_grid), width).double()
+    table = table.reshape(*config.position_grid, width)
+    for axis, (old, new) in enumerate(zip(config.position_grid, config.grid, strict=True)):
+        slices = []
+        for i in range(new):
+            # The centre of the new tubelet i, in tubelets of the old grid, kept between the outermost centres.
+            place = min(max((i + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+            low = int(place)
+            high = min(low + 1, old - 1)
+            slices.append(table.select(axis, low) * (1 - (place - low)) + table.select(axis, high) * (place - low))
+        table = torch.stack(slices, dim=axis)
+    return table.reshape(-1, width).float()
+
+
 def running_mask(config: MARConfig, batch: int, train: bool, generator: torch.Generator | None) -> Tensor:
     """(B, L) bool, True = masked, by the definition: masked(t, s) = ((s - t - phase) mod S) < d."""
     frames, height, width = config.grid
@@ -137,7 +155,7 @@ class Encoder(nn.Module):
         conv = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         # Not a buffer: .bfloat16() would round it.
-        self.table = position_table(config.num_tokens, config.width)
+        self.table = resized_table(config, config.width)
         self.blocks = nn.ModuleList(
             Block(
                 config.width, config.num_heads, config.mlp_ratio, config.encoder_eps,
@@ -163,7 +181,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         width = config.decoder_width
-        self.table = position_table(config.num_tokens, width)
+        self.table = resized_table(config, width)
         shape = (width, config.decoder_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)

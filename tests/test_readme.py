@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from mar_fast import cli, cost, named_config
+from mar_fast import cli, cost, create_model, named_config
 from mar_fast.bench.files import sample_clip
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,23 @@ def test_op_example_runs():
     exec(EXAMPLES[1], names)
     assert names["x"].grad.shape == (2, 100, 256)
     assert all(parameter.grad is not None for parameter in names["layer"].parameters())
+
+
+def test_checkpoint_example_runs(tmp_path, monkeypatch):
+    """On files of a ViT-S, whose number of heads is known."""
+    monkeypatch.chdir(tmp_path)
+    dense = create_model("videomae_vit_small", num_classes=5).state_dict()
+    names = {"classifier.norm.": "fc_norm.", "classifier.head.": "head.", "encoder.": ""}
+    for ours, theirs in names.items():
+        dense = {name.replace(ours, theirs): value for name, value in dense.items()}
+    torch.save({"module": dense}, "classifier.pth")
+    torch.save({"model": create_model("mar_vit_small", classifier=None).state_dict()}, "pretraining.pth")
+    found = {}
+    exec(next(example for example in EXAMPLES if "from_pretrained" in example), found)
+    model = found["model"]
+    assert (
+        model.config.classifier == "bridging" and model.config.num_classes == 174 and Path("mar.safetensors").is_file()
+    )
 
 
 def test_named_files_and_commands_exist():

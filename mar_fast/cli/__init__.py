@@ -9,12 +9,15 @@ import mar_fast
 
 from .bench import SUITE_LIST, bench
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
+from .convert import convert
 from .cost import cost
+from .inspect import inspect
 from .kernels import kernels
 from .masks import masks
 from .report import report
 from .savings import savings
 from .tune import tune
+from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +33,9 @@ app.command()(cost)
 app.command()(kernels)
 app.command()(tune)
 app.command()(report)
+app.command()(inspect)
+app.command()(convert)
+app.command()(verify)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,20 @@
+"""Checkpoints of every layout, read and written: MAR, VideoMAE, Hugging Face VideoMAE and our own.
+
+A source goes through `read` (files to named tensors), `layouts` (whose names these are), `facts` (what they say about
+the model), `choose` (with what the caller asks for, one `MARConfig`) and `load` (tensors into the model, strictly).
+"""
+
+from .compare import Comparison, LayerDifference, compare
+from .load import from_pretrained
+from .report import LoadReport, Note
+from .write import save_checkpoint
+
+__all__ = [
+    "Comparison",
+    "LayerDifference",
+    "LoadReport",
+    "Note",
+    "compare",
+    "from_pretrained",
+    "save_checkpoint",
+]

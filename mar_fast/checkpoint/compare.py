@@ -1,0 +1,134 @@
+"""How far apart two models are, layer by layer, on the same random clip."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import checks
+from ..layers import Block
+from ..masking import random
+from ..model import MAR
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One layer of both models.
+
+    Attributes:
+        layer: "encoder.blocks.3", "features", "classifier.norm", "logits", "pixels", ...
+        difference: Norm of the difference over the norm of the first model's values; NaN where a value is none.
+    """
+
+    layer: str
+    difference: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        layers: In the order of computation.
+        only_first: Layers that the second model lacks.
+        only_second: Layers that the first one lacks.
+    """
+
+    layers: tuple[LayerDifference, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+
+    def within(self, tolerance: float) -> bool:
+        """Whether no layer differs by more, and none is only in one of the models."""
+        alike = not self.only_first and not self.only_second
+        return alike and all(layer.difference <= tolerance for layer in self.layers)
+
+
+@torch.no_grad()
+def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Comparison:
+    """Run one random clip through both models, in evaluation, and compare what every layer gives.
+
+    Args:
+        first: The model that differences are relative to; both are on the CPU.
+        second: The other one; it takes clips of the same size, in patches of the same size.
+        ratio: Share of tokens that are masked, the same ones for both; the pixel decoders predict them.
+        seed: Of clip and mask.
+
+    Raises:
+        ValueError: the two do not take the same clips.
+    """
+    for name in ("num_frames", "image_size", "channels", "patch"):
+        want, got = getattr(first.config, name), getattr(second.config, name)
+        if got != want:
+            raise checks.bad(f"second, {name}", got, f"{want}, as first")
+    config = first.config
+    generator = torch.Generator().manual_seed(seed)
+    # Normalised pixels, so that a difference of mean and std is one of configuration and not of every layer.
+    video = torch.randn(1, config.channels, config.num_frames, *config.image_size, generator=generator)
+    mask = random(1, config.grid, ratio, generator=generator)
+    left, right = (_layers(model, video, mask) for model in (first, second))
+    layers = tuple(
+        LayerDifference(name, _relative(right[name], value)) for name, value in left.items() if name in right
+    )
+    return Comparison(
+        layers,
+        tuple(name for name in left if name not in right),
+        tuple(name for name in right if name not in left),
+    )
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = got.double(), want.double()
+    difference = float((got - want).norm())
+    return 0.0 if difference == 0 else difference / max(float(want.norm()), torch.finfo(torch.float64).tiny)
+
+
+def _layers(model: MAR, video: Tensor, mask: Any) -> dict[str, Tensor]:
+    """Name -> what the layer gives, in the order of computation."""
+    training = model.training
+    seen: dict[str, Tensor] = {}
+    try:
+        with _watched(model.eval(), seen):
+            out = model(video.to(next(model.parameters()).dtype), mask, reconstruct=model.decoder is not None)
+    finally:
+        model.train(training)
+    order = ("encoder.", "features", "classifier.", "logits", "encoder_to_decoder", "decoder.", "pixels")
+    for name, value in (("features", out.features), ("logits", out.logits), ("pixels", out.pixels)):
+        if value is not None:
+            seen[name] = value
+    return {name: seen[name] for begin in order for name in seen if name.startswith(begin)}
+
+
+@contextmanager
+def _watched(model: MAR, seen: dict[str, Tensor]) -> Iterator[None]:
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            hooks.append(module.register_forward_hook(_note_block(name, seen)))
+        elif isinstance(module, nn.Linear) and name.endswith("encoder_to_decoder"):
+            hooks.append(module.register_forward_hook(_note(name, seen)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note(name: str, seen: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        seen[name] = output
+
+    return hook
+
+
+def _note_block(name: str, seen: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        x, branch, _ = output  # the branch is left to the next norm to add
+        seen[name] = x + branch
+
+    return hook

@@ -1,0 +1,85 @@
+"""LoadReport: what `from_pretrained` did, for people and for programs."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from ..config import MARConfig
+
+
+class Note(NamedTuple):
+    """A name, and what there is to say about it."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What was read, what was not, and where every size and eps came from.
+
+    Attributes:
+        source: The file, folder, hub id, or "state dict".
+        layout: "MAR", "VideoMAE pre-training", "VideoMAE fine-tuned", "Hugging Face VideoMAEModel", ..., "mar_fast".
+        config: The configuration of the model that came out.
+        parameters: Values in the model.
+        read: Tensors of the checkpoint that are in the model now, by the checkpoint's names.
+        initial: Parameters of the model that were left at their initial value, by the model's names, and why.
+        ignored: Entries of the checkpoint that were not used, and why.
+        origins: Fields of the configuration, and where their values came from.
+        remarks: What else there is to know: envelope, prefixes, dtypes, position tables.
+        warnings: What may be wrong although it is allowed.
+    """
+
+    source: str
+    layout: str
+    config: MARConfig
+    parameters: int
+    read: tuple[str, ...]
+    initial: tuple[Note, ...]
+    ignored: tuple[Note, ...]
+    origins: tuple[Note, ...]
+    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Several lines; names with the same reason stand together."""
+        lines = [
+            f"{self.source}: {self.layout} layout, {len(self.read)} tensors read, "
+            f"{self.parameters / 1e6:.2f} M parameters"
+        ]
+        for title, notes in (
+            ("left at their initial value", self.initial),
+            ("ignored", self.ignored),
+            ("configuration", tuple(self._valued())),
+        ):
+            if notes:
+                lines.append(f"{title}:")
+                most = len(notes) if title == "configuration" else 12
+                lines += [f"  {_listed(names, most)}: {reason}" for reason, names in _by_reason(notes)]
+        lines += [f"note: {remark}" for remark in self.remarks]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            **asdict(self),
+            **{
+                name: {note.name: note.reason for note in getattr(self, name)}
+                for name in ("initial", "ignored", "origins")
+            },
+        }
+
+    def _valued(self) -> list[Note]:
+        return [Note(f"{note.name} {getattr(self.config, note.name)}", note.reason) for note in self.origins]
+
+
+def _by_reason(notes: tuple[Note, ...]) -> list[tuple[str, list[str]]]:
+    ordered = sorted(notes, key=lambda note: note.reason)
+    return [(reason, [note.name for note in group]) for reason, group in groupby(ordered, lambda note: note.reason)]
+
+
+def _listed(names: list[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,157 @@
+"""save_checkpoint: a model as a safetensors file or folder, in any layout that can express it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import MARConfig
+from ..files import may_write, write_whole, write_whole_folder
+from ..kernels import checks
+from ..model import MAR
+from . import huggingface
+from .layouts import FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face
+from .read import METADATA_KEY
+
+LayoutName = Literal["mar_fast", "mar", "videomae", "hf"]
+LAYOUTS = ("mar_fast", "mar", "videomae", "hf")
+_FOLDER = ("config.json", "model.safetensors", "preprocessor_config.json")
+
+
+def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_fast", force: bool = False) -> Path:
+    """Write a model's weights as safetensors, whole or not at all.
+
+    The configuration goes into the file's metadata, or into config.json, where other programs pass over it:
+    `from_pretrained` gives the same model back, heads, eps and mask ratio included. Equal models give equal bytes.
+
+    Args:
+        model: The model; its parameters keep their dtype.
+        path: A file that ends with .safetensors; for "hf" a folder, which gets config.json, model.safetensors and
+            preprocessor_config.json, and which ``from_pretrained`` of transformers reads. Query and value biases are
+            called q_bias and v_bias there, as in the files of the hub.
+        layout: "mar_fast" (our own names, for every model), "mar" (a bridging classifier; without the constants mean,
+            std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear classifier, else
+            pre-training) or "hf" (the transformers class that computes the same).
+        force: Replace what is there; a folder only if it holds nothing else.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the layout cannot express the model; the message says what stands in the way.
+        FileExistsError: the path is there, and ``force`` is not set.
+        TypeError: not a `mar_fast.MAR`.
+    """
+    if not isinstance(model, MAR):
+        raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
+    path = check_target(path, layout, force)
+    config = model.config
+    target = layout_for(config, layout)
+    tensors = named_tensors(model, target)
+    # One entry: safetensors writes several in a random order, and the same model shall give the same bytes.
+    metadata = {"format": "pt"} if layout == "hf" else {METADATA_KEY: json.dumps(asdict(config))}
+
+    def write_tensors(file: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, file, metadata=metadata)
+
+    if layout != "hf":
+        write_whole(path, write_tensors)
+        return path
+
+    def write_folder(folder: Path) -> None:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        content = {**huggingface.config_json(config, dtype), "mar_fast": asdict(config)}
+        _write_json(folder / "config.json", content)
+        _write_json(folder / "preprocessor_config.json", huggingface.preprocessor_json(config))
+        write_tensors(folder / "model.safetensors")
+
+    write_whole_folder(path, write_folder)
+    return path
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_target(path: str | Path, layout: str, force: bool) -> Path:
+    """Check, before any work, that a checkpoint of this layout may be written there.
+
+    Raises:
+        ValueError: an unknown layout, or a name that does not fit it.
+        FileExistsError, NotADirectoryError: something stands in the way.
+    """
+    if layout not in LAYOUTS:
+        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
+    path = Path(path).expanduser()
+    if layout != "hf":
+        if path.suffix != ".safetensors":
+            raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
+        may_write([path], force)
+        return path
+    if path.is_file():
+        raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
+    may_write([path / name for name in _FOLDER], force)
+    if path.is_dir() and (others := sorted(item.name for item in path.iterdir() if item.name not in _FOLDER)):
+        raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")
+    return path
+
+
+def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
+    """The names under which a model of this configuration is written.
+
+    Raises:
+        ValueError: the layout cannot express it.
+    """
+    if layout == "mar_fast":
+        return OURS
+    if layout == "hf":
+        return hugging_face(huggingface.kind_for(config))
+    title = {"mar": "MAR's layout", "videomae": "VideoMAE's layout"}[layout]
+
+    def refuse(field: str, accepted: str) -> ValueError:
+        return checks.bad(f"{field}, for {title}", repr(getattr(config, field)), accepted)
+
+    if config.position_grid not in (None, config.grid):
+        raise refuse("position_grid", "None: its models make the table for the clip's own grid")
+    linear = config.classifier == "linear"
+    eps = {
+        "encoder_eps": True,
+        "final_norm_eps": config.final_norm,
+        "classifier_norm_eps": config.classifier is not None,
+        "bridge_eps": config.classifier == "bridging",
+        "decoder_eps": bool(config.decoder_depth),
+        "decoder_norm_eps": bool(config.decoder_depth),
+    }
+    for field, matters in eps.items():
+        if matters and getattr(config, field) != 1e-6:
+            raise refuse(field, f"1e-06, the eps of all its norms (load with {field}=1e-6 to change it)")
+    if layout == "mar":
+        if config.classifier != "bridging":
+            raise refuse("classifier", "'bridging', which every MAR has")
+        if not config.final_norm:
+            raise refuse("final_norm", "True: its encoder ends with a norm")
+        return MAR_LAYOUT
+    if config.classifier == "bridging":
+        raise refuse("classifier", "'linear' or None: it has no bridging classifier (load with classifier=None)")
+    if linear and config.final_norm:
+        raise refuse("final_norm", "False: its mean-pooling classifier has no norm before the mean")
+    if linear and config.decoder_depth:
+        raise refuse("decoder_depth", "0: its classifier has no pixel decoder (load with decoder_depth=0)")
+    if not linear and not config.final_norm:
+        raise refuse("final_norm", "True: its pre-training encoder ends with a norm")
+    return FINE_TUNED if linear else PRETRAINING
+
+
+def named_tensors(model: MAR, layout: Layout) -> dict[str, Tensor]:
+    """The parameters by the names of a layout, on the CPU, each with memory of its own."""
+    tensors: dict[str, Tensor] = {}
+    for ours, parameter in model.named_parameters():
+        names = layout.theirs(ours)
+        for name, piece in zip(names, parameter.detach().chunk(len(names)), strict=True):
+            tensors[name] = piece.to("cpu").clone(memory_format=torch.contiguous_format)
+    return tensors

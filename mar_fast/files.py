@@ -1,0 +1,65 @@
+"""How results reach the disk: whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def may_write(paths: list[Path], force: bool) -> None:
+    """Check before any work that the results can be written.
+
+    Raises:
+        FileExistsError: one of the files is there and ``force`` is not set.
+        NotADirectoryError: the folder of a file is a file.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise FileExistsError(f"{path}: got a folder, expected a file name")
+        if path.exists() and not force:
+            raise FileExistsError(f"{path}: already exists, expected a new file (or --force to replace it)")
+        ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+        if not ancestor.is_dir():
+            raise NotADirectoryError(f"{path}: {ancestor} is a file, expected a folder")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`, for a folder: ``write`` fills a new one beside ``path``, which then takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    old = temporary.with_name(temporary.name + "-old")
+    try:
+        write(temporary)
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
