@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,13 +83,11 @@ class Video:
         for wanted in sorted(set(numbers)):
             if source is None or self._key_before(wanted) > reached + 1:
                 source = self._start(wanted)
-            for number, frame in source:
-                reached = number
-                if number >= wanted:
-                    break
-            if reached != wanted or frame.is_corrupt:
+            found = next((numbered for numbered in source if numbered[0] >= wanted), None)
+            if found is None or found[0] != wanted or found[1].is_corrupt:
                 raise self._missing(wanted)
-            yield wanted, frame
+            reached = wanted
+            yield found
 
     def _key_before(self, wanted: int) -> int:
         return self.keys[bisect_right(self.keys, wanted) - 1]
@@ -154,7 +152,7 @@ def _stamped_as_stored(container: "InputContainer", stream: "VideoStream", times
 
     AVI has no presentation times: what FFmpeg gives for its packets are those of decoding.
     """
-    ascending = all(later > earlier for earlier, later in zip(times, times[1:], strict=False))
+    ascending = all(later > earlier for earlier, later in pairwise(times))
     return "avi" in container.format.name.split(",") and bool(stream.codec_context.has_b_frames) and ascending
 
 
@@ -164,7 +162,7 @@ def _check_complete(
     """A file that was cut off would pass for a shorter video: hold it against what its header says, if it does."""
     found, said = len(packets), stream.frames
     expected = "a complete video file"
-    if packets and packets[-1].is_corrupt or said - found > SPARE_FRAMES + SPARE_SHARE * said:
+    if (packets and packets[-1].is_corrupt) or said - found > SPARE_FRAMES + SPARE_SHARE * said:
         raise checks.bad(
             "path", f"{str(path)!r}, cut off: {found} of {said or 'an unknown number of'} frames", expected
         )

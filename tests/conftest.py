@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import sys
 
 import poison
 import pytest
@@ -22,7 +23,14 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("repo")
 
 # A machine that only tests kernels may be without these.
-NEEDS = {"test_cli.py": "matplotlib", "test_masking.py": "hypothesis", "test_readme.py": "typer", "test_video.py": "av"}
+NEEDS = {
+    "test_cli.py": "matplotlib",
+    "test_cli_answers.py": "av",
+    "test_masking.py": "hypothesis",
+    "test_readme.py": "typer",
+    "test_video.py": "av",
+    "test_views.py": "av",
+}
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,3 +67,22 @@ def poisoned(request):
     with poison.launchers() as poisoning:
         yield poisoning
     assert poisoning.allocated != 0, "nothing went through a launcher"  # a test sets None where nothing should
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run mar-fast in an empty folder: (exit code, stdout, stderr)."""
+    from mar_fast import cli  # a machine that only tests kernels has no typer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mar-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            raise SystemExit(0)
+        streams = capsys.readouterr()
+        return stop.value.code or 0, streams.out, streams.err
+
+    return call

@@ -9,28 +9,11 @@ import matplotlib.image
 import pytest
 import torch
 
-from mar_fast import cli, masking
+from mar_fast import masking
 from mar_fast.bench import files, machine, savings
 from mar_fast.kernels import device, launch_config
 
 pytestmark = pytest.mark.real_clip
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run mar-fast in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mar-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            raise SystemExit(0)
-        streams = capsys.readouterr()
-        return stop.value.code or 0, streams.out, streams.err
-
-    return call
 
 
 QUICK = ("--model", "small", "--seconds", "0.1")

@@ -220,7 +220,7 @@ def test_damaged_in_the_middle(tmp_path):
     whole[middle : middle + 2000] = bytes(2000)
     file.write_bytes(whole)
     assert read_clip(file, 2, size=(48, 48), start=2).shape == (3, 2, 48, 48)
-    with pytest.raises(ValueError, match="path: got .*a.mp4.*expected a "):
+    with pytest.raises(ValueError, match=r"path: got .*a.mp4.*expected a "):
         read_clip(file, 8, stride=1, size=(48, 48), start=20)
 
 

@@ -8,8 +8,10 @@ import typer
 import mar_fast
 
 from .bench import bench
+from .classify import classify
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .cost import cost
+from .evaluate import evaluate
 from .kernels import kernels
 from .masks import masks
 from .tune import tune
@@ -19,11 +21,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Masked video transformers on visible tokens only.\n\n"
-    "Exit codes: 0 done, 1 a check failed and results are withheld, 2 bad input, 130 interrupted.",
+    "Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.",
 )
 app.command()(bench)
 app.command()(masks)
 app.command()(cost)
+app.command()(classify)
+app.command("eval")(evaluate)
 app.command()(kernels)
 app.command()(tune)
 
