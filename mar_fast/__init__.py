@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import cost, kernels, masking, reference, video
+    from . import annotations, cost, evaluation, kernels, masking, reference, video
     from .config import MARConfig, list_models, named_config
     from .kernels import debug_checks
     from .masking import TokenMask
@@ -24,16 +24,18 @@ _HOME = {
     "mar_loss": "model",
     "named_config": "config",
 }
-_MODULES = ("cost", "kernels", "masking", "reference", "video")
+_MODULES = ("annotations", "cost", "evaluation", "kernels", "masking", "reference", "video")
 
 __all__ = [
     "MAR",
     "MARConfig",
     "MAROutput",
     "TokenMask",
+    "annotations",
     "cost",
     "create_model",
     "debug_checks",
+    "evaluation",
     "kernels",
     "list_models",
     "mar_loss",

@@ -53,7 +53,7 @@ def orientation(frame: "VideoFrame") -> tuple[int, bool]:
 
     Both are in the display matrix of the frame's side data, as phones write it.
     """
-    matrix = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
     a, b, _, c, d = struct.unpack_from("=5i", matrix)  # a pixel at (x, y) is shown at (ax + cy, bx + dy)

@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .. import MAR, MARConfig
 from ..bench import machine
 from ..kernels import checks
-from ..video import Sampling, Short, read_views
+from ..video import read_views
 
 Dtype = StrEnum("Dtype", ["fp32", "bf16", "fp16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
@@ -50,11 +51,9 @@ def parse_views(text: str) -> tuple[int, int]:
 
 
 def reader(
-    config: MARConfig, views: tuple[int, int], sampling: Sampling, stride: int, short: Short
+    config: MARConfig, views: tuple[int, int], sampling: SamplingName, stride: int, short: ShortName
 ) -> Callable[[Path], Tensor]:
     """From a path to the views of a video, of the size that a model takes."""
     clips, crops = views
-    return lambda path: read_views(
-        path, config.num_frames, clips=clips, crops=crops, sampling=sampling, stride=stride,
-        size=config.image_size, short=short,
-    )  # fmt: skip
+    options: dict[str, Any] = dict(sampling=sampling.value, stride=stride, short=short.value)
+    return lambda path: read_views(path, config.num_frames, clips=clips, crops=crops, size=config.image_size, **options)

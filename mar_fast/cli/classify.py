@@ -39,7 +39,7 @@ def classify(
     classes = model.config.num_classes
     if names is not None and len(names) != classes:
         raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
-    read = reader(model.config, clips_crops, sampling.value, stride, short.value)
+    read = reader(model.config, clips_crops, sampling, stride, short)
     answers: list[dict[str, Any]] = []
     with progress() as step:
         for number, path in enumerate(videos):

@@ -61,7 +61,7 @@ def evaluate(
     config = model.config
     if names is not None and len(names) != config.num_classes:
         raise checks.bad("--labels", f"{len(names)} names", f"{config.num_classes}, as the checkpoint has classes")
-    read = reader(config, clips_crops, sampling.value, stride, short.value)
+    read = reader(config, clips_crops, sampling, stride, short)
     settings: dict[str, Any] = {
         "model": accuracy.fingerprint(model),
         "list": accuracy.list_fingerprint(listed.samples),
