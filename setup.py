@@ -28,7 +28,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
-        "av>=14",
+        "av>=17",
         "typer",
         "rich",
     ],

@@ -92,6 +92,11 @@ class Journal:
         """Whether this video was read and classified; one that could not be read is tried again."""
         return name in self.rows and "error" not in self.rows[name]
 
+    @property
+    def done(self) -> int:
+        """How many videos are finished."""
+        return sum(map(self.finished, self.rows))
+
     def add(self, row: Row) -> None:
         """Append a row; it replaces an earlier one of the same video."""
         self.rows[row["video"]] = row

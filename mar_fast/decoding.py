@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-# What a header may promise beyond what is there: a last frame that an editor cut off, rounding of durations.
+# What a header may promise beyond what is there: frames dropped on recording, rounding of durations.
 SPARE_FRAMES, SPARE_SHARE, SPARE_SECONDS = 1, 0.02, 1.0
 
 
@@ -160,14 +160,15 @@ def _check_complete(
     path: Path, container: "InputContainer", stream: "VideoStream", packets: list["Packet"], end: float
 ) -> None:
     """A file that was cut off would pass for a shorter video: hold it against what its header says, if it does."""
-    found, said = len(packets), stream.frames
-    expected = "a complete video file"
+    formats = container.format.name.split(",")
+    # Of an mp4 that an editor trimmed, the index has what is to be shown, and the header still counts all.
+    said = len(stream.index_entries) if "mp4" in formats else stream.frames
+    found, expected = len(packets), "a complete video file"
     if (packets and packets[-1].is_corrupt) or said - found > SPARE_FRAMES + SPARE_SHARE * said:
-        raise checks.bad(
-            "path", f"{str(path)!r}, cut off: {found} of {said or 'an unknown number of'} frames", expected
-        )
+        got = f"{str(path)!r}, cut off: {found} of {said or 'an unknown number of'} frames"
+        raise checks.bad("path", got, expected)
     start = (container.start_time or 0) / 1e6
     whole = (container.duration or 0) / 1e6
     # Of other formats FFmpeg estimates the duration where they do not state it.
-    if "matroska" in container.format.name and whole + start - end > SPARE_SECONDS + SPARE_SHARE * whole:
+    if "matroska" in formats and whole + start - end > SPARE_SECONDS + SPARE_SHARE * whole:
         raise checks.bad("path", f"{str(path)!r}, cut off: {end - start:.1f} of {whole:.1f} s", expected)

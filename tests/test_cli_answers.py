@@ -162,7 +162,8 @@ def test_eval_goes_on_and_refuses_other_settings(mar, listed, monkeypatch, tmp_p
         return read(*args, **kwargs)
 
     monkeypatch.setattr(accuracy, "classify", interrupted)
-    code, out, _ = mar(*options)
+    code, out, err = mar(*options)
+    assert "results.jsonl: 2 of 4 videos finished; the same command goes on there" in err
     assert code == 130 and out == "" and len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
     code, out, err = mar(*options)
     content = json.loads(out)

@@ -211,6 +211,20 @@ def test_cut_off(tmp_path, name, options, message):
         read_views(cut(file, 0.6), 4, clips=1, size=(48, 48))
 
 
+def test_trimmed_by_an_editor(tmp_path):
+    """An mp4 whose edit list shows the first half only: it is complete, and so long."""
+    file = clips.textured(tmp_path / "a.mp4", 60, codec="libx264", options={"g": "10", "bf": "0"})
+    content = bytearray(file.read_bytes())
+    duration = content.index(b"elst") + 12
+    whole = int.from_bytes(content[duration : duration + 4], "big")
+    content[duration : duration + 4] = (whole // 2).to_bytes(4, "big")
+    file.write_bytes(content)
+    images = clips.every_frame(file)
+    assert len(images) == 30
+    views = read_views(file, 3, clips=2, crops=1, stride=4, size=(48, 64))
+    same(views, naive(images, [[0, 4, 8], [21, 25, 29]], [(0, 0)], (48, 64)))
+
+
 def test_damaged_in_the_middle(tmp_path):
     """Bytes of one frame are lost; those of another group of frames can be read."""
     images = [np.random.default_rng(n).integers(0, 256, (48, 64, 3), np.uint8) for n in range(40)]

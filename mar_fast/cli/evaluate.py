@@ -76,10 +76,13 @@ def evaluate(
     accuracy.check(model, listed.samples)
     journal = accuracy.Journal(out, settings, force=force)
     if journal.rows:
-        say(f"{out}: goes on with {sum(map(journal.finished, journal.rows))} videos finished before")
+        say(f"{out}: goes on with {journal.done} videos finished before")
     try:
         with progress() as step:
             outcome = evaluation(journal=journal, on_video=lambda so_far: step(_title(so_far), so_far.finished / count))
+    except KeyboardInterrupt:
+        say(f"{out}: {journal.done} of {count} videos finished; the same command goes on there")
+        raise
     finally:
         journal.close()
     broken = [row for row in journal.rows.values() if "error" in row]
