@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .kernels import checks
 
@@ -27,7 +27,7 @@ SPARE_FRAMES, SPARE_SHARE, SPARE_SECONDS = 1, 0.02, 1.0
 
 @contextmanager
 def open_video(path: Path) -> Iterator["Video"]:
-    """Open the first video stream of a file.
+    """Open the video stream of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,16 +38,14 @@ def open_video(path: Path) -> Iterator["Video"]:
     import av  # only here: a machine without PyAV can run everything but this
 
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise checks.bad("path", f"{str(path)!r} without a video stream", "a video file")
-            video = _index(path, container, container.streams.video[0])
+        with av.open(str(path), metadata_errors="ignore") as container:
+            video = _index(path, container, _stream(path, container))
             if not video.counted:
                 yield video
                 return
         # Bare streams cannot be sought in: to count from the start, open the file anew.
-        with av.open(str(path)) as container:
-            yield replace(video, container=container, stream=container.streams.video[0])
+        with av.open(str(path), metadata_errors="ignore") as container:
+            yield replace(video, container=container, stream=_stream(path, container))
     except av.error.FFmpegError as error:
         raise checks.bad("path", f"{str(path)!r} ({error})", "a video file that FFmpeg can decode") from error
 
@@ -121,6 +119,14 @@ class Video:
         seconds = float((self.stamps[number] - self.stamps[0]) * (self.stream.time_base or 0))
         got = f"{str(self.path)!r}, of which frame {number}, {seconds:.2f} s from the start, cannot be decoded"
         return checks.bad("path", got, "a complete video file")
+
+
+def _stream(path: Path, container: "InputContainer") -> "VideoStream":
+    """The main video stream, and not a picture beside it."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise checks.bad("path", f"{str(path)!r} without a video stream", "a video file")
+    return cast("VideoStream", stream)
 
 
 def _index(path: Path, container: "InputContainer", stream: "VideoStream") -> Video:

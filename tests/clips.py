@@ -16,10 +16,22 @@ def texture(number, size):
 
 
 def write(
-    path, images, *, codec="ffv1", times=None, aspect=None, turn=None, options=None, container=None, b_frames=None
+    path,
+    images,
+    *,
+    codec="ffv1",
+    times=None,
+    aspect=None,
+    turn=None,
+    options=None,
+    container=None,
+    b_frames=None,
+    title=None,
 ):
     """Write (H, W, 3) images as a video; ``times`` are milliseconds, ``turn`` arguments of set_display_rotation."""
     with av.open(str(path), "w", container_options=container or {}) as file:
+        if title is not None:
+            file.metadata["title"] = title
         stream = file.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"

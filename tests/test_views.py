@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import av
 import clips
 import numpy as np
 import pytest
@@ -185,6 +186,38 @@ def test_only_wanted_frames_of_independent_ones(tmp_path, monkeypatch):
     taken = clips.count_decoded(monkeypatch)
     read_views(file, 4, clips=2, crops=3, stride=5, size=(24, 24))
     assert len(taken) == 8
+
+
+def test_metadata_that_are_no_text(tmp_path):
+    """Old files have titles in other encodings than UTF-8."""
+    file = clips.textured(tmp_path / "a.avi", 10, codec="mpeg4", title="XXXX")
+    content = file.read_bytes()
+    assert content.count(b"XXXX") == 1
+    file.write_bytes(content.replace(b"XXXX", b"caf\xe9"))
+    assert read_clip(file, 2, size=(48, 48)).shape == (3, 2, 48, 48)
+
+
+def test_picture_before_the_film(tmp_path):
+    """A file whose first video stream is a single picture: the film is read."""
+    with av.open(str(tmp_path / "a.asf"), "w") as file:
+        picture, film = file.add_stream("mjpeg", rate=25), file.add_stream("mpeg4", rate=25)
+        picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
+        film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
+        for stream, frames in ((picture, 1), (film, 20)):
+            for number in range(frames):
+                image = clips.texture(number, (stream.height, stream.width))
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            file.mux(stream.encode())
+    with av.open(str(tmp_path / "a.asf")) as file:
+        assert [stream.codec.name for stream in file.streams.video] == ["mjpeg", "mpeg4"]
+    assert read_clip(tmp_path / "a.asf", 5, size=None).shape == (3, 5, 48, 64)
+
+
+def test_unknown_codec(tmp_path):
+    file = clips.textured(tmp_path / "a.mp4", 10, codec="libx264")
+    file.write_bytes(file.read_bytes().replace(b"avc1", b"qqqq").replace(b"avcC", b"qqqC"))
+    with pytest.raises(ValueError, match=r"path: got .*a.mp4. .*expected a video file"):
+        read_clip(file, 2, size=(48, 48))
 
 
 def cut(file, share):
