@@ -38,10 +38,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The samples of a list, and its format, a key of `FORMATS`."""
+    """The samples of a list, its format (a key of `FORMATS`), and the number of named classes; None without names."""
 
     format: str
     samples: tuple[Sample, ...]
+    classes: int | None
 
 
 def read_annotations(
@@ -73,7 +74,9 @@ def read_annotations(
         raise checks.bad("list", f"{str(path)!r}, a folder", f"a file, for the format {format}")
     base = root if root is not None else folder
     if format == "hmdb51":
-        samples = list(_hmdb51(path, base, labels, split))
+        files = _hmdb51_files(path, split)
+        labels = labels or [action for action, _ in files]
+        samples = list(_hmdb51([file for file in files if path in (folder, file[1])], base, labels))
     else:
         if format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
             labels = read_labels(folder / "classInd.txt")
@@ -85,7 +88,7 @@ def read_annotations(
         if sample.name in seen:
             raise ValueError(f"{sample.place}: got {sample.name!r} again, after {seen[sample.name]}, expected it once")
         seen[sample.name] = sample.place
-    return Annotations(format, tuple(samples))
+    return Annotations(format, tuple(samples), None if labels is None else len(labels))
 
 
 def read_labels(path: Path) -> list[str]:
@@ -227,7 +230,8 @@ def _ucf101(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> 
         yield Sample(name, root / name, label, place)
 
 
-def _hmdb51(path: Path, root: Path, labels: Sequence[str] | None, split: int) -> Iterator[Sample]:
+def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
+    """The classes of HMDB51 in alphabetical order, each with its file; ``path`` is the folder or one of the files."""
     folder = path
     if path.is_file():
         found = _HMDB51_FILE.fullmatch(path.name)
@@ -235,12 +239,15 @@ def _hmdb51(path: Path, root: Path, labels: Sequence[str] | None, split: int) ->
             raise checks.bad("list", repr(path.name), "<class>_test_split<number>.txt, or a folder of such files")
         folder, split = path.parent, int(found[2])
     ending = f"_test_split{split}.txt"
-    files = sorted(folder.glob(f"*{ending}"))
+    files = sorted((file.name.removesuffix(ending), file) for file in folder.glob(f"*{ending}"))
     if not files:
         raise FileNotFoundError(f"list: got {str(folder)!r} without files *{ending}, expected HMDB51's split files")
-    numbers = _numbers("hmdb51", labels or [file.name.removesuffix(ending) for file in files])
-    for file in [path] if path.is_file() else files:
-        action = file.name.removesuffix(ending)
+    return files
+
+
+def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]) -> Iterator[Sample]:
+    numbers = _numbers("hmdb51", labels)
+    for action, file in files:
         for place, line in _lines(file, _text(file)):
             row = _HMDB51_LINE.fullmatch(line)
             if row is None:

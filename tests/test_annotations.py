@@ -30,7 +30,7 @@ def test_lists_of_paths_and_labels(tmp_path, separator):
     text = "".join(f"{name}{separator}{label}\n\n" for label, name in enumerate(names))
     (tmp_path / "val.csv").write_text("\ufeff" + text, encoding="utf-8")
     read = read_annotations(tmp_path / "val.csv")
-    assert read.format == "list"
+    assert read.format == "list" and read.classes is None
     assert found(read, tmp_path) == [(name, name, label) for label, name in enumerate(names)]
     assert [sample.place for sample in read.samples] == [f"{tmp_path / 'val.csv'}, line {n}" for n in (1, 3, 5)]
     assert read_annotations(tmp_path / "val.csv", root=tmp_path / "videos").samples[0].path.parent.name == "videos"
@@ -109,9 +109,11 @@ def test_hmdb51(tmp_path):
         ("brush_hair/b2.avi", "brush_hair/b2.avi", 0),
         ("wave/w one.avi", "wave/w one.avi", 1),
     ]
-    assert [s.name for s in read_annotations(tmp_path, split=2).samples] == ["brush_hair/b1.avi"]
+    assert read.classes == 2
+    second = read_annotations(tmp_path, split=2)
+    assert [s.name for s in second.samples] == ["brush_hair/b1.avi"] and second.classes == 1
     wave = read_annotations(tmp_path / "wave_test_split1.txt")
-    assert [(s.name, s.label) for s in wave.samples] == [("wave/w one.avi", 1)]
+    assert [(s.name, s.label) for s in wave.samples] == [("wave/w one.avi", 1)] and wave.classes == 2
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,8 @@ def test_eval_of_hmdb51_and_ucf101(mar, tmp_path):
         (["eval", "bad.csv"], "bad.csv, line 2: got 'b.mp4', expected a path and a label number"),
         (["eval", "high.csv"], "high.csv, line 2: got label 3, expected 0 to 2, as the model has"),
         (["eval", "gone.csv"], "root: got a folder with none of the 1 videos, expected one that has them"),
-        (["eval", "good.csv", "--labels", "two.txt"], "--labels: got 2 names, expected 3"),
+        (["eval", "good.csv", "--labels", "two.txt"], "--labels: got 2 classes, expected 3, as the checkpoint has"),
+        (["eval", "walk_test_split1.txt"], "LIST: got 1 classes, expected 3, as the checkpoint has"),
         (["eval", "good.csv", "--views", "x"], "--views: got 'x'"),
         (["eval", "good.csv", "--format", "ava"], "'ava' is not one of 'auto', 'list', 'kinetics', 'ssv2'"),
         (["eval", "good.csv", "--format", "kinetics"], "labels: got none, expected a file of class names"),
@@ -276,7 +277,7 @@ def test_bad_input_is_one_clear_line(mar, monkeypatch, tmp_path, arguments, mess
     clips.textured(tmp_path / "a.mp4", 80, codec="libx264")
     for name, text in {
         "two.txt": "walk\nrun\n", "bad.csv": "a.mp4 0\nb.mp4", "high.csv": "a.mp4 0\nb.mp4 3", "gone.csv": "b.mp4 0",
-        "good.csv": "a.mp4 0\n",
+        "good.csv": "a.mp4 0\n", "walk_test_split1.txt": "a.avi 2\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

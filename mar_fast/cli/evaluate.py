@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +47,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the accuracy of a checkpoint over a list of videos."""
-    names = read_labels(labels) if labels is not None else None
+    names = None if labels is None else read_labels(labels)
     listed = read_annotations(videos, root=root, labels=names, format=form, split=split)
     count = len(listed.samples)
     usual_views, usual_sampling = USUAL.get(listed.format, ("5x3", "stride"))
@@ -59,8 +58,9 @@ def evaluate(
     say(f"{videos}: {count} videos, read as {listed.format} ({FORMATS[listed.format]}); {views} views, {how}")
     model = load(checkpoint, keep, dtype, device)
     config = model.config
-    if names is not None and len(names) != config.num_classes:
-        raise checks.bad("--labels", f"{len(names)} names", f"{config.num_classes}, as the checkpoint has classes")
+    if listed.classes not in (None, config.num_classes):
+        argument = "LIST" if labels is None else "--labels"
+        raise checks.bad(argument, f"{listed.classes} classes", f"{config.num_classes}, as the checkpoint has")
     read = reader(config, clips_crops, sampling, stride, short)
     settings: dict[str, Any] = {
         "model": accuracy.fingerprint(model),
@@ -72,14 +72,16 @@ def evaluate(
         "short": short.value,
         "dtype": dtype.value,
     }
-    evaluation = partial(accuracy.evaluate, model, listed.samples, read, batch=batch, workers=workers)
     accuracy.check(model, listed.samples)
     journal = accuracy.Journal(out, settings, force=force)
     if journal.rows:
         say(f"{out}: goes on with {journal.done} videos finished before")
     try:
         with progress() as step:
-            outcome = evaluation(journal=journal, on_video=lambda so_far: step(_title(so_far), so_far.finished / count))
+            outcome = accuracy.evaluate(
+                model, listed.samples, read, journal, batch=batch, workers=workers,
+                on_video=lambda so_far: step(_title(so_far), so_far.finished / count),
+            )  # fmt: skip
     except KeyboardInterrupt:
         say(f"{out}: {journal.done} of {count} videos finished; the same command goes on there")
         raise
@@ -98,9 +100,9 @@ def evaluate(
         raise typer.Exit(CHECK_FAILED)
 
 
-def say(text: str, **style: str) -> None:
+def say(text: str, style: str | None = None) -> None:
     """A line on stderr."""
-    errors.print(text, highlight=False, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
+    errors.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _title(so_far: accuracy.Accuracy) -> str:
