@@ -29,7 +29,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
         "safetensors>=0.4",
-        "av>=14",
+        "av>=17",
         "typer",
         "rich",
     ],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import checkpoint, cost, kernels, masking, reference, video
+    from . import annotations, checkpoint, cost, evaluation, kernels, masking, reference, video
     from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
     from .inference import CompiledModel, compile_for_inference
@@ -31,7 +31,7 @@ _HOME = {
     "named_config": "config",
     "save_checkpoint": "checkpoint",
 }
-_MODULES = ("checkpoint", "cost", "kernels", "masking", "reference", "video")
+_MODULES = ("annotations", "checkpoint", "cost", "evaluation", "kernels", "masking", "reference", "video")
 
 __all__ = [
     "MAR",
@@ -40,11 +40,13 @@ __all__ = [
     "MARConfig",
     "MAROutput",
     "TokenMask",
+    "annotations",
     "checkpoint",
     "compile_for_inference",
     "cost",
     "create_model",
     "debug_checks",
+    "evaluation",
     "from_pretrained",
     "kernels",
     "list_models",

@@ -1,23 +1,19 @@
-"""Real video files to uint8 clips, by PyAV (FFmpeg). Frames are found by their time stamps, never by counting."""
+"""Real video files to uint8 clips: one clip, or the several views of a multi-view test. Frames go by time stamps."""
 
 import os
-from bisect import bisect_left
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .decoding import Video, open_video
+from .framing import pictures
 from .kernels import checks
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
-
-Image = np.ndarray[Any, np.dtype[Any]]
 Sampling = Literal["stride", "uniform"]
+Short = Literal["error", "repeat"]
 
 
 def read_clip(
@@ -34,8 +30,8 @@ def read_clip(
     Args:
         path: The file.
         num_frames: T, frames of the clip.
-        size: (H, W). The short side is resized to it, keeping the aspect ratio, and the centre is cropped. None keeps
-            the frames as they are.
+        size: (H, W). The short side is resized to it, keeping the aspect ratio of what is shown (pixels need not be
+            square), and the centre is cropped. None keeps the pixels as they are stored.
         sampling: "stride" takes every ``stride``-th frame (Kinetics), "uniform" the middle frame of each of
             ``num_frames`` equal segments of the whole video (Something-Something, TSN, arXiv 1608.00859).
         stride: Frames from one to the next; only for "stride".
@@ -48,23 +44,57 @@ def read_clip(
         FileNotFoundError: there is no such file.
         ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
     """
-    _check_arguments(num_frames, size, sampling, stride, start)
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"path: got {str(file)!r}, expected an existing video file")
-    import av  # only here: a machine without PyAV can run everything but this
+    _check_arguments(size, sampling, num_frames=num_frames, stride=stride, start=start)
+    with open_video(Path(path)) as video:
+        numbers = choose_frames(len(video.stamps), num_frames, sampling, stride, start)
+        return _read(video, [numbers], size, 1)[0]
 
-    try:
-        with av.open(str(file)) as container:
-            if not container.streams.video:
-                raise checks.bad("path", f"{str(file)!r} without a video stream", "a video file")
-            stream = container.streams.video[0]
-            stamps = _time_stamps(container, stream, file)
-            wanted = [stamps[number] for number in choose_frames(len(stamps), num_frames, sampling, stride, start)]
-            frames = _decode(container, stream, wanted, size, file)
-    except av.error.FFmpegError as error:
-        raise checks.bad("path", f"{str(file)!r} ({error})", "a video file that FFmpeg can decode") from error
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+
+def read_views(
+    path: str | os.PathLike[str],
+    num_frames: int = 16,
+    *,
+    clips: int = 5,
+    crops: int = 3,
+    sampling: Sampling = "stride",
+    stride: int = 4,
+    size: tuple[int, int] = (224, 224),
+    short: Short = "error",
+) -> Tensor:
+    """Read the views of a multi-view test: several clips along time, each cropped at several places.
+
+    The usual tests are 5 clips x 3 crops with "stride" (Kinetics-400) and 2 x 3 with "uniform"
+    (Something-Something v2). A frame is decoded once, however many views it is in.
+
+    Args:
+        path: The file.
+        num_frames: T, frames of each clip.
+        clips: With "stride" their first frames are spread evenly, so that the first clip starts and the last one ends
+            the video. With "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A
+            single clip is in the middle, as `read_clip` takes it.
+        crops: The short side is resized to ``size``; crops are spread evenly along the longer one. 3 are left, centre
+            and right, or top, centre and bottom; 1 is the centre.
+        sampling: "stride" or "uniform", see `read_clip`.
+        stride: Frames from one to the next; only for "stride".
+        size: (H, W) of the views.
+        short: What a video becomes that has fewer frames than a clip needs: "error", or "repeat", which repeats its
+            last frame ("stride") or takes frames more than once ("uniform").
+
+    Returns:
+        (clips * crops, C, T, H, W) uint8, RGB, the crops of the first clip first; a view of channels-last memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
+    """
+    _check_arguments(size, sampling, num_frames=num_frames, stride=stride, clips=clips, crops=crops)
+    if size is None:
+        raise checks.bad("size", None, "(H, W), two whole numbers above 0")
+    if short not in ("error", "repeat"):
+        raise checks.bad("short", repr(short), "'error' or 'repeat'")
+    with open_video(Path(path)) as video:
+        chosen = choose_clips(len(video.stamps), num_frames, clips, sampling, stride, short)
+        return _read(video, chosen, size, crops)
 
 
 def choose_frames(total: int, num_frames: int, sampling: Sampling, stride: int, start: int | None) -> list[int]:
@@ -85,58 +115,41 @@ def choose_frames(total: int, num_frames: int, sampling: Sampling, stride: int, 
     return list(range(first, first + span, stride))
 
 
-def _check_arguments(
-    num_frames: int, size: tuple[int, int] | None, sampling: str, stride: int, start: int | None
-) -> None:
-    for name, value, least in (("num_frames", num_frames, 1), ("stride", stride, 1), ("start", start, 0)):
+def choose_clips(
+    total: int, num_frames: int, clips: int, sampling: Sampling, stride: int, short: Short
+) -> list[list[int]]:
+    """The numbers of the frames of each clip, of a video with ``total`` frames; arguments as in `read_views`.
+
+    Raises:
+        ValueError: the video is too short.
+    """
+    span = num_frames if sampling == "uniform" else (num_frames - 1) * stride + 1
+    if total < span and short == "error":
+        what = "one for each segment" if sampling == "uniform" else f"{num_frames} frames at stride {stride}"
+        raise checks.bad("path", f"a video of {total} frames", f"at least {span}, {what} (or short='repeat')")
+    if sampling == "uniform":
+        # Places in the segments, in parts of one: 0, 1/clips, 2/clips, ..., as VideoMAE tests; or the middle.
+        parts, places = (clips, range(clips)) if clips > 1 else (2, range(1, 2))
+        return [[(parts * i + place) * total // (parts * num_frames) for i in range(num_frames)] for place in places]
+    spare = max(total - span, 0)
+    firsts = [spare * k // (clips - 1) for k in range(clips)] if clips > 1 else [spare // 2]
+    return [[min(first + i * stride, total - 1) for i in range(num_frames)] for first in firsts]
+
+
+def _read(video: Video, clips: list[list[int]], size: tuple[int, int] | None, crops: int) -> Tensor:
+    """(clips * crops, C, T, H, W) uint8."""
+    numbers = {number for clip in clips for number in clip}
+    found = {number: pictures(frame, video.aspect, size, crops) for number, frame in video.frames(numbers)}
+    views = [np.stack([found[number][crop] for number in clip]) for clip in clips for crop in range(crops)]
+    return torch.from_numpy(np.stack(views)).permute(0, 4, 1, 2, 3)
+
+
+def _check_arguments(size: tuple[int, int] | None, sampling: str, **counts: int | None) -> None:
+    for name, value in counts.items():
+        least = 0 if name == "start" else 1
         if value is not None and (not isinstance(value, int) or value < least):
             raise checks.bad(name, repr(value), f"a whole number, {least} or more")
     if sampling not in ("stride", "uniform"):
         raise checks.bad("sampling", repr(sampling), "'stride' or 'uniform'")
     if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
         raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
-
-
-def _time_stamps(container: "InputContainer", stream: "VideoStream", file: Path) -> list[int]:
-    """Presentation times of all frames, in order, read from the packets: nothing is decoded for it."""
-    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-    stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
-    if not stamps:
-        raise checks.bad("path", f"{str(file)!r} without time stamps in its video stream", "a file with frames in it")
-    return stamps
-
-
-def _decode(
-    container: "InputContainer", stream: "VideoStream", wanted: list[int], size: tuple[int, int] | None, file: Path
-) -> list[Image]:
-    """The frames with these time stamps, from the key frame before the first to the last, as (H, W, C) arrays."""
-    container.seek(wanted[0], stream=stream, backward=True)
-    stream.thread_type = "AUTO"
-    found: dict[int, Image] = {}
-    needed = sorted(set(wanted))
-    for frame in container.decode(stream):
-        place = bisect_left(needed, frame.pts) if frame.pts is not None else len(needed)
-        if place < len(needed) and needed[place] == frame.pts:
-            found[frame.pts] = _to_rgb(frame, size)
-        if len(found) == len(needed):
-            break
-    missing = [stamp for stamp in needed if stamp not in found]
-    if missing:
-        seconds = float(missing[0] * (stream.time_base or 0))
-        got = f"{str(file)!r}, of which the frame at {seconds:.2f} s cannot be decoded"
-        raise checks.bad("path", got, "a complete video file")
-    return [found[stamp] for stamp in wanted]
-
-
-def _to_rgb(frame: "VideoFrame", size: tuple[int, int] | None) -> Image:
-    """Turn, resize and crop one frame: (H, W, C) uint8."""
-    turns = round(frame.rotation / 90) % 4
-    if size is None:
-        return np.rot90(frame.to_ndarray(format="rgb24"), turns).copy()
-    height, width = size if turns % 2 == 0 else size[::-1]  # of the frame as it is stored
-    scale = max(height / frame.height, width / frame.width)
-    full_height = max(height, round(frame.height * scale))
-    full_width = max(width, round(frame.width * scale))
-    image = frame.to_ndarray(format="rgb24", width=full_width, height=full_height, interpolation="BILINEAR")
-    top, left = (full_height - height) // 2, (full_width - width) // 2
-    return np.rot90(image[top : top + height, left : left + width], turns).copy()

@@ -109,7 +109,7 @@ def test_cost_tables(run):
 
 def test_version_and_help(run):
     assert run("--version")[1].startswith("mar-fast 0.")
-    for command in ("bench", "savings", "report", "masks", "cost", "kernels", "tune"):
+    for command in ("bench", "savings", "report", "masks", "cost", "classify", "eval", "kernels", "tune"):
         assert run(command, "--help")[0] == 0
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_config
 
+import mar_fast
 from mar_fast import cli, cost, create_model, named_config
 from mar_fast.bench.files import sample_clip
 
@@ -14,18 +16,32 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def example(text):
+    """The example that has this text in it."""
+    (found,) = (code for code in EXAMPLES if text in code)
+    return found
+
+
 @pytest.mark.real_clip
 def test_python_example_runs():
-    code = EXAMPLES[0]
+    code = example("create_model")
     names = {}
     exec(code.replace('"bikes.mp4"', repr(str(sample_clip()))), names)
     assert names["clip"].shape == (3, 16, 224, 224) and names["logits"].shape == (1, 174)
     assert names["features"].shape == (1, 392, 768)
 
 
+@pytest.mark.real_clip
+def test_views_example_runs():
+    """It goes on where the first example ends; here with a small model."""
+    names = {"mar_fast": mar_fast, "video": mar_fast.video, "model": mar_fast.MAR(tiny_config(depth=1)).eval()}
+    exec(example("read_views").replace('"bikes.mp4"', repr(str(sample_clip()))), names)
+    assert names["views"].shape == (6, 3, 16, 224, 224) and names["scores"].shape == (174,)
+
+
 def test_op_example_runs():
     names = {}
-    exec(EXAMPLES[1], names)
+    exec(example("class SelfAttention"), names)
     assert names["x"].grad.shape == (2, 100, 256)
     assert all(parameter.grad is not None for parameter in names["layer"].parameters())
 

