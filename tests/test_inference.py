@@ -32,7 +32,7 @@ def test_same_numbers(dtype):
     model, clip = model_and_clip(dtype)
     exact = copy.deepcopy(model).double()(clip.double())
     plain = model(clip)
-    compiled = compile_for_inference(model, clip, autotune=False)
+    compiled = compile_for_inference(model, clip)
     for clips in (clip, torch.randn(CLIP)):
         got = compiled(clips)
         want = copy.deepcopy(model).double()(clips.double())
@@ -40,14 +40,14 @@ def test_same_numbers(dtype):
             error = relative(getattr(plain, name), getattr(exact, name))
             assert relative(getattr(got, name), getattr(want, name)) <= 2 * error + 1e-6
         assert got.pixels is None and got.reconstruction_loss is None and not got.logits.requires_grad
-    assert compiled.compile_seconds > 0 and compiled.settings["freezing"]
+    assert compiled.compile_seconds > 0 and compiled.settings["freezing"] and not compiled.settings["max_autotune"]
 
 
 def test_uint8_clip_and_a_mask_as_arguments():
     model, _ = model_and_clip()
     clip = torch.randint(256, CLIP, dtype=torch.uint8)
     mask = masking.random(2, model.config.grid, 0.75)
-    compiled = compile_for_inference(model, (clip, mask), autotune=False)
+    compiled = compile_for_inference(model, (clip, mask))
     for seed in range(2):
         other = masking.random(2, model.config.grid, 0.75, generator=torch.Generator().manual_seed(seed))
         assert relative(compiled(clip, other).logits, model(clip, other).logits) < 1e-5
@@ -57,7 +57,7 @@ def test_weights_are_constants_and_stay_so():
     """In whatever mode it is called, nothing is compiled a second time, which would read the live weights."""
     model, clip = model_and_clip()
     dynamo.utils.counters.clear()
-    compiled = compile_for_inference(model, clip, autotune=False)
+    compiled = compile_for_inference(model, clip)
     graphs = dynamo.utils.counters["stats"]["unique_graphs"]
     before = compiled(clip).logits
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_weights_are_constants_and_stay_so():
 def test_settings_are_left_as_found():
     model, clip = model_and_clip()
     before = inductor.save_config_portable()
-    compiled = compile_for_inference(model, clip, autotune=False)
+    compiled = compile_for_inference(model, clip)
     compiled(clip)
     assert inductor.save_config_portable() == before
     with pytest.raises(RuntimeError), torch.no_grad():
@@ -89,7 +89,7 @@ class _Broken(torch.nn.Module):
 
 def test_another_shape_is_refused():
     model, clip = model_and_clip()
-    compiled = compile_for_inference(model, clip, autotune=False)
+    compiled = compile_for_inference(model, clip)
     for wrong in (clip[:1], clip.double(), clip.to("meta")):
         with pytest.raises(ValueError, match=r"arguments: got tuple\(.*expected tuple\(float32 \(2, 3, 4, 64, 64\)"):
             compiled(wrong)
@@ -126,5 +126,5 @@ def test_any_module_will_do():
     """Autotuned: the products that inductor tries are all of the same function."""
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 8)).eval()
     x = torch.randn(4, 16)
-    compiled = compile_for_inference(model, x)
+    compiled = compile_for_inference(model, x, autotune=True)
     assert relative(compiled(x), model(x)) < 1e-6 and compiled.settings["max_autotune"]

@@ -39,6 +39,13 @@ def test_views_example_runs():
     assert names["views"].shape == (6, 3, 16, 224, 224) and names["scores"].shape == (174,)
 
 
+def test_inference_example_runs():
+    clip = torch.randint(256, (3, 16, 224, 224), dtype=torch.uint8)
+    names = {"mar_fast": mar_fast, "clip": clip, "model": mar_fast.MAR(tiny_config(depth=1, decoder_depth=0))}
+    exec(example("compile_for_inference"), names)
+    assert names["logits"].shape == (1, 174) and names["fast"].compile_seconds > 0
+
+
 def test_op_example_runs():
     names = {}
     exec(example("class SelfAttention"), names)
