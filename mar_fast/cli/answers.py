@@ -13,8 +13,7 @@ from ..bench import machine
 from ..kernels import checks
 from ..video import read_views
 
-Dtype = StrEnum("Dtype", ["fp32", "bf16", "fp16"])
-Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Precision = StrEnum("Precision", ["fp32", "bf16", "fp16"])
 SamplingName = StrEnum("SamplingName", ["stride", "uniform"])
 ShortName = StrEnum("ShortName", ["error", "repeat"])
 

@@ -9,8 +9,8 @@ from rich.table import Table
 from ..annotations import read_labels
 from ..evaluation import classify as classify_views
 from ..kernels import checks
-from .answers import Device, Dtype, SamplingName, ShortName, load, parse_views, reader
-from .common import BAD_INPUT, errors, print_json, progress, results
+from .answers import Precision, SamplingName, ShortName, load, parse_views, reader
+from .common import BAD_INPUT, Device, errors, print_json, progress, results
 
 
 def classify(
@@ -28,7 +28,7 @@ def classify(
         ShortName, typer.Option(help="What a video with too few frames is: an error, or its last frame is repeated.")
     ] = ShortName.error,
     batch: Annotated[int, typer.Option(min=1, help="The most views in a forward pass.")] = 8,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.fp32,
+    dtype: Annotated[Precision, typer.Option(help="Of weights and activations.")] = Precision.fp32,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

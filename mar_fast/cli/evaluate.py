@@ -10,8 +10,8 @@ import typer
 from ..annotations import FORMATS, read_annotations, read_labels
 from ..bench import accuracy
 from ..kernels import checks
-from .answers import Device, Dtype, SamplingName, ShortName, load, parse_views, reader
-from .common import CHECK_FAILED, errors, print_json, progress, results
+from .answers import Precision, SamplingName, ShortName, load, parse_views, reader
+from .common import CHECK_FAILED, Device, errors, print_json, progress, results
 
 Format = StrEnum("Format", ["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51"])
 # The usual test of each data set: (clips x crops, sampling).
@@ -42,7 +42,7 @@ def evaluate(
     allow_broken: Annotated[bool, typer.Option(help="Exit code 0 although videos could not be read.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="The most views in a forward pass.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Videos that are read at once.")] = 2,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.fp32,
+    dtype: Annotated[Precision, typer.Option(help="Of weights and activations.")] = Precision.fp32,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
