@@ -178,7 +178,8 @@ def _check(
     differences = [relative(got, want) for got, want in zip(outputs, truths[id(truth)], strict=True)]
     result.error = max(differences)
     allowed = case.bound
-    if yardstick is not None and candidate.provider != case.yardstick:
+    # What computes another function than the yardstick rounds in its own way.
+    if yardstick is not None and candidate.truth is None and candidate.provider != case.yardstick:
         allowed = min(allowed, 2 * yardstick + case.slack)
     if not result.error <= allowed:
         result.withheld = f"wrong: differs from float64 by {result.error:.1e}, {allowed:.1e} is let pass"

@@ -33,12 +33,18 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 
 def every_op_case(setting: Setting) -> Iterator[OpCase]:
-    """The ops and shapes of a setting."""
+    """The ops and shapes of a setting; a quick one takes one case of each op."""
     whole_gpu = setting.on_gpu and not setting.quick
     sizes = setting.sizes if whole_gpu else setting.sizes[:1]
     batches = setting.batches if whole_gpu else setting.batches[:1]
     kept = (0.25, 0.5, 1.0) if whole_gpu else (0.5,)
-    return op_cases(setting.device, setting.dtype, sizes, batches, kept, graph=setting.on_gpu)
+    found = op_cases(setting.device, setting.dtype, sizes, batches, kept, graph=setting.on_gpu)
+    if not setting.quick:
+        return found
+    first: dict[str, OpCase] = {}
+    for op_case in found:
+        first.setdefault(op_case.op, op_case)
+    return iter(first.values())
 
 
 def kernel_case(op_case: OpCase, mode: str) -> Case:

@@ -24,12 +24,15 @@ AXES: dict[str, tuple[float, ...]] = {
     "frames": (8, 16, 32),
     "resolution": (160, 224, 320),
 }
+QUICK_AXES = ("keep ratio", "resolution")
 
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Every place on every axis. Tokens, the fifth one, are those of the axes frames and resolution together."""
     size = setting.sizes[0]
     for axis, places in AXES.items():
+        if setting.quick and axis not in QUICK_AXES:
+            continue
         for x in places[:: len(places) - 1] if setting.quick else places:
             config, batch = configuration(size, axis, x)
             job = Job(config, batch, setting.device, setting.dtype)
