@@ -28,8 +28,9 @@ def load(checkpoint: str, keep: float | None, dtype: str, device: str) -> MAR:
 
     if keep is not None and not 0 < keep <= 1:
         raise checks.bad("--keep", keep, "a share above 0, up to 1")
+    overrides: dict[str, Any] = {} if keep is None else {"mask_ratio": 1 - keep}
     try:
-        model: MAR = from_pretrained(checkpoint, **({} if keep is None else {"mask_ratio": 1 - keep}))
+        model: MAR = from_pretrained(checkpoint, **overrides)
     except ValueError as error:
         if keep is not None and str(error).startswith("mask_ratio:"):
             raise ValueError(
