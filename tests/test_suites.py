@@ -87,17 +87,20 @@ def test_compiled_training():
 
 
 def test_steps_of_the_waterfall_are_one_function():
-    cases = list(waterfall.cases(setting()))
-    assert [case.mode for case in cases] == ["inference", "training step"]
+    assert [case.mode for case in waterfall.cases(setting())] == ["inference"]
+    cases = list(waterfall.cases(setting(quick=False)))
+    assert [(case.mode, providers(case)[-1]) for case in cases] == [
+        ("inference", "compiled"),
+        ("training step", "compiled"),
+    ]
     for case in cases:
+        case = replace(case, candidates=case.candidates[:-1])  # the last one compiles
         outcome = runner.measure(case, setting(), RATES)
         assert [candidate.x for candidate in case.candidates] == list(range(len(case.candidates)))
         for result in outcome.results:
             assert not result.absent and result.error < 1e-5 and result.time, result
         xs = {row.provider: row.x for row in runner.rows(outcome, ENVIRONMENT)}
         assert xs["masked"] == 1 and xs[outcome.results[-1].provider] == len(outcome.results) - 1
-    whole = [providers(case)[-1] for case in waterfall.cases(setting(quick=False))]
-    assert whole == ["compiled", "compiled"]
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):
@@ -145,7 +148,7 @@ def test_scaling_fits_a_power():
 
 
 def test_scaling_cases_run():
-    assert {case.name for case in scaling.cases(setting())} == {"keep ratio", "resolution"}
+    assert {case.name for case in scaling.cases(setting())} == {"keep ratio"}
     cases = {case.name: case for case in scaling.cases(setting(quick=False)) if case.x in (0.25, 8, 160)}
     assert set(cases) == {"keep ratio", "frames", "resolution"}
     for case in cases.values():

@@ -24,7 +24,7 @@ AXES: dict[str, tuple[float, ...]] = {
     "frames": (8, 16, 32),
     "resolution": (160, 224, 320),
 }
-QUICK_AXES = ("keep ratio", "resolution")
+QUICK_AXES = ("keep ratio",)
 
 
 def cases(setting: Setting) -> Iterator[Case]:

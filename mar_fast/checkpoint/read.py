@@ -184,7 +184,7 @@ def _read_pickled(path: Path) -> object:
             raise checks.bad(str(path), f"a pickle that asks for {foreign[1]}", accepted) from error
         raise checks.bad(str(path), "something that is no checkpoint of torch.save", "one") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise checks.bad(str(path), f"a damaged file ({first})", "a whole checkpoint of torch.save") from error
 
 
