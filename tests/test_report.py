@@ -321,20 +321,10 @@ def test_in_words(value, unit, metric, words):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(run):
     """Run mar-fast report in an empty folder: (exit code, stdout, stderr)."""
-    cli = pytest.importorskip("mar_fast.cli")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["mar-fast", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            raise SystemExit(0)
-        streams = capsys.readouterr()
-        return stop.value.code or 0, streams.out, streams.err
-
-    return call
+    pytest.importorskip("typer")
+    return functools.partial(run, "report")
 
 
 def test_command_writes_a_report_from_files_and_folders(command, tmp_path):
