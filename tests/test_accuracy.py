@@ -54,7 +54,8 @@ def test_limit_of_a_batch():
 
 def test_low_precision_is_summed_in_float32():
     half, views = model().to(torch.bfloat16), video_views(9)
-    want = sum(half(view[None]).logits.float().softmax(-1)[0] for view in views)
+    with torch.no_grad():  # with gradients attention may round in another way
+        want = sum(half(view[None]).logits.float().softmax(-1)[0] for view in views)
     assert torch.allclose(classify(half, views, batch=1), want, atol=1e-6)
     normalised = (views.float() / 255 - 0.45) / 0.225
     assert classify(half, normalised).sum() == pytest.approx(9, abs=1e-4)

@@ -303,4 +303,4 @@ def test_names_of_formats_agree():
     from mar_fast.bench.machine import DTYPES
 
     assert list(sys.modules["mar_fast.cli.evaluate"].Format) == ["auto", *FORMATS]
-    assert list(sys.modules["mar_fast.cli.answers"].Dtype) == list(DTYPES)
+    assert list(sys.modules["mar_fast.cli.answers"].Precision) == list(DTYPES)
