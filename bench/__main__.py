@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import files, session
+from mar_fast.config import SIZES
+
+from . import files, machine, session
 from .machine import DTYPES
 from .suites import SUITES
 
@@ -18,20 +20,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few and small cases")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--size", action="append", default=[], help="small, base, large, ...; may be given again")
+    parser.add_argument("--size", action="append", default=[], choices=SIZES, help="may be given again")
     parser.add_argument("--batch", action="append", type=int, default=[], help="clips a call; may be given again")
     parser.add_argument("--seconds", type=float, help="for the timed rounds of a case")
+    parser.add_argument("--threads", type=int, help="of a CPU; usually as many as PyTorch chooses")
     parser.add_argument("--clip", type=Path, help="a video file for the pipeline")
     options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _run(options: argparse.Namespace) -> int:
     names = session.chosen_suites(options.suites)
     if options.out is not None:
         files.may_write([options.out], options.force)
-    setting, reason, rates = session.setting_for(
-        device=options.device, dtype=options.dtype, sizes=options.size, batches=options.batch, quick=options.quick,
-        seconds=options.seconds, clip=options.clip,
-    )  # fmt: skip
-    print(f"dtype: {reason}")
-    done = session.run(names, setting, rates, out=options.out, say=lambda text: print(text, flush=True))
+    with machine.threads(options.threads):
+        setting, reason, rates = session.setting_for(
+            device=options.device, dtype=options.dtype, sizes=options.size, batches=options.batch, quick=options.quick,
+            seconds=options.seconds, clip=options.clip,
+        )  # fmt: skip
+        print(f"dtype: {reason}")
+        done = session.run(names, setting, rates, out=options.out, say=lambda text: print(text, flush=True))
     return int(done.wrong > 0)
 
 

@@ -1,7 +1,8 @@
 """What is measured: a case is one job, its candidates are the ways to do it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,10 @@ class Floor:
         return max(2 * self.multiply_adds / peak_flops, self.bytes_moved / bandwidth)
 
 
+def _gone() -> Any:
+    raise RuntimeError("this case has been measured, and what it held is gone")
+
+
 @dataclass(frozen=True)
 class Case:
     """One job at one size.
@@ -122,6 +127,11 @@ class Case:
     baseline: str = ""
     slack: float = 1e-3
     share: float = 1.0
+
+    def emptied(self) -> "Case":
+        """The same without its candidates' models and operands, which would stay in memory as long as it does."""
+        candidates = tuple(replace(one, prepare=_gone, truth=None) for one in self.candidates)
+        return replace(self, candidates=candidates, truth=_gone)
 
     @property
     def dtype_name(self) -> str:

@@ -25,7 +25,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from . import rows
-from .records import Record
+from .records import Record, is_ours
 from .rows import Key
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ ERROR_FACTOR, ERROR_FLOOR = 2.0, 1e-7
 
 TIMED = {"time": 1, "throughput": -1}  # the sign of the logarithm of a change that is a loss
 JUDGED = (*TIMED, "peak memory", "error")
-# All steps and stages of these suites run this project's code, whatever they are called.
-OWN_SUITES = ("waterfall", "pipeline")
 
 
 class Verdict(StrEnum):
@@ -92,8 +90,7 @@ class Change:
     @property
     def regression(self) -> bool:
         """Whether this project's own code got worse: a peer may, and a step that was not there before may not."""
-        own = self.record.provider.startswith("mar_fast") or self.record.suite in OWN_SUITES
-        return own and self.verdict is Verdict.WORSE
+        return is_ours(self.record.suite, self.record.provider) and self.verdict is Verdict.WORSE
 
 
 def compare(before: list[Record], after: list[Record], *, allow_other_device: bool = False) -> list[Change]:

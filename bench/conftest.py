@@ -32,9 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     setting, found, names = setting_of(metafunc.config), [], []
     for name, suite in SUITES.items():
-        for case in suite.cases(setting):
+        for number, case in enumerate(suite.cases(setting)):
             for candidate in case.candidates:
-                found.append((case, candidate))
+                found.append((name, number, candidate.provider))
                 names.append(f"{name}, {case.name}, x = {case.x:g}, {case.mode}, {candidate.provider}")
     metafunc.parametrize("measured", found, ids=names)
 

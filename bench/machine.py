@@ -7,11 +7,14 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mar_fast.kernels import checks
 
 from .timing import interleaved
 
@@ -110,6 +113,23 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within this context PyTorch computes with ``count`` threads; None leaves its own choice.
+
+    Raises:
+        ValueError: not a whole number, 1 or more.
+    """
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise checks.bad("threads", repr(count), "a whole number, 1 or more")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores() -> int:

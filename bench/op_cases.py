@@ -164,12 +164,12 @@ def gather_patch_embed(
         chosen = every.gather(1, keep_idx.long()[..., None].expand(-1, -1, every.shape[2]))
         return chosen.to(weight.dtype)
 
-    gathered = random(device, dtype, batch, tokens, CHANNELS * PATCH[0] * PATCH[1] * PATCH[2])
+    values = CHANNELS * PATCH[0] * PATCH[1] * PATCH[2]
+    gathered = functools.cache(lambda: random(device, dtype, batch, tokens, values))
 
     def linear_of_gathered(weight: Tensor, bias: Tensor, **rest: Tensor) -> Tensor:
-        return F.linear(gathered, weight.flatten(1), bias)
+        return F.linear(gathered(), weight.flatten(1), bias)
 
-    values = gathered.shape[2]
     moved = batch * tokens * (values * pixels.itemsize + width * dtype.itemsize) + values * width * dtype.itemsize
     return OpCase(
         "gather_patch_embed", f"{batch} clips, {tokens} of 1568 tubelets, width {width}, {str(pixels)[6:]} clip",

@@ -8,6 +8,15 @@ from pathlib import Path
 from .files import write_whole
 from .timing import Spread
 
+OURS = "mar_fast"
+# All steps and stages of these suites run this project's code, whatever they are called.
+OWN_SUITES = ("waterfall", "pipeline")
+
+
+def is_ours(suite: str, provider: str) -> bool:
+    """Whether a provider of a suite runs this project's code; all others are peers."""
+    return suite in OWN_SUITES or provider == OURS or provider.startswith(f"{OURS}, ")
+
 
 @dataclass(frozen=True)
 class Record:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from . import machine
 from .case import Candidate, Case, Prepared, Setting
-from .records import Record
+from .records import Record, is_ours
 from .timing import Spread, interleaved
 
 Step = Callable[[str, float], None]
-OURS = "mar_fast"
 
 
 def quiet(what: str, share: float) -> None:
@@ -82,12 +81,9 @@ class Outcome:
     @property
     def wrong(self) -> bool:
         """Whether one of our own results is wrong or does not run."""
-        return any((result.withheld or result.absent) and is_ours(result.provider) for result in self.results)
-
-
-def is_ours(provider: str) -> bool:
-    """Whether a provider is this package; all others are peers."""
-    return provider == OURS or provider.startswith(f"{OURS}, ")
+        return any(
+            (result.withheld or result.absent) and is_ours(self.case.suite, result.provider) for result in self.results
+        )
 
 
 def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
@@ -139,7 +135,7 @@ def measure(case: Case, setting: Setting, rates: Mapping[str, float], on_step: S
             on_step(f"{case.name}: memory of {name}", 0.95)
             results[name].time = times[name]
             results[name].memory = machine.peak_memory(run, setting.device)
-    outcome = Outcome(case, list(results.values()), rates)
+    outcome = Outcome(case.emptied(), list(results.values()), rates)
     ready.clear()
     gc.collect()
     if setting.on_gpu:

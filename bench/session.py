@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from mar_fast.kernels import checks
 
 from . import machine, records, runner
@@ -120,38 +118,24 @@ def run(
         if out is not None:
             records.write(out, session.rows)
 
-    with _Threads(setting.device):
-        keep(list(runner.finding_rows("machine", runner.ceiling_findings(rates, environment), environment)))
-        for name in names:
-            suite, outcomes = SUITES[name], []
-            found = list(suite.cases(setting))
-            for number, case in enumerate(found):
-                step = _within(on_step, name, number, len(found))
-                outcome = runner.measure(case, setting, rates, step)
-                say(runner.text(outcome))
-                session.wrong += outcome.wrong
-                outcomes.append(outcome)
-                keep(list(runner.rows(outcome, environment)))
-            findings = suite.conclude(setting, outcomes)
-            if findings:
-                say(suite.describe(findings))
-            keep(list(runner.finding_rows(name, findings, environment)))
+    keep(list(runner.finding_rows("machine", runner.ceiling_findings(rates, environment), environment)))
+    for name in names:
+        suite, outcomes = SUITES[name], []
+        # Not as a list: a case holds its models and operands once it has been measured.
+        total = sum(1 for _ in suite.cases(setting))
+        for number, case in enumerate(suite.cases(setting)):
+            step = _within(on_step, name, number, total)
+            outcome = runner.measure(case, setting, rates, step)
+            say(runner.text(outcome))
+            session.wrong += outcome.wrong
+            outcomes.append(outcome)
+            keep(list(runner.rows(outcome, environment)))
+        findings = suite.conclude(setting, outcomes)
+        if findings:
+            say(suite.describe(findings))
+        keep(list(runner.finding_rows(name, findings, environment)))
     return session
 
 
 def _within(on_step: runner.Step, suite: str, number: int, total: int) -> runner.Step:
     return lambda what, share: on_step(f"{suite} {number + 1} of {total}: {what}", (number + share) / total)
-
-
-class _Threads:
-    """As many threads as this process has cores, for the whole run, and then as many as before."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.before = torch.get_num_threads()
-        self.wanted = machine.cores() if device.type == "cpu" else self.before
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self.wanted)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)

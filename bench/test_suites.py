@@ -5,6 +5,7 @@ machine falls on some of them only: for a comparison take ``mar-fast bench``, wh
 """
 
 import gc
+import itertools
 import math
 from typing import Any
 
@@ -12,26 +13,28 @@ import pytest
 import torch
 
 from mar_fast.bench import machine, runner
-from mar_fast.bench.case import Candidate, Case, Setting
+from mar_fast.bench.case import Setting
+from mar_fast.bench.records import is_ours
 from mar_fast.bench.suites import SUITES, flops
 
 
 @pytest.fixture(autouse=True)
-def _all_cores() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(machine.cores())
+def _nothing_left() -> Any:
     yield
-    torch.set_num_threads(before)
     gc.collect()
 
 
-def test_candidate(benchmark: Any, measured: tuple[Case, Candidate]) -> None:
+def test_candidate(benchmark: Any, measured: tuple[str, int, str], setting: Setting) -> None:
     """Right by float64, then timed; error, memory and time to compile go with the figures."""
-    case, candidate = measured
+    suite, number, provider = measured
+    case = next(itertools.islice(SUITES[suite].cases(setting), number, None))
+    candidate = next(one for one in case.candidates if one.provider == provider)
     torch.compiler.reset()
     try:
         prepared = candidate.prepare()
     except Exception as error:
+        if is_ours(suite, provider):
+            raise
         pytest.skip(f"absent: {runner.reason(error)}")
     if candidate.checked:
         truth = (candidate.truth or case.truth)()
@@ -43,8 +46,7 @@ def test_candidate(benchmark: Any, measured: tuple[Case, Candidate]) -> None:
     benchmark.extra_info["dtype"] = case.dtype_name
     benchmark.extra_info["compile seconds"] = prepared.compile_seconds
     benchmark.pedantic(prepared.run, rounds=5, warmup_rounds=2)
-    device = next((value.device for value in (truth if candidate.checked else [])), torch.device("cpu"))
-    benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, device)
+    benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, setting.device)
 
 
 def test_flops(benchmark: Any, setting: Setting) -> None:

@@ -207,6 +207,10 @@ _DECODER_HEADS = {size["decoder_width"]: size["decoder_heads"] for size in _SIZE
 _DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)
 
 
+SIZES = tuple(_SIZES)
+"""Sizes of the named models: "small", "base", ..."""
+
+
 def list_models() -> list[str]:
     """The names that `create_model` and `named_config` take."""
     return [f"{family}_vit_{size}" for family in ("mar", "videomae") for size in _SIZES]

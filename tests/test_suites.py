@@ -1,13 +1,16 @@
 """The benchmark suites on tiny models: every candidate does its job, what is wrong gets no speed."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 import mar_fast
-from mar_fast.bench import peers, records, runner, session
+from mar_fast.bench import __main__ as module
+from mar_fast.bench import machine, peers, records, runner, session
 from mar_fast.bench.case import Candidate, Case, Floor, Prepared, Setting
 from mar_fast.bench.runner import Outcome, Result
 from mar_fast.bench.suites import SUITES, encoder, flops, kernels, pipeline, scaling, training, waterfall
@@ -232,12 +235,58 @@ def test_an_interruption_keeps_what_is_done(monkeypatch, tmp_path):
 
 def test_threads_are_left_as_found():
     before = torch.get_num_threads()
-    seen = []
-    suite = replace(SUITES["encoder"], cases=lambda setting: iter(seen.append(torch.get_num_threads()) or ()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(session.SUITES, "encoder", suite)
-        session.run(["encoder"], setting(), RATES)
-    assert seen == [session.machine.cores()] and torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError), machine.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise ZeroDivisionError
+    with machine.threads(None):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="threads: got 0, expected a whole number, 1 or more"), machine.threads(0):
+        pass
+
+
+def test_a_case_that_was_measured_holds_nothing(monkeypatch):
+    """Neither models nor operands of one case are there when the next one is measured."""
+    alive, seen = [], []
+
+    def holding(number):
+        block = torch.ones(3)
+        alive.append(weakref.ref(block))
+
+        def prepare():
+            gc.collect()
+            seen.append(sum(reference() is not None for reference in alive))
+            return Prepared(lambda: block, lambda: [block])
+
+        return replace(toy(str(number)), candidates=(Candidate("mar_fast", prepare, truth=lambda: [block]),))
+
+    suite = replace(SUITES["encoder"], cases=lambda setting: (holding(number) for number in range(3)))
+    monkeypatch.setitem(session.SUITES, "encoder", suite)
+    done = session.run(["encoder"], setting(), RATES, say=lambda text: None)
+    gc.collect()
+    assert seen == [1, 1, 1] and not any(reference() is not None for reference in alive)
+    assert {row.case for row in done.rows if row.metric == "time"} == {"0", "1", "2"}
+
+
+def test_a_wrong_step_of_the_waterfall_is_ours(monkeypatch):
+    case = replace(toy(masked=torch.ones(3), compiled=2 * torch.ones(3)), suite="waterfall")
+    assert runner.measure(case, setting(), RATES).wrong
+    assert not runner.measure(replace(case, suite="encoder"), setting(), RATES).wrong
+
+
+def test_module_says_what_is_wrong_with_its_arguments(capsys, tmp_path):
+    for arguments, message in (
+        (["speed"], "suite: got 'speed', expected one or more of flops"),
+        (["encoder", "--batch", "0"], "batch: got 0, expected a whole number"),
+        (["encoder", "--threads", "0"], "threads: got 0, expected a whole number"),
+        (["flops", "--out", str(tmp_path)], "got a folder, expected a file name"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            module.main(arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert module.main(["flops", "--quick", "--out", str(tmp_path / "new" / "flops.jsonl")]) == 0
+    assert "multiply-adds of a clip" in capsys.readouterr().out
+    assert {row.suite for row in records.read(tmp_path / "new" / "flops.jsonl")} == {"machine", "flops"}
 
 
 def test_choice_of_suites():

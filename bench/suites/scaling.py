@@ -14,7 +14,8 @@ from mar_fast import MARConfig
 from ..case import Candidate, Case, Setting
 from ..machine import short_name
 from ..peers import YARDSTICK, Job, original, ours, truth
-from ..runner import OURS, Finding, Outcome
+from ..records import OURS
+from ..runner import Finding, Outcome
 from .common import ABSOLUTE_BOUND, LETTERS, model_config
 from .encoder import inference_floor
 
@@ -28,7 +29,7 @@ QUICK_AXES = ("keep ratio",)
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """Every place on every axis. Tokens, the fifth one, are those of the axes frames and resolution together."""
+    """Every place on every axis; a quick run takes the ends of one."""
     size = setting.sizes[0]
     for axis, places in AXES.items():
         if setting.quick and axis not in QUICK_AXES:

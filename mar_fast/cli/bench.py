@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..bench import compare as comparison
-from ..bench import files, session
+from ..bench import files, machine, session
 from ..bench.suites import SUITES
 from .common import CHECK_FAILED, INTERRUPTED, Device, Dtype, Size, errors, progress, results
 
@@ -23,6 +23,7 @@ def bench(
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where its matrix products are clearly faster.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
     seconds: Annotated[float | None, typer.Option(help="For the timed rounds of a case.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU; usually as many as PyTorch chooses.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A video file for the pipeline; else a short real clip.")] = None,
     out: Annotated[Path, typer.Option(help="The measurements, as JSON lines.")] = Path("bench.jsonl"),
     force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
@@ -55,7 +56,7 @@ def bench(
     files.may_write([out], force)
     done = session.Session()
     try:
-        with progress() as step:
+        with machine.threads(threads), progress() as step:
             step("measuring this machine's ceilings", 0.0)
             setting, reason, rates = session.setting_for(
                 device=device, dtype=dtype, sizes=[str(one) for one in size or ()], batches=batch or (), quick=quick,
