@@ -75,12 +75,12 @@ class RaggedMask:
         checks.strictly_ascending("keep_idx and drop_idx together", torch.cat(parts).sort().values[None])
 
     @classmethod
-    def from_clips(cls, clips: Sequence[Tensor], grid: tuple[int, ...] | None = None) -> "RaggedMask":
+    def from_clips(cls, clips: Sequence[Tensor] | Tensor, grid: tuple[int, ...] | None = None) -> "RaggedMask":
         """From one tensor for each clip: its visible indices, or its bool mask, **True = masked**.
 
         Args:
-            clips: 1-D int32 or int64 indices of the visible tokens in any order; or bool masks, (L,) or (T', H', W').
-                A bool tensor (B, L) or (B, T', H', W') will do as well.
+            clips: 1-D int32 or int64 indices of the visible tokens, in any order; or bool masks, (L,) or (T', H', W'),
+                also as one tensor (B, L) or (B, T', H', W').
             grid: (T', H', W') or (L,), needed for indices; bool masks have their own.
 
         Returns:
@@ -90,18 +90,28 @@ class RaggedMask:
             ValueError, TypeError: kinds, shapes, dtypes or devices do not fit, an index is out of the grid or twice in
                 a clip (on a CPU), or a clip has no visible token.
         """
-        if not isinstance(clips, Tensor | list | tuple) or not all(isinstance(clip, Tensor) for clip in clips):
-            raise checks.bad_type("clips", type(clips).__name__, "a list of tensors, one for each clip")
-        clips = list(clips)
         if grid is not None:
             check_grid(grid)
-        if clips and clips[0].dtype == torch.bool:
+        if isinstance(clips, Tensor):
+            if clips.dtype != torch.bool or clips.ndim not in (2, 4):
+                got = f"{clips.dtype} of shape {tuple(clips.shape)}"
+                raise checks.bad("clips", got, "a list of tensors, or bool (B, L) or (B, T', H', W')")
             return cls._from_bools(clips, grid)
+        if not isinstance(clips, list | tuple) or not all(isinstance(clip, Tensor) for clip in clips):
+            raise checks.bad_type("clips", type(clips).__name__, "a list of tensors, one for each clip")
+        if clips and clips[0].dtype == torch.bool:
+            for number, clip in enumerate(clips):
+                name = f"clips[{number}]"
+                checks.tensor(name, clip, None, (torch.bool,), "(L,) or (T', H', W'), a bool mask like clips[0]")
+                if clip.ndim not in (1, 3):
+                    raise checks.bad(name, f"shape {tuple(clip.shape)}", "(L,) or (T', H', W')")
+                checks.size(name, clip, clips[0].shape, "the shape of clips[0]")
+                checks.same_device("clips[0]", clips[0].device, **{name: clip})
+            return cls._from_bools(torch.stack(list(clips)), grid)
         if grid is None:
             raise checks.bad("grid", None, "(T', H', W') or (L,): indices do not tell how many tokens there are")
         tokens = math.prod(grid)
-        device = clips[0].device if clips else None
-        masked = torch.ones(len(clips), tokens, dtype=torch.bool, device=device)
+        masked = torch.ones(len(clips), tokens, dtype=torch.bool, device=clips[0].device if clips else None)
         for number, clip in enumerate(clips):
             name = f"clips[{number}]"
             checks.tensor(name, clip, 1, checks.INDICES, "(visible tokens,), indices like clips[0]")
@@ -114,20 +124,14 @@ class RaggedMask:
         return _pack(masked, [len(clip) for clip in clips], grid)
 
     @classmethod
-    def _from_bools(cls, clips: list[Tensor], grid: tuple[int, ...] | None) -> "RaggedMask":
-        own = tuple(clips[0].shape)
-        grid = own if grid is None else grid
-        for number, clip in enumerate(clips):
-            name = f"clips[{number}]"
-            checks.tensor(name, clip, None, (torch.bool,), "(L,) or (T', H', W'), a bool mask like clips[0]")
-            if clip.ndim not in (1, 3) or tuple(clip.shape) != own or clip.numel() != math.prod(grid):
-                raise checks.bad(
-                    name, f"shape {tuple(clip.shape)}", f"(L,) or (T', H', W') of {math.prod(grid)} tokens"
-                )
-            checks.same_device("clips[0]", clips[0].device, **{name: clip})
-        masked = torch.stack(clips).flatten(1)
+    def _from_bools(cls, masked: Tensor, grid: tuple[int, ...] | None) -> "RaggedMask":
+        """(B, L) or (B, T', H', W')."""
+        grid = tuple(masked.shape[1:]) if grid is None else grid
+        masked = masked.flatten(1)
+        if masked.shape[1] != math.prod(grid):
+            raise checks.bad("grid", grid, f"{masked.shape[1]} tokens, as the masks have")
         lengths = (~masked).sum(1).tolist()
-        if min(lengths) < 1:
+        if 0 in lengths:
             raise checks.bad(f"clips[{lengths.index(0)}]", "no visible token", "at least one False in every clip")
         return _pack(masked, lengths, grid)
 
