@@ -7,7 +7,6 @@ Parameters carry VideoMAE's pre-training names (``encoder.*``, ``decoder.*``, ``
 plus ``classifier.*``. In comments: B clips, L tokens in the grid, N visible, M = L - N dropped, D width.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,10 +101,10 @@ class Encoder(nn.Module):
 
     def forward_packed(self, clips: OneClip, keep_idx: Tensor, segments: Segments) -> Tensor:
         """Visible tokens (total,) of all clips -> (total, 1, D)."""
-        position = self.pos_embed.value
-        grid = zip(clips.video.shape[2:], self.config.patch, strict=True)
+        position, (_, rows, columns) = self.pos_embed.value, self.config.grid
+        places = clips.video.shape[2] // self.config.patch[0] * rows * columns
         # Indices into one long clip say nothing of places in a grid, so positions are added here.
-        nowhere = torch.zeros_like(position[:1]).expand(math.prod(extent // step for extent, step in grid), -1)
+        nowhere = torch.zeros_like(position[:1]).expand(places, -1)
         x = self._embed(clips.video, clips.index(keep_idx, segments.clip_idx), nowhere)[0]
         x = (x + position.index_select(0, keep_idx)).to(x.dtype)
         return self._run(x[:, None], segments)
