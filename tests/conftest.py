@@ -22,7 +22,13 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("repo")
 
 # A machine that only tests kernels may be without these.
-NEEDS = {"test_cli.py": "matplotlib", "test_masking.py": "hypothesis", "test_readme.py": "typer", "test_video.py": "av"}
+NEEDS = {
+    "test_cli.py": "matplotlib",
+    "test_content_mask.py": "hypothesis",
+    "test_masking.py": "hypothesis",
+    "test_readme.py": "typer",
+    "test_video.py": "av",
+}
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from conftest import INTERPRETING
 from helpers import relative, small_config
-from hypothesis import given
-from hypothesis import strategies as st
 from test_jit_model import LARGE_TILES
 
 import mar_fast
@@ -66,10 +64,10 @@ def weights(**overrides):
     return state
 
 
-def build(kind, dtype=torch.float32, **overrides):
+def build(kind, dtype=torch.float32, device="cpu", **overrides):
     model = kind(small_config(**overrides))
     model.load_state_dict(weights(**overrides))
-    return model.to(dtype).train()
+    return model.to(device, dtype).train()
 
 
 def alone(model, video, mask, reconstruct):
@@ -102,10 +100,8 @@ def results(run, model, video, mask, autocast=False):
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = run(model, video, mask, reconstruct)
-    logits = out["logits"]
-    loss = F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), torch.arange(mask.batch) * 2 + 3
-    )
+    logits, target = out["logits"], torch.arange(mask.batch, device=video.device) * 2 + 3
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
     (loss + 0.1 * out.get("reconstruction_loss", 0)).backward()
     out |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {name: value.detach().double() for name, value in out.items()}
@@ -115,9 +111,10 @@ def assert_as_alone(mask, video, dtype, **overrides):
     """Never further from the truth than twice the plain model in the same dtype, clip by clip."""
     autocast = dtype == "autocast"
     own = torch.float32 if autocast else dtype
-    ours = results(together, build(mar_fast.MAR, own, **overrides), video, mask, autocast)
-    theirs = results(alone, build(reference.MAR, own, **overrides), video, mask, autocast)
-    truth = results(alone, build(reference.MAR, torch.float64, **overrides), video, mask)
+    made = partial(build, device=video.device, **overrides)
+    ours = results(together, made(mar_fast.MAR, own), video, mask, autocast)
+    theirs = results(alone, made(reference.MAR, own), video, mask, autocast)
+    truth = results(alone, made(reference.MAR, torch.float64), video, mask)
     assert set(ours) == set(theirs) == set(truth)
     largest = max(float(value.norm()) for value in truth.values())
     for name, want in truth.items():
@@ -170,7 +167,7 @@ def test_layouts_train_alike(layout):
 @pytest.mark.triton_too
 def test_equal_lengths_are_a_dense_batch():
     """Drop path and dropout too: drawn for the same clips and tokens, in the same order."""
-    lengths, overrides = (9, 9, 9), dict(drop_path=0.6, bridge_dropout=0.2, head_dropout=0.2)
+    lengths, overrides = (9, 9, 9), dict(drop_path=0.6, bridge_dropout=0.2, head_dropout=0.2, decoder_depth=1)
     mask, video, model = ragged(lengths), clips(3), build(mar_fast.MAR, **overrides)
     outs = []
     for form in (mask, TokenMask.from_bool_masked(mask.bool_masked())):
@@ -235,14 +232,14 @@ def test_gradient_of_the_clip(layout):
 @pytest.mark.triton_too
 def test_dropped_pixels_are_never_read():
     """Forward nor backward: not even to be multiplied by zero."""
-    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR)
+    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, depth=1, bridge_depth=1, decoder_depth=0)
     video = clips(4, dtype=torch.float32)
     holes = mask.bool_masked().view(4, *GRID).repeat_interleave(2, 1)
     holes = holes.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None]
     found = []
     for content in (video, video.masked_fill(holes, torch.nan)):
         model.zero_grad()
-        out = model(content, mask, reconstruct=False)
+        out = model(content, mask)
         out.logits.square().sum().backward()
         found.append([out.logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -251,7 +248,7 @@ def test_dropped_pixels_are_never_read():
 @pytest.mark.triton_too
 def test_clips_do_not_touch_each_other():
     """A clip of NaN leaves the others as they are."""
-    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR).eval()
+    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, bridge_depth=1, decoder_depth=1).eval()
     video = clips(4, dtype=torch.float32)
     before = model(video, mask, reconstruct=True)
     video[1] = torch.nan
@@ -302,8 +299,15 @@ def test_compiled_for_inference():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_each_clip_as_alone_on_a_gpu(dtype, lengths):
+    assert_as_alone(ragged(lengths).to("cuda"), clips(len(lengths)).cuda(), dtype)
+
+
+@pytest.mark.gpu
 def test_nothing_waits_for_a_gpu():
-    model, mask, video = build(mar_fast.MAR).cuda(), ragged(LENGTHS["mixed"]).to("cuda"), clips(4).cuda()
+    model, mask, video = build(mar_fast.MAR, device="cuda"), ragged(LENGTHS["mixed"]).to("cuda"), clips(4).cuda()
     for mode in ("default", "error"):  # the first time loads the kernels, which may wait
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -337,19 +341,18 @@ def test_other_masks_give_no_offsets():
 # The mask
 
 
-@st.composite
-def bool_rows(draw):
-    grid = draw(st.sampled_from([(7,), (30,), (1, 1, 1), (2, 3, 4)]))
-    batch, tokens = draw(st.integers(0, 4)), int(np.prod(grid))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rows = rng.random((batch, tokens)) < rng.random((batch, 1))
-    rows[np.arange(batch), rng.integers(tokens, size=batch)] = False
-    return grid, rows, rng
+def bool_rows(grid, batch, rng):
+    rows = rng.random((batch, int(np.prod(grid)))) < rng.random((batch, 1))
+    rows[np.arange(batch), rng.integers(rows.shape[1], size=batch)] = False
+    return rows
 
 
-@given(bool_rows(), st.sampled_from(["bools", "one tensor", "flat bools", "int32", "int64"]))
-def test_masks_go_round(case, form):
-    grid, rows, rng = case
+@pytest.mark.parametrize("form", ["bools", "one tensor", "flat bools", "int32", "int64"])
+@pytest.mark.parametrize("grid", [(7,), (30,), (1, 1, 1), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("batch", range(5))
+def test_masks_go_round(grid, batch, form):
+    rng = np.random.default_rng(batch)
+    rows = bool_rows(grid, batch, rng)
     flat = torch.from_numpy(rows)
     shaped = flat.view(-1, *grid)
     visible = [torch.from_numpy(rng.permutation(np.flatnonzero(~row))) for row in rows]
