@@ -102,10 +102,10 @@ class Encoder(nn.Module):
     def forward_packed(self, clips: OneClip, keep_idx: Tensor, segments: Segments) -> Tensor:
         """Visible tokens (total,) of all clips -> (total, 1, D)."""
         position, (_, rows, columns) = self.pos_embed.value, self.config.grid
-        places = clips.video.shape[2] // self.config.patch[0] * rows * columns
+        tokens = clips.video.shape[2] // self.config.patch[0] * rows * columns
         # Indices into one long clip say nothing of places in a grid, so positions are added here.
-        nowhere = torch.zeros_like(position[:1]).expand(places, -1)
-        x = self._embed(clips.video, clips.index(keep_idx, segments.clip_idx), nowhere)[0]
+        nowhere = torch.zeros_like(position[:1]).expand(tokens, -1)
+        x = self._embed(clips.video, clips.places(keep_idx, segments.clip_idx), nowhere)[0]
         x = (x + position.index_select(0, keep_idx)).to(x.dtype)
         return self._run(x[:, None], segments)
 
@@ -304,7 +304,7 @@ class MAR(nn.Module):
             for clip_idx, index in ((segments.clip_idx, mask.keep_idx), (mask.drop_clip_idx, mask.drop_idx))
         )
         pixels = self.decoder.forward_packed(visible, self.mask_token.flatten(), place, dropped, mask.batch)
-        loss = self._loss(pixels, clips.video, clips.index(mask.drop_idx, mask.drop_clip_idx))
+        loss = self._loss(pixels, clips.video, clips.places(mask.drop_idx, mask.drop_clip_idx))
         return MAROutput(logits, flat, loss, pixels[0], mask.cu_seqlens)
 
     def _loss(self, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:

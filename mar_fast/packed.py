@@ -67,7 +67,7 @@ class OneClip(NamedTuple):
         t, h, w = patch
         return cls(long[None], apart // t * (height // h) * (width // w))
 
-    def index(self, index: Tensor, clip_idx: Tensor) -> Tensor:
+    def places(self, index: Tensor, clip_idx: Tensor) -> Tensor:
         """(total,) flat indices within their clips -> (1, total) within this one."""
         return (clip_idx * self.tokens + index)[None]
 

@@ -143,8 +143,8 @@ class RaggedMask:
 
     def to(self, device: torch.device | str) -> "RaggedMask":
         """The same mask on another device."""
-        tensors = (value.to(device) for value in (self.keep_idx, self.drop_idx, self.cu_seqlens))
-        return RaggedMask(*tensors, self.max_seqlen, self.grid)
+        keep_idx, drop_idx, cu_seqlens = (value.to(device) for value in (self.keep_idx, self.drop_idx, self.cu_seqlens))
+        return RaggedMask(keep_idx, drop_idx, cu_seqlens, self.max_seqlen, self.grid)
 
     @property
     def batch(self) -> int:
