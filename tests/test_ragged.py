@@ -94,9 +94,14 @@ def together(model, video, mask, reconstruct):
     return {name: getattr(out, name) for name in names}
 
 
+def in_a_batch(model, video, mask, reconstruct):
+    out = vars(model(video, mask, reconstruct=reconstruct))
+    return {name: value for name, value in out.items() if value is not None}
+
+
 def results(run, model, video, mask, autocast=False):
     """All values, and all gradients of a training step, in float64."""
-    reconstruct = model.decoder is not None and len(mask.drop_idx) > 0
+    reconstruct = model.decoder is not None and mask.drop_idx.numel() > 0
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = run(model, video, mask, reconstruct)
@@ -115,6 +120,15 @@ def assert_as_alone(mask, video, dtype, **overrides):
     ours = results(together, made(mar_fast.MAR, own), video, mask, autocast)
     theirs = results(alone, made(reference.MAR, own), video, mask, autocast)
     truth = results(alone, made(reference.MAR, torch.float64), video, mask)
+    # In 16 bits PyTorch sums the gradients of a LayerNorm over a whole batch with twice the error that it makes clip by
+    # clip, so the plain model's error on a batch with as many tokens counts too.
+    dense = masking.random(mask.batch, GRID, len(mask.drop_idx) / (mask.batch * TOKENS), device=video.device)
+    batch = results(in_a_batch, made(reference.MAR, own), video, dense, autocast)
+    batch_truth = results(in_a_batch, made(reference.MAR, torch.float64), video, dense)
+    own_error = {name: relative(theirs[name], want) for name, want in truth.items()}
+    for name in own_error:
+        if "norm" in name:
+            own_error[name] = max(own_error[name], relative(batch[name], batch_truth[name]))
     assert set(ours) == set(theirs) == set(truth)
     largest = max(float(value.norm()) for value in truth.values())
     for name, want in truth.items():
@@ -125,7 +139,7 @@ def assert_as_alone(mask, video, dtype, **overrides):
         # The error of a few numbers may be small by luck: what went into them counts too.
         few = want.numel() <= len(truth["logits"][0])
         compared = [name, *(key for key in ("logits", "pixels") if few and key in truth)]
-        allowed = 2 * max(relative(theirs[key], truth[key]) for key in compared) + FLOOR[dtype]
+        allowed = 2 * max(own_error[key] for key in compared) + FLOOR[dtype]
         assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
 
 
