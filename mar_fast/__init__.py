@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .kernels import debug_checks
     from .masking import TokenMask
     from .model import MAR, MAROutput, create_model, mar_loss
+    from .ragged import RaggedMask
 
 # Loaded on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
 _HOME = {
@@ -21,6 +22,7 @@ _HOME = {
     "MAR": "model",
     "MARConfig": "config",
     "MAROutput": "model",
+    "RaggedMask": "ragged",
     "TokenMask": "masking",
     "compile_for_inference": "inference",
     "create_model": "model",
@@ -39,6 +41,7 @@ __all__ = [
     "LoadReport",
     "MARConfig",
     "MAROutput",
+    "RaggedMask",
     "TokenMask",
     "annotations",
     "checkpoint",

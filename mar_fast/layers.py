@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import add_layer_norm, attention, linear_gelu
+from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
+from .packed import Segments
 
 
 class Constant(nn.Module):
@@ -73,10 +74,12 @@ class Attention(nn.Module):
             return self.qkv.bias
         return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); packed tokens (total, 1, D) attend within their ``segments``."""
         qkv = F.linear(x, self.qkv.weight, self.qkv_bias()).unflatten(-1, (3, self.heads, -1))
-        return self.proj(attention(qkv))
+        if segments is None:
+            return self.proj(attention(qkv))
+        return self.proj(attention_varlen(qkv.flatten(0, 1), segments.cu_seqlens, segments.max_seqlen)[:, None])
 
     def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Keys and values from all tokens x (B, L, D), queries only from ``rows`` (B, M, D) -> (B, M, D)."""
@@ -130,25 +133,31 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.dropout = dropout
 
-    def drop_scale(self, x: Tensor) -> Tensor | None:
-        """(B,) 0 for the samples whose branch is dropped, 1 / keep probability for the others."""
+    def drop_scale(self, x: Tensor, segments: Segments | None = None) -> Tensor | None:
+        """(B,) 0 for the samples whose branch is dropped, 1 / keep probability for the others; (total,) if packed."""
         if not self.training or not self.drop_path:
             return None
-        keep = 1 - self.drop_path
-        return torch.empty(x.shape[0], dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
+        keep, batch = 1 - self.drop_path, x.shape[0] if segments is None else segments.batch
+        scale = torch.empty(batch, dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
+        return scale if segments is None else scale.index_select(0, segments.clip_idx)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None,
+        rows: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One block of the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
         x, y = norm(self.norm1, x, branch, scale)
         if rows is None:
-            branch = self.attn(y)
+            branch = self.attn(y, segments)
         else:
             x, branch = take(x, rows), self.attn.forward_rows(y, take(y, rows))
         branch = F.dropout(branch, self.dropout, self.training)
-        x, y = norm(self.norm2, x, branch, self.drop_scale(x))
-        return x, self.mlp(y), self.drop_scale(x)
+        x, y = norm(self.norm2, x, branch, self.drop_scale(x, segments))
+        return x, self.mlp(y), self.drop_scale(x, segments)
 
 
 def norm(layer: nn.LayerNorm, x: Tensor, branch: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -156,13 +165,22 @@ def norm(layer: nn.LayerNorm, x: Tensor, branch: Tensor | None, scale: Tensor | 
     return add_layer_norm(x, branch, layer.weight, layer.bias, eps=layer.eps, drop_scale=scale)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool, last_rows: Tensor | None = None) -> Stream:
-    """x (B, N, D) through all blocks; the last one gives only ``last_rows`` (B, M), where they are given."""
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    checkpointing: bool,
+    last_rows: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Stream:
+    """x (B, N, D) through all blocks; the last one gives only ``last_rows`` (B, M), where they are given.
+
+    With ``segments`` x is packed, (total, 1, D).
+    """
     stream: Stream = (x, None, None)
     for number, block in enumerate(blocks, 1):
         rows = last_rows if number == len(blocks) else None
         if checkpointing and torch.is_grad_enabled():
-            stream = checkpoint(block, *stream, rows, use_reentrant=False)
+            stream = checkpoint(block, *stream, rows, segments, use_reentrant=False)
         else:
-            stream = block(*stream, rows)
+            stream = block(*stream, rows, segments)
     return stream

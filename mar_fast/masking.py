@@ -1,9 +1,11 @@
 """Which tubelets stay visible: TokenMask, cell running masking and the masks that users compare it with.
 
 Nothing here waits for the device or makes a shape depend on data: the number of visible tokens follows from the ratio.
+(`content`, whose mask does depend on data, has a file of its own.)
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor
 
 from .config import check_cell, masked_slots
+from .content import content
 from .kernels import checks
+from .ragged import RaggedMask
+
+__all__ = ["RaggedMask", "TokenMask", "cell_running", "content", "frame", "random", "tube"]
 
 Grid = tuple[int, int, int]
 
@@ -84,6 +90,11 @@ class TokenMask:
         # A stable sort of the bools puts visible tokens first and leaves both groups in ascending order.
         order = flat.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)
         return cls(order[:, :num_visible], order[:, num_visible:], tuple(masked.shape[1:]))
+
+    @staticmethod
+    def ragged(clips: Sequence[Tensor] | Tensor, grid: tuple[int, ...] | None = None) -> RaggedMask:
+        """A mask in which each clip keeps its own number of tokens: see `RaggedMask.from_clips`."""
+        return RaggedMask.from_clips(clips, grid)
 
     def bool_masked(self) -> Tensor:
         """(B, L) bool, True = masked."""

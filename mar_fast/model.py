@@ -18,6 +18,8 @@ from .config import MARConfig, named_config
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from .layers import Attention, Block, Constant, norm, position_table, run_blocks
 from .masking import TokenMask, cell_running
+from .packed import OneClip, Segments, segment_mean
+from .ragged import RaggedMask
 
 if TYPE_CHECKING:
     from .checkpoint import LoadReport
@@ -28,15 +30,19 @@ class MAROutput(NamedTuple):
 
     Attributes:
         logits: (B, classes).
-        features: (B, N, D), visible tokens after the encoder's last norm.
-        reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets.
-        pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order.
+        features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a `RaggedMask`.
+        reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets (of all clips together).
+        pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order;
+            (B * L - total, t * h * w * C) for a `RaggedMask`, whose ``drop_cu_seqlens`` say where clips begin.
+        cu_seqlens: (B + 1,) int32 for a `RaggedMask`: the features of clip i are [cu_seqlens[i], cu_seqlens[i + 1]).
+            None for any other mask.
     """
 
     logits: Tensor | None
     features: Tensor
     reconstruction_loss: Tensor | None
     pixels: Tensor | None
+    cu_seqlens: Tensor | None = None
 
 
 def mar_loss(out: MAROutput, target: Tensor, reconstruction_weight: float = 0.1) -> Tensor:
@@ -94,13 +100,26 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, keep_idx: Tensor) -> Tensor:
         """(B, C, T, H, W), (B, N) -> (B, N, D)."""
+        return self._run(self._embed(video, keep_idx, self.pos_embed.value), None)
+
+    def forward_packed(self, clips: OneClip, keep_idx: Tensor, segments: Segments) -> Tensor:
+        """Visible tokens (total,) of all clips -> (total, 1, D)."""
+        position, (_, rows, columns) = self.pos_embed.value, self.config.grid
+        tokens = clips.video.shape[2] // self.config.patch[0] * rows * columns
+        # Indices into one long clip say nothing of places in a grid, so positions are added here.
+        nowhere = torch.zeros_like(position[:1]).expand(tokens, -1)
+        x = self._embed(clips.video, clips.places(keep_idx, segments.clip_idx), nowhere)[0]
+        x = (x + position.index_select(0, keep_idx)).to(x.dtype)
+        return self._run(x[:, None], segments)
+
+    def _embed(self, video: Tensor, keep_idx: Tensor, position: Tensor) -> Tensor:
         config, proj = self.config, self.patch_embed.proj
         bias = proj.bias
         assert bias is not None
-        x = gather_patch_embed(
-            video, keep_idx, proj.weight, bias, self.pos_embed.value, mean=config.mean, std=config.std
-        )
-        x, branch, scale = run_blocks(self.blocks, x, config.gradient_checkpointing)
+        return gather_patch_embed(video, keep_idx, proj.weight, bias, position, mean=config.mean, std=config.std)
+
+    def _run(self, x: Tensor, segments: Segments | None) -> Tensor:
+        x, branch, scale = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         if self.norm is not None:
             return norm(self.norm, x, branch, scale)[1]
         assert branch is not None
@@ -126,6 +145,28 @@ class PixelDecoder(nn.Module):
         stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows=drop_idx)
         return self.head(norm(self.norm, *stream)[1])
 
+    def forward_packed(self, visible: Tensor, mask_token: Tensor, place: Tensor, dropped: Tensor, batch: int) -> Tensor:
+        """Visible tokens (total, 1, decoder width) -> (1, dropped tokens of all clips, t * h * w * C).
+
+        Args:
+            visible: (total, 1, decoder width).
+            mask_token: (decoder width,).
+            place: (1, total), where among the B * L places of all clips the visible tokens belong.
+            dropped: (1, B * L - total), the other places.
+            batch: B.
+        """
+        position = self.pos_embed.value
+        tokens, width = position.shape
+        # The places of all clips as those of one; each clip has the same positions, which are added once they stand.
+        nowhere = torch.zeros_like(position[:1]).expand(batch * tokens, -1)
+        x = scatter_tokens(visible.transpose(0, 1), place, mask_token, nowhere).view(batch, tokens, width)
+        x = (x + position).to(x.dtype)
+        # Clips drop different numbers of tokens, so the last block, too, runs on all; the head does not.
+        x, branch, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        assert branch is not None
+        x, branch = (value.flatten(0, 1).index_select(0, dropped[0])[None] for value in (x, branch))
+        return self.head(norm(self.norm, x, branch, None)[1])
+
 
 class BridgingClassifier(nn.Module):
     """From features good for reconstruction to features good for classification (MAR, section 3.3)."""
@@ -141,13 +182,13 @@ class BridgingClassifier(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.classifier_norm_eps)
         self.head = nn.Linear(width, config.num_classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, N, D) -> (B, classes)."""
+    def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
+        """(B, N, D), or packed (total, 1, D) with their ``segments`` -> (B, classes)."""
         # Back to the weights' dtype: under autocast the residual stream stays in float32.
         x = self.proj(features).to(self.proj.weight.dtype)
-        x, branch, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        x, branch, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         assert branch is not None
-        return classify(self, (x + branch).mean(1), self.config.head_dropout)
+        return classify(self, mean_of_tokens(x + branch, segments), self.config.head_dropout)
 
 
 class LinearClassifier(nn.Module):
@@ -159,9 +200,14 @@ class LinearClassifier(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.classifier_norm_eps)
         self.head = nn.Linear(config.width, config.num_classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, N, D) -> (B, classes)."""
-        return classify(self, features.mean(1), self.config.head_dropout)
+    def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
+        """(B, N, D), or packed (total, 1, D) with their ``segments`` -> (B, classes)."""
+        return classify(self, mean_of_tokens(features, segments), self.config.head_dropout)
+
+
+def mean_of_tokens(x: Tensor, segments: Segments | None) -> Tensor:
+    """(B, N, D), or packed (total, 1, D) -> (B, D)."""
+    return x.mean(1) if segments is None else segment_mean(x, segments)
 
 
 def classify(classifier: BridgingClassifier | LinearClassifier, pooled: Tensor, dropout: float) -> Tensor:
@@ -211,7 +257,7 @@ class MAR(nn.Module):
     def forward(
         self,
         video: Tensor,
-        mask: TokenMask | None = None,
+        mask: TokenMask | RaggedMask | None = None,
         *,
         reconstruct: bool | None = None,
         generator: torch.Generator | None = None,
@@ -222,7 +268,8 @@ class MAR(nn.Module):
             video: (B, C, T, H, W) of the config's size, any strides. uint8 is normalised on the fly; floating point
                 counts as already normalised.
             mask: Which tokens are visible. None draws running masks of the config's mask_ratio: in eval the test form
-                (phase 0), in training a random phase for each clip and temporal shuffle.
+                (phase 0), in training a random phase for each clip and temporal shuffle. With a `RaggedMask` tokens
+                stay packed from end to end: nothing is padded, and each clip gives what it gives alone.
             reconstruct: Whether to predict the dropped pixels. None means in training, if there is a decoder.
             generator: Source of the random masks; None is torch's default.
 
@@ -234,6 +281,8 @@ class MAR(nn.Module):
             reconstruct = self.training and self.decoder is not None
         if reconstruct and self.decoder is None:
             raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
+        if isinstance(mask, RaggedMask):
+            return self._forward_ragged(video, mask, reconstruct)
         keep_idx, drop_idx = self._indices(video, mask, generator)
         features = self.encoder(video, keep_idx)
         logits = None if self.classifier is None else self.classifier(features)
@@ -243,12 +292,32 @@ class MAR(nn.Module):
         # As in the classifier, the residual stream begins in the weights' dtype.
         visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)
         pixels = self.decoder(visible, self.mask_token.flatten(), keep_idx, drop_idx)
+        return MAROutput(logits, features, self._loss(pixels, video, drop_idx), pixels)
+
+    def _forward_ragged(self, video: Tensor, mask: RaggedMask, reconstruct: bool) -> MAROutput:
+        self._check_mask(video, mask)
+        segments, clips = Segments.of(mask), OneClip.of(video, self.config.patch)
+        features = self.encoder.forward_packed(clips, mask.keep_idx, segments)
+        logits = None if self.classifier is None else self.classifier(features, segments)
+        flat = features.flatten(0, 1)
+        if not reconstruct:
+            return MAROutput(logits, flat, None, None, mask.cu_seqlens)
+        assert self.decoder is not None
+        visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)
+        place, dropped = (
+            (clip_idx * mask.num_tokens + index)[None]
+            for clip_idx, index in ((segments.clip_idx, mask.keep_idx), (mask.drop_clip_idx, mask.drop_idx))
+        )
+        pixels = self.decoder.forward_packed(visible, self.mask_token.flatten(), place, dropped, mask.batch)
+        loss = self._loss(pixels, clips.video, clips.places(mask.drop_idx, mask.drop_clip_idx))
+        return MAROutput(logits, flat, loss, pixels[0], mask.cu_seqlens)
+
+    def _loss(self, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
         config = self.config
-        loss = masked_patch_loss(
+        return masked_patch_loss(
             pixels, video, drop_idx,
             patch=config.patch, mean=config.mean, std=config.std, normalize=config.normalize_target,
         )  # fmt: skip
-        return MAROutput(logits, features, loss, pixels)
 
     def _indices(
         self, video: Tensor, mask: TokenMask | None, generator: torch.Generator | None
@@ -263,14 +332,18 @@ class MAR(nn.Module):
             )  # fmt: skip
         if not isinstance(mask, TokenMask):
             raise checks.bad_type("mask", type(mask).__name__, "a TokenMask (TokenMask.from_bool_masked takes bools)")
+        self._check_mask(video, mask)
+        if mask.num_visible == 0:
+            raise checks.bad("mask", "no visible token", "at least one in every clip")
+        return mask.keep_idx, mask.drop_idx
+
+    def _check_mask(self, video: Tensor, mask: TokenMask | RaggedMask) -> None:
+        config, batch = self.config, video.shape[0]
         if mask.num_tokens != config.num_tokens or (len(mask.grid) == 3 and mask.grid != config.grid):
             raise checks.bad("mask", f"a grid {mask.grid}", f"{config.grid}, the model's, {config.num_tokens} tokens")
         if mask.batch != batch:
             raise checks.bad("mask", f"{mask.batch} clips", f"{batch}, as video has")
-        if mask.num_visible == 0:
-            raise checks.bad("mask", "no visible token", "at least one in every clip")
         checks.same_device("video", video.device, mask=mask.keep_idx)
-        return mask.keep_idx, mask.drop_idx
 
     def _check_video(self, video: Tensor) -> None:
         config = self.config

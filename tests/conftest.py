@@ -32,6 +32,7 @@ NEEDS = {
     "test_cli.py": "matplotlib",
     "test_cli_answers.py": "av",
     "test_cli_checkpoint.py": "typer",
+    "test_content_mask.py": "hypothesis",
     "test_masking.py": "hypothesis",
     "test_readme.py": "typer",
     "test_video.py": "av",

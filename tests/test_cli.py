@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from mar_fast import masking
+from mar_fast import masking, video
 from mar_fast.bench import files, machine, savings
 from mar_fast.kernels import device, launch_config
 
@@ -83,7 +83,7 @@ def test_results_are_not_overwritten(run, tmp_path):
 
 def test_masks_picture(run, tmp_path):
     pictures = {}
-    for kind in ("running", "random", "tube", "frame"):
+    for kind in ("running", "random", "tube", "frame", "content"):
         code, out, _ = run("masks", "--kind", kind, "--out", f"{kind}.png")
         assert code == 0 and "784 of 1568 patches visible" in out
         pictures[kind] = matplotlib.image.imread(tmp_path / f"{kind}.png")
@@ -92,6 +92,13 @@ def test_masks_picture(run, tmp_path):
     generator = torch.Generator().manual_seed(3)
     want = masking.cell_running(1, (8, 14, 14), 0.75, temporal_shuffle=True, generator=generator)
     assert code == 0 and json.loads(out)["keep_idx"] == want.keep_idx[0].tolist()
+
+
+def test_content_mask_goes_by_the_clip(run):
+    code, out, _ = run("masks", "--kind", "content", "--ratio", "0.75", "--stride", "2", "--json")
+    clip = video.read_clip(files.sample_clip(), 16, stride=2)
+    want = masking.content(clip[None], (8, 14, 14), budget=0.25)
+    assert code == 0 and json.loads(out)["keep_idx"] == want.keep_idx.tolist() and want.total_visible == 392
 
 
 def test_cost_tables(run):
@@ -152,7 +159,10 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
         (["masks", "--ratio", "1"], r"ratio: got 1.0, expected a number in \[0, 1\)"),
         (["masks", "--ratio", "nan"], r"ratio: got nan, expected a number in \[0, 1\)"),
         (["masks", "--seed", "-1"], "--seed: got -1, expected a whole number from 0"),
-        (["masks", "--kind", "block"], "'block' is not one of 'running', 'random', 'tube', 'frame'"),
+        (["masks", "--kind", "block"], "'block' is not one of 'running', 'random', 'tube', 'frame', 'content'"),
+        (["masks", "--kind", "content", "--ratio", "1"], r"--ratio: got 1.0, expected a number in \[0, 1\)"),
+        (["masks", "--kind", "content", "--ratio", "nan"], r"--ratio: got nan, expected a number in \[0, 1\)"),
+        (["masks", "--kind", "content", "--train"], "--train: got it with --kind content, expected --kind running"),
         (["masks", "--kind", "tube", "--train"], "--train: got it with --kind tube, expected --kind running"),
         (["masks", "--out", "masks.jpg"], "--out: got 'masks.jpg', expected a file name that ends with .png"),
         (["masks", "--out", "there.png"], "there.png: already exists, expected a new file"),

@@ -11,7 +11,7 @@ from .. import TokenMask, masking, named_config
 from ..bench import files
 from .common import clip_for, print_json, progress, results
 
-Kind = StrEnum("Kind", ["running", "random", "tube", "frame"])
+Kind = StrEnum("Kind", ["running", "random", "tube", "frame", "content"])
 
 
 def masks(
@@ -19,7 +19,7 @@ def masks(
     kind: Annotated[Kind, typer.Option(help="How visible patches are chosen.")] = Kind.running,
     ratio: Annotated[float, typer.Option(help="Share of masked patches, in [0, 1).")] = 0.5,
     train: Annotated[bool, typer.Option(help="running: random phase and temporal shuffle, as in training.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random; content has nothing random.")] = 0,
     stride: Annotated[int, typer.Option(help="Frames of the file from one frame of the clip to the next.")] = 4,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("masks.png"),
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
@@ -34,13 +34,16 @@ def masks(
         raise ValueError(f"--out: got {str(out)!r}, expected a file name that ends with .png")
     files.may_write([out], force)
     config = named_config("mar_vit_base")
-    mask = _mask(kind, config.grid, ratio, train, seed)
+    mask = _drawn(kind, config.grid, ratio, train, seed)
     path = clip if clip is not None else files.sample_clip()
-    form = ", training form" if train else ""
-    title = f"{kind} masking, {ratio:.0%}{form}: {mask.num_visible} of {mask.num_tokens} patches visible"
     with progress() as step:
         step(f"reading {path.name}", 0.1)
         video = clip_for(path, config, stride)
+        if mask is None:
+            masked = masking.content(video[None], config.grid, budget=1 - ratio).bool_masked()
+            mask = TokenMask.from_bool_masked(masked.view(1, *config.grid))
+        form = ", training form" if train else ""
+        title = f"{kind} masking, {ratio:.0%}{form}: {mask.num_visible} of {mask.num_tokens} patches visible"
         step("drawing", 0.4)
         plot.draw_masks(video, mask, config, title, out)
     if as_json:
@@ -52,9 +55,14 @@ def masks(
         results.print(f"{title}\nWritten: {out}", highlight=False, soft_wrap=True)
 
 
-def _mask(kind: Kind, grid: tuple[int, int, int], ratio: float, train: bool, seed: int) -> TokenMask:
+def _drawn(kind: Kind, grid: tuple[int, int, int], ratio: float, train: bool, seed: int) -> TokenMask | None:
+    """The mask, or None for the one that goes by the clip."""
     if train and kind != Kind.running:
         raise ValueError(f"--train: got it with --kind {kind}, expected --kind running")
+    if kind == Kind.content:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"--ratio: got {ratio}, expected a number in [0, 1)")
+        return None
     generator = torch.Generator().manual_seed(seed)
     if kind == Kind.running:
         phase = None if train else 0
