@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import cost, kernels, masking, reference, video
     from .config import MARConfig, list_models, named_config
+    from .huggingface import accelerate, patch_transformers, register_attention, restore
     from .inference import CompiledModel, compile_for_inference
     from .kernels import debug_checks
     from .masking import TokenMask
@@ -20,12 +21,16 @@ _HOME = {
     "MARConfig": "config",
     "MAROutput": "model",
     "TokenMask": "masking",
+    "accelerate": "huggingface",
     "compile_for_inference": "inference",
     "create_model": "model",
     "debug_checks": "kernels",
     "list_models": "config",
     "mar_loss": "model",
     "named_config": "config",
+    "patch_transformers": "huggingface",
+    "register_attention": "huggingface",
+    "restore": "huggingface",
 }
 _MODULES = ("cost", "kernels", "masking", "reference", "video")
 
@@ -35,6 +40,7 @@ __all__ = [
     "MARConfig",
     "MAROutput",
     "TokenMask",
+    "accelerate",
     "compile_for_inference",
     "cost",
     "create_model",
@@ -44,7 +50,10 @@ __all__ = [
     "mar_loss",
     "masking",
     "named_config",
+    "patch_transformers",
     "reference",
+    "register_attention",
+    "restore",
     "video",
 ]
 
