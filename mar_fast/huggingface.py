@@ -177,10 +177,11 @@ def _inner(model: Any) -> Any:
 
 
 def _swap(model: Any, options: Options) -> None:
+    # One object for the model and the VideoMAEModel in it, so that each warning is said once.
     for module in (_inner(model), model):
         if type(module).__name__ == "VideoMAEForVideoClassification":
             continue  # its own code is pooling and a head, around an accelerated VideoMAEModel
-        module._mar_fast = Options(options.keep, options.num_visible)
+        module._mar_fast = options
         if not is_accelerated(module):
             module.__class__ = accelerated_class(type(module))
 
