@@ -29,11 +29,10 @@ CASES = {
 }
 VISIBLE = TOKENS - MASKED
 
-# Rounding alone takes the gradients of the larger one's queries over 1e-5 in float32.
 all_sizes = pytest.mark.parametrize(
     ("shape", "dtype"),
-    [("base", torch.float32), ("base", torch.float64), ("large", torch.float64)],
-    ids=["base-float32", "base-float64", "large-float64"],
+    [("base", torch.float32), ("large", torch.float32), ("base", torch.float64), ("large", torch.float64)],
+    ids=["base-float32", "large-float32", "base-float64", "large-float64"],
 )
 all_cases = pytest.mark.parametrize("case", CASES)
 all_kinds = pytest.mark.parametrize(
@@ -81,12 +80,24 @@ def check_same(want, got, bound):
         assert relative(got[name], want[name]) <= bound, name
 
 
-def check_gradients(plain, fast, want, got, bound):
+def check_gradients(plain, fast, arguments, want, got, bound):
+    """Within ``bound``; in float32 also no further from float64 than twice what theirs is."""
     want, got = gradients(plain, want), gradients(fast, got)
     assert got.keys() == want.keys()
+    exact = None
     for name in want:
         # A gradient of zeros proves nothing: the error is nan then, which fails.
-        assert relative(got[name], want[name]) <= bound, name
+        if relative(got[name], want[name]) <= bound:
+            continue
+        assert want[name].dtype == torch.float32, name
+        exact = exact or exact_gradients(plain, arguments)
+        assert relative(got[name], exact[name]) <= 2 * relative(want[name], exact[name]) < 1e-4, name
+
+
+def exact_gradients(plain, arguments):
+    plain = copy.deepcopy(plain).double()
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in arguments.items()}
+    return gradients(plain, plain(**wide))
 
 
 @all_sizes
@@ -95,7 +106,7 @@ def test_values_and_every_gradient(case, shape, dtype):
     plain, fast, arguments = pair(case, shape, dtype)
     want, got = plain(**arguments), fast(**arguments)
     check_same(want, got, BOUNDS[dtype])
-    check_gradients(plain, fast, want, got, BOUNDS[dtype])
+    check_gradients(plain, fast, arguments, want, got, BOUNDS[dtype])
 
 
 @all_kinds
@@ -164,7 +175,7 @@ def test_compiled_in_one_graph(case, training):
     torch.compiler.reset()
     want, got = plain(**arguments), torch.compile(fast, fullgraph=True)(**arguments, **known)
     check_same(want, got, 1e-5)
-    check_gradients(plain, fast, want, got, 1e-5)
+    check_gradients(plain, fast, arguments, want, got, 1e-5)
 
 
 @torch.no_grad()
@@ -262,7 +273,8 @@ def test_dropout_is_drawn_as_theirs(case):
         torch.manual_seed(5)
         outputs.append(model.train()(**arguments))
     check_same(*outputs, 1e-5)
-    assert relative(next(iter(outputs[1].values())), next(iter(without.values()))) > 0.01
+    name = list(without)[-1]
+    assert relative(outputs[1][name], without[name]) > 0.01
 
 
 @all_kinds
@@ -278,4 +290,4 @@ def test_gradient_checkpointing(case, reentrant):
     got = fast(**arguments)
     assert calls
     check_same(want, got, 1e-5)
-    check_gradients(plain, fast, want, got, 1e-5)
+    check_gradients(plain, fast, arguments, want, got, 1e-5)

@@ -30,11 +30,14 @@ OWN = {
     ),
     "hook within a layer": (
         MODEL,
-        lambda model: first_attention(model).value.register_forward_pre_hook(lambda m, a: (a[0].cos(),)), {}, "layers",
+        lambda model: model.encoder.layer[0].output.dense.register_forward_pre_hook(lambda m, a: (a[0].cos(),)), {},
+        "layers",
     ),
-    "an adapter": (
-        MODEL,
-        lambda model: setattr(first_attention(model), "query", Adapter(first_attention(model).query)), {}, "layers",
+    "an adapter of queries": (
+        MODEL, lambda model: adapt(first_attention(model), "query"), {}, "layers",
+    ),
+    "an adapter behind attention": (
+        MODEL, lambda model: adapt(model.encoder.layer[0].attention.output, "dense"), {}, "layers",
     ),
     "another forward": (
         MODEL, lambda model: setattr(model.encoder.layer[0].output, "forward", lambda a, b: a.mean() + b), {}, "layers",
@@ -74,6 +77,10 @@ class Adapter(nn.Module):
         return self.base(x) + 0.5 * x
 
 
+def adapt(module, name):
+    setattr(module, name, Adapter(getattr(module, name)))
+
+
 @pytest.mark.parametrize("case", OWN)
 def test_what_is_left_to_their_own_code(case):
     kind, change, extra, said = OWN[case]
@@ -89,7 +96,9 @@ def test_what_is_left_to_their_own_code(case):
     for name in want:
         values = (got[name], want[name]) if torch.is_tensor(want[name]) else (got[name][-1], want[name][-1])
         assert relative(*values) <= 1e-5
-    if change is not None and not extra and "hidden" not in case:
+    # transformers 5.0 to 5.4 read the weights of queries, and no more of what stands there.
+    unseen = case == "an adapter of queries" and hasattr(first_attention(plain), "q_bias")
+    if change is not None and "hidden" not in case and not unseen:
         assert relative(want[list(want)[-1]], untouched[list(want)[-1]]) > 1e-3
     with warnings.catch_warnings():  # said once
         warnings.simplefilter("error")
