@@ -5,7 +5,7 @@ of transformers. `mar_fast.huggingface_forward` has the forward passes.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -33,7 +33,9 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
 
     transformers' own code runs, with one warning, what is not done here: calls with ``output_hidden_states`` or
     ``output_attentions``, and layers with hooks, with replaced parts (adapters, quantised or sharded weights) or with
-    attention dropout in training. `VideoMAEConfig`'s ``attn_implementation`` counts for that code only.
+    attention dropout in training. `VideoMAEConfig`'s ``attn_implementation`` counts for that code only. Dropout with
+    ``hidden_dropout_prob`` draws what transformers draws from the same seed, but not in the decoder of pre-training,
+    where tokens stand in another order and masked ones alone come out of the last layer.
 
     Args:
         model: A VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining. One that is accelerated
@@ -183,7 +185,8 @@ def _swap(model: Any, options: Options) -> None:
             continue  # its own code is pooling and a head, around an accelerated VideoMAEModel
         module._mar_fast = options
         if not is_accelerated(module):
-            module.__class__ = accelerated_class(type(module))
+            kind: Any = type(module)
+            module.__class__ = accelerated_class(kind)
 
 
 def _check_keep(model: Any, keep: float) -> None:
@@ -219,7 +222,7 @@ def _accelerating(kind: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _replaced(kind: type, name: str, value: Callable[..., Any]) -> Iterator[None]:
+def _replaced(kind: type, name: str, value: Any) -> Iterator[None]:
     own = vars(kind).get(name)
     setattr(kind, name, value)
     try:

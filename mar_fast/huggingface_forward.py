@@ -5,7 +5,6 @@ that forward does not do it leaves to the class it was made from. In comments: B
 M dropped, D width.
 """
 
-import copyreg
 import math
 import sys
 from functools import cache
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import IMAGENET_MEAN, IMAGENET_STD
-from .huggingface_layers import Caches, plain_norm, run_layers, total, untouched
+from .huggingface_layers import PLAIN_TENSORS, Caches, plain_norm, run_layers, total, untouched
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from .layers import norm
 from .masking import TokenMask, cell_running
@@ -49,8 +48,8 @@ class _Accelerated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to be found by; it is made again from the one that it was made from.
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return (_new, (self._mar_fast_from,), *state)
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_new, (self._mar_fast_from,), *reduced[2:])
 
     def train(self, mode: bool = True) -> Any:
         """As always, and packed weights are forgotten."""
@@ -112,7 +111,12 @@ class _ForPreTraining(_Accelerated):
         assert mask is not None
         if mask.num_visible == mask.num_tokens:
             raise checks.bad("bool_masked_pos", "no masked token", "at least one in every clip")
-        config, inner, decoder = self.config, self.videomae, self.decoder
+        config: Any = self.config
+        inner: Any = self.videomae
+        decoder: Any = self.decoder
+        projection: Any = self.encoder_to_decoder
+        mask_token: Any = self.mask_token
+        table: Any = self.position_embeddings
         reason = _why_own_code(self, kwargs)
         if reason is None and not (is_accelerated(inner) and untouched(inner, type(inner))):
             reason = "a changed or hooked videomae runs transformers' own code"
@@ -125,10 +129,10 @@ class _ForPreTraining(_Accelerated):
             return super().forward(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
         features = encode(inner, pixel_values, mask)
         # Under autocast the residual stream begins in the weights' dtype.
-        features = self.encoder_to_decoder(features).to(self.mask_token.dtype)
+        features = projection(features).to(mask_token.dtype)
         caches = self._mar_fast.caches
-        places = caches.table("decoder", self.position_embeddings, pixel_values.device)
-        x = scatter_tokens(features, mask.keep_idx, self.mask_token.flatten(), places)
+        places = caches.table("decoder", table, pixel_values.device)
+        x = scatter_tokens(features, mask.keep_idx, mask_token.flatten(), places)
         x, branch = run_layers(decoder.decoder_layers, caches, "decoder", x, mask.drop_idx)
         logits = decoder.head(norm(decoder.norm, x, branch, None)[1])
         colours = config.num_channels == 3
@@ -149,7 +153,7 @@ _STANDS_IN = {
 
 
 @cache
-def accelerated_class(kind: type[nn.Module]) -> type[nn.Module]:
+def accelerated_class(kind: Any) -> type[nn.Module]:
     """The class that instances of ``kind`` get: VideoMAEModel or VideoMAEForPreTraining."""
     mixin, output = _STANDS_IN[kind.__name__]
     # transformers goes by these names, in save_pretrained and where it looks up what hidden states to record.
@@ -163,15 +167,16 @@ def is_accelerated(model: object) -> bool:
     return isinstance(model, _Accelerated)
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
-    return copyreg.__newobj__(accelerated_class(kind))  # type: ignore[attr-defined, no-any-return]
+def _new(kind: Any) -> nn.Module:
+    fast = accelerated_class(kind)
+    return fast.__new__(fast)
 
 
 def _why_own_code(model: Any, kwargs: dict[str, Any]) -> str | None:
     for name in _RECORDED:
         asked = kwargs.get(name)
-        # 0 asks for the first hidden state.
-        if (getattr(model.config, name, False) if asked is None else asked) is not False:
+        asked = getattr(model.config, name, None) if asked is None else asked
+        if asked is not None and asked is not False:  # 0 asks for the first hidden state
             return f"calls with {name} run transformers' own code"
     for name, value in kwargs.items():
         if value is not None and name not in _WITHOUT_EFFECT and name not in _RECORDED:
@@ -262,7 +267,7 @@ def _embed(model: Any, caches: Caches, pixel_values: Tensor, mask: TokenMask | N
     sides = (pixel_values.shape[1], *pixel_values.shape[3:])
     # A convolution leaves out what is over at the edges; gather_patch_embed takes whole patches only.
     whole = not any(side % step for side, step in zip(sides, projection.kernel_size, strict=True)) if same else False
-    if not (same and whole and type(projection.weight) is nn.Parameter):
+    if not (same and whole and type(projection.weight) in PLAIN_TENSORS):
         caches.warn_once("mar_fast: changed or hooked embeddings, and odd sizes, run transformers' own code")
         embedded: Tensor = embeddings(pixel_values, None if mask is None else mask.bool_masked())
         return embedded

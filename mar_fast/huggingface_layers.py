@@ -17,7 +17,7 @@ from .layers import attend, attend_rows, norm, take
 # Where transformers keeps its VideoMAE, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
 # A weight of another type (quantised, sharded) needs what its module does with it.
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 Packed = tuple[Tensor, Tensor | None]
 
@@ -49,7 +49,7 @@ class Caches:
             self._said.add(message)
             warnings.warn(message, stacklevel=3)
 
-    def packed(self, name: str, attention: nn.Module) -> Packed:
+    def packed(self, name: str, attention: Any) -> Packed:
         """The qkv weight (3 * D, D) and bias (3 * D,) of a VideoMAESelfAttention, differentiable in training."""
         sources = _sources(attention)
         if attention.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -77,7 +77,7 @@ class Caches:
         return moved
 
 
-def _sources(attention: nn.Module) -> list[Tensor | None]:
+def _sources(attention: Any) -> list[Tensor | None]:
     """Weights of q, k and v, then their biases: of linear layers, or parameters of their own in the oldest versions."""
     query, key, value = attention.query, attention.key, attention.value
     biases = [query.bias, key.bias, value.bias]
@@ -129,15 +129,15 @@ def untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
 
 
 def _linear(module: nn.Module, bias: bool) -> bool:
-    biased = type(module.bias) in _PLAIN_TENSORS or (module.bias is None and not bias)
-    return untouched(module, nn.Linear) and type(module.weight) in _PLAIN_TENSORS and biased
+    biased = type(module.bias) in PLAIN_TENSORS or (module.bias is None and not bias)
+    return untouched(module, nn.Linear) and type(module.weight) in PLAIN_TENSORS and biased
 
 
 def plain_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a LayerNorm that `norm` may stand in for."""
     if not untouched(module, nn.LayerNorm):
         return False
-    return type(module.weight) in _PLAIN_TENSORS and type(module.bias) in _PLAIN_TENSORS
+    return type(module.weight) in PLAIN_TENSORS and type(module.bias) in PLAIN_TENSORS
 
 
 def why_own_code(layer: Any) -> str | None:
@@ -194,7 +194,7 @@ def _activated(part: Any, y: Tensor) -> Tensor:
 
 
 def run_layers(
-    layers: nn.ModuleList, caches: Caches, name: str, x: Tensor, rows: Tensor | None = None
+    layers: Any, caches: Caches, name: str, x: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """x (B, N, D) through all layers: the residual stream and what is still to be added to it.
 
