@@ -88,6 +88,10 @@ def check_gradients(plain, fast, want, got, bound):
     want, got = gradients(plain, want), gradients(fast, got)
     assert got.keys() == want.keys()
     for name in want:
+        if ".key.bias" in name:
+            # In transformers 5.5 to 5.17. It moves all scores of a query alike: its gradient is 0 but for rounding.
+            assert got[name].norm() <= 1e-4 * want[name.replace("key", "query")].norm(), name
+            continue
         scores = any(part in name for part in (".query.", ".key.", ".q_bias"))
         # A gradient of zeros proves nothing: the error is nan then, which fails.
         assert relative(got[name], want[name]) <= (max(bound, SCORES[want[name].dtype]) if scores else bound), name

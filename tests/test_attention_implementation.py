@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from helpers import relative
-from test_accelerate import check_same
+from test_accelerate import check_gradients, check_same
 from test_huggingface import build_theirs
 from torch import nn
 
@@ -34,10 +34,7 @@ def test_values_and_gradients(monkeypatch):
     want, got = plain(pixels), other(pixels)
     assert len(calls) == len(plain.videomae.encoder.layer)
     check_same(want, got, 1e-11)
-    for output in (want, got):
-        output.logits.square().sum().backward()
-    for theirs, ours in zip(plain.parameters(), other.parameters(), strict=True):
-        assert relative(ours.grad, theirs.grad) <= 1e-11
+    check_gradients(plain, other, want, got, 1e-11)
 
 
 def test_dropout_is_refused():
