@@ -40,7 +40,18 @@ setup(
         "hf": ["transformers>=5", "huggingface_hub"],
         "xformers": ["xformers"],
         "flash-attn": ["flash-attn"],
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "build", "scikit-video", "matplotlib"],
+        # accelerate is what transformers' Trainer runs on.
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "build",
+            "scikit-video",
+            "matplotlib",
+            "accelerate",
+        ],
     },
     entry_points={"console_scripts": ["mar-fast = mar_fast.cli:main"]},
 )

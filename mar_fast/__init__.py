@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import annotations, checkpoint, cost, evaluation, kernels, masking, reference, video
     from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
+    from .huggingface import accelerate, patch_transformers, register_attention, restore
     from .inference import CompiledModel, compile_for_inference
     from .kernels import debug_checks
     from .masking import TokenMask
@@ -24,6 +25,7 @@ _HOME = {
     "MAROutput": "model",
     "RaggedMask": "ragged",
     "TokenMask": "masking",
+    "accelerate": "huggingface",
     "compile_for_inference": "inference",
     "create_model": "model",
     "debug_checks": "kernels",
@@ -31,6 +33,9 @@ _HOME = {
     "list_models": "config",
     "mar_loss": "model",
     "named_config": "config",
+    "patch_transformers": "huggingface",
+    "register_attention": "huggingface",
+    "restore": "huggingface",
     "save_checkpoint": "checkpoint",
 }
 _MODULES = ("annotations", "checkpoint", "cost", "evaluation", "kernels", "masking", "reference", "video")
@@ -43,6 +48,7 @@ __all__ = [
     "MAROutput",
     "RaggedMask",
     "TokenMask",
+    "accelerate",
     "annotations",
     "checkpoint",
     "compile_for_inference",
@@ -56,7 +62,10 @@ __all__ = [
     "mar_loss",
     "masking",
     "named_config",
+    "patch_transformers",
     "reference",
+    "register_attention",
+    "restore",
     "save_checkpoint",
     "video",
 ]

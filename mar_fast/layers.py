@@ -57,6 +57,36 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.long()[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def attend(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    scale: float | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """Self-attention before its last projection: x (B, N, D), packed qkv weight (3 * D, D), bias (3 * D,).
+
+    Packed tokens (total, 1, D) attend within their ``segments``.
+    """
+    qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1))
+    if segments is None:
+        return attention(qkv, scale=scale)
+    return attention_varlen(qkv.flatten(0, 1), segments.cu_seqlens, segments.max_seqlen, scale=scale)[:, None]
+
+
+def attend_rows(
+    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, heads: int, scale: float | None = None
+) -> Tensor:
+    """The same with keys and values from all tokens x (B, L, D), and queries only from ``rows`` (B, M, D)."""
+    width = weight.shape[0] // 3
+    query_bias, key_value_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    query = F.linear(rows, weight[:width], query_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key_value = F.linear(x, weight[width:], key_value_bias).unflatten(-1, (2, heads, -1))
+    key, value = (part.transpose(1, 2) for part in key_value.unbind(2))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. The qkv bias is (q_bias, 0, v_bias), or a full one with ``key_bias``."""
 
@@ -76,19 +106,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D); packed tokens (total, 1, D) attend within their ``segments``."""
-        qkv = F.linear(x, self.qkv.weight, self.qkv_bias()).unflatten(-1, (3, self.heads, -1))
-        if segments is None:
-            return self.proj(attention(qkv))
-        return self.proj(attention_varlen(qkv.flatten(0, 1), segments.cu_seqlens, segments.max_seqlen)[:, None])
+        return self.proj(attend(x, self.qkv.weight, self.qkv_bias(), self.heads, segments=segments))
 
     def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Keys and values from all tokens x (B, L, D), queries only from ``rows`` (B, M, D) -> (B, M, D)."""
-        width = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv_bias()
-        query = F.linear(rows, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key_value = F.linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
-        key, value = (part.transpose(1, 2) for part in key_value.unbind(2))
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(attend_rows(x, rows, self.qkv.weight, self.qkv_bias(), self.heads))
 
 
 class Mlp(nn.Module):

@@ -76,8 +76,8 @@ def randomise(model, generator):
             parameter.copy_(noise)
 
 
-def build(kind, shape, dtype, *, final_norm, normalize_target=True, classifier=None):
-    """One of their models with random weights, ours with the same, a clip in our layout (B, C, T, H, W), and bools."""
+def build_theirs(kind, shape, dtype, *, final_norm, normalize_target=True, **options):
+    """One of their models with random weights, the size of it by our names, and the source of its randomness."""
     size = dict(SHAPES[shape])
     eps = size.pop("eps")
     if kind != "VideoMAEForPreTraining":
@@ -91,9 +91,31 @@ def build(kind, shape, dtype, *, final_norm, normalize_target=True, classifier=N
             decoder_num_attention_heads=size["decoder_heads"], decoder_intermediate_size=4 * size["decoder_width"],
             layer_norm_eps=eps, use_mean_pooling=not final_norm, norm_pix_loss=normalize_target, num_labels=CLASSES,
             attn_implementation="eager",  # not the function that ours calls
+            **options,
         )
     ).to(dtype)  # fmt: skip
     randomise(theirs, generator)
+    return theirs, size, eps, generator
+
+
+def clips(dtype, generator):
+    """Clips in our layout (B, C, T, H, W), with a colour each and little noise, and bools.
+
+    Equally many, but not the same, tokens are masked in each.
+    """
+    colour = torch.rand(BATCH, 3, 1, 1, 1, generator=generator, dtype=torch.float64)
+    pixels = 0.7 * colour + 0.3 * torch.rand(BATCH, 3, FRAMES, *SIZE, generator=generator, dtype=torch.float64)
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    masked = torch.rand(BATCH, TOKENS, generator=generator).argsort(1) < MASKED
+    assert not torch.equal(masked[0], masked[1])
+    return ((pixels - mean) / std).to(dtype), masked
+
+
+def build(kind, shape, dtype, *, final_norm, normalize_target=True, classifier=None):
+    """One of their models with random weights, ours with the same, a clip in our layout (B, C, T, H, W), and bools."""
+    theirs, size, eps, generator = build_theirs(
+        kind, shape, dtype, final_norm=final_norm, normalize_target=normalize_target
+    )
     config = MARConfig(
         num_frames=FRAMES, image_size=SIZE, mask_ratio=0.0, classifier=classifier, num_classes=CLASSES,
         encoder_eps=eps, final_norm=final_norm, final_norm_eps=eps, decoder_eps=eps,
@@ -102,14 +124,7 @@ def build(kind, shape, dtype, *, final_norm, normalize_target=True, classifier=N
     )  # fmt: skip
     ours = mar_fast.MAR(config).to(dtype)
     ours.load_state_dict(in_our_layout(dict(theirs.named_parameters())))
-
-    # Clips with a colour each and little noise, and equally many, but not the same, masked tokens in each.
-    colour = torch.rand(BATCH, 3, 1, 1, 1, generator=generator, dtype=torch.float64)
-    pixels = 0.7 * colour + 0.3 * torch.rand(BATCH, 3, FRAMES, *SIZE, generator=generator, dtype=torch.float64)
-    mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
-    masked = torch.rand(BATCH, TOKENS, generator=generator).argsort(1) < MASKED
-    assert not torch.equal(masked[0], masked[1])
-    return theirs, ours, ((pixels - mean) / std).to(dtype), masked
+    return theirs, ours, *clips(dtype, generator)
 
 
 def check_gradients(theirs, ours, dtype):

@@ -1,0 +1,117 @@
+"""Bad calls of the drop-in for transformers: each error names the argument, what was got and what is accepted."""
+
+import re
+import sys
+
+import pytest
+import torch
+from test_accelerate import TOKENS, pair
+from test_huggingface import BATCH
+from torch import nn
+
+import mar_fast
+
+transformers = pytest.importorskip("transformers")
+
+MODEL, CLASSIFIER = "model, last norm, masked", "classifier, mean pooling, dense"
+PRETRAINING = "pretraining, normalised target"
+
+
+def call(case, **changes):
+    _, fast, arguments = pair(case)
+    fast.eval()
+    return fast(**{**arguments, **changes})
+
+
+def uneven():
+    masked = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+    masked[0, :3], masked[1:, :2] = True, True
+    return masked
+
+
+# call, error, what the message must contain
+BAD_CALLS = {
+    "not a model": (lambda: mar_fast.accelerate(nn.Linear(2, 2)), TypeError, "model: got Linear, expected VideoMAEModel"),
+    "a compiled model": (
+        lambda: mar_fast.accelerate(torch.compile(pair(MODEL)[0])), TypeError, "model: got OptimizedModule",
+    ),
+    "restore": (lambda: mar_fast.restore("x"), TypeError, "model: got str"),
+    "keep of a model": (
+        lambda: mar_fast.accelerate(pair(MODEL)[0], keep=0.5), ValueError, "keep: got 0.5 for VideoMAEModel",
+    ),
+    "keep without pooling": (
+        lambda: mar_fast.accelerate(pair("classifier, first token, dense")[0], keep=0.5), ValueError,
+        "keep: got 0.5 for VideoMAEForVideoClassification, expected None",
+    ),
+    "keep off the cell": (
+        lambda: mar_fast.accelerate(pair(CLASSIFIER)[0], keep=0.3), ValueError, "keep: got 0.3, .*0.25, 0.5, 0.75, 1.0",
+    ),
+    "keep nothing": (lambda: mar_fast.accelerate(pair(CLASSIFIER)[0], keep=0), ValueError, "keep: got 0, expected"),
+    "keep, odd grid": (
+        lambda: mar_fast.accelerate(
+            transformers.VideoMAEForVideoClassification(
+                transformers.VideoMAEConfig(image_size=48, num_hidden_layers=0, hidden_size=12)
+            ), keep=0.5,
+        ), ValueError, "keep: got 0.5, expected None: cells of 2 x 2 patches do not fill a grid of 3 x 3",
+    ),
+    "num_visible": (
+        lambda: mar_fast.accelerate(pair(MODEL)[0], num_visible=25), ValueError, "num_visible: got 25, .*from 1 to 24",
+    ),
+    "num_visible without a mask": (
+        lambda: call(CLASSIFIER, num_visible=3), ValueError, "num_visible: got 3, expected None",
+    ),
+    "uint8": (
+        lambda: call(MODEL, pixel_values=torch.zeros(BATCH, 6, 3, 32, 64, dtype=torch.uint8)), TypeError,
+        "pixel_values: got torch.uint8, expected float32",
+    ),
+    "channels first": (
+        lambda: call(MODEL, pixel_values=torch.zeros(BATCH, 3, 6, 32, 64)), ValueError,
+        re.escape("pixel_values: got shape (3, 3, 6, 32, 64), expected (3, 3, 3, 32, 64)"),
+    ),
+    "frames": (
+        lambda: call(MODEL, pixel_values=torch.zeros(BATCH, 8, 3, 32, 64)), ValueError,
+        "pixel_values: got 8 frames, 32 tokens, expected 24 tokens",
+    ),
+    "mask of numbers": (
+        lambda: call(MODEL, bool_masked_pos=torch.zeros(BATCH, TOKENS)), TypeError, "bool_masked_pos: got torch.float32",
+    ),
+    "mask of another size": (
+        lambda: call(MODEL, bool_masked_pos=uneven()[:, 1:]), ValueError, r"bool_masked_pos: got shape \(3, 23\)",
+    ),
+    "uneven mask": (
+        lambda: call(MODEL, bool_masked_pos=uneven()), ValueError,
+        "bool_masked_pos: got clips with 21 to 22 visible tokens, expected the same in every clip",
+    ),
+    "everything masked": (
+        lambda: call(MODEL, bool_masked_pos=torch.ones(BATCH, TOKENS).bool()), ValueError,
+        "bool_masked_pos: got no visible token",
+    ),
+    "nothing to reconstruct": (
+        lambda: call(PRETRAINING, bool_masked_pos=torch.zeros(BATCH, TOKENS).bool()), ValueError,
+        "bool_masked_pos: got no masked token",
+    ),
+    "pre-training without a mask": (
+        lambda: call(PRETRAINING, bool_masked_pos=None), TypeError, "bool_masked_pos: got None",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case):
+    run, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        run()
+
+
+@pytest.mark.parametrize("entry", ["accelerate", "patch_transformers", "register_attention"])
+def test_old_transformers_are_refused(monkeypatch, entry):
+    model = pair(MODEL)[0]
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
+    with pytest.raises(ImportError, match=r"transformers: got 4\.57\.6, expected 5\.0 or newer"):
+        if entry == "accelerate":
+            mar_fast.accelerate(model)
+        elif entry == "register_attention":
+            mar_fast.register_attention()
+        else:
+            with mar_fast.patch_transformers():
+                pass
