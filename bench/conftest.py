@@ -28,11 +28,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each suite, case and candidate: ``-k encoder``, ``-k "kernels and SDPA"``."""
     if "measured" not in metafunc.fixturenames:
         return
+    from mar_fast.bench import session
     from mar_fast.bench.suites import SUITES
 
     setting, found, names = setting_of(metafunc.config), [], []
-    for name, suite in SUITES.items():
-        for number, case in enumerate(suite.cases(setting)):
+    for name in session.chosen_suites(["all"]):
+        for number, case in enumerate(SUITES[name].cases(setting)):
             for candidate in case.candidates:
                 found.append((name, number, candidate.provider))
                 names.append(f"{name}, {case.name}, x = {case.x:g}, {case.mode}, {candidate.provider}")

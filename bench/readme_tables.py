@@ -6,6 +6,7 @@ with ``--check`` it writes nothing and ends with exit code 1 if they are not wha
 
 import argparse
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -120,23 +121,34 @@ def _timed(own: list[Record]) -> list[Record]:
     return [row for row in own if row.metric == "time" and row.p50 > 0]
 
 
-def _keep_ratios(own: list[Record]) -> Made:
-    """A line for each case and provider, a column for each keep ratio; in brackets the gain over the baseline."""
+def _keep_ratios(own: list[Record], *, memory: bool = False) -> Made:
+    """A line for each case and provider, a column for each keep ratio; in brackets the gain over the baseline.
+
+    With ``memory`` the peak of a call follows.
+    """
     timed = _timed(own)
     if not timed:
         return None
     ratios = sorted({row.x for row in timed}, reverse=True)
     against = rows.baseline(row.provider for row in timed)
     base = {(row.case, row.x): row.p50 for row in timed if row.provider == against}
+    at_peak = {
+        (row.case, row.provider, row.x): rows.in_words(row.p50, row.unit, row.metric)
+        for row in own
+        if row.metric == "peak memory"
+    }
     body = []
     for case, group in rows.grouped(timed, lambda row: row.case).items():
         for number, (provider, mine) in enumerate(rows.grouped(group, lambda row: row.provider).items()):
             at = {row.x: row.p50 for row in mine}
             cells = [_gain(at.get(x), base.get((case, x)), 1e3) for x in ratios]
+            if memory:
+                peaks = [at_peak.get((case, provider, x), "") for x in ratios]
+                cells = [f"{cell}, {peak}" if cell and peak else cell for cell, peak in zip(cells, peaks, strict=True)]
             body.append([case if number == 0 else "", provider, *cells])
     heads = ["case", "provider", *(f"{x:.0%} kept" for x in ratios)]
     brackets = f" (in brackets: speed-up over {against})" if against else ""
-    return table(heads, body), f"Median ms of a call{brackets}."
+    return table(heads, body), f"Median ms of a call{brackets}{', peak memory' if memory else ''}."
 
 
 def _gain(seconds: float | None, base: float | None, factor: float) -> str:
@@ -234,6 +246,7 @@ def _pipeline(own: list[Record]) -> Made:
 TABLES: dict[str, Callable[[list[Record]], Made]] = {
     "encoder": _keep_ratios,
     "training": _keep_ratios,
+    "dropin": functools.partial(_keep_ratios, memory=True),
     "kernels": _kernels,
     "waterfall": _waterfall,
     "scaling": _scaling,

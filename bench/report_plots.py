@@ -11,8 +11,8 @@ from .report_bars import draw_peers, draw_waterfall
 from .report_curves import draw_keep_ratio, draw_roofline, draw_scaling, roofline_points
 from .report_style import Look, looks, slug
 
-KEEP_RATIO_SUITES = ("encoder", "training")
-PEER_SUITES = ("encoder", "training", "kernels")
+KEEP_RATIO_SUITES = ("encoder", "training", "dropin")
+PEER_SUITES = (*KEEP_RATIO_SUITES, "kernels")
 PANELS = 8  # on one picture of peers; more would not fit a page
 
 

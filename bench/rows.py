@@ -18,6 +18,7 @@ BASELINES = (
     "reshape + index + linear",
     "reference, autocast",
     "reference",
+    "transformers",
 )
 
 Name = TypeVar("Name", bound=Hashable)

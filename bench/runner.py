@@ -273,9 +273,8 @@ def text(outcome: Outcome) -> str:
             parts.append(f"compiled in {result.compile_seconds:.0f} s")
         lines.append("  ".join(parts))
     if base is not None:
-        lines.append(
-            f"  (speed-up over {base.provider}; {'floor: ' + seconds(outcome.floor) if outcome.floor else ''})"
-        )
+        floor = f"; floor: {seconds(outcome.floor)}" if outcome.floor else ""
+        lines.append(f"  (speed-up over {base.provider}{floor})")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from mar_fast.kernels import checks
@@ -27,10 +28,11 @@ class Session:
 
 
 def chosen_suites(names: Sequence[str]) -> list[str]:
-    """The suites that are named; "all" is every one.
+    """The suites that are named; "all" is every one that has here what it needs.
 
     Raises:
         ValueError: there is no such suite, or none is named.
+        ModuleNotFoundError: one that is named needs a package that is not installed.
     """
     known = f"one or more of {', '.join(SUITES)}, or all"
     if not names:
@@ -38,7 +40,11 @@ def chosen_suites(names: Sequence[str]) -> list[str]:
     for name in names:
         if name != "all" and name not in SUITES:
             raise checks.bad("suite", repr(name), known)
-    return list(SUITES) if "all" in names else list(dict.fromkeys(names))
+    lacks = {name: suite.needs for name, suite in SUITES.items() if suite.needs and find_spec(suite.needs) is None}
+    for name in names:
+        if name in lacks:
+            raise ModuleNotFoundError(f"suite {name}: {lacks[name]} is not installed: pip install 'mar-fast[hf]'")
+    return [name for name in SUITES if name not in lacks] if "all" in names else list(dict.fromkeys(names))
 
 
 def setting_for(

@@ -10,7 +10,7 @@ import torch
 
 import mar_fast
 from mar_fast.bench import __main__ as module
-from mar_fast.bench import machine, peers, records, runner, session
+from mar_fast.bench import jobs, machine, records, runner, session
 from mar_fast.bench.case import Candidate, Case, Floor, Prepared, Setting
 from mar_fast.bench.runner import Outcome, Result
 from mar_fast.bench.suites import SUITES, encoder, flops, kernels, pipeline, scaling, training, waterfall
@@ -295,6 +295,6 @@ def test_choice_of_suites():
 
 
 def test_weights_are_shared():
-    job = peers.Job(encoder.model_config("small", 0.5), 3, CPU, torch.float32)
+    job = jobs.Job(encoder.model_config("small", 0.5), 3, CPU, torch.float32)
     few = job.few()
     assert few.weights is job.weights and torch.equal(few.clips, job.clips[:1]) and few.mask.batch == 1

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from mar_fast import cost
 
 from ..case import Case, Floor, Setting
-from ..peers import YARDSTICK, Job, inference_candidates, truth
+from ..jobs import Job, truth
+from ..peers import YARDSTICK, inference_candidates
 from .common import ABSOLUTE_BOUND, KEPT, case_name, model_config
 
 

@@ -16,7 +16,7 @@ from mar_fast import video
 
 from ..case import Candidate, Case, Prepared, Setting
 from ..files import sample_clip
-from ..peers import Job, truth
+from ..jobs import Job, truth
 from ..runner import Finding, Outcome
 from .common import ABSOLUTE_BOUND, LETTERS, model_config
 

@@ -12,8 +12,9 @@ import numpy as np
 from mar_fast import MARConfig
 
 from ..case import Candidate, Case, Setting
+from ..jobs import Job, truth
 from ..machine import short_name
-from ..peers import YARDSTICK, Job, original, ours, truth
+from ..peers import YARDSTICK, original, ours
 from ..records import OURS
 from ..runner import Finding, Outcome
 from .common import ABSOLUTE_BOUND, LETTERS, model_config

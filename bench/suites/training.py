@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from mar_fast import cost
 
 from ..case import Case, Floor, Setting
-from ..peers import YARDSTICK, Job, training_candidates, truth
+from ..jobs import Job, truth
+from ..peers import YARDSTICK, training_candidates
 from .common import ABSOLUTE_BOUND, case_name, model_config
 
 
@@ -32,7 +33,7 @@ def training_case(setting: Setting, size: str, batch: int, keep: float, compiled
 def step_floor(job: Job) -> Floor:
     """Forward and backward, and the optimizer's reading and writing: gradient, weight and two moments in float32."""
     count = cost.count(
-        job.config, batch=job.batch, reconstruct=True, training=True,
+        job.config, batch=job.batch, reconstruct=job.config.decoder_depth > 0, training=True,
         bytes_per_value=job.dtype.itemsize, bytes_per_pixel=4,
     )  # fmt: skip
     optimizer = 7 * 4 * count.parameters

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..case import Candidate, Case, Prepared, Setting
+from ..jobs import Job, truth
 from ..peers import (
-    Job,
     original,
     original_training,
     ours,
@@ -19,7 +19,6 @@ from ..peers import (
     ours_training_plain_loss,
     plain,
     plain_training,
-    truth,
 )
 from .common import ABSOLUTE_BOUND, case_name, model_config
 from .encoder import inference_floor
