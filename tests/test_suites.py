@@ -294,7 +294,8 @@ def test_choice_of_suites():
     assert session.chosen_suites(["kernels", "flops", "kernels"]) == ["kernels", "flops"]
 
 
-def test_weights_are_shared():
+def test_a_few_clips_are_of_the_same_job():
     job = jobs.Job(encoder.model_config("small", 0.5), 3, CPU, torch.float32)
     few = job.few()
-    assert few.weights is job.weights and torch.equal(few.clips, job.clips[:1]) and few.mask.batch == 1
+    assert all(torch.equal(value, job.weights[name]) for name, value in few.weights.items())
+    assert torch.equal(few.clips, job.clips[:1]) and torch.equal(few.mask.keep_idx, job.mask.keep_idx[:1])
