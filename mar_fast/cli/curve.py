@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import MAR, create_model
 from ..bench import curve as dial
-from ..bench import files, machine, records
+from ..bench import files, machine, records, rows
 from ..bench.curve_settings import Ensembles, choose, usual_keep
 from ..kernels import checks
 from .answers import SamplingName, ShortName, check_names, class_name, label_names, load, parse_views, reader
@@ -127,10 +127,11 @@ def _print(result: dial.Curve, views: str, names: list[str] | None, written: lis
     commit = f", commit {env['commit']}" if env["commit"] else ""
     notes = [
         f"{env['device']}; torch {env['torch']}, {env['threads']} threads{commit}. dtype: {result.dtype_reason}.",
-        f"{len(result.answers)} videos, {result.views} views ({views} each); passes of up to {result.batch} views, "
-        f"calls of {result.timed_views} timed in turn, masks drawn in the call.",
-        "same class, KL: of each view, against the same model with all patches. Views of a video are much alike: "
-        "judge by the number of videos. KL is the mean of KL(dense || masked).",
+        f"{len(result.answers)} videos, {result.views} views ({views} each), at most {result.batch} in a pass. "
+        f"Latency: of a call with {result.timed_views} of them, all passes and drawn masks included. "
+        "Multiply-adds: of one view.",
+        "agreeing: with the class that the same weights give on all patches. KL: mean of KL(dense || masked) over the "
+        "views. Views of a video are much alike: go by the number of videos.",
         "difference: of the logits, relative to the reference model on the same masks.",
     ]
     if result.random_weights:
@@ -144,8 +145,8 @@ def _print(result: dial.Curve, views: str, names: list[str] | None, written: lis
 def _points(result: dial.Curve) -> Table:
     table = Table(title=f"{result.model}, {result.dtype}: masked against dense", title_justify="left")
     table.add_column("mask")
-    columns = ["visible tokens", "multiply-adds, G", "latency, ms", "p20 - p80", "speed-up", "memory, MB",
-               "same class", "KL, nats", "same answer", "difference"]  # fmt: skip
+    columns = ["visible tokens", "multiply-adds", f"latency of {result.timed_views} views, ms", "p20 - p80", "speed-up",
+               "memory, MB", "views agreeing", "KL, nats", "videos agreeing", "difference"]  # fmt: skip
     for column in columns if result.correct else columns[-1:]:
         table.add_column(column, justify="right")
     for point in result.points:
@@ -160,15 +161,16 @@ def _cells(point: dial.Point) -> list[str]:
     assert time is not None
     tokens = f"{point.visible_tokens:.0f}" + (f" x {point.passes}" if point.passes > 1 else "")
     memory = "not measured" if point.peak_memory is None else f"{point.peak_memory / 1e6:.0f}"
-    adds = (point.multiply_adds or 0.0) / 1e9
+    assert point.multiply_adds is not None and point.kl is not None
+    adds = rows.in_words(point.multiply_adds, "1", "multiply-adds")
     return [
-        tokens, f"{adds:.2f}", ms(time.p50), f"{ms(time.p20)} - {ms(time.p80)}", f"{point.speedup:.2f}x", memory,
-        f"{point.top1_agreement:.1%}", f"{point.kl:.4f}", f"{point.same_answers:.1%}",
+        tokens, adds, ms(time.p50), f"{ms(time.p20)} - {ms(time.p80)}", f"{point.speedup:.2f}x", memory,
+        f"{point.top1_agreement:.1%}", rows.number(point.kl), f"{point.same_answers:.1%}",
     ]  # fmt: skip
 
 
 def _answers(result: dial.Curve, names: list[str] | None) -> Table:
-    table = Table(title="What the dense model answers, and which settings answer otherwise", title_justify="left")
+    table = Table(title="Answers, and what changes them", title_justify="left")
     for column in ("video", "dense answer", "changed by"):
         table.add_column(column, overflow="fold")
     for answer in result.answers:
