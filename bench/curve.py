@@ -15,7 +15,7 @@ from mar_fast import MAR, MARConfig, RaggedMask, TokenMask, cost, ensemble, mask
 from mar_fast.kernels import checks
 
 from . import machine
-from .curve_settings import Mask, Setting
+from .curve_settings import DENSE, Mask, Setting
 from .records import Record
 from .runner import once
 from .savings import FP32_BOUND, LOW_PRECISION_FLOOR, relative
@@ -169,6 +169,10 @@ def measure(
     if not isinstance(batch, int) or batch < 1:
         raise checks.bad("batch", batch, "a whole number, 1 or more")
     checks.positive("seconds", budget)
+    if settings[0].kind != DENSE:
+        raise checks.bad("settings", f"{settings[0].label} first", "dense")
+    if model.config.mask_ratio:
+        raise checks.bad("model", f"mask_ratio {model.config.mask_ratio}", "0, so that without a mask it is dense")
     device = next(model.parameters()).device
     reason = "asked for"
     if dtype == "auto":
@@ -234,7 +238,7 @@ def check(
         found = []
         for number, own in enumerate(masks):
             on_step(f"comparing with the reference, {what}", number / len(masks))
-            given = own if run is model else [_dense_form(mask, model.config) for mask in own]
+            given = own if run is model else [_dense_form(mask, model.config, video.device) for mask in own]
             found.append(torch.cat([run(video, mask, reconstruct=False).logits for mask in given]).float())
         return found
 
@@ -256,10 +260,10 @@ def check(
     return points
 
 
-def _dense_form(mask: Mask, config: MARConfig) -> TokenMask:
+def _dense_form(mask: Mask, config: MARConfig, device: torch.device) -> TokenMask:
     """The mask of one clip as the reference takes it."""
     if mask is None:
-        return masking.random(1, config.grid, 0.0)
+        return masking.random(1, config.grid, 0.0, device=device)
     return mask if isinstance(mask, TokenMask) else TokenMask.from_bool_masked(mask.bool_masked())
 
 

@@ -31,7 +31,7 @@ def draw(curve: Curve, path: Path) -> None:
     """
     figure = new_figure(figsize=(11, 8.4))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    figure.suptitle(_title(curve), fontsize=10)
+    figure.suptitle(_title(curve), fontsize=10, parse_math=False)  # a file name may have dollars
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     factor, unit = report_style.time_scale(_latency(point, "p80") for point in curve.points)
     scale, power = (1e9, 9) if max(map(_multiply_adds, curve.points)) >= 1e9 else (1e6, 6)

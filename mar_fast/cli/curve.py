@@ -25,7 +25,7 @@ SHOWN_CHANGES = 4
 def curve(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
     checkpoint: Annotated[str | None, typer.Option(help="A file, a folder or a hub id, of any layout.")] = None,
-    random: Annotated[
+    random_weights: Annotated[
         Size | None, typer.Option(help="Instead of a checkpoint, a MAR of this size with random weights: costs only.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Names of the classes: one a line, or JSON.")] = None,
@@ -70,7 +70,7 @@ def curve(
     written = [out / name for name in ("curve.json", "curve.jsonl", "curve.png")]
     files.may_write(written, force)
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
-    model, title = _model(checkpoint, random, device)
+    model, title = _model(checkpoint, random_weights, device)
     config = model.config
     check_names(names, config.num_classes)
     settings, absent = choose(config, kind or USUAL_KINDS, keep or usual_keep(config), ensembles)
@@ -100,15 +100,15 @@ def curve(
         raise typer.Exit(BAD_INPUT)
 
 
-def _model(checkpoint: str | None, random: Size | None, device: str) -> tuple[MAR, str]:
+def _model(checkpoint: str | None, size: Size | None, device: str) -> tuple[MAR, str]:
     """The dense model in float32, and what it is called."""
-    if (checkpoint is None) == (random is None):
+    if (checkpoint is None) == (size is None):
         got = "neither" if checkpoint is None else "both"
-        raise checks.bad("--checkpoint and --random", got, "one of them")
+        raise checks.bad("--checkpoint and --random-weights", got, "one of them")
     if checkpoint is not None:
         return load(checkpoint, 1.0, "fp32", device), Path(checkpoint).name
-    model = create_model(f"mar_vit_{random}", mask_ratio=0.0, decoder_depth=0)
-    return model.to(machine.device(device)).eval(), f"ViT-{str(random).capitalize()}, random weights"
+    model = create_model(f"mar_vit_{size}", mask_ratio=0.0, decoder_depth=0)
+    return model.to(machine.device(device)).eval(), f"ViT-{str(size).capitalize()}, random weights"
 
 
 def _named(content: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
@@ -143,7 +143,8 @@ def _print(result: dial.Curve, views: str, names: list[str] | None, written: lis
 
 
 def _points(result: dial.Curve) -> Table:
-    table = Table(title=f"{result.model}, {result.dtype}: masked against dense", title_justify="left")
+    title = escape(f"{result.model}, {result.dtype}: masked against dense")
+    table = Table(title=title, title_justify="left")
     table.add_column("mask")
     columns = ["visible tokens", "multiply-adds", f"latency of {result.timed_views} views, ms", "p20 - p80", "speed-up",
                "memory, MB", "views agreeing", "KL, nats", "videos agreeing", "difference"]  # fmt: skip
