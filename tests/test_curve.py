@@ -433,6 +433,11 @@ def test_picture_shows_every_point(result, monkeypatch, tmp_path):
         drawn = [xy for line in axis.lines if line.get_marker() != "|" for xy in line.get_xydata().tolist()]
         for point in result.points:
             assert any(xy == pytest.approx([across(point), up(point)]) for xy in drawn), point
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        for kind in ("running", "random", "tube", "content"):  # from the dense model through the single masks
+            singles = [p for p in result.points if p.kind == kind and p.passes == 1]
+            want = [[across(p), up(p)] for p in (result.points[0], *singles)]
+            assert [pytest.approx(xy) for xy in want] == lines[kind]
         assert all(axis.get_xlim()[0] <= x <= axis.get_xlim()[1] for line in axis.lines for x in line.get_xdata())
         assert all(axis.get_ylim()[0] <= y <= axis.get_ylim()[1] for line in axis.lines for y in line.get_ydata())
     legend = [text.get_text() for text in kept.figure.legends[0].get_texts()]
