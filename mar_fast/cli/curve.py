@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -54,7 +55,7 @@ def curve(
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where its matrix products are clearly faster.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
     seconds: Annotated[float, typer.Option(help="Time for the timed rounds; at least 5 are done.")] = 30.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of random masks.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of random masks and weights.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for curve.json, curve.jsonl and curve.png.")] = Path(
         "mar-fast-curve"
     ),
@@ -70,7 +71,7 @@ def curve(
     written = [out / name for name in ("curve.json", "curve.jsonl", "curve.png")]
     files.may_write(written, force)
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
-    model, title = _model(checkpoint, random_weights, device)
+    model, title = _model(checkpoint, random_weights, device, seed)
     config = model.config
     check_names(names, config.num_classes)
     settings, absent = choose(config, kind or USUAL_KINDS, keep or usual_keep(config), ensembles)
@@ -100,13 +101,14 @@ def curve(
         raise typer.Exit(BAD_INPUT)
 
 
-def _model(checkpoint: str | None, size: Size | None, device: str) -> tuple[MAR, str]:
+def _model(checkpoint: str | None, size: Size | None, device: str, seed: int) -> tuple[MAR, str]:
     """The dense model in float32, and what it is called."""
     if (checkpoint is None) == (size is None):
         got = "neither" if checkpoint is None else "both"
         raise checks.bad("--checkpoint and --random-weights", got, "one of them")
     if checkpoint is not None:
         return load(checkpoint, 1.0, "fp32", device), Path(checkpoint).name
+    torch.manual_seed(seed)
     model = create_model(f"mar_vit_{size}", mask_ratio=0.0, decoder_depth=0)
     return model.to(machine.device(device)).eval(), f"ViT-{str(size).capitalize()}, random weights"
 
@@ -127,7 +129,8 @@ def _print(result: dial.Curve, views: str, names: list[str] | None, written: lis
     commit = f", commit {env['commit']}" if env["commit"] else ""
     notes = [
         f"{env['device']}; torch {env['torch']}, {env['threads']} threads{commit}. dtype: {result.dtype_reason}.",
-        f"{len(result.answers)} videos, {result.views} views ({views} each), at most {result.batch} in a pass. "
+        f"{_many(len(result.answers), 'video')}, {_many(result.views, 'view')} ({views} each), "
+        f"at most {result.batch} in a pass. "
         f"Latency: of a call with {result.timed_views} of them, all passes and drawn masks included. "
         "Multiply-adds: of one view.",
         "agreeing: with the class that the same weights give on all patches. KL: mean of KL(dense || masked) over the "
@@ -146,8 +149,9 @@ def _points(result: dial.Curve) -> Table:
     title = escape(f"{result.model}, {result.dtype}: masked against dense")
     table = Table(title=title, title_justify="left")
     table.add_column("mask")
-    columns = ["visible tokens", "multiply-adds", f"latency of {result.timed_views} views, ms", "p20 - p80", "speed-up",
-               "memory, MB", "views agreeing", "KL, nats", "videos agreeing", "difference"]  # fmt: skip
+    latency = f"latency of {_many(result.timed_views, 'view')}, ms"
+    columns = ["visible tokens", "multiply-adds", latency, "p20 - p80", "speed-up", "memory, MB",
+               "views agreeing", "KL, nats", "videos agreeing", "difference"]  # fmt: skip
     for column in columns if result.correct else columns[-1:]:
         table.add_column(column, justify="right")
     for point in result.points:
@@ -180,6 +184,10 @@ def _answers(result: dial.Curve, names: list[str] | None) -> Table:
         said = "\n".join([*changes[:SHOWN_CHANGES], *more]) or "none"
         table.add_row(*map(escape, (Path(answer.video).name, _best(answer.dense, names), said)))
     return table
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _best(best: dial.Best, names: list[str] | None) -> str:
