@@ -15,7 +15,7 @@ ROOFLINE = "roofline"
 METRICS = ("time", "throughput", "peak memory", "error", "compile time")
 X_NAMES = {
     "encoder": "keep ratio", "training": "keep ratio", "pipeline": "keep ratio", "flops": "keep ratio",
-    "dropin": "keep ratio", "kernels": "tokens", "waterfall": "step",
+    "curve": "keep ratio", "dropin": "keep ratio", "kernels": "tokens", "waterfall": "step",
 }  # fmt: skip
 TEXT_COLUMNS = (
     "provider", "case", "step", "quantity", "clip", "stage", "what", "dtype", "note", "device", "torch", "triton",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import annotations, checkpoint, cost, evaluation, kernels, masking, reference, video
+    from . import annotations, checkpoint, cost, ensemble, evaluation, kernels, masking, reference, video
     from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
     from .huggingface import accelerate, patch_transformers, register_attention, restore
@@ -38,7 +38,7 @@ _HOME = {
     "restore": "huggingface",
     "save_checkpoint": "checkpoint",
 }
-_MODULES = ("annotations", "checkpoint", "cost", "evaluation", "kernels", "masking", "reference", "video")
+_MODULES = ("annotations", "checkpoint", "cost", "ensemble", "evaluation", "kernels", "masking", "reference", "video")
 
 __all__ = [
     "MAR",
@@ -55,6 +55,7 @@ __all__ = [
     "cost",
     "create_model",
     "debug_checks",
+    "ensemble",
     "evaluation",
     "from_pretrained",
     "kernels",

@@ -74,6 +74,7 @@ def count(
     mask_ratio: float | None = None,
     batch: int = 1,
     *,
+    visible: int | None = None,
     method: Method = "visible",
     reconstruct: bool = False,
     training: bool = False,
@@ -86,6 +87,7 @@ def count(
         config: The model.
         mask_ratio: Share of masked tokens; None is the config's own.
         batch: Clips.
+        visible: Visible tokens of each clip, for masks that no mask_ratio of the config's cells gives; in place of it.
         method: "visible" as `mar_fast.MAR` computes, "original" as the original code does.
         reconstruct: Include the pixel decoder and its loss.
         training: Add backward, taken as twice the forward; the clip itself needs no gradient.
@@ -99,6 +101,12 @@ def count(
         raise checks.bad_type("config", type(config).__name__, "a MARConfig")
     if mask_ratio is not None:
         config = replace(config, mask_ratio=mask_ratio)
+    if visible is None:
+        visible = config.num_visible
+    elif mask_ratio is not None:
+        raise checks.bad("mask_ratio and visible", f"{mask_ratio} and {visible}", "one of them")
+    elif not isinstance(visible, int) or not 1 <= visible <= config.num_tokens:
+        raise checks.bad("visible", repr(visible), f"a whole number from 1 to {config.num_tokens}")
     for name, value in (("batch", batch), ("bytes_per_value", bytes_per_value), ("bytes_per_pixel", bytes_per_pixel)):
         if not isinstance(value, int) or value < (0 if name == "batch" else 1):
             raise checks.bad(name, repr(value), "a whole number")
@@ -106,7 +114,7 @@ def count(
         raise checks.bad("method", repr(method), "'visible' or 'original'")
     if reconstruct and not config.decoder_depth:
         raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
-    counter = _Counter(batch, bytes_per_value, bytes_per_pixel, original=method == "original")
+    counter = _Counter(batch, visible, bytes_per_value, bytes_per_pixel, original=method == "original")
     parts = [*counter.encoder(config), *counter.classifier(config)]
     if reconstruct:
         parts += counter.decoder(config)
@@ -125,6 +133,7 @@ class _Counter:
     """Formulas of the parts. B clips, L tokens in the grid, N visible, D width, as everywhere."""
 
     batch: int
+    visible: int
     value: int
     pixel: int
     original: bool
@@ -166,7 +175,7 @@ class _Counter:
             yield _sum(f"{name}.norms", *norms)
 
     def encoder(self, config: MARConfig) -> list[Part]:
-        visible, width = config.num_visible, config.width
+        visible, width = self.visible, config.width
         embedded = config.num_tokens if self.original else visible
         patch = self.linear("encoder.patch_embed", embedded, config.patch_values, width)
         pixels = self.batch * embedded * config.patch_values
@@ -176,7 +185,7 @@ class _Counter:
         return _merge([patch, *blocks, self.norms("encoder.norms", visible, width, int(config.final_norm))])
 
     def classifier(self, config: MARConfig) -> list[Part]:
-        visible, width, blocks = config.num_visible, config.width, list[Part]()
+        visible, width, blocks = self.visible, config.width, list[Part]()
         if config.classifier is None:
             return []
         if config.classifier == "bridging":
@@ -190,14 +199,14 @@ class _Counter:
 
     def decoder(self, config: MARConfig) -> list[Part]:
         tokens, width = config.num_tokens, config.decoder_width
-        dropped = tokens - config.num_visible
+        dropped = tokens - self.visible
         rows = tokens if self.original else dropped
         hidden = round(width * config.decoder_mlp_ratio)
         shape = (tokens, width, config.decoder_heads, hidden, config.decoder_depth)
         loss_bytes = self.batch * rows * config.patch_values * (self.pixel + self.value)
-        token = Part("decoder.scatter", width, 0, self.batch * (config.num_visible + tokens) * width * self.value)
+        token = Part("decoder.scatter", width, 0, self.batch * (self.visible + tokens) * width * self.value)
         return _merge([
-            self.linear("decoder.proj_in", config.num_visible, config.width, width, bias=False),
+            self.linear("decoder.proj_in", self.visible, config.width, width, bias=False),
             token,
             *self.blocks("decoder", *shape, rows=rows),
             self.norms("decoder.norms", rows, width, 1),

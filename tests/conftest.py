@@ -33,6 +33,8 @@ NEEDS = {
     "test_cli_answers.py": "av",
     "test_cli_checkpoint.py": "typer",
     "test_content_mask.py": "hypothesis",
+    "test_curve.py": "av",
+    "test_ensemble.py": "hypothesis",
     "test_masking.py": "hypothesis",
     "test_readme.py": "typer",
     "test_video.py": "av",

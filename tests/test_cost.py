@@ -106,6 +106,32 @@ def test_bytes_by_hand():
     assert naive["encoder.attention"].bytes_moved == 2 * 4 * 2 * (16 * 4 * 96 + 4 * 3 * 16 * 16)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75])
+def test_visible_tokens_in_place_of_a_ratio(ratio):
+    """Every part is that of the ratio with as many tokens; other numbers are as PyTorch's counter says."""
+    config = small_config()
+    visible = round(32 * (1 - ratio))
+    for options in ({}, dict(method="original"), dict(reconstruct=bool(ratio))):
+        assert cost.count(config, visible=visible, **options) == cost.count(config, ratio, **options)
+    mask = mar_fast.masking.random(2, config.grid, 1 - 13 / 32, device="cpu")
+    got = counted(mar_fast.MAR(config).eval(), torch.zeros(2, 3, 4, 64, 64), mask)
+    assert got == pytest.approx(cost.count(config, visible=13, batch=2).multiply_adds, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(visible=0), "visible: got 0, expected a whole number from 1 to 32"),
+        (dict(visible=33), "visible: got 33"),
+        (dict(visible=2.5), "visible: got 2.5"),
+        (dict(visible=16, mask_ratio=0.5), "mask_ratio and visible: got 0.5 and 16, expected one of them"),
+    ],
+)
+def test_visible_tokens_errors(options, said):
+    with pytest.raises(ValueError, match=said):
+        cost.count(small_config(), **options)
+
+
 def test_memory_bound_floor():
     """With an infinite peak rate the floor is the bytes over the bandwidth, with infinite bandwidth the products."""
     total = cost.count(named_config("mar_vit_base"))

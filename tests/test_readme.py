@@ -39,6 +39,12 @@ def test_views_example_runs():
     assert names["views"].shape == (6, 3, 16, 224, 224) and names["scores"].shape == (174,)
 
 
+def test_ensemble_example_runs():
+    clip, names = torch.randint(256, (3, 16, 224, 224), dtype=torch.uint8), {}
+    exec(example("complementary"), {"model": mar_fast.MAR(tiny_config(depth=1)), "clip": clip}, names)
+    assert len(names["masks"]) == 4 and float(names["scores"].detach().sum()) == pytest.approx(1)
+
+
 def test_inference_example_runs():
     clip = torch.randint(256, (3, 16, 224, 224), dtype=torch.uint8)
     names = {"mar_fast": mar_fast, "clip": clip, "model": mar_fast.MAR(tiny_config(depth=1, decoder_depth=0))}

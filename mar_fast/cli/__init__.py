@@ -12,6 +12,7 @@ from .classify import classify
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
 from .convert import convert
 from .cost import cost
+from .curve import curve
 from .evaluate import evaluate
 from .inspect import inspect
 from .kernels import kernels
@@ -34,6 +35,7 @@ app.command()(masks)
 app.command()(cost)
 app.command()(classify)
 app.command("eval")(evaluate)
+app.command()(curve)
 app.command()(kernels)
 app.command()(tune)
 app.command()(report)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import MAR, MARConfig
+from ..annotations import read_labels
 from ..bench import machine
 from ..kernels import checks
 from ..video import read_views
@@ -48,6 +49,26 @@ def parse_views(text: str) -> tuple[int, int]:
     if found is None:
         raise checks.bad("--views", repr(text), "clips x crops, for example 5x3 or 1x1")
     return int(found[1]), int(found[2])
+
+
+def label_names(labels: Path | None) -> list[str] | None:
+    """The names of the classes in a file; None where there is no file."""
+    return None if labels is None else read_labels(labels)
+
+
+def check_names(names: list[str] | None, classes: int) -> None:
+    """Check that there is a name for each class of a model.
+
+    Raises:
+        ValueError: more or fewer.
+    """
+    if names is not None and len(names) != classes:
+        raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
+
+
+def class_name(names: list[str] | None, number: int) -> str:
+    """The name of a class, or its number in words where names are not known."""
+    return f"class {number}" if names is None else names[number]
 
 
 def reader(

@@ -6,10 +6,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..annotations import read_labels
 from ..evaluation import classify as classify_views
-from ..kernels import checks
-from .answers import Precision, SamplingName, ShortName, load, parse_views, reader
+from .answers import (
+    Precision,
+    SamplingName,
+    ShortName,
+    check_names,
+    class_name,
+    label_names,
+    load,
+    parse_views,
+    reader,
+)
 from .common import BAD_INPUT, Device, errors, print_json, progress, results
 
 
@@ -34,11 +42,10 @@ def classify(
 ) -> None:
     """Print the most probable classes of each video."""
     clips_crops = parse_views(views)
-    names = read_labels(labels) if labels is not None else None
+    names = label_names(labels)
     model = load(checkpoint, keep, dtype, device)
     classes = model.config.num_classes
-    if names is not None and len(names) != classes:
-        raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
+    check_names(names, classes)
     read = reader(model.config, clips_crops, sampling, stride, short)
     answers: list[dict[str, Any]] = []
     with progress() as step:
@@ -70,6 +77,6 @@ def _print(answer: dict[str, Any], how: str) -> None:
     results.print(f"{answer['video']}, {how}", highlight=False, markup=False, soft_wrap=True)
     table = Table(box=None, show_header=False)
     for column in answer["classes"]:
-        name = column["name"] if column["name"] is not None else f"class {column['class']}"
+        name = column["name"] if column["name"] is not None else class_name(None, column["class"])
         table.add_row(f"{column['probability']:.1%}", name)
     results.print(table, markup=False)

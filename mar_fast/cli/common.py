@@ -65,3 +65,8 @@ def print_json(content: Any) -> None:
 def clip_for(path: Path, config: MARConfig, stride: int) -> Tensor:
     """One clip (C, T, H, W) of the size that a model takes, from the middle of a file."""
     return read_clip(path, config.num_frames, size=config.image_size, stride=stride)
+
+
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds, without a unit."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2f}"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..bench import files, machine
 from ..bench.savings import FP32_BOUND, Savings, measure, model_config
-from .common import CHECK_FAILED, Device, Dtype, Size, clip_for, errors, print_json, progress, results
+from .common import CHECK_FAILED, Device, Dtype, Size, clip_for, errors, ms, print_json, progress, results
 
 
 def savings(
@@ -60,8 +60,8 @@ def _print(result: Savings, clip: Path, written: list[Path]) -> None:
     lines: list[tuple[str, Any]] = [
         ("visible tokens", lambda row: f"{row.visible_tokens}"),
         ("multiply-adds, G", lambda row: f"{row.multiply_adds / 1e9:.2f}"),
-        ("latency, ms: median", lambda row: _ms(row.latency.p50)),
-        ("  p20 - p80", lambda row: f"{_ms(row.latency.p20)} - {_ms(row.latency.p80)}"),
+        ("latency, ms: median", lambda row: ms(row.latency.p50)),
+        ("  p20 - p80", lambda row: f"{ms(row.latency.p20)} - {ms(row.latency.p80)}"),
         ("clips per second", lambda row: f"{row.clips_per_second:.2f}"),
         ("peak memory, MB", lambda row: "not measured" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}"),
         ("speed-up over dense", lambda row: f"{row.speedup:.2f}x"),
@@ -84,7 +84,3 @@ def _print(result: Savings, clip: Path, written: list[Path]) -> None:
     ]
     for note in notes:
         results.print(note, style="dim", highlight=False, soft_wrap=True)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2f}"
