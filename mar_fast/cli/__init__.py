@@ -16,6 +16,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .kernels import kernels
 from .masks import masks
+from .reconstruct import reconstruct
 from .report import report
 from .savings import savings
 from .tune import tune
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command()(savings)
 app.command()(masks)
+app.command()(reconstruct)
 app.command()(cost)
 app.command()(classify)
 app.command("eval")(evaluate)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .. import MARConfig
+from ..files import may_write
 from ..kernels import device
 from ..video import read_clip
 
@@ -55,6 +56,18 @@ def need_triton() -> None:
         raise ModuleNotFoundError("triton: not installed, expected it for this command: pip install triton (on Linux)")
     if device.INTERPRETING:
         raise ValueError("TRITON_INTERPRET: got 1, under which nothing is compiled; expected it not to be set")
+
+
+def check_png(out: Path, force: bool) -> None:
+    """Check, before any work, that a picture may be written there.
+
+    Raises:
+        ValueError: not the name of a PNG.
+        FileExistsError, NotADirectoryError: something stands in the way.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out: got {str(out)!r}, expected a file name that ends with .png")
+    may_write([out], force)
 
 
 def print_json(content: Any) -> None:
