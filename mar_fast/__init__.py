@@ -38,7 +38,9 @@ _HOME = {
     "restore": "huggingface",
     "save_checkpoint": "checkpoint",
 }
-_MODULES = ("annotations", "checkpoint", "cost", "evaluation", "kernels", "masking", "reconstruction", "reference", "video")
+_MODULES = (
+    "annotations", "checkpoint", "cost", "evaluation", "kernels", "masking", "reconstruction", "reference", "video",
+)  # fmt: skip
 
 __all__ = [
     "MAR",

@@ -9,7 +9,7 @@ import mar_fast
 
 from .bench import SUITE_LIST, bench
 from .classify import classify
-from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
+from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors, show_warnings
 from .convert import convert
 from .cost import cost
 from .evaluate import evaluate
@@ -61,6 +61,7 @@ def _options(
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr, not a traceback."""
+    show_warnings()
     try:
         app()
     except USER_ERRORS as error:

@@ -1,6 +1,7 @@
 """What the subcommands share: exit codes, consoles, progress, options."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -29,6 +30,22 @@ wide_results = results if results.is_terminal else Console(width=max(results.wid
 Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
 Dtype = StrEnum("Dtype", ["auto", "fp32", "bf16", "fp16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+
+
+class _ToErrors(logging.Handler):
+    """Warnings of the library as lines on stderr, like errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = f"{record.levelname.lower()}: {record.getMessage()}"
+        errors.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+_to_errors = _ToErrors(logging.WARNING)
+
+
+def show_warnings() -> None:
+    """Have what the library warns of on stderr, in every command."""
+    logging.getLogger("mar_fast").addHandler(_to_errors)
 
 
 @contextmanager
