@@ -15,8 +15,7 @@ from .mask_kinds import Kind, by_content, check_seed, drawn
 
 # What is written on the picture: where mean and contrast of the dropped patches come from.
 STATISTICS = {
-    "visible": "mean and contrast of each dropped patch estimated from the visible patches around it; "
-    "no dropped pixel is used",
+    "visible": "mean and contrast of dropped patches estimated from visible ones nearby; no dropped pixel is used",
     "ground truth": "mean and contrast of each patch taken from the clip itself",
     "predicted": "the decoder predicts pixels; no dropped pixel is used",
 }
