@@ -210,7 +210,7 @@ def _take(
             fit.fault("allow_mismatched", f"{name}: {fault}")
             continue
         piece = tensor.to(torch.float32)
-        if not bool(piece.isfinite().all()):
+        if not _is_finite(piece):
             if allowed.allows("nonfinite", ours, name):
                 fit.warnings.append(f"{name} holds NaN or infinity, allowed")
             else:
@@ -249,7 +249,7 @@ def _leftovers(
             fit.ignored[name] = layout.unused[name]
         elif part in choice.dropped:
             fit.ignored[name] = choice.dropped[part]
-        elif layout.key == "hf" and name.endswith(".attention.attention.key.bias"):
+        elif layout.key == "hf" and name.endswith(".attention.attention.key.bias") and _is_finite(tensor):
             fit.ignored[name] = "it adds the same to all scores of a query, which softmax takes out"
         elif layout.key == "mar" and name in ("mean", "std") and "mar_fast" not in checkpoint.configs:
             fit.ignored[name] = "read into the configuration"
@@ -260,6 +260,10 @@ def _leftovers(
         else:
             why = f" ({table_fault(tensor)})" if name in TABLES else ""
             fit.fault("allow_unknown", name + why)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
 _LOST = (
@@ -284,7 +288,7 @@ def _message(checkpoint: Checkpoint, layout: Layout, fit: _Fit) -> str:
     if missing := fit.faults.get("allow_missing"):
         biases = [name for name in missing if re.search(r"(q_bias|v_bias|query\.bias|value\.bias)$", name)]
         if len(biases) == len(missing):
-            hint = f". All of them are biases of query and value. {_LOST}"
+            hint = f". The biases of query and value are lost: {_LOST}"
     accepted = "none, or " + ", ".join(f"{argument}=(patterns,)" for argument in _FAULTS if argument in fit.faults)
     got = ", ".join(said)
     return f"{checkpoint.where}, {layout.title} layout: got tensors {got}, expected {accepted} to go on without{hint}"
