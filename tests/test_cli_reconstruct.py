@@ -136,7 +136,7 @@ def test_no_decoder(run, tmp_path):
         (("--kind", "frame", "--ratio", "0.1"), "--ratio: got 0.1, by which no patch is masked"),
         (("--kind", "block"), "'block' is not one of 'running', 'random', 'tube', 'frame', 'content'"),
         (("--frames", "5"), "--frames: got 5, expected 1 to 4, the tubelets of a clip in time"),
-        (("--frames", "0"), "0 is not in the range x>=1"),
+        (("--frames", "0"), "--frames: got 0, expected 1 to 4"),
         (("--stride", "0"), "stride: got 0, expected a whole number, 1 or more"),
         (("--stride", "100"), "path: got a video of 250 frames, expected at least 701"),
         (("--dtype", "int8"), "'int8' is not one of 'fp32', 'bf16', 'fp16'"),

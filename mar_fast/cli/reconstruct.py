@@ -29,7 +29,7 @@ def reconstruct(
     seed: Annotated[int, typer.Option(help="Of everything random; running and content have nothing random.")] = 0,
     stride: Annotated[int, typer.Option(help="Frames of the file from one frame of the clip to the next.")] = 4,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Columns of the picture, evenly chosen; without it all tubelets.")
+        int | None, typer.Option(help="Columns of the picture, evenly chosen; without it all tubelets.")
     ] = None,
     ground_truth_statistics: Annotated[
         bool, typer.Option("--ground-truth-statistics", help="Mean and contrast of each patch from the clip itself.")
@@ -59,7 +59,7 @@ def reconstruct(
         raise checks.bad("--checkpoint", f"{checkpoint!r}, without a pixel decoder", accepted)
     if ground_truth_statistics and not config.normalize_target:
         raise checks.bad("--ground-truth-statistics", "it with a decoder that predicts pixels", "neither: none needed")
-    if frames is not None and frames > config.grid[0]:
+    if frames is not None and not 1 <= frames <= config.grid[0]:
         raise checks.bad("--frames", frames, f"1 to {config.grid[0]}, the tubelets of a clip in time")
     mask = drawn(kind, config, ratio, seed)
     model = model.to(machine.device(device), machine.DTYPES[dtype]).eval()
