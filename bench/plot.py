@@ -1,6 +1,7 @@
-"""Pictures: what masking saves, and what a mask leaves of a clip."""
+"""Pictures: what masking saves, what a mask leaves of a clip, and what a decoder makes of the rest."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,50 @@ def draw_masks(clip: Tensor, mask: TokenMask, config: MARConfig, title: str, pat
             first = number * config.patch[0]
             last = first + config.patch[0] - 1
             axis.set_title(f"frames {first}-{last}" if last > first else f"frame {first}", fontsize=9)
+    save(figure, path)
+
+
+def draw_reconstruction(
+    clip: Tensor,
+    filled: Tensor,
+    mask: TokenMask,
+    config: MARConfig,
+    texts: tuple[str, str],
+    path: Path,
+    columns: int | None = None,
+) -> None:
+    """A PNG of a clip, of what a mask leaves of it, and of its reconstruction, one row each.
+
+    Args:
+        clip: (C, T, H, W) uint8, on the CPU.
+        filled: The reconstruction, likewise.
+        mask: Of this one clip.
+        config: The model's.
+        texts: The title, and what is said of the reconstruction below it.
+        path: The file.
+        columns: Frames to show, evenly chosen; None shows the first frame of every tubelet.
+    """
+    t, count = config.patch[0], config.grid[0]
+    chosen = np.linspace(0, count - 1, columns or count).round().astype(int)
+    rows = {
+        "clip": list(clip[:, ::t].permute(1, 2, 3, 0).numpy()),
+        "masked": masked_frames(clip, mask, config),
+        "reconstruction": list(filled[:, ::t].permute(1, 2, 3, 0).numpy()),
+    }
+    height, width = config.image_size
+    # Wide enough for the two lines of text, however few frames there are.
+    across = max(1.9 * len(chosen), 8.5)
+    figure = new_figure(figsize=(across, 3 * min(across / len(chosen) - 0.1, 2.6) * height / width + 0.9))
+    figure.suptitle(fill(texts[0], round(13 * across)), fontsize=10)
+    figure.supxlabel(fill(f"reconstruction: {texts[1]}", round(14 * across)), fontsize=9)
+    axes = figure.subplots(len(rows), len(chosen), squeeze=False)
+    for (name, frames), line in zip(rows.items(), axes, strict=True):
+        for axis, number in zip(line, chosen, strict=True):
+            axis.imshow(frames[number])
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=10)
+    for axis, number in zip(axes[0], chosen, strict=True):
+        axis.set_title(f"frame {number * t}", fontsize=9)
     save(figure, path)
 
 

@@ -34,12 +34,18 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
 
 
-def gather_tubelets(video: Tensor, index: Tensor, patch: Triple) -> Tensor:
-    """(B, C, T, H, W), (B, N) -> (B, N, C, t, h, w): only the pixels of the indexed tubelets are read."""
+def tubelets(video: Tensor, patch: Triple) -> Tensor:
+    """(B, C, T, H, W) -> (B, T', H', W', C, t, h, w), a view."""
     t, h, w = patch
     rows, columns = video.shape[3] // h, video.shape[4] // w
     grid = video.unflatten(4, (columns, w)).unflatten(3, (rows, h)).unflatten(2, (-1, t))
-    grid = grid.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, T', H', W', C, t, h, w)
+    return grid.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def gather_tubelets(video: Tensor, index: Tensor, patch: Triple) -> Tensor:
+    """(B, C, T, H, W), (B, N) -> (B, N, C, t, h, w): only the pixels of the indexed tubelets are read."""
+    grid = tubelets(video, patch)
+    rows, columns = grid.shape[2:4]
     clip = torch.arange(video.shape[0], device=video.device)[:, None]
     return grid[clip, index // (rows * columns), index // columns % rows, index % columns]
 

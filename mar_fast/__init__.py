@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import annotations, checkpoint, cost, ensemble, evaluation, kernels, masking, reference, video
+    from . import (
+        annotations,
+        checkpoint,
+        cost,
+        ensemble,
+        evaluation,
+        kernels,
+        masking,
+        reconstruction,
+        reference,
+        video,
+    )
     from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
     from .huggingface import accelerate, patch_transformers, register_attention, restore
@@ -38,7 +49,10 @@ _HOME = {
     "restore": "huggingface",
     "save_checkpoint": "checkpoint",
 }
-_MODULES = ("annotations", "checkpoint", "cost", "ensemble", "evaluation", "kernels", "masking", "reference", "video")
+_MODULES = (
+    "annotations", "checkpoint", "cost", "ensemble", "evaluation", "kernels", "masking", "reconstruction", "reference",
+    "video",
+)  # fmt: skip
 
 __all__ = [
     "MAR",
@@ -64,6 +78,7 @@ __all__ = [
     "masking",
     "named_config",
     "patch_transformers",
+    "reconstruction",
     "reference",
     "register_attention",
     "restore",

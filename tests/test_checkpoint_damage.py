@@ -97,15 +97,16 @@ DAMAGE = {
     "classifier of transformers missing": ("hf", drop("^fc_norm", "^classifier"), r"4 missing \(fc_norm"),
     "bridge missing": ("mar", drop("^encoder_to_cls_decoder"), "got no encoder_to_cls_decoder.weight"),
     "all query and value biases lost": (
-        "hf", drop("_bias$"), r"4 missing .*The biases of query and value are lost, as some versions of transformers 5",
+        "hf", drop("_bias$"), r"4 missing .*The biases of query and value are lost: transformers 5.5 to 5.17",
     ),
     "value bias lost": ("fine-tuned", drop("blocks.1.attn.v_bias"), r"1 missing .*biases of query and value are lost"),
     "key lost": ("hf", drop("layer.1.attention.attention.key"), r"1 missing \(videomae.encoder.layer.1.attention.attention.key"),
     "extra": ("mar", add(cls_head__scale=torch.ones(3)), r"1 unknown \(cls_head.scale\), expected none, or allow_unknown="),
     "layer scale": ("fine-tuned", add(blocks__0__gamma_1=torch.ones(96)), r"1 unknown \(blocks.0.gamma_1\)"),
-    "key bias": (
-        "hf", add(videomae__encoder__layer__0__attention__attention__key__bias=torch.ones(96)), r"1 unknown .*key.bias",
+    "key bias of NaN": (
+        "hf", add(videomae__encoder__layer__0__attention__attention__key__bias=torch.full((96,), torch.nan)), r"1 unknown .*key.bias",
     ),
+    "key bias of MAR": ("mar", add(backbone__blocks__0__attn__k_bias=torch.ones(96)), r"1 unknown .*k_bias"),
     "both bias namings": (
         "hf", add(videomae__encoder__layer__0__attention__attention__query__bias=torch.ones(96)),
         r"got tensors 1 unknown \(.*query.bias\)",

@@ -7,48 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoint_cases import FRAMES, LINEAR, PRETRAINING, SIZE, clip, random_weights, same_weights, small_model
+from checkpoint_cases import FRAMES, LINEAR, PRETRAINING, SIZE, clip, same_weights, small_model
 from helpers import relative
-from safetensors.torch import load_file, save_file
+from huggingface_cases import CLASSES, saved, their_model
+from safetensors.torch import load_file
 
 from mar_fast import TokenMask, from_pretrained, save_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-11}
-CLASSES = {
-    "VideoMAEModel": dict(use_mean_pooling=True),
-    "VideoMAEModel, last norm": dict(use_mean_pooling=False),
-    "VideoMAEForVideoClassification": dict(use_mean_pooling=True, num_labels=7),
-    "VideoMAEForPreTraining": dict(use_mean_pooling=False, norm_pix_loss=False),
-    "VideoMAEForPreTraining, no last norm": dict(use_mean_pooling=True),
-}
 every_class = pytest.mark.parametrize("case", CLASSES)
-
-
-def their_model(case, **more):
-    config = transformers.VideoMAEConfig(**{
-        **dict(
-            image_size=list(SIZE), num_frames=FRAMES, hidden_size=96, num_hidden_layers=2, num_attention_heads=3,
-            intermediate_size=4 * 96, decoder_hidden_size=48, decoder_num_hidden_layers=2, layer_norm_eps=1e-4,
-            decoder_num_attention_heads=3, decoder_intermediate_size=3 * 48, attn_implementation="eager",
-        ),
-        **CLASSES[case], **more,
-    })  # fmt: skip
-    return random_weights(getattr(transformers, case.split(",")[0])(config))
-
-
-def saved(folder, theirs, biases="q_bias", **options):
-    theirs.save_pretrained(folder, **options)
-    for file in folder.glob("*.safetensors"):
-        # Both namings, whichever this version of transformers writes.
-        tensors = {}
-        for name, tensor in load_file(file).items():
-            for one, other in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
-                name = name.replace(other, one) if biases == "q_bias" else name.replace(one, other)
-            tensors[name] = tensor
-        save_file(tensors, file, metadata={"format": "pt"})
-    return folder
 
 
 def masked_tokens():
@@ -219,6 +188,15 @@ def test_fine_tuning_a_pretraining_checkpoint(tmp_path):
     assert model.config.position_grid == (3, 2, 4) and model.config.grid == (6, 2, 4)
     assert {note.name.split(".")[0] for note in model.load_report.initial} == {"classifier"}
     assert model(clip(frames=12)).logits.shape == (2, 4)
+
+
+def test_leaving_the_decoder_out(tmp_path):
+    theirs = their_model("VideoMAEForPreTraining")
+    ours = from_pretrained(saved(tmp_path / "a", theirs), decoder_depth=0)
+    assert ours.decoder is None
+    with torch.no_grad():
+        want = theirs.videomae(clip().transpose(1, 2)).last_hidden_state
+        assert relative(ours(clip()).features, want) <= 1e-5
 
 
 def test_dropout_is_reported(tmp_path):

@@ -118,6 +118,74 @@ def test_convert_reads_back(run, classifier, monkeypatch):
     assert code == 1 and "read back with other values: classifier.head.bias" in err
 
 
+@pytest.fixture
+def lost(tmp_path):
+    """A Hugging Face folder with its biases, and the same as a bad version of transformers saves it."""
+    model = small_model(**LINEAR, classifier_norm_eps=1e-5)
+    original = save_checkpoint(model, tmp_path / "original", layout="hf")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_bias", "v_bias")):
+                parameter.zero_()
+    return original, save_checkpoint(model, tmp_path / "lost", layout="hf")
+
+
+def test_inspect_warns_of_lost_biases(run, lost):
+    original, broken = lost
+    code, out, err = run("inspect", broken)
+    told = "all biases of query and value are zero"
+    assert code == 0 and told in out
+    assert err.startswith(f"warning: {broken}: {told}") and "mar-fast convert FILE OUT --biases-from ORIGINAL" in err
+    assert err.count(told) == 1
+    code, out, err = run("inspect", broken, "--json")
+    (warning,) = json.loads(out)["warnings"]
+    assert code == 0 and warning.startswith(told) and "--biases-from" in warning and err.startswith("warning: ")
+    code, out, err = run("inspect", original, "--json")
+    assert code == 0 and json.loads(out)["warnings"] == [] and err == ""
+
+
+@pytest.mark.parametrize(("to", "out"), [((), "new"), (("--to", "videomae"), "new.safetensors")])
+def test_convert_puts_biases_back(run, lost, tmp_path, to, out):
+    original, broken = lost
+    more = ("--set", "classifier_norm_eps=1e-6") if to else ()
+    code, said, err = run("convert", broken, out, *to, *more, "--biases-from", original)
+    assert code == 0 and err == ""
+    assert f"note: 4 biases of query and value, all zero in the file, put back from {original}" in said
+    assert "the other 28 weights that both have are the same" in said and "the same bits when read back" in said
+    assert same_weights(from_pretrained(tmp_path / out), from_pretrained(original))
+    if not to:
+        files = [folder / "model.safetensors" for folder in (tmp_path / out, original)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_convert_says_what_was_trained_since(run, lost, tmp_path):
+    original, broken = lost
+    state = load_file(broken / "model.safetensors")
+    state["classifier.bias"] += 1
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    code, said, err = run("convert", broken, "new", "--biases-from", original)
+    assert code == 0 and "put back" in said and f"warning: {broken}: 1 of 28 weights that both have differ" in err
+
+
+def test_convert_repairs_nothing_else(run, lost, tmp_path):
+    original, broken = lost
+    for arguments, message in (
+        ((original, "new", "--biases-from", original), "got biases of query and value that are not zero"),
+        (
+            (broken, "new", "--biases-from", broken),
+            "in which all of them are zero, expected one that has not lost them",
+        ),
+        ((broken, "new", "--biases-from", "nowhere"), "source: got 'nowhere', which does not exist"),
+        (
+            (broken, "new"),
+            "--to: got none, expected one of mar, videomae, hf, mar_fast (hf where --biases-from is given)",
+        ),
+        ((broken, "original", "--biases-from", original), "already exists"),
+    ):
+        code, out, err = run("convert", *arguments)
+        assert code == 2 and out == "" and message in err and not (tmp_path / "new").exists()
+
+
 def test_verify_the_same(run, mar, tmp_path):
     save_checkpoint(from_pretrained(mar), tmp_path / "ours.safetensors")
     code, out, _ = run("verify", mar, "ours.safetensors")

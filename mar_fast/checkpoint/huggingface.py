@@ -51,7 +51,8 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
 
     said = _said(where, config)
     for name in ("width", "channels", "patch", "depth", "mlp_ratio", *_DECODER_FIELDS):
-        is_part = name not in _DECODER_FIELDS or facts.value("decoder_depth")
+        # Of a decoder that the caller leaves out, the shapes have not been looked at.
+        is_part = name not in _DECODER_FIELDS or (facts.value("decoder_depth") and name in facts)
         if is_part and said[name] != facts.value(name):
             shapes = f"{facts.value(name)}, by the {facts[name][1]}"
             raise checks.bad(f"{where}, {_KEYS[name]}", said[name], shapes)

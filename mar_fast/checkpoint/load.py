@@ -19,12 +19,12 @@ from .choose import Choice, Position, choose
 from .facts import TABLES, gather, table_fault
 from .layouts import Layout, detect
 from .read import Checkpoint, read
+from .repair import BIASES, Repair, put_back
 from .report import LoadReport, Note
 
 logger = logging.getLogger("mar_fast.checkpoint")
 
 Patterns = str | Sequence[str]
-_BIASES = ("attn.q_bias", "attn.v_bias")
 
 
 def from_pretrained(
@@ -37,6 +37,7 @@ def from_pretrained(
     allow_nonfinite: Patterns = (),
     model_key: str | None = None,
     revision: str | None = None,
+    biases_from: str | Path | Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> MAR:
     """A model with the weights of a checkpoint, whatever its layout: MAR, VideoMAE, Hugging Face VideoMAE or our own.
@@ -62,6 +63,9 @@ def from_pretrained(
         allow_nonfinite: Of tensors that may hold NaN or infinity; they are read as they are.
         model_key: Which envelope ("model", "model_ema", ...) to open, where a file has several.
         revision: Of a hub id: a branch, a tag or a commit.
+        biases_from: A source that still has the biases of query and value which ``source`` has lost, as files have that
+            transformers 5.5 to 5.17 saved: they are put back where ``source`` has none, or zeros. Depth and width must
+            agree. The report says how many, and warns if the other weights have changed since.
         **overrides: Fields of `MARConfig`. Those that shapes give must agree with them.
 
     Returns:
@@ -81,6 +85,10 @@ def from_pretrained(
     )
     checkpoint = read(source, model_key, revision)
     layout = detect(checkpoint.where, checkpoint.tensors)
+    repair = None
+    if biases_from is not None:
+        decoder = overrides.get("decoder_depth") != 0
+        checkpoint, repair = put_back(checkpoint, layout, biases_from, decoder=decoder)
     facts = gather(checkpoint, layout, overrides)
     heads = ("classifier.head.weight", *layout.theirs("classifier.head.weight"))
     choice = choose(checkpoint, layout, facts, position, allowed.allows("mismatched", *heads), overrides)
@@ -89,6 +97,8 @@ def from_pretrained(
     with torch.device("meta"):
         model = MAR(choice.config)
     fit = _fit(checkpoint, layout, choice, model, allowed)
+    if repair is not None:
+        _note(fit, repair, checkpoint, layout)
     model.to_empty(device="cpu")
     if fit.initial:
         model.reset_parameters()
@@ -132,6 +142,7 @@ class _Fit:
     read: list[str] = field(default_factory=list)
     initial: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     faults: dict[str, list[str]] = field(default_factory=dict)
     """By the argument that would allow them."""
@@ -152,7 +163,7 @@ def _fit(checkpoint: Checkpoint, layout: Layout, choice: Choice, model: MAR, all
         sources = layout.theirs(ours)
         claimed.update(sources)
         missing = [name for name in sources if name not in tensors]
-        if len(missing) == len(sources) and no_biases and ours.endswith(_BIASES):
+        if len(missing) == len(sources) and no_biases and ours.endswith(BIASES):
             fit.initial[ours] = "zero: config.json says that query and value have no bias"
         elif missing and all(allowed.allows("missing", ours, name) for name in missing):
             fit.initial[ours] = "missing in the checkpoint, allowed"
@@ -199,7 +210,7 @@ def _take(
             fit.fault("allow_mismatched", f"{name}: {fault}")
             continue
         piece = tensor.to(torch.float32)
-        if not bool(piece.isfinite().all()):
+        if not _is_finite(piece):
             if allowed.allows("nonfinite", ours, name):
                 fit.warnings.append(f"{name} holds NaN or infinity, allowed")
             else:
@@ -238,6 +249,8 @@ def _leftovers(
             fit.ignored[name] = layout.unused[name]
         elif part in choice.dropped:
             fit.ignored[name] = choice.dropped[part]
+        elif layout.key == "hf" and name.endswith(".attention.attention.key.bias") and _is_finite(tensor):
+            fit.ignored[name] = "it adds the same to all scores of a query, which softmax takes out"
         elif layout.key == "mar" and name in ("mean", "std") and "mar_fast" not in checkpoint.configs:
             fit.ignored[name] = "read into the configuration"
         elif name in TABLES and table_fault(tensor) is None:
@@ -249,6 +262,14 @@ def _leftovers(
             fit.fault("allow_unknown", name + why)
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
+_LOST = (
+    "transformers 5.5 to 5.17 loses them when it reads a file of the hub; "
+    "mar-fast convert FILE OUT --biases-from ORIGINAL (in Python from_pretrained(..., biases_from=)) puts them back"
+)
 _FAULTS = {
     "allow_missing": "missing",
     "allow_unknown": "unknown",
@@ -267,19 +288,24 @@ def _message(checkpoint: Checkpoint, layout: Layout, fit: _Fit) -> str:
     if missing := fit.faults.get("allow_missing"):
         biases = [name for name in missing if re.search(r"(q_bias|v_bias|query\.bias|value\.bias)$", name)]
         if len(biases) == len(missing):
-            hint = ". The biases of query and value are lost, as some versions of transformers 5 lose them"
+            hint = f". The biases of query and value are lost: {_LOST}"
     accepted = "none, or " + ", ".join(f"{argument}=(patterns,)" for argument in _FAULTS if argument in fit.faults)
     got = ", ".join(said)
     return f"{checkpoint.where}, {layout.title} layout: got tensors {got}, expected {accepted} to go on without{hint}"
 
 
+def _note(fit: _Fit, repair: Repair, checkpoint: Checkpoint, layout: Layout) -> None:
+    remark, warning = repair.verdict(fit.values, checkpoint, layout)
+    fit.remarks.append(remark)
+    if warning is not None:
+        fit.warnings.append(warning)
+
+
 def _suspicions(fit: _Fit, model: MAR, layout: Layout, checkpoint: Checkpoint) -> None:
     """What is allowed, and yet looks like an accident."""
-    biases = [name for name in fit.values if name.startswith("encoder.") and name.endswith(_BIASES)]
-    if layout.key == "hf" and biases and not any(bool(fit.values[name].any()) for name in biases):
-        fit.warnings.append(
-            "all biases of query and value are zero: some versions of transformers 5 lose them when they load a file"
-        )
+    biases = [name for name in fit.values if name.startswith("encoder.") and name.endswith(BIASES)]
+    if biases and not any(bool(fit.values[name].any()) for name in biases):
+        fit.warnings.append(f"all biases of query and value are zero, as in a model that was never trained. {_LOST}")
     if layout.title == "VideoMAE pre-training" and not layout.has("decoder", checkpoint.tensors):
         fit.warnings.append("the encoder alone: there is no pixel decoder in the file")
     for argument in ("missing in the checkpoint, allowed", "unknown, allowed"):
@@ -290,7 +316,7 @@ def _suspicions(fit: _Fit, model: MAR, layout: Layout, checkpoint: Checkpoint) -
 
 
 def _report(checkpoint: Checkpoint, layout: Layout, choice: Choice, fit: _Fit, model: MAR) -> LoadReport:
-    remarks = [*checkpoint.remarks, *choice.remarks]
+    remarks = [*checkpoint.remarks, *choice.remarks, *fit.remarks]
     dtypes = {checkpoint.tensors[name].dtype for name in fit.read} - {torch.float32}
     for dtype in sorted(dtypes, key=str):
         how = "rounded to" if dtype == torch.float64 else "widened to"
@@ -300,6 +326,13 @@ def _report(checkpoint: Checkpoint, layout: Layout, choice: Choice, fit: _Fit, m
         for key, value in checkpoint.configs.get("config.json", {}).items()
         if key in ("hidden_dropout_prob", "attention_probs_dropout_prob") and value
     ]
+    labels = checkpoint.configs.get("config.json", {}).get("id2label")
+    if (
+        choice.config.classifier
+        and isinstance(labels, dict)
+        and any(label != f"LABEL_{place}" for place, label in labels.items())
+    ):
+        remarks.append("not carried over: the names of classes (id2label in config.json)")
     if dropout:
         remarks.append(f"not carried over, without effect in evaluation: {', '.join(dropout)}")
     return LoadReport(

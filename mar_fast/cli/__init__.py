@@ -9,7 +9,7 @@ import mar_fast
 
 from .bench import SUITE_LIST, bench
 from .classify import classify
-from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors
+from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors, show_warnings
 from .convert import convert
 from .cost import cost
 from .curve import curve
@@ -17,6 +17,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .kernels import kernels
 from .masks import masks
+from .reconstruct import reconstruct
 from .report import report
 from .savings import savings
 from .tune import tune
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command()(savings)
 app.command()(masks)
+app.command()(reconstruct)
 app.command()(cost)
 app.command()(classify)
 app.command("eval")(evaluate)
@@ -61,6 +63,7 @@ def _options(
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr, not a traceback."""
+    show_warnings()
     try:
         app()
     except USER_ERRORS as error:

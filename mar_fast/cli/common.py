@@ -1,6 +1,7 @@
 """What the subcommands share: exit codes, consoles, progress, options."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .. import MARConfig
+from ..files import may_write
 from ..kernels import device
 from ..video import read_clip
 
@@ -28,6 +30,22 @@ wide_results = results if results.is_terminal else Console(width=max(results.wid
 Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
 Dtype = StrEnum("Dtype", ["auto", "fp32", "bf16", "fp16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+
+
+class _ToErrors(logging.Handler):
+    """Warnings of the library as lines on stderr, like errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = f"{record.levelname.lower()}: {record.getMessage()}"
+        errors.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+_to_errors = _ToErrors(logging.WARNING)
+
+
+def show_warnings() -> None:
+    """Have what the library warns of on stderr, in every command."""
+    logging.getLogger("mar_fast").addHandler(_to_errors)
 
 
 @contextmanager
@@ -55,6 +73,18 @@ def need_triton() -> None:
         raise ModuleNotFoundError("triton: not installed, expected it for this command: pip install triton (on Linux)")
     if device.INTERPRETING:
         raise ValueError("TRITON_INTERPRET: got 1, under which nothing is compiled; expected it not to be set")
+
+
+def check_png(out: Path, force: bool) -> None:
+    """Check, before any work, that a picture may be written there.
+
+    Raises:
+        ValueError: not the name of a PNG.
+        FileExistsError, NotADirectoryError: something stands in the way.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out: got {str(out)!r}, expected a file name that ends with .png")
+    may_write([out], force)
 
 
 def print_json(content: Any) -> None:

@@ -17,7 +17,7 @@ from ..bench.curve_settings import Ensembles, choose, usual_keep
 from ..kernels import checks
 from .answers import SamplingName, ShortName, check_names, class_name, label_names, load, parse_views, reader
 from .common import BAD_INPUT, CHECK_FAILED, Device, Dtype, Size, errors, ms, print_json, progress, wide_results
-from .masks import Kind
+from .mask_kinds import Kind
 
 USUAL_KINDS = [Kind.running, Kind.random, Kind.content]
 SHOWN_CHANGES = 4

@@ -1,17 +1,14 @@
 """mar-fast masks: a picture of what a mask leaves of a clip."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .. import TokenMask, masking, named_config
+from .. import named_config
 from ..bench import files
-from .common import clip_for, print_json, progress, results
-
-Kind = StrEnum("Kind", ["running", "random", "tube", "frame", "content"])
+from .common import check_png, clip_for, print_json, progress, results
+from .mask_kinds import Kind, by_content, check_seed, drawn
 
 
 def masks(
@@ -28,20 +25,16 @@ def masks(
     """Draw a mask over a clip's frames (16 frames of 224 x 224, patches of 2 x 16 x 16)."""
     from ..bench import plot
 
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: got {seed}, expected a whole number from 0 to 2^63 - 1")
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out: got {str(out)!r}, expected a file name that ends with .png")
-    files.may_write([out], force)
+    check_seed(seed)
+    check_png(out, force)
     config = named_config("mar_vit_base")
-    mask = _drawn(kind, config.grid, ratio, train, seed)
+    mask = drawn(kind, config, ratio, seed, train)
     path = clip if clip is not None else files.sample_clip()
     with progress() as step:
         step(f"reading {path.name}", 0.1)
         video = clip_for(path, config, stride)
         if mask is None:
-            masked = masking.content(video[None], config.grid, budget=1 - ratio).bool_masked()
-            mask = TokenMask.from_bool_masked(masked.view(1, *config.grid))
+            mask = by_content(video, config, ratio)
         form = ", training form" if train else ""
         title = f"{kind} masking, {ratio:.0%}{form}: {mask.num_visible} of {mask.num_tokens} patches visible"
         step("drawing", 0.4)
@@ -53,19 +46,3 @@ def masks(
         )
     else:
         results.print(f"{title}\nWritten: {out}", highlight=False, soft_wrap=True)
-
-
-def _drawn(kind: Kind, grid: tuple[int, int, int], ratio: float, train: bool, seed: int) -> TokenMask | None:
-    """The mask, or None for the one that goes by the clip."""
-    if train and kind != Kind.running:
-        raise ValueError(f"--train: got it with --kind {kind}, expected --kind running")
-    if kind == Kind.content:
-        if not 0 <= ratio < 1:
-            raise ValueError(f"--ratio: got {ratio}, expected a number in [0, 1)")
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    if kind == Kind.running:
-        phase = None if train else 0
-        return masking.cell_running(1, grid, ratio, phase=phase, temporal_shuffle=train, generator=generator)
-    draw = {Kind.random: masking.random, Kind.tube: masking.tube, Kind.frame: masking.frame}[kind]
-    return draw(1, grid, ratio, generator=generator)
