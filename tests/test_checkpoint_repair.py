@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mar_fast import from_pretrained, save_checkpoint
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 LOST = ("q_bias", "v_bias", "query.bias", "value.bias")
 every_class = pytest.mark.parametrize("case", CLASSES)
@@ -253,9 +253,30 @@ def test_a_model_without_biases_by_configuration(tmp_path):
         from_pretrained(lost, biases_from=original)
 
 
-def test_names_of_classes_are_said_to_be_left_behind(tmp_path):
-    theirs = their_model("VideoMAEForVideoClassification", id2label={i: f"class {i}" for i in range(7)})
-    assert "not carried over: the names of classes" in str(from_pretrained(saved(tmp_path / "a", theirs)).load_report)
-    assert "not carried over" not in str(
-        from_pretrained(saved(tmp_path / "b", their_model("VideoMAEModel"))).load_report
-    )
+def test_names_of_classes_come_along(tmp_path):
+    names = tuple(f"class {i}" for i in range(7))
+    theirs = their_model("VideoMAEForVideoClassification", id2label=dict(enumerate(names)))
+    folder = saved(tmp_path / "a", theirs)
+    model = from_pretrained(folder)
+    assert model.load_report.labels == names
+    save_checkpoint(model, tmp_path / "b", layout="hf", labels=model.load_report.labels)
+    again = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "b").config
+    assert again.id2label == dict(enumerate(names)) and again.label2id == {name: i for i, name in enumerate(names)}
+    # A head that is not the file's has none of its names, nor has a file whose names are transformers' own.
+    assert from_pretrained(folder, num_classes=3, allow_mismatched="classifier.*").load_report.labels is None
+    assert from_pretrained(folder, classifier=None).load_report.labels is None
+    plain = saved(tmp_path / "c", their_model("VideoMAEForVideoClassification"))
+    assert from_pretrained(plain).load_report.labels is None
+    for damage in ({"0": "one"}, {str(i): i for i in range(7)}, ["a"] * 7):
+        content = json.loads((plain / "config.json").read_text())
+        (plain / "config.json").write_text(json.dumps({**content, "id2label": damage}))
+        assert from_pretrained(plain, num_classes=7).load_report.labels is None
+
+
+def test_names_of_classes_that_do_not_fit(tmp_path):
+    model = from_pretrained(saved(tmp_path / "a", their_model("VideoMAEForVideoClassification")))
+    with pytest.raises(ValueError, match="labels: got 2 names, expected 7, one for each class"):
+        save_checkpoint(model, tmp_path / "b", layout="hf", labels=["a", "b"])
+    with pytest.raises(ValueError, match="labels: got some, for layout 'videomae', expected None"):
+        save_checkpoint(model, tmp_path / "b.safetensors", layout="videomae", labels=["a"] * 7)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "b.safetensors").exists()

@@ -84,6 +84,23 @@ def test_classify_names_real_clips(mar):
         assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2) and shares[0] > 50
 
 
+def test_classify_by_the_checkpoints_own_names(run, tmp_path):
+    """Those of config.json, where no others are given."""
+    model = mar_fast.MAR(
+        mar_fast.MARConfig(
+            num_frames=4, image_size=(64, 64), width=48, depth=1, num_heads=3, num_classes=3, classifier="linear",
+            final_norm=False, mask_ratio=0.0, decoder_depth=0, classifier_norm_eps=1e-5,
+        )
+    )  # fmt: skip
+    mar_fast.save_checkpoint(model, tmp_path / "named", layout="hf", labels=["a cat", "a dog", "a bird"])
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    path = clips.real_clip("bikes.mp4")
+    for options, wanted in ((), {"a cat", "a dog", "a bird"}), (("--labels", "names.txt"), set(NAMES)):
+        code, out, _ = run("classify", path, "--checkpoint", "named", "--json", *options)
+        (video,) = json.loads(out)["videos"]
+        assert code == 0 and {found["name"] for found in video["classes"]} == wanted
+
+
 @pytest.mark.parametrize(
     ("options", "mask_ratio", "views"),
     [

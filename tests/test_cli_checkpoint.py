@@ -186,6 +186,16 @@ def test_convert_repairs_nothing_else(run, lost, tmp_path):
         assert code == 2 and out == "" and message in err and not (tmp_path / "new").exists()
 
 
+def test_convert_keeps_names_of_classes(run, tmp_path):
+    model = small_model(**LINEAR, classifier_norm_eps=1e-5)
+    names = [f"class {place}" for place in range(model.config.num_classes)]
+    save_checkpoint(model, tmp_path / "a", layout="hf", labels=names)
+    assert run("convert", "a", "b", "--to", "hf")[0] == 0
+    assert from_pretrained(tmp_path / "b").load_report.labels == tuple(names)
+    code, out, _ = run("convert", "a", "c.safetensors", "--to", "mar_fast")
+    assert code == 0 and "not carried over: the names of classes" in out
+
+
 def test_verify_the_same(run, mar, tmp_path):
     save_checkpoint(from_pretrained(mar), tmp_path / "ours.safetensors")
     code, out, _ = run("verify", mar, "ours.safetensors")

@@ -4,6 +4,7 @@ Where LayerNorms get their eps from was read off transformers 5.23: layer_norm_e
 which have PyTorch's default whatever the configuration says.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import MARConfig
@@ -149,8 +150,29 @@ def kind_for(config: MARConfig) -> str:
     return "VideoMAEForPreTraining" if config.decoder_depth else "VideoMAEModel"
 
 
-def config_json(config: MARConfig, dtype: str) -> dict[str, Any]:
-    """config.json for `kind_for` this configuration; ``dtype`` is that of the weights, "float32" for example."""
+def labels(checkpoint: Checkpoint, config: MARConfig) -> tuple[str, ...] | None:
+    """Names of the classes in config.json, one for each; None where there are none but transformers' LABEL_0, ..."""
+    said = checkpoint.configs.get("config.json", {}).get("id2label")
+    if not config.classifier or not isinstance(said, dict):
+        return None
+    names = [said.get(str(place)) for place in range(config.num_classes)]
+    if len(said) != len(names) or not all(isinstance(name, str) for name in names):
+        return None
+    return None if names == _unnamed(config) else tuple(names)
+
+
+def _unnamed(config: MARConfig) -> list[str]:
+    return [f"LABEL_{place}" for place in range(config.num_classes)]
+
+
+def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = None) -> dict[str, Any]:
+    """config.json for `kind_for` this configuration.
+
+    Args:
+        config: The configuration.
+        dtype: Of the weights, "float32" for example.
+        labels: Names of the classes.
+    """
     t, height, width = config.patch
     content: dict[str, Any] = {
         "architectures": [kind_for(config)],
@@ -182,9 +204,9 @@ def config_json(config: MARConfig, dtype: str) -> dict[str, Any]:
             "decoder_intermediate_size": round(config.decoder_width * config.decoder_mlp_ratio),
         }
     if config.classifier:
-        labels = [f"LABEL_{i}" for i in range(config.num_classes)]
-        content["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        content["label2id"] = {label: i for i, label in enumerate(labels)}
+        names = labels or _unnamed(config)
+        content["id2label"] = {str(place): name for place, name in enumerate(names)}
+        content["label2id"] = {name: place for place, name in enumerate(names)}
     return content
 
 

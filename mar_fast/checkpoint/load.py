@@ -326,13 +326,6 @@ def _report(checkpoint: Checkpoint, layout: Layout, choice: Choice, fit: _Fit, m
         for key, value in checkpoint.configs.get("config.json", {}).items()
         if key in ("hidden_dropout_prob", "attention_probs_dropout_prob") and value
     ]
-    labels = checkpoint.configs.get("config.json", {}).get("id2label")
-    if (
-        choice.config.classifier
-        and isinstance(labels, dict)
-        and any(label != f"LABEL_{place}" for place, label in labels.items())
-    ):
-        remarks.append("not carried over: the names of classes (id2label in config.json)")
     if dropout:
         remarks.append(f"not carried over, without effect in evaluation: {', '.join(dropout)}")
     return LoadReport(
@@ -346,4 +339,5 @@ def _report(checkpoint: Checkpoint, layout: Layout, choice: Choice, fit: _Fit, m
         origins=tuple(Note(*item) for item in choice.origins.items()),
         remarks=tuple(remarks),
         warnings=tuple(fit.warnings),
+        labels=None if "classifier.head.weight" in fit.initial else huggingface.labels(checkpoint, choice.config),
     )

@@ -29,6 +29,7 @@ class LoadReport:
         origins: Fields of the configuration, and where their values came from.
         remarks: What else there is to know: envelope, prefixes, dtypes, position tables.
         warnings: What may be wrong although it is allowed.
+        labels: Names of the classes, one for each, where a Hugging Face config.json has them (id2label).
     """
 
     source: str
@@ -41,6 +42,7 @@ class LoadReport:
     origins: tuple[Note, ...]
     remarks: tuple[str, ...]
     warnings: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         """Several lines; names with the same reason stand together."""

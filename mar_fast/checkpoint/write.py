@@ -1,6 +1,7 @@
 """save_checkpoint: a model as a safetensors file or folder, in any layout that can express it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,14 @@ LAYOUTS = ("mar_fast", "mar", "videomae", "hf")
 _FOLDER = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
-def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_fast", force: bool = False) -> Path:
+def save_checkpoint(
+    model: MAR,
+    path: str | Path,
+    *,
+    layout: LayoutName = "mar_fast",
+    force: bool = False,
+    labels: Sequence[str] | None = None,
+) -> Path:
     """Write a model's weights as safetensors, whole or not at all.
 
     The configuration goes into the file's metadata, or into config.json, where other programs pass over it:
@@ -36,6 +44,8 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
             std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear classifier, else
             pre-training) or "hf" (the transformers class that computes the same).
         force: Replace what is there; a folder only if it holds nothing else.
+        labels: For "hf" with a classifier: the names of its classes, for config.json. A model that was read from such a
+            folder has them in ``load_report.labels``.
 
     Returns:
         The path.
@@ -47,6 +57,8 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
     """
     if not isinstance(model, MAR):
         raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
+    if labels is not None:
+        _check_labels(labels, layout, model.config)
     path = check_target(path, layout, force)
     config = model.config
     target = layout_for(config, layout)
@@ -65,13 +77,20 @@ def save_checkpoint(model: MAR, path: str | Path, *, layout: LayoutName = "mar_f
 
     def write_folder(folder: Path) -> None:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        content = {**huggingface.config_json(config, dtype), "mar_fast": asdict(config)}
+        content = {**huggingface.config_json(config, dtype, labels), "mar_fast": asdict(config)}
         _write_json(folder / "config.json", content)
         _write_json(folder / "preprocessor_config.json", huggingface.preprocessor_json(config))
         write_tensors(folder / "model.safetensors")
 
     write_whole_folder(path, write_folder)
     return path
+
+
+def _check_labels(labels: Sequence[str], layout: str, config: MARConfig) -> None:
+    if layout != "hf" or not config.classifier:
+        raise checks.bad("labels", f"some, for layout {layout!r}", "None: only 'hf' with a classifier has them")
+    if isinstance(labels, str) or len(labels) != config.num_classes:
+        raise checks.bad("labels", f"{len(labels)} names", f"{config.num_classes}, one for each class")
 
 
 def _write_json(path: Path, content: object) -> None:

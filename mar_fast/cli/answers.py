@@ -56,14 +56,19 @@ def label_names(labels: Path | None) -> list[str] | None:
     return None if labels is None else read_labels(labels)
 
 
-def check_names(names: list[str] | None, classes: int) -> None:
-    """Check that there is a name for each class of a model.
+def names_for(model: MAR, given: list[str] | None) -> list[str] | None:
+    """The names of a model's classes: those ``given``, else those that its checkpoint has.
 
     Raises:
-        ValueError: more or fewer.
+        ValueError: more or fewer are given than there are classes.
     """
-    if names is not None and len(names) != classes:
-        raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
+    classes = model.config.num_classes
+    if given is None:
+        own = model.load_report.labels if model.load_report is not None else None
+        return None if own is None else list(own)
+    if len(given) != classes:
+        raise checks.bad("--labels", f"{len(given)} names", f"{classes}, as the checkpoint has classes")
+    return given
 
 
 def class_name(names: list[str] | None, number: int) -> str:

@@ -11,10 +11,10 @@ from .answers import (
     Precision,
     SamplingName,
     ShortName,
-    check_names,
     class_name,
     label_names,
     load,
+    names_for,
     parse_views,
     reader,
 )
@@ -45,7 +45,7 @@ def classify(
     names = label_names(labels)
     model = load(checkpoint, keep, dtype, device)
     classes = model.config.num_classes
-    check_names(names, classes)
+    names = names_for(model, names)
     read = reader(model.config, clips_crops, sampling, stride, short)
     answers: list[dict[str, Any]] = []
     with progress() as step:

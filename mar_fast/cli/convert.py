@@ -50,12 +50,17 @@ def convert(
         position=position, model_key=model_key, allow_missing=allow_missing, allow_unknown=allow_unknown,
         biases_from=biases_from,
     )  # fmt: skip
-    save_checkpoint(model, out, layout=cast(LayoutName, to.value), force=force)
+    assert model.load_report is not None
+    labels = model.load_report.labels
+    takes_labels = to == Target.hf and model.config.classifier is not None
+    save_checkpoint(model, out, layout=cast(LayoutName, to.value), force=force, labels=labels if takes_labels else None)
     results.print(str(model.load_report), highlight=False, markup=False, soft_wrap=True)
     back = from_pretrained(out).state_dict()
     wrong = [name for name, value in model.state_dict().items() if not torch.equal(value, back[name])]
     if wrong:
         errors.print(f"error: read back with other values: {', '.join(wrong[:5])}", style="red", highlight=False)
         raise typer.Exit(CHECK_FAILED)
+    if labels and not takes_labels:
+        results.print("note: not carried over: the names of classes (id2label in config.json)", highlight=False)
     said = f"Written: {out} ({to}), {len(back)} parameters, the same bits when read back"
     results.print(said, highlight=False, markup=False, soft_wrap=True)

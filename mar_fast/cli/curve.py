@@ -15,7 +15,7 @@ from ..bench import curve as dial
 from ..bench import files, machine, records, rows
 from ..bench.curve_settings import Ensembles, choose, usual_keep
 from ..kernels import checks
-from .answers import SamplingName, ShortName, check_names, class_name, label_names, load, parse_views, reader
+from .answers import SamplingName, ShortName, class_name, label_names, load, names_for, parse_views, reader
 from .common import BAD_INPUT, CHECK_FAILED, Device, Dtype, Size, errors, ms, print_json, progress, wide_results
 from .mask_kinds import Kind
 
@@ -73,7 +73,7 @@ def curve(
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
     model, title = _model(checkpoint, random_weights, device, seed)
     config = model.config
-    check_names(names, config.num_classes)
+    names = names_for(model, names)
     settings, absent = choose(config, kind or USUAL_KINDS, keep or usual_keep(config), ensembles)
     with progress() as step:
         result = dial.measure(
