@@ -155,10 +155,10 @@ def labels(checkpoint: Checkpoint, config: MARConfig) -> tuple[str, ...] | None:
     said = checkpoint.configs.get("config.json", {}).get("id2label")
     if not config.classifier or not isinstance(said, dict):
         return None
-    names = [said.get(str(place)) for place in range(config.num_classes)]
-    if len(said) != len(names) or not all(isinstance(name, str) for name in names):
+    names = [name for place in range(config.num_classes) if isinstance(name := said.get(str(place)), str)]
+    if not len(names) == len(said) == config.num_classes or names == _unnamed(config):
         return None
-    return None if names == _unnamed(config) else tuple(names)
+    return tuple(names)
 
 
 def _unnamed(config: MARConfig) -> list[str]:
