@@ -162,7 +162,8 @@ def _attention(
         "key": (key.shape != query.shape or value.shape != query.shape, tuple(key.shape), f"{tuple(query.shape)}"),
     }
     for name in ("output_attentions", "softcap", "sliding_window", "position_bias", "head_mask", "s_aux", "cache"):
-        refused[name] = (kwargs.get(name) not in (None, False), "a value", "None")
+        given = kwargs.get(name)
+        refused[name] = (isinstance(given, Tensor) or given not in (None, False), "a value", "None")
     for name, (is_refused, got, accepted) in refused.items():
         if is_refused:
             raise checks.bad(f"attn_implementation='mar_fast': {name}", got, accepted)
