@@ -180,7 +180,8 @@ def stand_in(module: Any, options: Options) -> None:
     """Give a VideoMAEModel or a VideoMAEForPreTraining its accelerated class, and these options."""
     module._mar_fast = options
     if not is_accelerated(module):
-        module.__class__ = accelerated_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = accelerated_class(kind)
 
 
 def _new(kind: Any) -> nn.Module:

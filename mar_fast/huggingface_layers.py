@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .kernels import linear_gelu
 from .layers import attend, attend_rows, norm, take
 
 # Where transformers keeps its VideoMAE, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
-# A weight of another type (quantised, sharded) needs what its module does with it.
-PLAIN_TENSORS = (nn.Parameter, Tensor)
+# A weight of another type (quantised, sharded) needs what its module does with it. torch.export shows fake ones.
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 Packed = tuple[Tensor, Tensor | None]
 
