@@ -74,9 +74,10 @@ def _change(video: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, float]:
     before, after = clip[:, :, :-1], clip[:, :, 1:]
     # Of unsigned bytes the difference of the larger and the smaller; no wider copy of the clip is made.
     steps = torch.maximum(before, after) - torch.minimum(before, after)
-    steps = steps.sum(1, dtype=torch.int64 if whole else None)  # (B, T - 1, H, W)
-    first = steps[:, :1] if extents[0] > 1 else steps.new_zeros(len(video), 1, *extents[1:])
-    steps = torch.cat((first, steps), 1)
+    # A lone frame changes by nothing, unless its values are not finite.
+    steps = steps if extents[0] > 1 else clip - clip
+    steps = steps.sum(1, dtype=torch.int64 if whole else None)  # (B, T - 1, H, W), or (B, 1, H, W)
+    steps = torch.cat((steps[:, :1], steps), 1)[:, -extents[0] :]
     t, h, w = patch
     split = steps.view(len(video), grid[0], t, grid[1], h, grid[2], w)
     change = split.sum((2, 4, 6)).flatten(1)

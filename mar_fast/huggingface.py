@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .huggingface_forward import Options, accelerated_class, is_accelerated
+from .huggingface_forward import Options, accelerated_class, is_accelerated, stand_in
+from .huggingface_layers import own_forward
 from .kernels import attention, checks
 
 _NAMES = ("VideoMAEModel", "VideoMAEForVideoClassification", "VideoMAEForPreTraining")
@@ -51,7 +53,7 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
 
     Raises:
         TypeError: model is something else.
-        ValueError: keep or num_visible does not fit the model.
+        ValueError: keep or num_visible does not fit the model, or its forward was replaced by another one.
         ImportError: transformers is missing or older than 5.0.
     """
     classes = _classes()
@@ -59,6 +61,10 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
         accepted = f"{' or '.join(_NAMES)} of transformers itself, not a subclass or wrapper"
         raise checks.bad_type("model", type(model).__name__, accepted)
     inner = _inner(model)
+    for part in _parts(model):
+        if not is_accelerated(part) and not own_forward(part):
+            accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
+            raise checks.bad("model", f"a {type(part).__name__} with another forward", accepted)
     tokens = inner.embeddings.position_embeddings.shape[1]
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
@@ -84,13 +90,19 @@ def restore(model: M) -> M:
 
     Raises:
         TypeError: model is not a module.
+        ValueError: since then something else has changed its class or its forward, which would be lost.
     """
     if not isinstance(model, nn.Module):
         raise checks.bad_type("model", type(model).__name__, "a model that mar_fast.accelerate was called with")
-    for module in list(model.modules()):
-        if is_accelerated(module):
-            del module._mar_fast
-            module.__class__ = module._mar_fast_from  # type: ignore[assignment]
+    accelerated = [module for module in model.modules() if is_accelerated(module)]
+    for module in accelerated:
+        kind: Any = module._mar_fast_from
+        if type(module) is not accelerated_class(kind) or "forward" in vars(module):
+            got = f"a {type(module).__name__} whose class or forward was changed after mar_fast.accelerate"
+            raise checks.bad("model", got, "one without that change: undo it first, such as a parametrization")
+    for module in accelerated:
+        del module._mar_fast
+        module.__class__ = module._mar_fast_from  # type: ignore[assignment]
     return model
 
 
@@ -99,16 +111,16 @@ def patch_transformers() -> Iterator[None]:
     """Within this context VideoMAE models come out accelerated, from ``from_pretrained`` and from constructors.
 
     Afterwards transformers is as it was; models that were built inside stay accelerated. The context holds for the
-    whole process, other threads included.
+    whole process, other threads included; of contexts that overlap the last to be left ends it.
 
     Raises:
         ImportError: transformers is missing or older than 5.0.
     """
-    with ExitStack() as stack:
-        for kind in _classes():
-            for name, value in _accelerating(kind).items():
-                stack.enter_context(_replaced(kind, name, value))
+    _patches.enter()
+    try:
         yield
+    finally:
+        _patches.leave()
 
 
 def register_attention() -> None:
@@ -150,7 +162,8 @@ def _attention(
         "key": (key.shape != query.shape or value.shape != query.shape, tuple(key.shape), f"{tuple(query.shape)}"),
     }
     for name in ("output_attentions", "softcap", "sliding_window", "position_bias", "head_mask", "s_aux", "cache"):
-        refused[name] = (kwargs.get(name) not in (None, False), "a value", "None")
+        given = kwargs.get(name)
+        refused[name] = (isinstance(given, Tensor) or given not in (None, False), "a value", "None")
     for name, (is_refused, got, accepted) in refused.items():
         if is_refused:
             raise checks.bad(f"attn_implementation='mar_fast': {name}", got, accepted)
@@ -178,15 +191,15 @@ def _inner(model: Any) -> Any:
     return model if hasattr(model, "embeddings") else model.videomae
 
 
+def _parts(model: Any) -> list[Any]:
+    """What of a model is accelerated: a classifier's own code is pooling and a head, around a VideoMAEModel."""
+    return [_inner(model)] if hasattr(model, "classifier") else [_inner(model), model]
+
+
 def _swap(model: Any, options: Options) -> None:
     # One object for the model and the VideoMAEModel in it, so that each warning is said once.
-    for module in (_inner(model), model):
-        if type(module).__name__ == "VideoMAEForVideoClassification":
-            continue  # its own code is pooling and a head, around an accelerated VideoMAEModel
-        module._mar_fast = options
-        if not is_accelerated(module):
-            kind: Any = type(module)
-            module.__class__ = accelerated_class(kind)
+    for module in _parts(model):
+        stand_in(module, options)
 
 
 def _check_keep(model: Any, keep: float) -> None:
@@ -219,6 +232,34 @@ def _accelerating(kind: Any) -> dict[str, Any]:
         return result
 
     return {"__init__": init, "from_pretrained": classmethod(from_pretrained)}
+
+
+class _Patches:
+    """What `patch_transformers` has replaced: once, however many contexts are open, in whatever order they are left."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._contexts = 0
+        self._undo = ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._contexts:
+                with ExitStack() as stack:
+                    for kind in _classes():
+                        for name, value in _accelerating(kind).items():
+                            stack.enter_context(_replaced(kind, name, value))
+                    self._undo = stack.pop_all()
+            self._contexts += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._contexts -= 1
+            if not self._contexts:
+                self._undo.close()
+
+
+_patches = _Patches()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import IMAGENET_MEAN, IMAGENET_STD
-from .huggingface_layers import PLAIN_TENSORS, Caches, plain_norm, run_layers, total, untouched
+from .huggingface_layers import PLAIN_TENSORS, Caches, plain_norm, run_layers, total, unhooked, untouched
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from .layers import norm
 from .masking import TokenMask, cell_running
@@ -45,6 +45,11 @@ class _Accelerated(nn.Module):
     _mar_fast: Options
     _mar_fast_from: type[nn.Module]
     _mar_fast_output: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # ``type(model)(config)`` and ``type(model).from_pretrained``; `accelerate` does not come here.
+        self._mar_fast = Options()
+        super().__init__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to be found by; it is made again from the one that it was made from.
@@ -98,6 +103,10 @@ class _Model(_Accelerated):
 class _ForPreTraining(_Accelerated):
     """Stands in for VideoMAEForPreTraining."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        stand_in(self.videomae, self._mar_fast)
+
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor, *, num_visible: int | None = None, **kwargs: Any
     ) -> Any:
@@ -118,7 +127,7 @@ class _ForPreTraining(_Accelerated):
         mask_token: Any = self.mask_token
         table: Any = self.position_embeddings
         reason = _why_own_code(self, kwargs)
-        if reason is None and not (is_accelerated(inner) and untouched(inner, type(inner))):
+        if reason is None and not (is_accelerated(inner) and "forward" not in vars(inner) and unhooked(inner)):
             reason = "a changed or hooked videomae runs transformers' own code"
         if reason is None and not (untouched(decoder) and plain_norm(decoder.norm)):
             reason = "a changed or hooked decoder runs transformers' own code"
@@ -165,6 +174,14 @@ def accelerated_class(kind: Any) -> type[nn.Module]:
 def is_accelerated(model: object) -> bool:
     """Whether this very module, not one inside of it, has an accelerated class."""
     return isinstance(model, _Accelerated)
+
+
+def stand_in(module: Any, options: Options) -> None:
+    """Give a VideoMAEModel or a VideoMAEForPreTraining its accelerated class, and these options."""
+    module._mar_fast = options
+    if not is_accelerated(module):
+        kind: Any = type(module)
+        module.__class__ = accelerated_class(kind)
 
 
 def _new(kind: Any) -> nn.Module:
@@ -267,7 +284,8 @@ def _embed(model: Any, caches: Caches, pixel_values: Tensor, mask: TokenMask | N
     sides = (pixel_values.shape[1], *pixel_values.shape[3:])
     # A convolution leaves out what is over at the edges; gather_patch_embed takes whole patches only.
     whole = not any(side % step for side, step in zip(sides, projection.kernel_size, strict=True)) if same else False
-    if not (same and whole and type(projection.weight) in PLAIN_TENSORS):
+    plain = same and all(type(value) in PLAIN_TENSORS for value in (projection.weight, projection.bias))
+    if not (plain and whole):
         caches.warn_once("mar_fast: changed or hooked embeddings, and odd sizes, run transformers' own code")
         embedded: Tensor = embeddings(pixel_values, None if mask is None else mask.bool_masked())
         return embedded

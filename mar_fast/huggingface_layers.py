@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .kernels import linear_gelu
 from .layers import attend, attend_rows, norm, take
 
 # Where transformers keeps its VideoMAE, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
-# A weight of another type (quantised, sharded) needs what its module does with it.
-PLAIN_TENSORS = (nn.Parameter, Tensor)
+# A weight of another type (quantised, sharded) needs what its module does with it. torch.export shows fake ones.
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 Packed = tuple[Tensor, Tensor | None]
 
@@ -26,8 +27,9 @@ class Caches:
     """What an accelerated module remembers between calls; a copy or a pickle of the module starts without it.
 
     Packed weights are kept while gradients are off, in eval mode, and are made again when a source has other memory or
-    another version: after an optimizer's step, ``load_state_dict``, ``.to()`` and every other change that PyTorch
-    counts. Writing through ``.data`` is not counted; `clear` runs at every ``train()`` and ``eval()`` for that.
+    another version (after ``load_state_dict``, ``.to()`` and every other change that PyTorch counts) and after each
+    call with gradients, since fused optimizers count nothing. Writing through ``.data`` is not counted; `clear` runs at
+    every ``train()`` and ``eval()`` for that.
     """
 
     def __init__(self) -> None:
@@ -52,7 +54,11 @@ class Caches:
     def packed(self, name: str, attention: Any) -> Packed:
         """The qkv weight (3 * D, D) and bias (3 * D,) of a VideoMAESelfAttention, differentiable in training."""
         sources = _sources(attention)
-        if attention.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return _pack(sources)
+        if attention.training or torch.is_grad_enabled():
+            # A step may follow, and fused optimizers change weights without counting it.
+            self._packed.pop(name, None)
             return _pack(sources)
         key = _fingerprint(sources)
         found = self._packed.get(name)
@@ -103,9 +109,29 @@ def _fingerprint(sources: list[Tensor | None]) -> list[Any] | None:
     if any(source.is_inference() for source in tensors):
         return None  # they count no versions
     try:
-        return [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
+        found = [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
     except RuntimeError:  # without memory of their own: fake tensors, those within vmap
         return None
+    # What another process writes to shared memory is not counted in this one.
+    return None if any(x.device.type == "cpu" and x.is_shared() for x in tensors) else found
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` is the one that its class was written with."""
+    given, replaced = type(module).forward, module.__dict__.get("forward")
+    if getattr(given, "__module__", None) != type(module).__module__:
+        return False  # patched in the class, for all of its instances
+    # transformers 5.0 leaves the method of the class behind in the instance after it has recorded hidden states.
+    return replaced is None or getattr(replaced, "__func__", None) is given
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether ``module`` has no hooks but those that record hidden states."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    # They stay on the model for good, once it was asked for hidden states. Calls that ask for them do not come here.
+    recording = "transformers.utils.output_capturing"
+    return all(getattr(hook, "__module__", None) == recording for hook in module._forward_hooks.values())
 
 
 def untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
@@ -116,16 +142,7 @@ def untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
         kind: The class that it must have; None is any of transformers' VideoMAE.
     """
     right = type(module).__module__ == MODELING if kind is None else type(module) is kind
-    if not right or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    for hook in module._forward_hooks.values():
-        # These record hidden states where they are asked for, and stay on the model for good. Calls that ask for them
-        # do not come here.
-        if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
-            return False
-    forward = module.__dict__.get("forward")
-    # transformers 5.0 leaves the method of the class behind in the instance after it has recorded hidden states.
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+    return right and own_forward(module) and unhooked(module)
 
 
 def _linear(module: nn.Module, bias: bool) -> bool:

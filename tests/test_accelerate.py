@@ -175,6 +175,23 @@ def test_compiled_in_one_graph(case, training):
     check_gradients(plain, fast, want, got, 1e-5)
 
 
+@all_kinds
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@torch.no_grad()
+def test_exported(case, strict):
+    """For any batch, and as it runs here: without a convolution over all tubelets."""
+    plain, fast, arguments = pair(case)
+    plain, fast = plain.eval(), fast.eval()
+    sizes = {name: {0: torch.export.Dim("batch", min=1, max=64)} for name in arguments}
+    known = {"num_visible": VISIBLE} if "bool_masked_pos" in arguments else {}
+    program = torch.export.export(
+        fast, (), {**arguments, **known}, dynamic_shapes=sizes | dict.fromkeys(known), strict=strict
+    )
+    assert not any("conv" in str(node.target) for node in program.graph.nodes)
+    fewer = {name: value[:2] for name, value in arguments.items()}
+    check_same(plain(**fewer), program.module()(**fewer, **known), 1e-5)
+
+
 @torch.no_grad()
 def test_compiled_after_eager_calls():
     """What eager calls keep must not get in the way of a graph, nor a graph in that of eager calls."""

@@ -8,6 +8,7 @@ import torch
 from test_accelerate import TOKENS, pair
 from test_huggingface import BATCH
 from torch import nn
+from torch.nn.utils import parametrize
 
 import mar_fast
 
@@ -29,11 +30,23 @@ def uneven():
     return masked
 
 
+def with_another_forward():
+    """As a wrapper for mixed precision leaves it: a forward in the instance goes before that of any class."""
+    model = pair(CLASSIFIER)[0]
+    original = model.videomae.forward
+    model.videomae.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    return model
+
+
 # call, error, what the message must contain
 BAD_CALLS = {
     "not a model": (lambda: mar_fast.accelerate(nn.Linear(2, 2)), TypeError, "model: got Linear, expected VideoMAEModel"),
     "a compiled model": (
         lambda: mar_fast.accelerate(torch.compile(pair(MODEL)[0])), TypeError, "model: got OptimizedModule",
+    ),
+    "another forward": (
+        lambda: mar_fast.accelerate(with_another_forward(), keep=0.5), ValueError,
+        "model: got a VideoMAEModel with another forward, expected transformers' own",
     ),
     "restore": (lambda: mar_fast.restore("x"), TypeError, "model: got str"),
     "keep of a model": (
@@ -101,6 +114,17 @@ def test_bad_calls(case):
     run, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         run()
+
+
+def test_restore_does_not_undo_what_came_after():
+    """It would take the parametrization's class away and leave a model that cannot be called."""
+    plain, fast, arguments = pair(PRETRAINING)
+    parametrize.register_parametrization(fast, "mask_token", nn.Tanh())
+    with pytest.raises(ValueError, match="model: got a ParametrizedVideoMAEForPreTraining whose class or forward"):
+        mar_fast.restore(fast)
+    assert fast(**arguments).loss.isfinite()  # neither did it do half of its work
+    parametrize.remove_parametrizations(fast, "mask_token", leave_parametrized=False)
+    assert torch.equal(mar_fast.restore(fast)(**arguments).loss, plain(**arguments).loss)
 
 
 @pytest.mark.parametrize("entry", ["accelerate", "patch_transformers", "register_attention"])

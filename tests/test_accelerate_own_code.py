@@ -42,6 +42,9 @@ OWN = {
     "another forward": (
         MODEL, lambda model: setattr(model.encoder.layer[0].output, "forward", lambda a, b: a.mean() + b), {}, "layers",
     ),
+    "no bias in the projection": (
+        MODEL, lambda model: setattr(model.embeddings.patch_embeddings.projection, "bias", None), {}, "embeddings",
+    ),
     "hook on the encoder": (
         MODEL,
         lambda model: model.encoder.register_forward_pre_hook(lambda m, a: (a[0].cos(),)), {}, "encoder",
@@ -103,6 +106,26 @@ def test_what_is_left_to_their_own_code(case):
     with warnings.catch_warnings():  # said once
         warnings.simplefilter("error")
         fast(**arguments, **extra)
+
+
+@pytest.mark.parametrize("patched", ["VideoMAEOutput", "VideoMAESelfAttention", "Linear"])
+def test_a_class_that_was_patched(patched, monkeypatch):
+    """A forward that was replaced in a class, for all models, counts for accelerated ones."""
+    plain, fast, arguments = pair(MODEL)
+    untouched = plain(**arguments)
+    layer = plain.encoder.layer[0]
+    kinds = {type(part).__name__: type(part) for part in (layer.output, layer.attention.attention, layer.output.dense)}
+    original = kinds[patched].forward
+
+    def forward(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return (0.5 * result[0], *result[1:]) if isinstance(result, tuple) else 0.5 * result
+
+    monkeypatch.setattr(kinds[patched], "forward", forward)
+    want = plain(**arguments)
+    with pytest.warns(UserWarning, match="layers"):
+        check_same(want, fast(**arguments), 1e-5)
+    assert relative(want.last_hidden_state, untouched.last_hidden_state) > 1e-3
 
 
 def test_attentions_and_hidden_states_then_fast_again():

@@ -110,6 +110,13 @@ def _round(model):
     model.to(torch.bfloat16).to(torch.float32)
 
 
+def _fused_step(model):
+    """In eval mode, as from_pretrained leaves a model; a fused optimizer changes weights and counts no version."""
+    model(**pair(CLASSIFIER)[2]).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+    model.zero_grad()
+
+
 def _write_data(model):
     """An optimizer of the old kind, between train() and eval()."""
     model.train()
@@ -128,6 +135,7 @@ def _bias(model):
 
 CHANGES = {
     "optimizer step": _step,
+    "fused optimizer step": _fused_step,
     "load_state_dict": _load,
     "load_state_dict, assign": _assign,
     "to another dtype and back": _round,
@@ -148,6 +156,20 @@ def test_kept_weights_follow_changes(change):
     with torch.no_grad():
         want, got = plain(**arguments), fast(**arguments)
     check_same(want, got, 2e-5)
+    assert relative(got.logits, before.logits) > 1e-4
+
+
+@torch.no_grad()
+def test_weights_in_shared_memory_are_not_kept():
+    """Another process may write to them; its changes are not counted here. A NumPy view stands for that process."""
+    plain, fast, arguments = pair(CLASSIFIER)
+    plain, fast = plain.eval(), fast.eval()
+    fast.share_memory()
+    before = fast(**arguments)
+    for model in (plain, fast):
+        first_attention(model).key.weight.numpy()[:] *= 1.5
+    got = fast(**arguments)
+    check_same(plain(**arguments), got, 2e-5)
     assert relative(got.logits, before.logits) > 1e-4
 
 
@@ -247,6 +269,35 @@ def test_patch_transformers_is_scoped():
         raise KeyError
     assert [dict(vars(kind)) for kind in kinds] == before
     assert not any(is_accelerated(module) for kind in kinds for module in kind(config).modules())
+
+
+def test_patch_transformers_in_contexts_that_overlap():
+    """As in two threads: the first to come is the first to go, and the second still holds."""
+    kind = transformers.VideoMAEModel
+    before, config = dict(vars(kind)), pair(MODEL)[0].config
+    first, second = mar_fast.patch_transformers(), mar_fast.patch_transformers()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_accelerated(kind(config))
+    second.__exit__(None, None, None)
+    assert dict(vars(kind)) == before and not is_accelerated(kind(config))
+
+
+@pytest.mark.parametrize("case", [MODEL, PRETRAINING], ids=["model", "pretraining"])
+def test_the_class_of_an_accelerated_model_builds_others(case, tmp_path):
+    plain, fast, arguments = pair(case)
+    fast.save_pretrained(tmp_path)
+    config = copy.deepcopy(fast.config)
+    config._attn_implementation = "eager"
+    built = type(fast)(config)
+    built.load_state_dict(fast.state_dict())
+    want = plain.eval()(**arguments)
+    for other in (built.eval(), type(fast).from_pretrained(tmp_path)):
+        with warnings.catch_warnings():  # of parts that were left as they are
+            warnings.simplefilter("error")
+            check_same(want, other(**arguments), 1e-5)
+        assert type(mar_fast.restore(other)) is type(plain)
 
 
 @pytest.mark.parametrize("version", ["5.4.2", "5.5.0", "5.17.1", "5.18.0"])

@@ -61,11 +61,18 @@ def test_padding_is_refused_not_ignored():
         model(tokens, attention_mask=padding)
 
 
-@pytest.mark.parametrize("name", ["softcap", "sliding_window", "position_bias", "output_attentions"])
-def test_what_it_does_not_do_is_refused(name):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("softcap", 3), ("sliding_window", 3), ("output_attentions", True),
+        # Of T5 and of models with sinks; tensors have no truth value of their own, and [0] would pass for False.
+        ("position_bias", torch.zeros(1, 2, 4, 4)), ("position_bias", torch.zeros(1)), ("s_aux", torch.zeros(2)),
+    ],
+)  # fmt: skip
+def test_what_it_does_not_do_is_refused(name, value):
     part = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"{name}: got a value, expected None"):
-        huggingface._attention(nn.Module(), part, part, part, None, **{name: 3})
+        huggingface._attention(nn.Module(), part, part, part, None, **{name: value})
 
 
 def test_shapes():

@@ -151,6 +151,7 @@ REFUSED = [
     ("grid", ZEROS, (0, 3, 4), dict(budget=0.5)), ("video", ZEROS, (2, 3, 5), dict(budget=0.5)),
     ("video", ZEROS[0], GRID, dict(budget=0.5)), ("video", ZEROS.int(), GRID, dict(budget=0.5)),
     ("video", ZEROS[:, :0], GRID, dict(budget=0.5)), ("video", ZEROS.numpy(), GRID, dict(budget=0.5)),
+    ("video", NAN[:, :, 2:3], (1, 3, 4), dict(budget=0.5)),
     ("video", NAN, GRID, dict(budget=0.5)), ("video", NAN.nan_to_num(math.inf), GRID, dict(threshold=0.1)),
 ]  # fmt: skip
 
