@@ -1,6 +1,5 @@
 """mar-fast classify: what a checkpoint sees in videos."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer

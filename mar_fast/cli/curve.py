@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import MAR, create_model
 from ..bench import curve as dial
-from ..bench import files, machine, records, rows
+from ..bench import curve_rows, files, machine, records, rows
 from ..bench.curve_settings import Ensembles, choose, usual_keep
 from ..kernels import checks
 from .answers import (
@@ -93,7 +93,7 @@ def curve(
     result = replace(result, absent=absent)
     content = {"views_of_a_video": views, **_named(asdict(result), names)}
     files.write_whole(written[0], lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
-    records.write(written[1], dial.rows(result))
+    records.write(written[1], curve_rows.rows(result))
     if result.correct:
         curve_plot.draw(result, written[2])
     elif written[2].exists():
