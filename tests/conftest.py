@@ -33,6 +33,7 @@ NEEDS = {
     "test_cli.py": "matplotlib",
     "test_cli_answers.py": "av",
     "test_cli_checkpoint.py": "typer",
+    "test_cli_curve.py": "av",
     "test_cli_reconstruct.py": "matplotlib",
     "test_content_mask.py": "hypothesis",
     "test_curve.py": "av",

@@ -1,11 +1,12 @@
-"""What classify and eval share: the model from a checkpoint, the views of a video."""
+"""What classify, eval and curve share: options, the model from a checkpoint, the views of a video."""
 
 import re
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from torch import Tensor
 
 from .. import MAR, MARConfig
@@ -17,6 +18,14 @@ from ..video import read_views
 Precision = StrEnum("Precision", ["fp32", "bf16", "fp16"])
 SamplingName = StrEnum("SamplingName", ["stride", "uniform"])
 ShortName = StrEnum("ShortName", ["error", "repeat"])
+
+Videos = Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")]
+Labels = Annotated[Path | None, typer.Option(help="Names of the classes: one a line, or JSON; else the checkpoint's.")]
+Sampling = Annotated[SamplingName, typer.Option(help="stride: every n-th frame; uniform: over the whole video.")]
+Stride = Annotated[int, typer.Option(min=1, help="Frames of the file from one frame of a clip to the next.")]
+Short = Annotated[
+    ShortName, typer.Option(help="What a video with too few frames is: an error, or its last frame is repeated.")
+]
 
 
 def load(checkpoint: str, keep: float | None, dtype: str, device: str) -> MAR:

@@ -1,6 +1,5 @@
 """mar-fast classify: what a checkpoint sees in videos."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,9 +7,14 @@ from rich.table import Table
 
 from ..evaluation import classify as classify_views
 from .answers import (
+    Labels,
     Precision,
+    Sampling,
     SamplingName,
+    Short,
     ShortName,
+    Stride,
+    Videos,
     class_name,
     label_names,
     load,
@@ -22,19 +26,15 @@ from .common import BAD_INPUT, Device, errors, print_json, progress, results
 
 
 def classify(
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
+    videos: Videos,
     checkpoint: Annotated[str, typer.Option(help="A file, a folder or a hub id, of any layout.")],
     views: Annotated[str, typer.Option(help="Clips x crops of each video; their scores are summed.")] = "5x3",
     keep: Annotated[float | None, typer.Option(help="Share of visible patches; without it the checkpoint's.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes: one a line, or JSON.")] = None,
+    labels: Labels = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
-    sampling: Annotated[
-        SamplingName, typer.Option(help="stride: every n-th frame; uniform: over the whole video.")
-    ] = SamplingName.stride,
-    stride: Annotated[int, typer.Option(min=1, help="Frames of the file from one frame of a clip to the next.")] = 4,
-    short: Annotated[
-        ShortName, typer.Option(help="What a video with too few frames is: an error, or its last frame is repeated.")
-    ] = ShortName.error,
+    sampling: Sampling = SamplingName.stride,
+    stride: Stride = 4,
+    short: Short = ShortName.error,
     batch: Annotated[int, typer.Option(min=1, help="The most views in a forward pass.")] = 8,
     dtype: Annotated[Precision, typer.Option(help="Of weights and activations.")] = Precision.fp32,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,

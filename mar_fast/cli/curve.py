@@ -12,10 +12,24 @@ from rich.table import Table
 
 from .. import MAR, create_model
 from ..bench import curve as dial
-from ..bench import files, machine, records, rows
+from ..bench import curve_rows, files, machine, records, rows
 from ..bench.curve_settings import Ensembles, choose, usual_keep
 from ..kernels import checks
-from .answers import SamplingName, ShortName, class_name, label_names, load, names_for, parse_views, reader
+from .answers import (
+    Labels,
+    Sampling,
+    SamplingName,
+    Short,
+    ShortName,
+    Stride,
+    Videos,
+    class_name,
+    label_names,
+    load,
+    names_for,
+    parse_views,
+    reader,
+)
 from .common import BAD_INPUT, CHECK_FAILED, Device, Dtype, Size, errors, ms, print_json, progress, wide_results
 from .mask_kinds import Kind
 
@@ -24,12 +38,12 @@ SHOWN_CHANGES = 4
 
 
 def curve(
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
+    videos: Videos,
     checkpoint: Annotated[str | None, typer.Option(help="A file, a folder or a hub id, of any layout.")] = None,
     random_weights: Annotated[
         Size | None, typer.Option(help="Instead of a checkpoint, a MAR of this size with random weights: costs only.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes: one a line, or JSON.")] = None,
+    labels: Labels = None,
     keep: Annotated[
         list[float] | None, typer.Option(help="Share of visible patches; repeatable. Usual: 0.75, 0.5, 0.25.")
     ] = None,
@@ -44,13 +58,9 @@ def curve(
         ),
     ] = Ensembles.ONCE,
     views: Annotated[str, typer.Option(help="Clips x crops of each video.")] = "4x1",
-    sampling: Annotated[
-        SamplingName, typer.Option(help="stride: every n-th frame; uniform: over the whole video.")
-    ] = SamplingName.stride,
-    stride: Annotated[int, typer.Option(min=1, help="Frames of the file from one frame of a clip to the next.")] = 4,
-    short: Annotated[
-        ShortName, typer.Option(help="What a video with too few frames is: an error, or its last frame is repeated.")
-    ] = ShortName.error,
+    sampling: Sampling = SamplingName.stride,
+    stride: Stride = 4,
+    short: Short = ShortName.error,
     batch: Annotated[int, typer.Option(min=1, help="The most views in a forward pass; so many are timed.")] = 4,
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where its matrix products are clearly faster.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
@@ -83,7 +93,7 @@ def curve(
     result = replace(result, absent=absent)
     content = {"views_of_a_video": views, **_named(asdict(result), names)}
     files.write_whole(written[0], lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
-    records.write(written[1], dial.rows(result))
+    records.write(written[1], curve_rows.rows(result))
     if result.correct:
         curve_plot.draw(result, written[2])
     elif written[2].exists():

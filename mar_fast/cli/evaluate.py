@@ -10,7 +10,7 @@ import typer
 from ..annotations import FORMATS, read_annotations, read_labels
 from ..bench import accuracy
 from ..kernels import checks
-from .answers import Precision, SamplingName, ShortName, load, parse_views, reader
+from .answers import Precision, SamplingName, Short, ShortName, Stride, load, parse_views, reader
 from .common import CHECK_FAILED, Device, errors, print_json, progress, results
 
 Format = StrEnum("Format", ["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51"])
@@ -30,10 +30,8 @@ def evaluate(
     sampling: Annotated[
         SamplingName | None, typer.Option(help="stride: every n-th frame (default); uniform (default for ssv2).")
     ] = None,
-    stride: Annotated[int, typer.Option(min=1, help="Frames of the file from one frame of a clip to the next.")] = 4,
-    short: Annotated[
-        ShortName, typer.Option(help="What a video with too few frames is: an error, or its last frame is repeated.")
-    ] = ShortName.error,
+    stride: Stride = 4,
+    short: Short = ShortName.error,
     keep: Annotated[float | None, typer.Option(help="Share of visible patches; without it the checkpoint's.")] = None,
     out: Annotated[Path, typer.Option(help="A JSON line for each video; a second run goes on where it ends.")] = Path(
         "results.jsonl"
