@@ -65,7 +65,7 @@ class Caches:
         if key is not None and found is not None and found[0] == key:
             return found[2]
         packed = _pack(sources)
-        if key is not None and type(packed[0]) is Tensor:
+        if key is not None and type(packed[0]) is Tensor and not _shared(sources):
             # Aliases keep the sources' memory from going to other tensors while its address stands for them.
             self._packed[name] = key, [source.detach() for source in sources if source is not None], packed
         return packed
@@ -109,11 +109,14 @@ def _fingerprint(sources: list[Tensor | None]) -> list[Any] | None:
     if any(source.is_inference() for source in tensors):
         return None  # they count no versions
     try:
-        found = [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
+        return [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
     except RuntimeError:  # without memory of their own: fake tensors, those within vmap
         return None
-    # What another process writes to shared memory is not counted in this one.
-    return None if any(x.device.type == "cpu" and x.is_shared() for x in tensors) else found
+
+
+def _shared(sources: list[Tensor | None]) -> bool:
+    """Whether another process may write to them, which is not counted in this one."""
+    return any(source is not None and source.device.type == "cpu" and source.is_shared() for source in sources)
 
 
 def own_forward(module: nn.Module) -> bool:
