@@ -19,7 +19,21 @@ pytestmark = pytest.mark.real_clip
 QUICK = ("--model", "small", "--seconds", "0.1")
 
 
-def test_savings_table_and_files(run, tmp_path):
+@pytest.fixture
+def small(monkeypatch):
+    """Models of one layer, 96 wide, on clips of the usual size."""
+    made = {
+        case: replace(
+            savings.model_config("small", case), width=96, num_heads=3, depth=1,
+            bridge_width=32, bridge_heads=2, bridge_depth=1,
+        )
+        for case in savings.CASES
+    }  # fmt: skip
+    monkeypatch.setattr(savings, "model_config", lambda size, case: made[case])
+    return made
+
+
+def test_savings_table_and_files(run, small, tmp_path):
     code, out, _ = run("savings", *QUICK, "--out", "results")
     assert code == 0
     for text in ("dense", "50 %", "75 %", "visible tokens", "1568", "784", "392", "multiply-adds", "p20 - p80"):
@@ -49,18 +63,14 @@ def test_savings_table_and_files(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["results.json", "results.png"]
 
 
-def test_savings_json_is_all_of_stdout(run, monkeypatch):
-    small = {
-        case: replace(savings.model_config("small", case), width=96, num_heads=3, depth=1) for case in savings.CASES
-    }
-    monkeypatch.setattr(savings, "model_config", lambda size, case: small[case])
+def test_savings_json_is_all_of_stdout(run, small):
     code, out, _ = run("savings", *QUICK, "--json", "--dtype", "fp32", "--batch", "2")
     content = json.loads(out)
     assert code == 0 and content["dtype"] == "fp32" and content["batch"] == 2
     assert content["rows"][0]["multiply_adds"] == 2 * savings.cost.count(small["dense"]).multiply_adds
 
 
-def test_wrong_model_withholds_speeds(run, monkeypatch, tmp_path):
+def test_wrong_model_withholds_speeds(run, small, monkeypatch, tmp_path):
     """A fast model that is another function than the reference gets no speed, and the exit code says so."""
     from mar_fast.kernels import eager
 

@@ -179,7 +179,8 @@ def test_layouts_train_alike(layout):
 @pytest.mark.triton_too
 def test_equal_lengths_are_a_dense_batch():
     """Drop path and dropout too: drawn for the same clips and tokens, in the same order."""
-    lengths, overrides = (9, 9, 9), dict(drop_path=0.6, bridge_dropout=0.2, head_dropout=0.2, decoder_depth=1)
+    lengths, overrides = (9, 9, 9), dict(drop_path=0.6, bridge_dropout=0.2, head_dropout=0.2)
+    overrides |= dict(decoder_depth=1, bridge_depth=1)
     mask, video, model = ragged(lengths), clips(3), build(mar_fast.MAR, **overrides)
     outs = []
     for form in (mask, TokenMask.from_bool_masked(mask.bool_masked())):

@@ -23,12 +23,19 @@ named_config = mar_fast.named_config
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """Encoders of one layer, 48 wide: the suites as they are, in a moment."""
+def tiny(monkeypatch, request):
+    """Encoders of one layer, 48 wide, on small clips: the suites as they are, in a moment."""
+    # The compiler takes several times as long for the loops that small clips make.
+    side = 224 if "compiled" in request.function.__name__ else 64
 
     def small(name, **overrides):
         sizes = dict(width=48, depth=1, num_heads=3, bridge_width=32, bridge_depth=1, bridge_heads=2)
-        sizes |= dict(decoder_width=32, decoder_heads=2, decoder_depth=0 if name.startswith("videomae") else 1)
+        sizes |= dict(
+            image_size=(side, side),
+            decoder_width=32,
+            decoder_heads=2,
+            decoder_depth=0 if name.startswith("videomae") else 1,
+        )
         return named_config(name, **{**sizes, **overrides})
 
     monkeypatch.setattr(mar_fast, "named_config", small, raising=False)
@@ -164,7 +171,7 @@ def test_pipeline(monkeypatch):
     (case,) = pipeline.cases(setting())
     outcome = runner.measure(case, setting(), RATES)
     assert case.name.endswith("bikes.mp4") and not any(one.absent or one.withheld for one in outcome.results)
-    assert outcome.of(pipeline.BOTH).time.p50 > outcome.of(pipeline.DECODE).time.p20
+    assert outcome.of(pipeline.BOTH).time.p80 > outcome.of(pipeline.DECODE).time.p20
     assert outcome.of(pipeline.DECODE).error is None and outcome.of(pipeline.BOTH).error < 1e-5
     for slower, verdict in ((pipeline.DECODE, "data-bound"), (pipeline.MODEL, "compute-bound")):
         for result in outcome.results:

@@ -171,8 +171,13 @@ def _calls(place: int) -> cases.Calls:
 
 
 def _recorded(found: Found) -> list[Launch]:
-    with assumed_architecture(found.target), recording() as launches:
-        _calls(found.case)[found.call]()
+    run = _calls(found.case)[found.call]
+    with assumed_architecture(found.target):
+        # A backward pass that is the first of its case runs the forward pass for what it needs: not to be recorded.
+        with recording():
+            run()
+        with recording() as launches:
+            run()
     return launches
 
 
