@@ -9,14 +9,14 @@ READY := $(VENV)/.ready
 OUT := demo
 RESULTS := bench/results/gpu
 
-.PHONY: demo test lint types eager interpreter matrix gpu sanitize clean
+.PHONY: demo test lint types eager interpreter suites matrix gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/mar-fast savings --out $(OUT) --force
 
-# The two test runs at once: each of them keeps one core busy.
+# Two test runs at once, each of which keeps one core busy; the third begins where the first one ends.
 test: lint types
-	$(MAKE) --no-print-directory --output-sync=target -j2 eager interpreter
+	$(MAKE) --no-print-directory --output-sync=target -j2 eager interpreter suites
 
 # The set-up runs again only when one of these files has changed.
 $(READY): setup.py pyproject.toml constraints.txt
@@ -34,8 +34,13 @@ types: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p mar_fast
 
+SUITES := tests/test_suites.py tests/test_dropin_suite.py
+
 eager: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(addprefix --ignore=,$(SUITES))
+
+suites: $(READY)
+	$(BIN)/pytest -q $(SUITES)
 
 # An interpreted kernel cannot be compiled and the plain path must be tested too, so this is a run of its own.
 interpreter: $(READY)
