@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib.image
 import pytest
 import torch
+from rich.console import Console
 from test_curve import PATHS, made
 
 import mar_fast
@@ -29,15 +30,17 @@ def mar(run, checkpoint, tmp_path):
     return lambda *arguments: run("curve", *arguments, "--checkpoint", checkpoint, *QUICK)
 
 
-def test_command(mar, tmp_path):
+def test_command(mar, monkeypatch, tmp_path):
     """Table, names, notes and files; a damaged video is named and makes exit code 2, the others are done."""
+    # Wide enough that no heading is broken into lines, whatever the times are.
+    monkeypatch.setattr(importlib.import_module("mar_fast.cli.curve"), "wide_results", Console(width=400))
     (tmp_path / "bad [x].mp4").write_text("not a video")
     code, out, err = mar(PATHS[0], "bad [x].mp4", PATHS[2], "--labels", "names.txt", "--keep", "0.5", "--keep", "0.25")
     assert code == 2 and "error: path: got 'bad [x].mp4'" in err
     for text in (
         "three [x].safetensors, fp32: masked against dense", "dense", "running 50 %", "running 50 %, 2 views",
         "running 25 %, 4 views", "random 25 %", "content 25 %", "8 x 4", "16 x 2", "views agreeing", "KL, nats",
-        "latency of", "p20 - p80", "speed-up", "bikes.mp4", "bigbuckbunny.mp4", "2 videos, 4 views",
+        "latency of 2 views, ms", "p20 - p80", "speed-up", "bikes.mp4", "bigbuckbunny.mp4", "2 videos, 4 views",
         torch.__version__, "asked for", "curve.json", "class of <",
     ):  # fmt: skip
         assert text in out, text

@@ -25,8 +25,9 @@ named_config = mar_fast.named_config
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, request):
     """Encoders of one layer, 48 wide, on small clips: the suites as they are, in a moment."""
-    # The compiler takes several times as long for the loops that small clips make.
-    side = 224 if "compiled" in request.function.__name__ else 64
+    # The compiler takes several times as long for the loops that small clips make, and beside decoding a model that
+    # works on small ones takes no time.
+    side = 224 if any(name in request.function.__name__ for name in ("compiled", "pipeline")) else 64
 
     def small(name, **overrides):
         sizes = dict(width=48, depth=1, num_heads=3, bridge_width=32, bridge_depth=1, bridge_heads=2)
@@ -171,7 +172,7 @@ def test_pipeline(monkeypatch):
     (case,) = pipeline.cases(setting())
     outcome = runner.measure(case, setting(), RATES)
     assert case.name.endswith("bikes.mp4") and not any(one.absent or one.withheld for one in outcome.results)
-    assert outcome.of(pipeline.BOTH).time.p80 > outcome.of(pipeline.DECODE).time.p20
+    assert outcome.of(pipeline.BOTH).time.p50 > outcome.of(pipeline.DECODE).time.p20
     assert outcome.of(pipeline.DECODE).error is None and outcome.of(pipeline.BOTH).error < 1e-5
     for slower, verdict in ((pipeline.DECODE, "data-bound"), (pipeline.MODEL, "compute-bound")):
         for result in outcome.results:
