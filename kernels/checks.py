@@ -11,6 +11,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
 _check_values_on_device = False
+_check_values_on_cpu = True
 
 
 def bad(argument: str, got: object, accepted: str) -> ValueError:
@@ -71,11 +72,23 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _check_values_on_device = before
 
 
+@contextmanager
+def unread() -> Iterator[None]:
+    """Within this context indices are not checked on a CPU: what a call costs on a GPU is measured without one."""
+    global _check_values_on_cpu
+    before, _check_values_on_cpu = _check_values_on_cpu, False
+    try:
+        yield
+    finally:
+        _check_values_on_cpu = before
+
+
 def may_read(value: Tensor) -> bool:
     """Whether the values of this tensor may be looked at here: never while compiling, on a GPU only on request."""
-    if torch.compiler.is_compiling() or is_fake(value) or value.numel() == 0:
+    if torch.compiler.is_compiling():
         return False
-    return value.device.type == "cpu" or (_check_values_on_device and value.device.type != "meta")
+    wanted = _check_values_on_device if value.device.type != "cpu" else _check_values_on_cpu
+    return wanted and value.device.type != "meta" and value.numel() != 0 and not is_fake(value)
 
 
 def index_range(argument: str, index: Tensor, length: int) -> None:

@@ -1,34 +1,190 @@
-"""How every kernel is launched; or, on tensors without memory, what would be launched, for the compile matrix."""
+"""How a kernel is launched: with which tiles, and with nothing looked up again.
 
-from collections.abc import Iterator, Sequence
+A launcher makes a `Launch` once for each kind of call and calls it with the tensors of each call. On tensors without
+memory it is recorded instead, for the compile check.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 
-from ..launch_config import LaunchConfig, architecture
+from .. import checks, device, plan
+from ..device import architecture
+
+try:
+    from torch._C import _cuda_getCurrentRawStream as current_stream
+    from torch._C import _cuda_getDevice as current_device
+except ImportError:  # PyTorch without CUDA
+
+    def current_stream(index: int) -> int:  # type: ignore[misc]
+        """No stream."""
+        return 0
+
+    def current_device() -> int:  # type: ignore[misc]
+        """No device."""
+        return -1
+
+
+# Versions in which a compiled kernel may be run as `Launch` does it.
+DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and not torch.version.hip
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch that was recorded: the kernel's arguments in order, without constexprs, and these by name."""
+class LaunchConfig:
+    """Tile sizes and launch options of one kernel, and where the choice came from.
 
-    name: str
-    kernel: Any
-    arguments: tuple[Any, ...]
-    constexprs: dict[str, Any]
+    ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
+    dimension of a matrix product. ``resident`` says whether the tile that a program owns stays in registers or is
+    loaded anew at each step. Which of these a kernel reads is said beside it.
+    """
+
+    block_m: int
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    resident: bool = True
+    origin: str = field(default="", compare=False)
+
+    def options(self) -> dict[str, int | bool]:
+        """What is said of it: warps and stages, and everything else that is not at its default."""
+        always = ("block_m", "num_warps", "num_stages")
+        return {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name in always or (option.name != "origin" and getattr(self, option.name) != option.default)
+        }
+
+
+# Choices.
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a call, and what it was chosen by."""
+
+    kernel: str
+    config: LaunchConfig
+    dtype: str
+    shape: Mapping[str, int]
+
+
+def overrides_path() -> Path:
+    """The user's own choices: $MAR_FAST_CONFIGS, else mar_fast/overrides.json in the user's configuration folder."""
+    if named := os.environ.get("MAR_FAST_CONFIGS"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mar_fast" / "overrides.json"
+
+
+@dataclass(frozen=True)
+class Override:
+    """One row of that file: for which dtypes (none: all) and ranges of the shape its configuration is meant."""
+
+    dtypes: tuple[str, ...]
+    where: tuple[tuple[str, int, int], ...]
     config: LaunchConfig
 
+    def fits(self, dtype: str, shape: Mapping[str, int]) -> bool:
+        """Whether it is meant for a call; a feature that the call does not have never fits."""
+        return (not self.dtypes or dtype in self.dtypes) and all(
+            name in shape and low <= shape[name] <= high for name, low, high in self.where
+        )
 
-_recorded: list[Launch] | None = None
+
+def read_overrides(path: Path) -> dict[str, dict[str, list[Override]]]:
+    """{architecture: {kernel: [rows]}}; the first row that fits a call wins.
+
+    Raises:
+        ValueError: the file is not such a table; the message names it and the row.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {
+            target: {kernel: [_override(kernel, row) for row in rows] for kernel, rows in kernels.items()}
+            for target, kernels in content.items()
+        }
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError, ValueError) as error:
+        expected = "{architecture: {kernel: [{dtypes, where, config, origin}]}}"
+        raise ValueError(f"{path}: got {error!r}, expected launch choices, {expected}") from error
+
+
+def _override(kernel: str, row: dict[str, Any]) -> Override:
+    config = LaunchConfig(**row["config"], origin=str(row["origin"]))
+    for option in ("block_m", "block_n", "block_k", "num_warps"):
+        value = getattr(config, option)
+        if not isinstance(value, int) or value < 0 or value & (value - 1):
+            raise ValueError(f"{kernel}: {option} {value!r} is not a power of two")
+    where = tuple((name, int(low), int(high)) for name, (low, high) in row.get("where", {}).items())
+    return Override(tuple(row.get("dtypes", ())), where, config)
+
+
+@cache
+def _overrides() -> dict[str, dict[str, list[Override]]]:
+    path = overrides_path()
+    return read_overrides(path) if path.is_file() else {}
+
+
+def forget_choices() -> None:
+    """Have the user's choices read again at the next call: for a process that has just written them."""
+    _overrides.cache_clear()
+    plan.forget()
+
+
+_forced: dict[str, LaunchConfig] = {}
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within this context nothing runs: launches are appended to the list that this yields."""
+def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
+    """Within this context these kernels take these configurations, whatever would be chosen."""
+    before = dict(_forced)
+    _forced.update(configs)
+    plan.forget()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        plan.forget()
+
+
+def choose(
+    kernel: str, config: Callable[..., LaunchConfig], operand: Tensor, dtype: torch.dtype | None = None, **shape: int
+) -> Choice:
+    """The configuration of ``kernel`` for a call: where ``operand`` lives, its dtype or ``dtype``, the shape.
+
+    Args:
+        kernel: Its name.
+        config: ``config(architecture, dtype, **shape)``, the choice where the user has no other.
+        operand: A tensor on the device.
+        dtype: What the products work in, if not the operand's dtype.
+        **shape: What the choice goes by.
+    """
+    target, name = architecture(operand), str(dtype or operand.dtype).removeprefix("torch.")
+    chosen = _forced.get(kernel)
+    if chosen is None:
+        rows = _overrides().get(target, {}).get(kernel, ())
+        chosen = next((row.config for row in rows if row.fits(name, shape)), None)
+    return Choice(kernel, chosen or config(target, dtype or operand.dtype, **shape), name, shape)
+
+
+# Launches.
+
+_recorded: "list[tuple[Launch, tuple[Tensor | None, ...]]] | None" = None
+
+
+@contextmanager
+def recording() -> "Iterator[list[tuple[Launch, tuple[Tensor | None, ...]]]]":
+    """Within this context nothing runs: launches and their tensors are appended to the list that this yields."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -37,27 +193,141 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(
-    name: str, kernel: Any, grid: Sequence[int], arguments: tuple[Any, ...], config: LaunchConfig, **constexprs: Any
-) -> None:
-    """Run ``kernel`` over ``grid`` on the device of its first argument. ``name`` is its key in the tables."""
-    if _recorded is not None:
-        _recorded.append(Launch(name, kernel, arguments, constexprs, config))
-        return
-    # The default of fused multiply-adds changes with Triton 3.10.
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    operand: Tensor = arguments[0]
-    if operand.is_cuda and operand.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(operand.device):
-            kernel[tuple(grid)](*arguments, **constexprs, **options)
-    else:
-        kernel[tuple(grid)](*arguments, **constexprs, **options)
+_stubbed = False
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """(..., D) as (rows, D) with unit stride in the last dimension; copies only what has another layout."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+@contextmanager
+def stubbed() -> Iterator[None]:
+    """Within this context tensors on a CPU take the Triton path and no kernel runs: what is left is the host's cost.
+
+    Values of indices are not looked at either, as on a GPU.
+    """
+    global _stubbed
+    plan.forget()
+    before, _stubbed = (_stubbed, device.INTERPRETING), True
+    device.INTERPRETING = True
+    try:
+        with checks.unread():
+            yield
+    finally:
+        _stubbed, device.INTERPRETING = before
+        plan.forget()
+
+
+class Launch:
+    """One launch with everything but its tensors. Called with them, in the kernel's order, None for what is not there.
+
+    Args:
+        kernel: The Triton function; its parameters are tensors, numbers and constants, in this order.
+        grid: Programs along each axis.
+        numbers: Integers and floats.
+        choice: Its configuration.
+        copied: Which tensors are copied first, as the kernel cannot address them: (True, False, ...), short at the end.
+        **constants: By name.
+    """
+
+    __slots__ = ("_arguments", "_grid", "_index", "_run", "choice", "constants", "copied", "grid", "kernel", "numbers")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        numbers: Sequence[float],
+        choice: Choice,
+        copied: Sequence[bool] = (),
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.choice = kernel, tuple(grid), tuple(numbers), choice
+        self.copied = tuple(copied) if any(copied) else ()
+        self.constants = constants
+        self._grid = (*self.grid, 1, 1)[:3]
+        self._run: Any = None
+        self._arguments: tuple[Any, ...] = ()
+        self._index = -1
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self.copied:
+            tensors = tuple(
+                tensor.contiguous() if copy and tensor is not None else tensor
+                for tensor, copy in zip(tensors, (*self.copied, *(False,) * len(tensors)), strict=False)
+            )
+        if self._run is None or _recorded is not None or _hooked() or current_device() != self._index:
+            self._look_up(tensors)
+            return
+        # Nothing is looked up but the stream.
+        self._run(*self._grid, current_stream(self._index), *self._arguments[0], *tensors, *self._arguments[1])
+
+    def _look_up(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if _recorded is not None:
+            _recorded.append((self, tensors))
+            return
+        operand = tensors[0]
+        assert operand is not None
+        if operand.is_meta:
+            return
+        config, kernel = self.choice.config, self.kernel
+        options: dict[str, Any] = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+        arguments = (*tensors, *self.numbers)
+        if type(operand) not in (Tensor, torch.nn.Parameter) and is_wrap_triton_enabled():
+            # Traced: inductor launches the kernel itself, and takes no other options.
+            torch.library.wrap_triton(kernel)[self.grid](*arguments, **self.constants, **options)
+            return
+        if _stubbed:
+            self._ready(current_device(), lambda *arguments: None, (None,) * 5)
+            return
+        options["enable_fp_fusion"] = True  # the default changes with Triton 3.10
+        if operand.is_cuda and operand.get_device() != current_device():
+            with torch.cuda.device(operand.device):
+                kernel[self.grid](*arguments, **self.constants, **options)
+            return
+        compiled = kernel[self.grid](*arguments, **self.constants, **options)
+        if DIRECT and operand.is_cuda and compiled is not None:
+            # Function, packed metadata, launch metadata, and hooks, of which there are none.
+            handles = (compiled.function, compiled.packed_metadata, None, None, None)
+            self._ready(operand.get_device(), compiled.run, handles)
+
+    def _ready(self, index: int, run: Any, handles: tuple[Any, ...]) -> None:
+        """Have the next call on this device go straight to ``run``."""
+        names = self.kernel.arg_names
+        rest = [self.constants[name] for name in names[len(names) - len(self.constants) :]]
+        self._arguments = (handles, (*self.numbers, *rest))
+        self._index, self._run = index, run
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+# What launchers share.
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Values from one row of (..., D) to the next, where its rows lie evenly spaced; None where x must be copied."""
+    if x.shape[-1] != 1 and x.stride(-1) != 1:
+        return None
+    stride, below = None, 0
+    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != below:
+            return None
+        below = step * size
+    return x.shape[-1] if stride is None else stride
+
+
+def rows(x: Tensor) -> tuple[int, bool]:
+    """(stride, copied): how far apart the rows of x lie for a kernel, and whether it must be copied for that."""
+    stride = row_stride(x)
+    return (x.shape[-1], True) if stride is None else (stride, False)
+
+
+def scattered(vector: Tensor | None) -> bool:
+    """Whether a vector must be copied to lie side by side."""
+    return vector is not None and not vector.is_contiguous()
 
 
 def precision(operand: Tensor) -> str:

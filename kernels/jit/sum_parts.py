@@ -1,0 +1,68 @@
+"""Sums of partial sums, in a fixed order: what the backward passes of several ops end with.
+
+Their programs each leave a row of float32 sums; one launch adds these up for up to three results of one width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, LaunchConfig, choose
+
+
+@triton.jit
+def store_sum(out, b_sum, o_column, m_column):
+    if out is not None:
+        tl.store(out + o_column, b_sum.to(out.dtype.element_ty), mask=m_column)
+
+
+@triton.jit
+def sum_parts_kernel(
+    part, first, second, third, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """part (results, rows, columns); the program's place along axis 1 says which result."""
+    which = tl.program_id(1)
+    o_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_column = o_column < columns
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_M):
+        o_row = start + tl.arange(0, BLOCK_M)
+        # [BLOCK_M, BLOCK_N]
+        p_part = part + (which.to(tl.int64) * rows + o_row)[:, None] * columns + o_column[None, :]
+        b_sum += tl.load(p_part, mask=(o_row < rows)[:, None] & m_column[None, :], other=0.0)
+    b_total = tl.sum(b_sum, axis=0)
+    if which == 0:
+        store_sum(first, b_total, o_column, m_column)
+    elif which == 1:
+        store_sum(second, b_total, o_column, m_column)
+    else:
+        store_sum(third, b_total, o_column, m_column)
+
+
+def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
+    """``block_m`` rows by ``block_n`` columns: few columns, so that there are enough programs."""
+    return LaunchConfig(128, 16, origin="compiled clean, not measured")
+
+
+def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Callable[..., None]:
+    """A function that adds up ``part`` (results, rows, columns) float32 into the tensors after it, each of any dtype.
+
+    Args:
+        operand: A tensor on the device.
+        rows: How many are added.
+        columns: Values of a result.
+        results: At most 3.
+    """
+    choice = choose("sum_parts", config, operand, torch.float32)
+    tile = choice.config
+    grid = (triton.cdiv(columns, tile.block_n), results)
+    launch = Launch(sum_parts_kernel, grid, (rows, columns), choice, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    missing = (None,) * (3 - results)
+
+    def run(part: Tensor, *out: Tensor | None) -> None:
+        launch(part, *out, *missing)
+
+    return run

@@ -1,0 +1,98 @@
+"""Plans: what a call of an op works out once, and the next call like it only looks up.
+
+Everything that depends on shapes, strides, dtypes, devices, alignment, options and modes alone (checks, which path, the
+launch choice, the grid, the compiled kernel) is the same for two calls with the same key. An op keeps what it made of
+them, a function of the tensors, under that key.
+"""
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import device
+
+Run = Callable[..., Any]
+Key = tuple[Any, ...]
+
+# Plans of one op. Shapes that change with every call must not fill the memory; to begin again costs what one call did.
+LIMIT = 512
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks at calls, which no kernel takes part in."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def watched(*values: Any) -> bool:
+    """Whether something else than the device looks at a call: a compiler, a dispatch mode, a tensor of another kind."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(isinstance(value, Tensor) and type(value) not in (Tensor, Parameter) for value in values)
+
+
+def layout(value: Tensor) -> Key:
+    """What a kernel is told of a tensor besides its address."""
+    return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15
+
+
+class Plans:
+    """The plans of one op, by key."""
+
+    every: "weakref.WeakSet[Plans]" = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, Run] = {}
+        Plans.every.add(self)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, *values: Any) -> tuple[Key | None, Run | None]:
+        """The key of a call, and its plan if there is one. No key means that this call must not be planned."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed() or device.recording():
+            return None, None
+        on = "cpu"
+        parts: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), device.forced()]
+        for value in values:
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
+                where = value.device
+                parts += (value.shape, value.stride(), value.dtype, where, value.data_ptr() & 15, value.requires_grad)
+                on = where.type
+            elif kind is tuple:
+                parts += (value, *map(type, value))  # (2, 3.0) == (2, 3)
+            elif isinstance(value, Tensor):
+                return None, None
+            else:
+                parts += (kind, value)  # 1 == 1.0 == True
+        if on not in device.AUTOCAST:
+            return None, None
+        parts.append(torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else None)
+        key = tuple(parts)
+        try:
+            return key, self._kept.get(key)
+        except TypeError:  # a list among the options
+            return None, None
+
+    def keep(self, key: Key | None, run: Run) -> Run:
+        """Keep a plan under the key that `find` gave; returns it."""
+        if key is not None:
+            if len(self._kept) >= LIMIT:
+                self._kept.clear()
+            self._kept[key] = run
+        return run
+
+
+def forget() -> None:
+    """Forget all plans: launch choices have changed, or a forked process has no device."""
+    for plans in Plans.every:
+        plans._kept.clear()
+
+
+os.register_at_fork(after_in_child=forget)
