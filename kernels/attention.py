@@ -1,57 +1,22 @@
-"""attention: softmax attention on packed qkv, without copies in or out."""
+"""attention and attention_varlen: softmax attention on packed qkv, without copies in or out."""
 
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, eager, op
-from .device import attention_backend
+from . import backends, checks, cpu_attention
+from .device import HAS_TRITON, architecture, attention_backend, without_autocast, working_dtype
+from .plan import Plans, Run
+
+if HAS_TRITON:
+    from .jit import attention as jit
 
 # Larger heads do not fit the kernels' registers; they run in plain PyTorch.
 MAX_HEAD_DIM = 128
 
-
-def lse_row(tokens: int) -> int:
-    """Length of a row of the kernels' log-sum-exp: whole multiples of 16, so that rows are aligned for wide loads."""
-    return (tokens + 15) // 16 * 16
-
-
-def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from .jit import attention as launch
-
-    return launch.forward(qkv, scale)
-
-
-def _forward_shape(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, count, _, heads, head_dim = qkv.shape
-    lse = torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device)
-    return torch.empty((batch, count, heads * head_dim), dtype=qkv.dtype, device=qkv.device), lse
-
-
-def _backward(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, needs: list[bool]
-) -> Tensor:
-    from .jit import attention_backward as launch
-
-    return launch.backward(grad, grad_lse, qkv, out, lse, scale)
-
-
-def _backward_shape(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, needs: list[bool]
-) -> Tensor:
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-
-
-_triton_attention = op.declare(
-    "attention",
-    forward=_forward,
-    forward_shape=_forward_shape,
-    backward=_backward,
-    backward_shape=_backward_shape,
-    saves=lambda inputs, outputs: (inputs[0], *outputs),
-    gradients=("qkv",),
-)
+_plans, _varlen_plans = Plans(), Plans()
 
 
 @overload
@@ -75,22 +40,70 @@ def attention(qkv: Tensor, *, scale: float | None = None, return_lse: bool = Fal
         ValueError, TypeError: a shape, dtype or scale does not fit; the message names it.
         RuntimeError: ``use_backend`` names a backend that cannot run this call.
     """
-    checks.tensor("qkv", qkv, 5, checks.FLOATS, "(B, N, 3, H, d)")
-    if qkv.shape[2] != 3:
-        raise checks.bad("qkv", f"shape {tuple(qkv.shape)}", "size 3 (q, k, v) in dimension 2 of (B, N, 3, H, d)")
-    scale = check_scale(scale, qkv.shape[-1])
-    dtype = eager.working_dtype(qkv, qkv.dtype)
-    backend = attention_backend(qkv, "attention", beyond_kernel(qkv), dtype)
-    if backend == "triton":
-        out, lse = _triton_attention(qkv.to(dtype), scale)
-        return (out, lse[..., : qkv.shape[1]]) if return_lse else out
-    if backend != "eager":
-        return backends.ATTENTION[backend](qkv, scale, return_lse)
-    out = eager.attention(qkv, scale)
-    return (out, eager.attention_lse(qkv, scale)) if return_lse else out
+    key, run = _plans.find(qkv, scale, return_lse)
+    if run is None:
+        checks.tensor("qkv", qkv, 5, checks.FLOATS, "(B, N, 3, H, d)")
+        if qkv.shape[2] != 3:
+            raise checks.bad("qkv", f"shape {tuple(qkv.shape)}", "size 3 (q, k, v) in dimension 2 of (B, N, 3, H, d)")
+        scale = _check_scale(scale, qkv.shape[-1])
+        dtype = working_dtype(qkv, qkv.dtype)
+        backend = _backend("attention", qkv, dtype)
+        if backend == "eager":
+            out = eager_attention(qkv, scale)
+            return (out, eager_attention_lse(qkv, scale)) if return_lse else out
+        if backend != "triton":
+            return backends.ATTENTION[backend](qkv, scale, return_lse)
+        run = _plans.keep(key, _in(dtype, qkv, jit.attention.plan(qkv.to(dtype), scale, return_lse)))
+    out, lse = run(qkv)
+    return (out, lse[..., : qkv.shape[1]]) if return_lse else out
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
+def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None) -> Tensor:
+    """Full softmax attention within each of B sequences that stand one after the other.
+
+    Args:
+        qkv: (total, 3, H, d), the tokens of all sequences.
+        cu_seqlens: (B + 1,) int32 or int64 on qkv's device; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]).
+        max_seqlen: The longest sequence, or more. A number of the host, so that nothing waits for the device.
+        scale: Factor on the scores; None means d ** -0.5.
+
+    Returns:
+        (total, H * d) in qkv's dtype (autocast's, where that is on).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or offset does not fit; the message names it.
+        RuntimeError: ``use_backend`` names a backend that cannot run this call.
+    """
+    key, run = _varlen_plans.find(qkv, cu_seqlens, max_seqlen, scale)
+    if run is None:
+        checks.tensor("qkv", qkv, 4, checks.FLOATS, "(total, 3, H, d)")
+        if qkv.shape[1] != 3:
+            raise checks.bad("qkv", f"shape {tuple(qkv.shape)}", "size 3 (q, k, v) in dimension 1 of (total, 3, H, d)")
+        checks.tensor("cu_seqlens", cu_seqlens, 1, checks.INDICES, "(B + 1,)")
+        if cu_seqlens.shape[0] == 0:
+            raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
+        if not isinstance(max_seqlen, int) or max_seqlen < 0:
+            raise checks.bad("max_seqlen", repr(max_seqlen), "a whole number of tokens, 0 or more")
+        scale = _check_scale(scale, qkv.shape[-1])
+        checks.same_device("qkv", qkv.device, cu_seqlens=cu_seqlens)
+    _check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    if run is None:
+        assert scale is not None
+        dtype = working_dtype(qkv, qkv.dtype)
+        backend = _backend("attention_varlen", qkv, dtype)
+        if backend == "eager":
+            if qkv.shape[0] == 0:
+                return qkv.flatten(2)[:, 0].to(dtype)
+            return eager_attention_varlen(qkv, cu_seqlens, max_seqlen, scale)
+        if backend != "triton":
+            return backends.VARLEN[backend](qkv, cu_seqlens, max_seqlen, scale)
+        plan = jit.attention_varlen.plan(qkv.to(dtype), cu_seqlens, max_seqlen, scale, False)
+        run = _varlen_plans.keep(key, _in(dtype, qkv, plan))
+    out: Tensor = run(qkv, cu_seqlens)[0]
+    return out
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
     """The factor on the scores: the given one, or head_dim ** -0.5."""
     if head_dim == 0:
         raise checks.bad("qkv", "head size 0", "at least 1")
@@ -100,7 +113,61 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def beyond_kernel(qkv: Tensor) -> str:
-    """What of this call the kernels do not take: "" where they take it."""
+def _backend(op: str, qkv: Tensor, dtype: torch.dtype) -> str:
+    """What runs this call; head sizes whose float32 products were never right on hardware are left to PyTorch."""
     size = qkv.shape[-1]
-    return f"with head sizes up to {MAX_HEAD_DIM}, got {size}" if size > MAX_HEAD_DIM else ""
+    beyond = f"with head sizes up to {MAX_HEAD_DIM}, got {size}" if size > MAX_HEAD_DIM else ""
+    unproved = qkv.is_cuda and dtype == torch.float32 and not jit.proved_in_float32(architecture(qkv), size)
+    return attention_backend(qkv, op, beyond, dtype, unproved)
+
+
+def _in(dtype: torch.dtype, qkv: Tensor, plan: Run) -> Run:
+    """A plan for qkv converted to ``dtype``, as one for qkv: autograd converts the gradient back."""
+    return plan if dtype == qkv.dtype else lambda qkv, *rest: plan(qkv.to(dtype), *rest)
+
+
+def _check_offsets(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    if not checks.may_read(cu_seqlens):
+        return
+    lengths = cu_seqlens.diff()
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != total or bool((lengths < 0).any()):
+        raise checks.bad("cu_seqlens", f"offsets from {first} to {last}", f"rising offsets from 0 to total = {total}")
+    longest = int(torch.max(lengths)) if lengths.numel() else 0
+    if longest > max_seqlen:
+        raise checks.bad("max_seqlen", max_seqlen, f"at least {longest}, the longest sequence")
+
+
+def eager_attention(qkv: Tensor, scale: float) -> Tensor:
+    """What `attention` means, in plain PyTorch."""
+    dtype = working_dtype(qkv, qkv.dtype)
+    if cpu_attention.takes(qkv, dtype):
+        return cpu_attention.attention(qkv.to(dtype), scale)
+    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, d)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    return out.to(dtype)  # without tokens autocast leaves it as it is
+
+
+def eager_attention_lse(qkv: Tensor, scale: float) -> Tensor:
+    """The natural log of the softmax denominators: (B, N, 3, H, d) -> (B, H, N) float32."""
+    query, key, _ = (part.transpose(1, 2) for part in qkv.unbind(2))
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    with without_autocast(qkv):  # a score rounded to 16 bits is off by whole units
+        return (query.to(wide) @ key.to(wide).transpose(2, 3)).mul(scale).logsumexp(-1)
+
+
+def eager_attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """What `attention_varlen` means. Pads to ``max_seqlen``, so that no shape depends on the data."""
+    total, device = qkv.shape[0], qkv.device
+    starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]  # (B, 1)
+    slot = torch.arange(max_seqlen, device=device)[None]  # (1, S)
+    # Padding repeats a clip's own last token: a neighbour's NaN would get past the mask.
+    source = (starts + slot.minimum((lengths - 1).clamp(min=0))).clamp(max=total - 1)
+    padded = qkv[source]  # (B, S, 3, H, d)
+    query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
+    # A row without any key would be NaN, and its gradient too: slot 0 is always a key, and padded rows are not read.
+    is_key = (slot < lengths) | (slot == 0)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None], scale=scale)
+    token = torch.arange(total, device=device)
+    clip = torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)
+    return out.transpose(1, 2)[clip, token - cu_seqlens[clip]].flatten(1)

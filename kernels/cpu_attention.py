@@ -10,6 +10,9 @@ With gradients PyTorch's is as fast: it keeps what would have to be computed aga
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import flops
 
 # Scores of a block: 2 MB, so that they are still in the cache when the second product reads them.
 BLOCK = 2**20
@@ -55,3 +58,6 @@ def _opaque(qkv: Tensor, scale: float) -> Tensor:
 @_opaque.register_fake
 def _shape(qkv: Tensor, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4])
+
+
+register_flop_formula(torch.ops.mar_fast.cpu_attention)(flops.attention)

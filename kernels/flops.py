@@ -7,12 +7,8 @@ counts what it computes again, as PyTorch's own formulas for attention do.
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.flop_counter import register_flop_formula
-
-ops: Any = torch.ops.mar_fast
 
 # Scores and output forward; with the scores again, and gradients of probabilities, q, k and v backward.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
@@ -23,13 +19,11 @@ def _attention(products: int, qkv: Any) -> int:
     return 2 * products * batch * heads * tokens**2 * size
 
 
-@register_flop_formula([ops.attention, ops.cpu_attention])
 def attention(qkv: Any, *rest: Any, **options: Any) -> int:
     """(B, N, 3, H, d)."""
     return _attention(FORWARD_PRODUCTS, qkv)
 
 
-@register_flop_formula(ops.attention_backward)
 def attention_backward(grad: Any, grad_lse: Any, qkv: Any, *rest: Any, **options: Any) -> int:
     """(B, N, 3, H, d)."""
     return _attention(BACKWARD_PRODUCTS, qkv)
@@ -44,13 +38,11 @@ def _attention_varlen(products: int, qkv: Tensor, cu_seqlens: Tensor, max_seqlen
     return 2 * products * pairs * math.prod(qkv.shape[2:])
 
 
-@register_flop_formula(ops.attention_varlen, get_raw=True)
 def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any, **options: Any) -> int:
     """(total, 3, H, d)."""
     return _attention_varlen(FORWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
 
 
-@register_flop_formula(ops.attention_varlen_backward, get_raw=True)
 def attention_varlen_backward(
     grad: Any, grad_lse: Any, qkv: Tensor, cu_seqlens: Tensor, out: Any, lse: Any, max_seqlen: int, *rest: Any,
     **options: Any,
@@ -59,13 +51,11 @@ def attention_varlen_backward(
     return _attention_varlen(BACKWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
 
 
-@register_flop_formula(ops.gather_patch_embed)
 def gather_patch_embed(video: Any, keep_idx: Any, weight: Any, *rest: Any, **options: Any) -> int:
     """Of visible tubelets."""
     return 2 * math.prod(keep_idx) * math.prod(weight)
 
 
-@register_flop_formula(ops.gather_patch_embed_backward)
 def gather_patch_embed_backward(grad: Any, video: Any, keep_idx: Any, weight: Any, *rest: Any, **options: Any) -> int:
     """As much for the gradient of the weight, and again for that of the clip; only where they are asked for."""
     wanted = sum(options.get("needs", rest[-1])[:2])

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_config import launch_config
-from .launch import as_rows, block, launch
+from .launch import Launch, LaunchConfig, block, choose, rows, scattered
+from .op import Op, Results, Run
+from .sum_parts import sum_parts
 
 
 @triton.jit
-def forward_kernel(
-    x, branch, weight, bias, gamma, drop_scale, total, normed, mean, rstd,
-    rows, columns, count, x_stride, branch_stride, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def add_layer_norm_forward_kernel(
+    x, residual, weight, bias, layer_scale, row_scale, normed, new_residual, mean, rstd,
+    rows, columns, count, x_stride, residual_stride, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.arange(0, BLOCK_N)
@@ -24,22 +25,23 @@ def forward_kernel(
     o_out = o_row[:, None] * columns + o_column[None, :]
     # [BLOCK_M, BLOCK_N]
     b_x = tl.load(x + o_row[:, None] * x_stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-    if branch is not None:
-        p_branch = branch + o_row[:, None] * branch_stride + o_column[None, :]
-        b_branch = tl.load(p_branch, mask=m_tile, other=0.0).to(tl.float32)
-        if gamma is not None:
-            b_branch *= tl.load(gamma + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-        if drop_scale is not None:
-            b_branch *= tl.load(drop_scale + o_row // count, mask=m_row, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        if layer_scale is not None:
+            b_x *= tl.load(layer_scale + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        if row_scale is not None:
+            b_x *= tl.load(row_scale + o_row // count, mask=m_row, other=0.0).to(tl.float32)[:, None]
+        p_residual = residual + o_row[:, None] * residual_stride + o_column[None, :]
+        b_residual = tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
         # The norm is that of the sum as the next layer sees it, rounded.
-        b_total = (b_x + b_branch).to(total.dtype.element_ty)
-        tl.store(total + o_out, b_total, mask=m_tile)
-        b_x = b_total.to(tl.float32)
+        b_sum = (b_residual + b_x).to(new_residual.dtype.element_ty)
+        tl.store(new_residual + o_out, b_sum, mask=m_tile)
+        b_x = b_sum.to(tl.float32)
     b_mean = tl.sum(b_x, axis=1) / columns
     b_centred = tl.where(m_column[None, :], b_x - b_mean[:, None], 0.0)
     b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / columns + eps)
-    tl.store(mean + o_row, b_mean, mask=m_row)
-    tl.store(rstd + o_row, b_rstd, mask=m_row)
+    if mean is not None:
+        tl.store(mean + o_row, b_mean, mask=m_row)
+        tl.store(rstd + o_row, b_rstd, mask=m_row)
     b_weight = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_bias = tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_normed = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
@@ -47,24 +49,26 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    total, mean, rstd, weight, branch, gamma, drop_scale, grad_total, grad_normed,
-    grad_x, grad_branch, weight_part, bias_part, gamma_part, drop_part,
-    rows, columns, count, total_stride, branch_stride, grad_total_stride, grad_normed_stride, tiles,
+def add_layer_norm_backward_kernel(
+    residual, mean, rstd, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+    grad_x, grad_old_residual, part, row_part,
+    rows, columns, count, residual_stride, x_stride, grad_normed_stride, grad_residual_stride, tiles,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAYER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program walks ``tiles`` row tiles. What it sums over them goes to its own row of the parts, and these are
-    summed in a fixed order afterwards. A result that nobody wants is None, and so is a gradient that never came."""
+    """``residual`` is what was normalised. One program walks ``tiles`` row tiles. What it sums over them goes to its
+    own row of ``part``, once for each of WEIGHT, BIAS and LAYER_SCALE that is wanted, and these are summed in a fixed
+    order afterwards. A result that nobody wants is None, and so is a gradient that never came."""
     program = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BLOCK_N)
     m_column = o_column < columns
     b_weight_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     b_bias_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    b_gamma_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    b_layer_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if grad_normed is not None:
         b_weight = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    if gamma is not None:
-        b_gamma = tl.load(gamma + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    if layer_scale is not None:
+        b_layer = tl.load(layer_scale + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     for tile in range(tiles):
         o_row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_row = o_row < rows
@@ -72,148 +76,282 @@ def backward_kernel(
         o_out = o_row[:, None] * columns + o_column[None, :]
         # [BLOCK_M, BLOCK_N]
         b_grad = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if grad_total is not None:
-            p_grad = grad_total + o_row[:, None] * grad_total_stride + o_column[None, :]
+        if grad_residual is not None:
+            p_grad = grad_residual + o_row[:, None] * grad_residual_stride + o_column[None, :]
             b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
         if grad_normed is not None:
             p_normed = grad_normed + o_row[:, None] * grad_normed_stride + o_column[None, :]
             b_normed = tl.load(p_normed, mask=m_tile, other=0.0).to(tl.float32)
-            p_total = total + o_row[:, None] * total_stride + o_column[None, :]
-            b_total = tl.load(p_total, mask=m_tile, other=0.0).to(tl.float32)
+            p_residual = residual + o_row[:, None] * residual_stride + o_column[None, :]
+            b_residual = tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
             b_mean = tl.load(mean + o_row, mask=m_row, other=0.0)[:, None]
             b_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)[:, None]
             # Not zero beyond the last column, but there it only meets gradients that are.
-            b_unit = (b_total - b_mean) * b_rstd
-            if weight_part is not None:
+            b_unit = (b_residual - b_mean) * b_rstd
+            if WEIGHT:
                 b_weight_sum += tl.sum(b_normed * b_unit, axis=0)
-            if bias_part is not None:
+            if BIAS:
                 b_bias_sum += tl.sum(b_normed, axis=0)
             b_normed *= b_weight
             b_along = tl.sum(b_normed * b_unit, axis=1)[:, None] / columns
             b_shift = tl.sum(b_normed, axis=1)[:, None] / columns
             b_grad += (b_normed - b_unit * b_along - b_shift) * b_rstd
+        if grad_old_residual is not None:
+            tl.store(grad_old_residual + o_out, b_grad.to(grad_old_residual.dtype.element_ty), mask=m_tile)
+        if x is not None:
+            p_x = x + o_row[:, None] * x_stride + o_column[None, :]
+            b_product = b_grad * tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
+        if row_scale is not None:
+            b_row = tl.load(row_scale + o_row // count, mask=m_row, other=0.0).to(tl.float32)[:, None]
+            b_grad *= b_row
+        if LAYER_SCALE:
+            b_layer_sum += tl.sum(b_product * b_row if row_scale is not None else b_product, axis=0)
+        if row_part is not None:
+            b_row_sum = tl.sum(b_product * b_layer if layer_scale is not None else b_product, axis=1)
+            tl.store(row_part + o_row, b_row_sum, mask=m_row)
         if grad_x is not None:
-            tl.store(grad_x + o_out, b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
-        if branch is not None:
-            p_branch = branch + o_row[:, None] * branch_stride + o_column[None, :]
-            b_product = b_grad * tl.load(p_branch, mask=m_tile, other=0.0).to(tl.float32)
-        if drop_scale is not None:
-            b_scale = tl.load(drop_scale + o_row // count, mask=m_row, other=0.0).to(tl.float32)[:, None]
-            b_grad *= b_scale
-        if gamma_part is not None:
-            b_gamma_sum += tl.sum(b_product * b_scale if drop_scale is not None else b_product, axis=0)
-        if drop_part is not None:
-            b_drop = tl.sum(b_product * b_gamma if gamma is not None else b_product, axis=1)
-            tl.store(drop_part + o_row, b_drop, mask=m_row)
-        if grad_branch is not None:
-            b_branch = b_grad * b_gamma if gamma is not None else b_grad
-            tl.store(grad_branch + o_out, b_branch.to(grad_branch.dtype.element_ty), mask=m_tile)
-    if weight_part is not None:
-        tl.store(weight_part + program * columns + o_column, b_weight_sum, mask=m_column)
-    if bias_part is not None:
-        tl.store(bias_part + program * columns + o_column, b_bias_sum, mask=m_column)
-    if gamma_part is not None:
-        tl.store(gamma_part + program * columns + o_column, b_gamma_sum, mask=m_column)
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
-
-
-def _row_stride(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
+            b_x = b_grad * b_layer if layer_scale is not None else b_grad
+            tl.store(grad_x + o_out, b_x.to(grad_x.dtype.element_ty), mask=m_tile)
+    p_part = part + program * columns + o_column
+    between = tl.num_programs(0).to(tl.int64) * columns
+    if WEIGHT:
+        tl.store(p_part, b_weight_sum, mask=m_column)
+        p_part += between
+    if BIAS:
+        tl.store(p_part, b_bias_sum, mask=m_column)
+        p_part += between
+    if LAYER_SCALE:
+        tl.store(p_part, b_layer_sum, mask=m_column)
 
 
 # Enough programs to fill a large GPU; each leaves one row of partial sums.
 ROW_PROGRAMS = 512
 
 
-def forward(
+def config_forward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
+    """``block_m`` rows. Compiled clean by Triton 3.6 and 3.9, not measured; beyond 2048 columns a cautious start."""
+    if width > 2048:
+        return LaunchConfig(1, num_warps=16)
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        return LaunchConfig(8 if width <= 512 else 4 if width <= 1024 else 2)
+    return LaunchConfig(2)
+
+
+def config_backward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
+    """The same for the backward pass."""
+    if width > 2048:
+        return LaunchConfig(1, num_warps=16)
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        return LaunchConfig(2, num_warps=2 if width <= 512 else 4) if width <= 1024 else LaunchConfig(1)
+    return LaunchConfig(1, num_warps=4 if width <= 1024 else 8)
+
+
+def outputs(
     x: Tensor,
-    branch: Tensor | None,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
     eps: float,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
     dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum (an empty tensor without a branch, since it is x), norm in ``dtype``, and (B * N,) mean and 1 / deviation."""
+    """normed in ``dtype``, the new residual (None where it is x), and (B * N,) mean and 1 / deviation to be saved."""
+    shape, device = x.shape, x.device
+    normed = torch.empty(shape, dtype=dtype, device=device)
+    new_residual = None if residual is None else torch.empty(shape, dtype=residual.dtype, device=device)
+    if not save:
+        return normed, new_residual, None, None  # type: ignore[return-value]
+    mean = torch.empty((shape[0] * shape[1],), dtype=torch.float32, device=device)
+    return normed, new_residual, mean, torch.empty_like(mean)  # type: ignore[return-value]
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    save: bool,
+) -> Run:
+    """Sum and norm in one pass."""
     batch, count, columns = x.shape
-    rows = batch * count
-    total = torch.empty(x.shape if branch is not None else (0,), dtype=x.dtype, device=x.device)
-    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    if normed.numel() == 0:
-        return total, normed, mean, rstd
-    x = as_rows(x)
-    branch = None if branch is None else as_rows(branch)
-    config = launch_config("add_layer_norm.forward", x, width=columns)
-    launch(
-        "add_layer_norm.forward", forward_kernel, (triton.cdiv(rows, config.block_m),),
-        (x, branch, weight.contiguous(), bias.contiguous(), _dense(gamma), _dense(drop_scale),
-         None if branch is None else total, normed, mean, rstd, rows, columns, count, x.stride(0), _row_stride(branch),
-         eps),
-        config, BLOCK_M=config.block_m, BLOCK_N=block(columns),
+    options = (eps, dtype, x_dtype, save)
+    if x.numel() == 0:
+        return lambda *tensors: outputs(*tensors, *options)
+    x_stride, x_copied = rows(x)
+    residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
+    choice = choose("add_layer_norm_forward", config_forward, x if residual is None else residual, width=columns)
+    launch = Launch(
+        add_layer_norm_forward_kernel, (triton.cdiv(batch * count, choice.config.block_m),),
+        (batch * count, columns, count, x_stride, residual_stride, eps), choice,
+        (x_copied, residual_copied, *map(scattered, (weight, bias, layer_scale, row_scale))),
+        BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
     )  # fmt: skip
-    return total, normed, mean, rstd
+
+    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results = outputs(*tensors, *options)  # type: ignore[arg-type]
+        launch(*tensors, *results)
+        return results
+
+    return run
 
 
-def backward(
-    grad_total: Tensor | None,
+def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
+    """x is needed for the gradients of what scales it only."""
+    x, residual, weight, bias, layer_scale, row_scale = tensors[:6]
+    scaled = any(scale is not None and scale.requires_grad for scale in (layer_scale, row_scale))
+    normalised = x if residual is None else results[1]
+    return normalised, *results[2:], weight, bias, x if scaled else None, layer_scale, row_scale
+
+
+def _wanted(
     grad_normed: Tensor | None,
-    total: Tensor,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    x_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> list[bool]:
+    """Which gradients backward writes. That of an unscaled x is that of the residual: `_finish` hands it out twice."""
+    shared = layer_scale is None and row_scale is None and x_dtype == residual.dtype
+    of_x, of_residual, of_weight, of_bias, of_layer_scale, of_row_scale = needs
+    normed = grad_normed is not None
+    return [
+        of_x and not shared, of_residual or (of_x and shared), of_weight and normed, of_bias and normed,
+        of_layer_scale, of_row_scale,
+    ]  # fmt: skip
+
+
+def gradients(
+    grad_normed: Tensor | None,
+    grad_residual: Tensor | None,
+    residual: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
     bias: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    branch_dtype: torch.dtype,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of x, branch, weight, bias, gamma and drop_scale; an empty vector for what is not wanted.
+    x: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    save: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of x, residual, weight, bias, layer_scale and row_scale."""
+    wanted = _wanted(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
+    return _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
 
-    ``total`` is what was normalised. ``branch`` is needed for the gradients of gamma and drop_scale only.
-    """
-    device = total.device
-    batch, count, columns = total.shape
-    rows = batch * count
-    shapes = (total.shape, total.shape, (columns,), (columns,), (columns,), (batch,))
-    vectors = [torch.float32 if vector is None else vector.dtype for vector in (weight, bias, gamma, drop_scale)]
-    dtypes = (total.dtype, branch_dtype, *vectors)
-    if rows * columns == 0:
-        wanted_shapes = [shape if want else (0,) for want, shape in zip(wanted, shapes, strict=True)]
-        return tuple(torch.zeros(shape, dtype=t, device=device) for shape, t in zip(wanted_shapes, dtypes, strict=True))
-    total = as_rows(total)
-    grad_total, grad_normed, branch = (
-        None if value is None else as_rows(value) for value in (grad_total, grad_normed, branch)
-    )
-    config = launch_config("add_layer_norm.backward", total, width=columns)
-    row_tiles = triton.cdiv(rows, config.block_m)
+
+def _memory(
+    wanted: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, vectors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    device = residual.device
+    of_x = torch.empty(residual.shape, dtype=x_dtype, device=device) if wanted[0] else None
+    of_residual = torch.empty(residual.shape, dtype=residual.dtype, device=device) if wanted[1] else None
+    of_vectors = [
+        torch.empty(vector.shape, dtype=vector.dtype, device=device) if want and vector is not None else None
+        for want, vector in zip(wanted[2:], vectors, strict=True)
+    ]
+    return [of_x, of_residual, *of_vectors]
+
+
+def backward(
+    grad_normed: Tensor | None,
+    grad_residual: Tensor | None,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    save: bool,
+    needs: Sequence[bool],
+) -> Run:
+    """All gradients in one pass; ``residual`` is what was normalised."""
+    batch, count, columns = residual.shape
+    wanted = _wanted(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
+    if residual.numel() == 0:
+        empty = gradients(
+            grad_normed, grad_residual, residual, mean, rstd, weight, bias, x, layer_scale, row_scale,
+            eps, dtype, x_dtype, save, needs,
+        )  # fmt: skip
+        return lambda *operands: [None if value is None else torch.zeros_like(value) for value in empty]
+    operands = (residual, x, grad_normed, grad_residual)
+    laid = [(0, False) if value is None else rows(value) for value in operands]
+    (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = laid
+    choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
+    row_tiles = triton.cdiv(batch * count, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
-    part_shapes = (*shapes[:2], *((programs, columns),) * 3, (rows,))
-    part_dtypes = (*dtypes[:2], *(torch.float32,) * 4)
-    parts = [
-        torch.empty(shape, dtype=dtype, device=device) if want else None
-        for want, shape, dtype in zip(wanted, part_shapes, part_dtypes, strict=True)
-    ]
-    launch(
-        "add_layer_norm.backward", backward_kernel, (programs,),
-        (total, mean, rstd, weight.contiguous(), branch if wanted[4] or wanted[5] else None, _dense(gamma),
-         _dense(drop_scale), grad_total, grad_normed, *parts, rows, columns, count, total.stride(0),
-         _row_stride(branch), _row_stride(grad_total), _row_stride(grad_normed), tiles),
-        config, BLOCK_M=config.block_m, BLOCK_N=block(columns),
+    launch = Launch(
+        add_layer_norm_backward_kernel, (programs,),
+        (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles), choice,
+        (
+            copied, False, False, scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
+            normed_copied, grad_copied,
+        ),
+        WEIGHT=wanted[2], BIAS=wanted[3], LAYER_SCALE=wanted[4],
+        BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
     )  # fmt: skip
-    results = []
-    for place, (part, dtype) in enumerate(zip(parts, dtypes, strict=True)):
-        if part is None:
-            results.append(torch.empty((0,), dtype=dtype, device=device))
-        elif place < 2:
-            results.append(part)
-        else:
-            results.append((part.view(batch, count).sum(1) if place == 5 else part.sum(0)).to(dtype))
-    return tuple(results)
+    results = sum(wanted[2:5])
+    total = sum_parts(residual, programs, columns, results) if results else None
+
+    def run(
+        grad_normed: Tensor | None,
+        grad_residual: Tensor | None,
+        residual: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        x: Tensor | None,
+        layer_scale: Tensor | None,
+        row_scale: Tensor | None,
+    ) -> list[Tensor | None]:
+        device = residual.device
+        written = _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
+        part = torch.empty((results, programs, columns), dtype=torch.float32, device=device) if results else None
+        row_part = torch.empty((batch, count), dtype=torch.float32, device=device) if wanted[5] else None
+        launch(
+            residual, mean, rstd, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+            *written[:2], part, row_part,
+        )  # fmt: skip
+        if total is not None:
+            total(part, *[value for value in written[2:5] if value is not None])
+        if row_part is not None and row_scale is not None:
+            written[5] = row_part.sum(1).to(row_scale.dtype)
+        return written
+
+    return run
+
+
+def _finish(results: list[Tensor | None]) -> list[Tensor | None]:
+    of_x, of_residual, *of_vectors = results
+    return [of_residual if of_x is None else of_x, of_residual, *of_vectors]
+
+
+add_layer_norm = Op(
+    "add_layer_norm",
+    outputs=outputs,
+    forward=forward,
+    gradients=gradients,
+    backward=backward,
+    saves=_saves,
+    differentiable=("x", "residual", "weight", "bias", "layer_scale", "row_scale"),
+    public=2,
+    finish=_finish,
+)

@@ -73,8 +73,9 @@ class Op:
 
         Args:
             name: The op's name.
-            outputs: ``outputs(*tensors, *options) -> output(s)``: their memory, also for fake tensors. Fully annotated:
-                its signature is the op's. Tensors come first, then the options.
+            outputs: ``outputs(*tensors, *options) -> output(s)``: their memory, also for fake tensors, None for one
+                that these options leave out. Fully annotated: its signature is the op's. Tensors come first, then the
+                options.
             forward: ``forward(*tensors, *options) -> run``, worked out once; ``run(*tensors)`` gives what ``outputs``
                 allocates, written.
             gradients: ``gradients(*output_gradients, *saved, *options, needs)``: memory for one gradient for each name
@@ -102,9 +103,9 @@ class Op:
         self._saving = self._names[-1] == "save"
         self.function = self._autograd_function()
         self.custom, self._custom_backward = self._library_ops(outputs, len(differentiable))
-        for formula, op in zip(flops, (self.custom, self._custom_backward), strict=True):
+        for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
             if formula is not None:
-                register_flop_formula(op._opoverload, get_raw=raw_flops)(formula)
+                register_flop_formula(getattr(torch.ops.mar_fast, op), get_raw=raw_flops)(formula)
 
     def plan(self, *inputs: Any) -> Run:
         """A function of the tensors of ``inputs`` that runs this call and every other one with the same key.
@@ -136,7 +137,7 @@ class Op:
 
     def opaque(self, *inputs: Any) -> Any:
         """The forward pass planned and run at once: what the library's op does."""
-        return self.forward(*inputs)(*inputs[: self._tensors])
+        return _filled(self.forward(*inputs)(*inputs[: self._tensors]))
 
     def _autograd_function(self) -> type[torch.autograd.Function]:
         op = self
@@ -194,11 +195,10 @@ class Op:
             return self.opaque(*inputs)
 
         def backward(*inputs: Any) -> tuple[Tensor, ...]:
-            operands = inputs[: -1 - options]
-            return _filled(self._backward(*inputs)(*operands), operands)
+            return _filled(tuple(self._backward(*inputs)(*inputs[: -1 - options])))
 
         def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
-            return _filled(self._gradients(*inputs), inputs[: -1 - options])
+            return _filled(tuple(self._gradients(*inputs)))
 
         signature = inspect.signature(outputs)
         options = len(signature.parameters) - tensors
@@ -214,7 +214,7 @@ class Op:
         declare = torch.library.custom_op if INTERPRETING else torch.library.triton_op
         custom = declare(f"{LIBRARY}::{self.name}", forward, mutates_args=())
         custom_backward = declare(f"{LIBRARY}::{self.name}_backward", backward, mutates_args=())
-        custom.register_fake(outputs)
+        custom.register_fake(lambda *inputs: _filled(outputs(*inputs)))
         custom_backward.register_fake(backward_fake)
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -235,8 +235,10 @@ class Op:
         return custom, custom_backward
 
 
-def _filled(results: Results, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """An op returns tensors only, two at least and none of them twice: an empty one for each None."""
-    like = next(value for value in operands if value is not None)
-    filled = [torch.empty((0,), device=like.device) if result is None else result for result in results]
-    return tuple(filled) if len(filled) > 1 else (*filled, torch.empty((0,), device=like.device))
+def _filled(results: Any) -> Any:
+    """A library's op returns no None: an empty tensor in its place. More than one result stays more than one."""
+    if not isinstance(results, tuple):
+        return results
+    like = next(result for result in results if result is not None)
+    filled = tuple(like.new_empty((0,)) if result is None else result for result in results)
+    return filled if len(filled) > 1 else (*filled, like.new_empty((0,)))

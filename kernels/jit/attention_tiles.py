@@ -1,0 +1,224 @@
+"""What the passes of attention share: column tiles of a head, their products, and how qkv lies in memory.
+
+A head is worked on as a tuple of column tiles, each a power of two wide: 80 is 64 + 16, 96 is 64 + 32. Narrower tiles
+also need fewer registers at a time, which float32 and older architectures are short of.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import LaunchConfig, precision
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.constexpr_function
+def begin(widths, index):
+    """The first column of a column tile."""
+    return sum(widths[:index])
+
+
+@triton.jit
+def load_tile(
+    base, o_row, m_row, row_stride,
+    MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + WIDTH of some tokens: [rows, WIDTH]; zero beyond HEAD_DIM and, if MASKED, off m_row."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p_tile = base + o_row[:, None] * row_stride + o_d[None, :]
+    if FIRST + WIDTH > HEAD_DIM:
+        m_d = (o_d < HEAD_DIM)[None, :]
+        return tl.load(p_tile, mask=m_d & m_row[:, None] if MASKED else m_d, other=0.0)
+    return tl.load(p_tile, mask=m_row[:, None], other=0.0) if MASKED else tl.load(p_tile)
+
+
+@triton.jit
+def load_tiles(base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """All column tiles of some tokens."""
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def store_tile(
+    base, b_tile, o_row, m_row, row_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """The inverse of `load_tile`, rounding to the dtype of the memory."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    mask = m_row[:, None] & (o_d < HEAD_DIM)[None, :] if FIRST + WIDTH > HEAD_DIM else m_row[:, None]
+    tl.store(base + o_row[:, None] * row_stride + o_d[None, :], b_tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_tiles(base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """All column tiles of some tokens, times ``factor``: a number, or one for each row [rows, 1]."""
+    for i in tl.static_range(len(WIDTHS)):
+        store_tile(base, b_tiles[i] * factor, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Sums that begin at zero."""
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (zero_tile(ROWS, WIDTHS[i]),)
+    return tiles
+
+
+@triton.jit
+def inner(b_rows, b_columns, PRECISION: tl.constexpr):
+    """rows @ columns^T over all column tiles: [M, N] float32."""
+    b_product = tl.dot(b_rows[0], tl.trans(b_columns[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(b_rows)):
+        b_product = tl.dot(b_rows[i], tl.trans(b_columns[i]), b_product, input_precision=PRECISION)
+    return b_product
+
+
+@triton.jit
+def inner_of_loaded(
+    rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same, each column tile loaded where it is used: the fewest registers."""
+    b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM)
+    b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
+    b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
+    for i in tl.static_range(1, len(WIDTHS)):
+        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_column = load_tile(columns, o_columns, m_columns, column_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_product = tl.dot(b_row, tl.trans(b_column), b_product, input_precision=PRECISION)
+    return b_product
+
+
+@triton.jit
+def add_product(b_sums, b_weights, b_tiles, PRECISION: tl.constexpr):
+    """sums + weights @ tiles for each column tile, in the tiles' dtype, summed in float32."""
+    sums = ()
+    for i in tl.static_range(len(b_sums)):
+        sums = sums + (tl.dot(b_weights.to(b_tiles[i].dtype), b_tiles[i], b_sums[i], input_precision=PRECISION),)
+    return sums
+
+
+@triton.jit
+def add_product_of_loaded(
+    b_sums, b_weights, base, o_row, m_row, row_stride,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same, each column tile loaded where it is used."""
+    sums = ()
+    for i in tl.static_range(len(b_sums)):
+        b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        sums = sums + (tl.dot(b_weights.to(b_tile.dtype), b_tile, b_sums[i], input_precision=PRECISION),)
+    return sums
+
+
+@triton.jit
+def locate(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
+    """Which tile of which head of which clip this program takes: (tile, head, clip, first token, length).
+
+    Tiles of one head run side by side and find its keys in L2.
+    """
+    program = tl.program_id(0)
+    clip = (program // (tiles * heads)).to(tl.int64)
+    if VARLEN:
+        first = tl.load(cu_seqlens + clip).to(tl.int64)
+        length = (tl.load(cu_seqlens + clip + 1).to(tl.int64) - first).to(tl.int32)
+    else:
+        first = clip * tokens
+        length = tokens
+    return program % tiles, (program // tiles % heads).to(tl.int64), clip, first, length
+
+
+class Addresses(NamedTuple):
+    """How a kernel walks over a tensor of heads.
+
+    Attributes:
+        copied: Whether the tensor must be copied first, since values of a head do not lie side by side.
+        vector: How many values are loaded at once.
+        strides: Of clip (0 where clips are ragged), row and what follows, but for the last dimension, divided by
+            ``vector``, so that the compiler sees that loads of that many values are aligned.
+    """
+
+    copied: bool
+    vector: int
+    strides: tuple[int, ...]
+
+
+def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
+    """For qkv (B, N, 3, H, d), or a gradient (B, N, H * d) of the output; without B where clips are ragged.
+
+    16 bytes are loaded at once where all strides and the head allow that, else one value. A stride that takes 64 bits
+    must reach the kernel whole: divided, it could look like one of 32 bits there.
+    """
+    copied = tensor.stride(-1) != 1 and tensor.shape[-1] != 1
+    stride = torch.empty(tensor.shape, device="meta").stride() if copied else tensor.stride()
+    stride = stride[:-1]
+    values = 16 // tensor.element_size()
+    # Columns beyond a head of qkv are masked; a gradient has the next head there.
+    whole = head_dim % values == 0 or tensor.ndim > 3
+    vector = values if whole and all(step % values == 0 and step < 2**31 for step in stride) else 1
+    return Addresses(copied, vector, ((0,) if ragged else ()) + tuple(step // vector for step in stride))
+
+
+def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
+    """Width of the last tile over ``tokens`` in steps of ``step``, 0 where nothing is left over.
+
+    Ragged clips each end elsewhere: for them it is a whole step, masked. Where nothing stays in registers, since these
+    are scarce, every tile is masked and there is no last one of its own, whose code would need some more.
+    """
+    if not resident:
+        return 0
+    if ragged:
+        return step
+    left = tokens % step
+    return max(16, triton.next_power_of_2(left)) if left else 0
+
+
+def column_tiles(head_dim: int, widest: int) -> tuple[int, ...]:
+    """Widths of the column tiles that cover a head, each a power of two from 16 to ``widest``.
+
+    Wide ones leave less than 16 columns to spare; narrow ones are all alike, since a mixture needs more registers.
+    """
+    if widest <= 32:
+        return (widest,) * triton.cdiv(head_dim, widest)
+    widths: list[int] = []
+    while (rest := head_dim - sum(widths)) > 0:
+        above = max(16, triton.next_power_of_2(rest))
+        widths.append(min(widest, above if above - rest < 16 else above // 2))
+    return tuple(widths)
+
+
+def shape_constants(qkv: Tensor, config: LaunchConfig, vector: int) -> dict[str, Any]:
+    """What a kernel is compiled for besides its tiles of tokens; ``block_k`` is the widest column tile."""
+    head_dim = qkv.shape[-1]
+    return dict(
+        WIDTHS=column_tiles(head_dim, config.block_k), HEAD_DIM=head_dim, VEC=vector,
+        RESIDENT=config.resident, PRECISION=precision(qkv),
+    )  # fmt: skip
+
+
+def lse_row(tokens: int) -> int:
+    """Length of a row of the log-sum-exp: whole multiples of 16, so that rows are aligned for wide loads."""
+    return (tokens + 15) // 16 * 16
+
+
+# Head sizes up to this one, and their configuration.
+Rows = Sequence[tuple[int, LaunchConfig]]
+
+
+def by_head_dim(table: Mapping[str, Rows], arch: str, head_dim: int) -> LaunchConfig:
+    """The row of a table {architecture: rows} for a head size; "" is any other architecture."""
+    return next(config for limit, config in table.get(arch, table[""]) if head_dim <= limit)
