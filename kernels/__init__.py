@@ -4,8 +4,7 @@ This package stands alone: it needs torch, and triton for the GPU path, and know
 """
 
 from .add_layer_norm import add_layer_norm
-from .attention import attention
-from .attention_varlen import attention_varlen
+from .attention import attention, attention_varlen
 from .bias_gelu import bias_gelu, linear_gelu
 from .checks import debug_checks
 from .device import use_backend
