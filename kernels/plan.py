@@ -57,20 +57,21 @@ class Plans:
         """The key of a call, and its plan if there is one. No key means that this call must not be planned."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed() or device.recording():
             return None, None
-        on = "cpu"
+        where: torch.device | None = None
         parts: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), device.forced()]
         for value in values:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
                 where = value.device
-                parts += (value.shape, value.stride(), value.dtype, where, value.data_ptr() & 15, value.requires_grad)
-                on = where.type
+                layout = (value.shape, value.stride(), value.dtype, where, value.data_ptr() & 15, value.requires_grad)
+                parts.append(layout)
             elif kind is tuple:
                 parts += (value, *map(type, value))  # (2, 3.0) == (2, 3)
             elif isinstance(value, Tensor):
                 return None, None
             else:
                 parts += (kind, value)  # 1 == 1.0 == True
+        on = where.type if where is not None else "cpu"
         if on not in device.AUTOCAST:
             return None, None
         parts.append(torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else None)
