@@ -182,22 +182,22 @@ def why_own_code(layer: Any) -> str | None:
 
 
 def run_layer(
-    layer: Any, caches: Caches, name: str, x: Tensor, branch: Tensor | None, rows: Tensor | None
+    layer: Any, caches: Caches, name: str, x: Tensor, residual: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One VideoMAELayer on the residual stream x (B, N, D) and the pending ``branch``; the new pair.
+    """One VideoMAELayer on x (B, N, D), the last sub-layer's output, and its ``residual``; the new pair.
 
     With ``rows`` (B, M) only these tokens come out.
     """
-    x, y = norm(layer.layernorm_before, x, branch, None)
+    y, residual = norm(layer.layernorm_before, x, residual)
     attention = layer.attention.attention
     weight, bias = caches.packed(name, attention)
     heads, scale = attention.num_attention_heads, attention.scaling
     if rows is None:
         y = attend(y, weight, bias, heads, scale)
     else:
-        x, y = take(x, rows), attend_rows(y, take(y, rows), weight, bias, heads, scale)
-    x, y = norm(layer.layernorm_after, x, _project(layer.attention.output, y), None)
-    return x, _project(layer.output, _activated(layer.intermediate, y))
+        y, residual = attend_rows(y, take(y, rows), weight, bias, heads, scale), take(residual, rows)
+    y, residual = norm(layer.layernorm_after, _project(layer.attention.output, y), residual)
+    return _project(layer.output, _activated(layer.intermediate, y)), residual
 
 
 def _project(part: Any, y: Tensor) -> Tensor:
@@ -216,27 +216,27 @@ def _activated(part: Any, y: Tensor) -> Tensor:
 def run_layers(
     layers: Any, caches: Caches, name: str, x: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x (B, N, D) through all layers: the residual stream and what is still to be added to it.
+    """x (B, N, D) through all layers: the last sub-layer's output, and the residual that it is still to be added to.
 
     With ``rows`` (B, M) the last layer gives only these tokens.
     """
-    branch: Tensor | None = None
+    residual: Tensor | None = None
     for number, layer in enumerate(layers):
         last = rows if number == len(layers) - 1 else None
         reason = why_own_code(layer)
         if reason is not None:
             caches.warn_once(f"mar_fast: {reason}")
-            x, branch = layer(total(x, branch)), None
+            x, residual = layer(total(x, residual)), None
             x = x if last is None else take(x, last)
             continue
         run = partial(run_layer, layer, caches, f"{name}.{number}")
         if layer.gradient_checkpointing and layer.training:
-            x, branch = layer._gradient_checkpointing_func(run, x, branch, last)
+            x, residual = layer._gradient_checkpointing_func(run, x, residual, last)
         else:
-            x, branch = run(x, branch, last)
-    return (take(x, rows) if rows is not None and not len(layers) else x), branch
+            x, residual = run(x, residual, last)
+    return (take(x, rows) if rows is not None and not len(layers) else x), residual
 
 
-def total(x: Tensor, branch: Tensor | None) -> Tensor:
-    """The residual stream with nothing pending, in its own dtype."""
-    return x if branch is None else (x + branch).to(x.dtype)
+def total(x: Tensor, residual: Tensor | None) -> Tensor:
+    """The residual stream with nothing left to add, in its own dtype."""
+    return x if residual is None else (residual + x).to(residual.dtype)
