@@ -299,6 +299,7 @@ def test_model(dtype):
         assert error <= 2 * own + (1e-5 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.compiles
 def test_compiled_model():
     """One graph, forward and backward, through the kernels; inductor may round differently around them."""
     model = mar_fast.create_model("mar_vit_base", num_classes=174, mask_ratio=0.5, depth=2).cuda().eval()

@@ -24,6 +24,8 @@ import mar_fast
 from mar_fast import inference, masking
 from mar_fast.inference import compile_for_inference
 
+pytestmark = pytest.mark.compiles
+
 CLIP = (2, 3, 4, 64, 64)
 
 

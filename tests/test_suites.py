@@ -69,6 +69,7 @@ def test_every_classifier_gives_the_logits(dtype, keep):
     assert clips[0].p50 == pytest.approx(2 / outcome.results[0].time.p50) and clips[0].p20 <= clips[0].p80
 
 
+@pytest.mark.compiles
 def test_compiled_classifiers():
     case = encoder.inference_case(setting(), "small", 1, 0.5, compiled=True)
     compiled = [one for one in case.candidates if "compiled" in one.provider or "frozen" in one.provider]
@@ -106,6 +107,7 @@ def test_every_training_step_has_the_loss_and_gradients(dtype):
         assert result.error < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.compiles
 def test_compiled_training():
     case = training.training_case(setting(), "small", 1, 0.5, compiled=True)
     compiled = tuple(one for one in case.candidates if one.provider.endswith(", compiled"))
