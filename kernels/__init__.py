@@ -14,17 +14,13 @@ if __name__ == "kernels":
     globals().update(__getattr__=_nothing, __path__=[])
 else:
     from .add_layer_norm import add_layer_norm
-    from .attention import attention
-    from .attention_varlen import attention_varlen
+    from .attention import attention, attention_varlen
     from .bias_gelu import bias_gelu, linear_gelu
     from .checks import debug_checks
     from .device import use_backend
     from .gather_patch_embed import gather_patch_embed
     from .masked_patch_loss import masked_patch_loss
     from .scatter_tokens import scatter_tokens
-
-    # Last, once the ops are there: PyTorch's flop counter learns what they cost.
-    from . import flops as flops  # isort: skip
 
     __all__ = [
         "add_layer_norm",
