@@ -131,4 +131,3 @@ def main(arguments: list[str]) -> int:
         wrong += done.wrong
     print(table(everything), flush=True)
     return int(wrong > 0)
-
