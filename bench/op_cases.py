@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mar_fast import kernels
 from mar_fast.config import IMAGENET_MEAN, IMAGENET_STD
-from mar_fast.kernels import eager
+from mar_fast.kernels.gather_patch_embed import eager_gather_patch_embed, gather_tubelets, per_channel
+from mar_fast.kernels.masked_patch_loss import eager_masked_patch_loss
+from mar_fast.kernels.scatter_tokens import eager_scatter_tokens
 
 Operands = dict[str, Any]
 Provider = Callable[..., Any]
@@ -149,13 +151,13 @@ def gather_patch_embed(
     def floating(video: Tensor, weight: Tensor) -> Tensor:
         if not raw:
             return video.to(weight.dtype)
-        mean, std = (eager.per_channel(values, video.device).view(3, 1, 1, 1) for values in normalise.values())
+        mean, std = (per_channel(values, video.device).view(3, 1, 1, 1) for values in normalise.values())
         return ((video.float() / 255 - mean) / std).to(weight.dtype)
 
     def reshape_index_linear(
         video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     ) -> Tensor:
-        return eager.gather_patch_embed(
+        return eager_gather_patch_embed(
             video, keep_idx, weight, bias, pos_embed, **(normalise or dict(mean=None, std=None))
         )
 
@@ -189,17 +191,17 @@ def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens:
     """Residual add and LayerNorm."""
 
     def operands() -> Operands:
-        x, branch = (random(device, dtype, batch, tokens, width) for _ in range(2))
-        return dict(x=x, branch=branch, weight=random(device, dtype, width), bias=random(device, dtype, width))
+        x, residual = (random(device, dtype, batch, tokens, width) for _ in range(2))
+        return dict(x=x, residual=residual, weight=random(device, dtype, width), bias=random(device, dtype, width))
 
-    def plain(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + branch
-        return total, F.layer_norm(total, weight.shape, weight, bias, 1e-6)
+    def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual + x
+        return F.layer_norm(residual, weight.shape, weight, bias, 1e-6), residual
 
     return OpCase(
         "add_layer_norm", f"{batch} clips, {tokens} tokens, width {width}", tokens, dtype, operands,
         {"mar_fast": kernels.add_layer_norm, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("x", "branch", "weight", "bias"), 0.0, 4.0 * batch * tokens * width * dtype.itemsize, (0.0, 1.0),
+        ("x", "residual", "weight", "bias"), 0.0, 4.0 * batch * tokens * width * dtype.itemsize, (0.0, 1.0),
     )  # fmt: skip
 
 
@@ -226,7 +228,7 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
             mask_token=random(device, dtype, width), pos_embed=random(device, torch.float32, TOKENS, width),
         )  # fmt: skip
 
-    plain = eager.scatter_tokens
+    plain = eager_scatter_tokens
     return OpCase(
         "scatter_tokens", f"{batch} clips, {tokens} of 1568 tokens, width {width}", tokens, dtype, operands,
         {"mar_fast": kernels.scatter_tokens, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
@@ -236,7 +238,7 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
 
 def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, tokens: int) -> OpCase:
     """The reconstruction loss from a uint8 clip as a decoder gives it; ``tokens`` are the dropped ones."""
-    options: Operands = dict(patch=PATCH, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalize=True)
+    options: Operands = dict(patch_size=PATCH, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalize=True)
 
     def operands() -> Operands:
         clip = torch.randint(256, (batch, 16, 224, 224, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
@@ -246,12 +248,12 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
     def all_then_index(pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
         """As the original does it: normalise every patch of the clip, then take the dropped ones."""
         every = torch.arange(TOKENS, device=video.device).expand(len(video), -1)
-        cells = eager.gather_tubelets(video, every, PATCH).permute(0, 1, 3, 4, 5, 2).flatten(2, 4).float() / 255
+        cells = gather_tubelets(video, every, PATCH).permute(0, 1, 3, 4, 5, 2).flatten(2, 4).float() / 255
         cells = (cells - cells.mean(2, keepdim=True)) / (cells.var(2, unbiased=True, keepdim=True).sqrt() + 1e-6)
         chosen = cells.flatten(2).gather(1, drop_idx.long()[..., None].expand(-1, -1, pixels.shape[2]))
         return F.mse_loss(pixels.float(), chosen)
 
-    plain = functools.partial(eager.masked_patch_loss, **options)
+    plain = functools.partial(eager_masked_patch_loss, **options)
     return OpCase(
         "masked_patch_loss", f"{batch} clips, {tokens} of 1568 tubelets dropped", tokens, dtype, operands,
         {

@@ -1,7 +1,8 @@
 """What depends on weights alone, kept until they change: weights folded for uint8 pixels, packed weights and biases."""
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ SOURCES, WAYS = 1024, 16
 
 class _Kept(NamedTuple):
     state: tuple[Any, ...]
+    stream: int | None
     sources: tuple[Any, ...]  # weak references
     aliases: tuple[Tensor | None, ...]
     result: Any
@@ -40,13 +42,13 @@ class Derived:
     came of its first source. **Writing through** ``.data``, **or from another library, is not counted**: call
     `forget` after it.
 
-    Nothing is kept of inference tensors, which count no versions, of memory shared with other processes, while a CUDA
-    graph is captured (it is written only when the graph is replayed) and while something else than the device looks on
-    (torch.compile, dispatch modes, torch.func). Results are made for one stream and served on that alone.
+    Nothing is kept of inference tensors, which count no versions, of memory shared with other processes and while
+    something else than the device looks on (torch.compile, dispatch modes, torch.func). Results are made for one stream
+    and served on that alone. A CUDA graph that is captured makes its own, since it would read what is forgotten here,
+    but within `held`.
 
     It does not keep its sources alive, only their memory until the tensor dies or is next looked up: otherwise another
-    one could come to lie at the same address. A result stays until its sources change; **a CUDA graph that reads it
-    must hold it itself**, as it must hold the weights. A copy or a pickle begins empty.
+    one could come to lie at the same address. A copy or a pickle begins empty.
     """
 
     every: ClassVar["weakref.WeakSet[Derived]"] = weakref.WeakSet()
@@ -83,7 +85,15 @@ class Derived:
                 if kept.state == state and all(
                     weak is None or weak() is source for weak, source in zip(kept.sources, sources, strict=True)
                 ):
-                    return kept.result
+                    if _held is not None:
+                        _held.append(kept.result)
+                        return kept.result
+                    if kept.stream is None:
+                        return kept.result
+                    if torch.cuda.is_current_stream_capturing():
+                        return make(*sources)
+                    if kept.stream == _stream(sources[0]):
+                        return kept.result
                 ways.pop(options, None)
         return self._make(sources, options, make, state)
 
@@ -115,8 +125,30 @@ class Derived:
         ways = self._kept.setdefault(first, {})
         if len(ways) >= WAYS:
             ways.clear()
-        ways[options] = _Kept(state, weak, aliases, result)
+        ways[options] = _Kept(state, _stream(sources[0]), weak, aliases, result)
         return result
+
+
+_held: list[Any] | None = None
+
+
+@contextmanager
+def held() -> Iterator[list[Any]]:
+    """Within this context results are served on any stream, and every one of them is put into the list that this yields.
+
+    For who captures a CUDA graph, after warm-up calls whose streams he waits for, and keeps the list with the graph.
+    """
+    global _held
+    before, _held = _held, []
+    try:
+        yield _held
+    finally:
+        _held = before
+
+
+def _stream(source: Tensor | None) -> int | None:
+    """The current stream of a source on a GPU."""
+    return current_stream(source.get_device()) if source is not None and source.is_cuda else None
 
 
 def _state(sources: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
@@ -130,11 +162,8 @@ def _state(sources: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
             kind = type(source)
             if kind is not Parameter and kind is not Tensor:
                 return None
-            on = source.device
             # Inference tensors have no version; some tensors of torch.func have no memory of their own.
-            parts += (source.data_ptr(), source._version, source.dtype, source.shape, source.stride(), on)
-            if on.type == "cuda":
-                parts.append(current_stream(on.index))
+            parts += (source.data_ptr(), source._version, source.dtype, source.shape, source.stride(), source.device)
     except RuntimeError:
         return None
     return tuple(parts)

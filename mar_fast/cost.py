@@ -146,7 +146,7 @@ class _Counter:
         )
 
     def norms(self, name: str, tokens: int, width: int, layers: int) -> Part:
-        """Add a branch and normalise: reads both, writes sum and norm."""
+        """Add to the residual and normalise: reads both, writes sum and norm."""
         return Part(name, layers * 2 * width, 0, layers * (2 * width + self.batch * tokens * 4 * width) * self.value)
 
     def attention(self, name: str, queries: int, keys: int, width: int, heads: int, layers: int) -> Part:

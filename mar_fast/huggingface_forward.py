@@ -142,12 +142,12 @@ class _ForPreTraining(_Accelerated):
         caches = self._mar_fast.caches
         places = caches.table("decoder", table, pixel_values.device)
         x = scatter_tokens(features, mask.keep_idx, mask_token.flatten(), places)
-        x, branch = run_layers(decoder.decoder_layers, caches, "decoder", x, mask.drop_idx)
-        logits = decoder.head(norm(decoder.norm, x, branch, None)[1])
+        x, residual = run_layers(decoder.decoder_layers, caches, x, mask.drop_idx)
+        logits = decoder.head(norm(decoder.norm, x, residual)[0])
         colours = config.num_channels == 3
         loss = masked_patch_loss(
             logits, pixel_values.transpose(1, 2), mask.drop_idx,
-            patch=(config.tubelet_size, config.patch_size, config.patch_size),
+            patch_size=(config.tubelet_size, config.patch_size, config.patch_size),
             mean=IMAGENET_MEAN if colours else None, std=IMAGENET_STD if colours else None,
             normalize=config.norm_pix_loss,
         )  # fmt: skip
@@ -262,17 +262,17 @@ def _running(
 def encode(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D), through the parts of VideoMAEModel ``model``."""
     caches = model._mar_fast.caches
-    x, branch = _embed(model, caches, pixel_values, mask), None
+    x, residual = _embed(model, caches, pixel_values, mask), None
     if untouched(model.encoder):
-        x, branch = run_layers(model.encoder.layer, caches, "encoder", x)
+        x, residual = run_layers(model.encoder.layer, caches, x)
     else:
         caches.warn_once("mar_fast: a changed or hooked encoder runs transformers' own code")
         x = model.encoder(x).last_hidden_state
     if model.layernorm is None:
-        return total(x, branch)
+        return total(x, residual)
     if plain_norm(model.layernorm):
-        return norm(model.layernorm, x, branch, None)[1]
-    normed: Tensor = model.layernorm(total(x, branch))
+        return norm(model.layernorm, x, residual)[0]
+    normed: Tensor = model.layernorm(total(x, residual))
     return normed
 
 

@@ -5,6 +5,7 @@ In comments: B clips, L tokens in the grid, N visible, M dropped, D width.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
+from .kernels.derived import Derived
 from .packed import Segments
 
 
@@ -97,12 +99,18 @@ class Attention(nn.Module):
         self.q_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.v_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        # Zeros that are there already: packing is one launch then.
+        self.k_bias = None if key_bias else Constant(partial(torch.zeros, width))
+        self._packed = Derived()
 
     def qkv_bias(self) -> Tensor:
-        """(3 * D,)."""
-        if self.q_bias is None or self.v_bias is None:
+        """(3 * D,), made once for calls without gradients."""
+        if self.q_bias is None or self.v_bias is None or self.k_bias is None:
             return self.qkv.bias
-        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        zeros = self.k_bias.value.to(self.q_bias.dtype)
+        return self._packed.get(
+            (self.q_bias, self.v_bias), None, lambda q_bias, v_bias: torch.cat((q_bias, zeros, v_bias))
+        )
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D); packed tokens (total, 1, D) attend within their ``segments``."""
@@ -124,12 +132,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = F.dropout(linear_gelu(x, self.fc1.weight, self.fc1.bias), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        x = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        if not (self.training and self.dropout):
+            return self.fc2(x)
+        return F.dropout(self.fc2(F.dropout(x, self.dropout)), self.dropout)
 
 
-# The residual stream on its way between blocks: x, what the last sub-layer adds to it, and the drop path scale of that.
-# The sum is left to the next norm, which does both in one pass.
+# What goes from block to block: x, the output of the last sub-layer; the residual that it is added to, None before the
+# first one; and the drop path's scale of x, (B,). The sum is left to the next norm, which does both in one pass.
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -155,8 +165,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.dropout = dropout
 
-    def drop_scale(self, x: Tensor, segments: Segments | None = None) -> Tensor | None:
-        """(B,) 0 for the samples whose branch is dropped, 1 / keep probability for the others; (total,) if packed."""
+    def row_scale(self, x: Tensor, segments: Segments | None = None) -> Tensor | None:
+        """(B,) 0 for the samples whose x is dropped, 1 / keep probability for the others; (total,) if packed."""
         if not self.training or not self.drop_path:
             return None
         keep, batch = 1 - self.drop_path, x.shape[0] if segments is None else segments.batch
@@ -166,25 +176,28 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        branch: Tensor | None,
-        scale: Tensor | None,
+        residual: Tensor | None,
+        row_scale: Tensor | None,
         rows: Tensor | None = None,
         segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One block of the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
-        x, y = norm(self.norm1, x, branch, scale)
+        y, residual = norm(self.norm1, x, residual, row_scale)
         if rows is None:
-            branch = self.attn(y, segments)
+            x = self.attn(y, segments)
         else:
-            x, branch = take(x, rows), self.attn.forward_rows(y, take(y, rows))
-        branch = F.dropout(branch, self.dropout, self.training)
-        x, y = norm(self.norm2, x, branch, self.drop_scale(x, segments))
-        return x, self.mlp(y), self.drop_scale(x, segments)
+            x, residual = self.attn.forward_rows(y, take(y, rows)), take(residual, rows)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        y, residual = norm(self.norm2, x, residual, self.row_scale(x, segments))
+        return self.mlp(y), residual, self.row_scale(x, segments)
 
 
-def norm(layer: nn.LayerNorm, x: Tensor, branch: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Add the pending branch and normalise: (new x, its norm)."""
-    return add_layer_norm(x, branch, layer.weight, layer.bias, eps=layer.eps, drop_scale=scale)
+def norm(
+    layer: nn.LayerNorm, x: Tensor, residual: Tensor | None, row_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add x to the residual and normalise: (the norm, the new residual)."""
+    return add_layer_norm(x, residual, layer.weight, layer.bias, eps=layer.eps, row_scale=row_scale)
 
 
 def run_blocks(

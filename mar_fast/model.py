@@ -119,11 +119,11 @@ class Encoder(nn.Module):
         return gather_patch_embed(video, keep_idx, proj.weight, bias, position, mean=config.mean, std=config.std)
 
     def _run(self, x: Tensor, segments: Segments | None) -> Tensor:
-        x, branch, scale = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
+        x, residual, row_scale = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         if self.norm is not None:
-            return norm(self.norm, x, branch, scale)[1]
-        assert branch is not None
-        return x + (branch if scale is None else scale[:, None, None] * branch).to(x.dtype)
+            return norm(self.norm, x, residual, row_scale)[0]
+        assert residual is not None
+        return residual + (x if row_scale is None else row_scale[:, None, None] * x).to(residual.dtype)
 
 
 class PixelDecoder(nn.Module):
@@ -143,7 +143,7 @@ class PixelDecoder(nn.Module):
         """(B, N, decoder width) -> (B, M, t * h * w * C), what only dropped tokens need computed only for them."""
         x = scatter_tokens(visible, keep_idx, mask_token, self.pos_embed.value)
         stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows=drop_idx)
-        return self.head(norm(self.norm, *stream)[1])
+        return self.head(norm(self.norm, *stream)[0])
 
     def forward_packed(self, visible: Tensor, mask_token: Tensor, place: Tensor, dropped: Tensor, batch: int) -> Tensor:
         """Visible tokens (total, 1, decoder width) -> (1, dropped tokens of all clips, t * h * w * C).
@@ -162,10 +162,10 @@ class PixelDecoder(nn.Module):
         x = scatter_tokens(visible.transpose(0, 1), place, mask_token, nowhere).view(batch, tokens, width)
         x = (x + position).to(x.dtype)
         # Clips drop different numbers of tokens, so the last block, too, runs on all; the head does not.
-        x, branch, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
-        assert branch is not None
-        x, branch = (value.flatten(0, 1).index_select(0, dropped[0])[None] for value in (x, branch))
-        return self.head(norm(self.norm, x, branch, None)[1])
+        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        assert residual is not None
+        x, residual = (value.flatten(0, 1).index_select(0, dropped[0])[None] for value in (x, residual))
+        return self.head(norm(self.norm, x, residual)[0])
 
 
 class BridgingClassifier(nn.Module):
@@ -186,9 +186,9 @@ class BridgingClassifier(nn.Module):
         """(B, N, D), or packed (total, 1, D) with their ``segments`` -> (B, classes)."""
         # Back to the weights' dtype: under autocast the residual stream stays in float32.
         x = self.proj(features).to(self.proj.weight.dtype)
-        x, branch, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
-        assert branch is not None
-        return classify(self, mean_of_tokens(x + branch, segments), self.config.head_dropout)
+        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
+        assert residual is not None
+        return classify(self, mean_of_tokens(residual + x, segments), self.config.head_dropout)
 
 
 class LinearClassifier(nn.Module):
@@ -213,7 +213,9 @@ def mean_of_tokens(x: Tensor, segments: Segments | None) -> Tensor:
 def classify(classifier: BridgingClassifier | LinearClassifier, pooled: Tensor, dropout: float) -> Tensor:
     """(B, D) pooled features through norm, dropout and head."""
     pooled = classifier.norm(pooled.to(classifier.norm.weight.dtype))
-    return classifier.head(F.dropout(pooled, dropout, classifier.training))
+    if dropout and classifier.training:
+        pooled = F.dropout(pooled, dropout)
+    return classifier.head(pooled)
 
 
 class MAR(nn.Module):
@@ -316,7 +318,7 @@ class MAR(nn.Module):
         config = self.config
         return masked_patch_loss(
             pixels, video, drop_idx,
-            patch=config.patch, mean=config.mean, std=config.std, normalize=config.normalize_target,
+            patch_size=config.patch, mean=config.mean, std=config.std, normalize=config.normalize_target,
         )  # fmt: skip
 
     def _indices(

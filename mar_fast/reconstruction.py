@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import checks, eager
+from .kernels import checks
+from .kernels.gather_patch_embed import per_channel, tubelets
 from .masking import TokenMask
 from .model import MAR
 from .ragged import RaggedMask
@@ -72,15 +73,15 @@ def reconstruct(
     if not bool(pixels.isfinite().all()):
         raise checks.bad("model", f"predictions that are not finite in {out.pixels.dtype}", "finite ones (try float32)")
     filled = video.clone(memory_format=torch.contiguous_format)
-    tubelets = eager.tubelets(filled, config.patch)
+    cells = tubelets(filled, config.patch)
     if config.normalize_target:
         if ground_truth_statistics:
-            mean, deviation = _statistics(_to_unit(tubelets[masked], model))
+            mean, deviation = _statistics(_to_unit(cells[masked], model))
         else:
-            mean, deviation = _estimated(tubelets, masked, model)
+            mean, deviation = _estimated(cells, masked, model)
         # The target divides by the deviation + 1e-6 (mar_fast.reference.patch_targets).
         pixels = pixels * (deviation + 1e-6) + mean
-    tubelets[masked] = _from_unit(pixels, model, video.dtype)
+    cells[masked] = _from_unit(pixels, model, video.dtype)
     return Reconstruction(filled, float(out.reconstruction_loss))
 
 
@@ -128,5 +129,5 @@ def _from_unit(tubelets: Tensor, model: MAR, dtype: torch.dtype) -> Tensor:
 
 def _normalisation(model: MAR, device: torch.device) -> tuple[Tensor, Tensor]:
     """The clip's mean and std, (C, 1, 1, 1) float32."""
-    mean, std = (eager.per_channel(values, device) for values in (model.config.mean, model.config.std))
+    mean, std = (per_channel(values, device) for values in (model.config.mean, model.config.std))
     return mean[:, None, None, None], std[:, None, None, None]

@@ -106,18 +106,18 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: a sample loses its whole branch with the given probability."""
+    """Stochastic depth: a sample loses a sub-layer's whole output with the given probability."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         if not self.training or self.rate == 0:
-            return branch
-        alive = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
-        return branch * alive / (1 - self.rate)
+            return x
+        alive = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
+        return x * alive / (1 - self.rate)
 
 
 class Block(nn.Module):

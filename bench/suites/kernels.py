@@ -21,7 +21,7 @@ from ..timing import captured
 # What a provider's result may differ from float64: some roundings of the dtype. TF32 is let pass in float32. On a CPU
 # PyTorch sums LayerNorm's gradients of weight and bias in bfloat16, which alone is off by 3e-2.
 BOUND = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 5e-2}
-BATCHED = ("video", "keep_idx", "drop_idx", "qkv", "x", "branch", "visible", "pixels")
+BATCHED = ("video", "keep_idx", "drop_idx", "qkv", "x", "residual", "visible", "pixels")
 SETS = 3
 
 

@@ -213,9 +213,7 @@ def outputs(qkv: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     return out, torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device)
 
 
-def outputs_varlen(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool
-) -> tuple[Tensor, Tensor]:
+def outputs_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     """out (total, H * d) and the log-sum-exp (H, total)."""
     total, _, heads, head_dim = qkv.shape
     out = torch.empty((total, heads * head_dim), dtype=qkv.dtype, device=qkv.device)

@@ -320,9 +320,7 @@ def backward(
     """The gradient of qkv, from those of out and lse: None for one that was not used."""
     launches = _launches(grad, grad_lse, qkv, None, qkv.shape[1], lse, scale)
 
-    def run(
-        grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor]:
+    def run(grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
         return (launches(grad, grad_lse, qkv, None, out, lse),)
 
     return run
@@ -372,9 +370,7 @@ def _launches(
     grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
     numbers = (heads, *strides, *grad_strides, lse.shape[-1], 0, scale, scale * LOG2_E)
 
-    def launch(
-        name: str, kernel: Any, config: Any, own: str, other: str, copies: Sequence[bool]
-    ) -> Launch:
+    def launch(name: str, kernel: Any, config: Any, own: str, other: str, copies: Sequence[bool]) -> Launch:
         """Programs each own a tile of ``own`` and walk over tiles of ``other``."""
         choice = choose(name, config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
         tile = choice.config

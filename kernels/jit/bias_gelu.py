@@ -59,6 +59,7 @@ def bias_gelu_backward_kernel(
     if bias_part is not None:
         tl.store(bias_part + program * columns + o_column, b_sum, mask=m_column)
 
+
 # Enough programs to fill a large GPU; each leaves one row of partial sums.
 ROW_PROGRAMS = 256
 

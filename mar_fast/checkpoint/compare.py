@@ -128,7 +128,7 @@ def _note(name: str, seen: dict[str, Tensor]) -> Any:
 
 def _note_block(name: str, seen: dict[str, Tensor]) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        x, branch, _ = output  # the branch is left to the next norm to add
-        seen[name] = x + branch
+        x, residual, _ = output  # the sum is left to the next norm
+        seen[name] = residual + x
 
     return hook
