@@ -27,7 +27,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import Launch, LaunchConfig, choose, scattered
+from .launch import DENSE, Launch, LaunchConfig, choose, scattered
 from .op import Run
 
 
@@ -310,7 +310,7 @@ def gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor]:  # fmt: skip
     """Of qkv, contiguous."""
-    return (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
+    return (torch.empty_like(qkv, memory_format=DENSE),)
 
 
 def backward(
@@ -360,7 +360,7 @@ def _launches(
 ) -> Run:
     """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many."""
     if qkv.numel() == 0:
-        return lambda grad, grad_lse, qkv, *rest: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        return lambda grad, grad_lse, qkv, *rest: torch.empty_like(qkv, memory_format=DENSE)
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
     clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -400,8 +400,8 @@ def _launches(
         out: Tensor,
         lse: Tensor,
     ) -> Tensor:
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
+        dqkv = torch.empty_like(qkv, memory_format=DENSE)
+        delta = torch.empty_like(lse)
         if grad is None:
             grad = _zero(qkv)
         query(qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)

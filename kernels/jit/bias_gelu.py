@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, choose, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, choose, rows, scattered
 from .op import Op, Run
 from .sum_parts import sum_parts
 
@@ -73,7 +73,7 @@ def config(arch: str, dtype: torch.dtype, *, backward: bool) -> LaunchConfig:
 
 def outputs(x: Tensor, bias: Tensor) -> Tensor:
     """(..., D) in x's dtype."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=DENSE)
 
 
 def forward(x: Tensor, bias: Tensor) -> Run:
@@ -100,8 +100,8 @@ def forward(x: Tensor, bias: Tensor) -> Run:
 def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
     """Of x, which is written in any case, and of bias."""
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(bias.shape, dtype=bias.dtype, device=x.device) if needs[1] else None,
+        torch.empty_like(x, memory_format=DENSE),
+        torch.empty_like(bias, memory_format=DENSE) if needs[1] else None,
     )
 
 
