@@ -170,7 +170,7 @@ class Op:
     def _run_backward(
         self, planned: _Planned, operands: tuple[Tensor | None, ...], needs: list[bool], given: int
     ) -> list[Tensor | None]:
-        if all(gradient is None for gradient in operands[:given]):
+        if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
         key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
         run = planned.backward.get(key)
