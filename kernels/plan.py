@@ -43,7 +43,7 @@ def watched(*values: Any) -> bool:
 
 def layout(value: Tensor) -> Key:
     """What a kernel is told of a tensor besides its address."""
-    return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15
+    return value.shape, value.is_contiguous() or value.stride(), value.dtype, value.device, value.data_ptr() & 15
 
 
 class Plans:
@@ -68,8 +68,14 @@ class Plans:
         for value in values:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
-                where = value.device
-                parts += value.shape, value.stride(), value.dtype, where, value.data_ptr() & 15, value.requires_grad
+                if where is None:
+                    where = value.device
+                    parts.append(where)
+                address = value.data_ptr()  # 0 without memory: on the device meta, whose number is that of a CPU
+                parts += (
+                    value.shape, value.is_contiguous() or value.stride(), value.dtype, value.get_device(),
+                    address and address & 15 | 16, value.requires_grad,
+                )  # fmt: skip
             elif value is None:
                 parts.append(None)
             elif kind is tuple:

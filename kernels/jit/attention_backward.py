@@ -270,7 +270,7 @@ _KEY_VALUE_FLOAT32 = {
         (32, LaunchConfig(32, 64, 32, 4, 1, False)),
         (64, LaunchConfig(32, 64, 32, 8, 1, False)),
         (96, LaunchConfig(16, 16, 32, 4, 1, False)),
-        (128, LaunchConfig(16, 64, 16, 8, 1, False)),
+        (128, LaunchConfig(32, 16, 32, 8, 1, False)),
     ),
     "sm_100": (
         (32, LaunchConfig(32, 64, 32, 4, 1, False)),

@@ -172,7 +172,7 @@ class Op:
     ) -> list[Tensor | None]:
         if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
-        key = (*(None if value is None else plan.layout(value) for value in operands), *needs)
+        key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
         run = planned.backward.get(key)
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
