@@ -109,7 +109,7 @@ class Derived:
         self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
     ) -> Any:
         states = [None if source is None else _state(source) for source in sources]
-        if plan.transformed() or () in states:
+        if () in states or plan.transformed():
             return make(*sources)
         with torch.inference_mode(False), torch.no_grad():  # what is kept is an ordinary tensor
             result = make(*sources)
@@ -163,15 +163,12 @@ def _state(source: Tensor) -> tuple[Any, ...]:
     """
     if type(source) not in (Tensor, Parameter):
         return ()
-    if (
-        torch.cuda.is_current_stream_capturing()
-        if source.is_cuda
-        else source.device.type == "cpu" and source.is_shared()
-    ):
-        return ()  # written only when a graph is replayed; written by another process
     try:
-        # Inference tensors have no version; some tensors of torch.func have no memory of their own.
-        return source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
+        # Inference tensors have no version, and some tensors of torch.func no memory of their own.
+        state = source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
+        if source.is_cuda:
+            return () if torch.cuda.is_current_stream_capturing() else state  # written when the graph is replayed
+        return () if source.device.type == "cpu" and source.is_shared() else state  # another process may write
     except RuntimeError:
         return ()
 
