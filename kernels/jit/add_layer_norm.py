@@ -112,16 +112,17 @@ def add_layer_norm_backward_kernel(
         if grad_x is not None:
             b_x = b_grad * b_layer if layer_scale is not None else b_grad
             tl.store(grad_x + o_out, b_x.to(grad_x.dtype.element_ty), mask=m_tile)
-    p_part = part + program * columns + o_column
-    between = tl.num_programs(0).to(tl.int64) * columns
-    if WEIGHT:
-        tl.store(p_part, b_weight_sum, mask=m_column)
-        p_part += between
-    if BIAS:
-        tl.store(p_part, b_bias_sum, mask=m_column)
-        p_part += between
-    if LAYER_SCALE:
-        tl.store(p_part, b_layer_sum, mask=m_column)
+    if part is not None:
+        p_part = part + program * columns + o_column
+        between = tl.num_programs(0).to(tl.int64) * columns
+        if WEIGHT:
+            tl.store(p_part, b_weight_sum, mask=m_column)
+            p_part += between
+        if BIAS:
+            tl.store(p_part, b_bias_sum, mask=m_column)
+            p_part += between
+        if LAYER_SCALE:
+            tl.store(p_part, b_layer_sum, mask=m_column)
 
 
 # Enough programs to fill a large GPU; each leaves one row of partial sums.

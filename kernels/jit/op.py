@@ -225,10 +225,13 @@ class Op:
         def gradient(ctx: Any, *given: Tensor | None) -> Any:
             needs = [ctx.needs_input_grad[position] for position in self._positions]
             nothing: list[Tensor | None] = [None] * options
-            if given[:public].count(None) == public:
+            given = given[:public]
+            if public > 1:  # the empty tensor in place of an output that is left out may have been used all the same
+                given = tuple(map(_read, given))
+            if given.count(None) == public:
                 return (*[None] * tensors, *nothing)
-            results = custom_backward(*given[:public], *ctx.saved_tensors, *ctx.options, needs)
-            read = [result if result.numel() or result.ndim != 1 else None for result in results[:gradients]]
+            results = custom_backward(*given, *ctx.saved_tensors, *ctx.options, needs)
+            read = [_read(result) for result in results[:gradients]]
             return (*self._placed(read, needs), *nothing)
 
         custom.register_autograd(gradient, setup_context=save)
@@ -242,3 +245,8 @@ def _filled(results: Any) -> Any:
     like = next(result for result in results if result is not None)
     filled = tuple(like.new_empty((0,)) if result is None else result for result in results)
     return filled if len(filled) > 1 else (*filled, like.new_empty((0,)))
+
+
+def _read(result: Tensor | None) -> Tensor | None:
+    """None again for an empty tensor in its place."""
+    return None if result is None or (result.ndim == 1 and not result.numel()) else result
