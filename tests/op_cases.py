@@ -81,13 +81,15 @@ def varlen_operands(dtype, lengths=(5, 0, 12), spare=0, heads=2, size=32, index=
 
 
 def norm_operands(dtype, batch=3, count=17, width=33, without=()):
+    stream = torch.randn(batch, count, width).to(dtype) + 2  # a mean that a careless variance stumbles over
+    x = torch.randn(batch, count, width).to(dtype) + 0.5
     operands = dict(
-        x=torch.randn(batch, count, width).to(dtype) + 2,  # a mean that a careless variance stumbles over
-        branch=torch.randn(batch, count, width).to(dtype) + 0.5,
+        x=stream if "residual" in without else x,
+        residual=stream,
         weight=torch.randn(width).to(dtype),
         bias=torch.randn(width).to(dtype),
-        gamma=torch.randn(width).to(dtype) + 0.5,  # with branch's mean: drop_scale's gradient does not cancel out
-        drop_scale=torch.tensor([1.25, 0.0, 2.5][:batch]).to(dtype),
+        layer_scale=torch.randn(width).to(dtype) + 0.5,  # with x's mean: row_scale's gradient does not cancel out
+        row_scale=torch.tensor([1.25, 0.0, 2.5][:batch]).to(dtype),
     )
     return operands | dict.fromkeys(without)
 
@@ -128,11 +130,11 @@ def plain_gather(video, keep_idx, weight, bias, pos_embed, *, mean=None, std=Non
     return tokens.gather(1, keep_idx.long()[..., None].expand(-1, -1, tokens.shape[2])).to(weight.dtype)
 
 
-def plain_norm(x, branch, weight, bias, *, eps=1e-6, gamma=None, drop_scale=None):
-    if branch is not None:
-        branch = branch if gamma is None else branch * gamma
-        x = x + (branch if drop_scale is None else branch * drop_scale.view(-1, 1, 1))
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+def plain_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
+    if residual is not None:
+        x = x if layer_scale is None else x * layer_scale
+        x = residual + (x if row_scale is None else x * row_scale.view(-1, 1, 1))
+    return F.layer_norm(x, weight.shape, weight, bias, eps), x
 
 
 def plain_gelu(x, bias):
@@ -145,11 +147,11 @@ def plain_scatter(visible, keep_idx, mask_token, pos_embed):
     return (tokens.index_put((clips, keep_idx), visible) + pos_embed).to(visible.dtype)
 
 
-def plain_loss(pixels, video, drop_idx, *, patch, mean=None, std=None, normalize=True):
+def plain_loss(pixels, video, drop_idx, *, patch_size, mean=None, std=None, normalize=True):
     if pixels.numel() == 0:
         return pixels.float().sum()
     video = video.float().detach() / (255 if video.dtype == torch.uint8 else 1)
-    for step, place in zip(patch, (2, 4, 6), strict=True):
+    for step, place in zip(patch_size, (2, 4, 6), strict=True):
         video = video.unflatten(place, (-1, step))
     cells = video.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)  # (B, L, t*h*w, C)
     cells = cells[torch.arange(len(cells))[:, None], drop_idx]
@@ -166,7 +168,7 @@ OPS = {
     "add_layer_norm": (norm_operands, {}),
     "bias_gelu": (gelu_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
-    "masked_patch_loss": (loss_operands, dict(patch=PATCH)),
+    "masked_patch_loss": (loss_operands, dict(patch_size=PATCH)),
 }
 
 

@@ -70,15 +70,15 @@ def attention_varlen(qkv, cu_seqlens, max_seqlen, *, scale=None):
     return torch.cat([qkv.new_zeros(0, qkv.shape[2] * qkv.shape[3]), *out])
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-6, gamma=None, drop_scale=None):
-    """The residual sum, and (sum - mean) / sqrt(biased variance + eps) * weight + bias."""
+def add_layer_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
+    """(sum - mean) / sqrt(biased variance + eps) * weight + bias, and the sum: of x alone without a residual."""
     total = x
-    if branch is not None:
-        scale = 1 if gamma is None else gamma
-        total = x + (scale if drop_scale is None else drop_scale[:, None, None] * scale) * branch
+    if residual is not None:
+        scale = 1 if layer_scale is None else layer_scale
+        total = residual + (scale if row_scale is None else row_scale[:, None, None] * scale) * x
     centred = total - total.mean(2, keepdim=True)
     variance = (centred * centred).mean(2, keepdim=True)
-    return total, centred / (variance + eps).sqrt() * weight + bias
+    return centred / (variance + eps).sqrt() * weight + bias, total
 
 
 def bias_gelu(x, bias):
@@ -98,18 +98,18 @@ def scatter_tokens(visible, keep_idx, mask_token, pos_embed):
     return _stack(tokens, (batch, len(pos_embed), width), visible)
 
 
-def masked_patch_loss(pixels, video, drop_idx, *, patch, mean=None, std=None, normalize=True):
+def masked_patch_loss(pixels, video, drop_idx, *, patch_size, mean=None, std=None, normalize=True):
     """The sum of squared errors patch by patch, over the number of values. The clip gets no gradient."""
     total = (pixels * 0).sum()
     for clip, row in enumerate(drop_idx.tolist()):
         for place, index in enumerate(row):
-            cells = _tubelet(video.detach(), clip, index, patch).to(pixels.dtype)
+            cells = _tubelet(video.detach(), clip, index, patch_size).to(pixels.dtype)
             if video.dtype == torch.uint8:
                 cells = cells / 255
             elif mean is not None:
                 cells = cells * _channels(std, cells) + _channels(mean, cells)
             if normalize:
-                count = math.prod(patch)
+                count = math.prod(patch_size)
                 cells = cells - cells.sum(dim=(1, 2, 3), keepdim=True) / count
                 variance = (cells * cells).sum(dim=(1, 2, 3), keepdim=True) / (count - 1)
                 cells = cells / (variance.sqrt() + 1e-6)

@@ -140,10 +140,10 @@ def test_attention_varlen_keeps_clips_apart():
 
 
 NORM = [
-    dict(without=("branch", "gamma", "drop_scale")),
-    dict(without=("gamma", "drop_scale")),
-    dict(without=("gamma",)),
-    dict(without=("drop_scale",)),
+    dict(without=("residual", "layer_scale", "row_scale")),
+    dict(without=("layer_scale", "row_scale")),
+    dict(without=("layer_scale",)),
+    dict(without=("row_scale",)),
     dict(),
     dict(batch=2, count=1),
     dict(batch=2, count=130, width=257),
@@ -158,16 +158,16 @@ NORM = [
 @pytest.mark.parametrize("case", NORM, ids=str)
 def test_add_layer_norm(case, eps, dtype):
     operands = norm_operands(dtype, **case)
-    total, normed = check("add_layer_norm", plain_norm, operands, eps=eps)
-    assert (total.dtype, normed.dtype) == (dtype, dtype)
+    normed, residual = check("add_layer_norm", plain_norm, operands, eps=eps)
+    assert (normed.dtype, residual.dtype) == (dtype, dtype)
 
 
-def test_residual_stream_keeps_float32():
-    """A branch in bfloat16, as autocast makes it, is added to a float32 stream without rounding it."""
-    operands = norm_operands(torch.float32, without=("gamma", "drop_scale"))  # which would be float32 themselves
-    operands["branch"] = operands["branch"].bfloat16()
-    total, _ = check("add_layer_norm", plain_norm, operands)
-    assert total.dtype == torch.float32
+def test_residual_keeps_float32():
+    """An x in bfloat16, as autocast makes it, is added to a float32 residual without rounding it."""
+    operands = norm_operands(torch.float32, without=("layer_scale", "row_scale"))  # which would be float32 themselves
+    operands["x"] = operands["x"].bfloat16()
+    _, residual = check("add_layer_norm", plain_norm, operands)
+    assert residual.dtype == torch.float32
 
 
 @every_dtype
@@ -218,7 +218,7 @@ LOSS = [
 @pytest.mark.parametrize("case", LOSS, ids=str)
 def test_masked_patch_loss(case, normalize, dtype):
     operands = loss_operands(dtype, **case)
-    (loss,) = check("masked_patch_loss", plain_loss, operands, patch=PATCH, normalize=normalize)
+    (loss,) = check("masked_patch_loss", plain_loss, operands, patch_size=PATCH, normalize=normalize)
     assert loss.dtype == torch.float32
 
 
@@ -227,7 +227,7 @@ def test_masked_patch_loss(case, normalize, dtype):
 def test_masked_patch_loss_undoes_the_normalisation(video, normalize):
     """Of a floating-point clip; uint8 is in [0, 1] after the division."""
     operands = loss_operands(torch.float32, video=video)
-    options = dict(patch=PATCH, normalize=normalize)
+    options = dict(patch_size=PATCH, normalize=normalize)
 
     def plain(video, **rest):
         if video.dtype != torch.uint8:
@@ -244,12 +244,12 @@ def test_masked_patch_loss_of_a_faint_patch(contrast):
     """Where the 1e-6 beside the standard deviation shows."""
     operands = loss_operands(torch.float32)
     operands["video"] *= contrast
-    check("masked_patch_loss", plain_loss, operands, patch=PATCH)
+    check("masked_patch_loss", plain_loss, operands, patch_size=PATCH)
 
 
 def test_masked_patch_loss_of_a_flat_patch():
     """Without any variance the target is zero, not the quotient of two roundings."""
     operands = loss_operands(torch.float32)
     operands["video"] = torch.full_like(operands["video"], 0.5)
-    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
     torch.testing.assert_close(loss, operands["pixels"].square().mean())

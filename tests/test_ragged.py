@@ -12,7 +12,7 @@ from test_jit_model import LARGE_TILES
 
 import mar_fast
 from mar_fast import TokenMask, masking, packed, reference
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 GRID, TOKENS = (2, 4, 4), 32
 LENGTHS = {"mixed": (5, 32, 1, 17), "one clip": (13,), "one token each": (1, 1, 1), "all tokens": (32, 32)}
@@ -198,7 +198,7 @@ def test_drop_path_is_one_draw_for_a_clip():
     mask = ragged(LENGTHS["mixed"])
     segments = packed.Segments.of(mask)
     block = build(mar_fast.MAR, drop_path=0.5).encoder.blocks[1]
-    drawn = torch.stack([block.drop_scale(torch.empty(mask.total_visible, 1, 96), segments) for _ in range(400)])
+    drawn = torch.stack([block.row_scale(torch.empty(mask.total_visible, 1, 96), segments) for _ in range(400)])
     for begin, end in zip(mask.cu_seqlens[:-1], mask.cu_seqlens[1:], strict=True):
         assert (drawn[:, begin:end] == drawn[:, begin : begin + 1]).all()
         assert sorted(drawn[:, begin].unique().tolist()) == [0.0, 2.0]
