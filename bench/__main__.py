@@ -1,6 +1,7 @@
 """``python -m mar_fast.bench SUITE...``: the suites with no more than torch; ``mar-fast bench`` adds comforts."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,10 +12,19 @@ from .machine import DTYPES
 from .suites import SUITES
 
 
+# Commands with options of their own.
+COMMANDS = ("host", "gpu")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run suites; exit code 1 if one of our own results is wrong."""
+    """Run suites, or a command of its own; exit code 1 if one of our own results is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] and arguments[0] in COMMANDS:
+        # Imported only here: they need Triton.
+        command = importlib.import_module(f".{arguments[0]}", __package__)
+        return int(command.main(arguments[1:]))
     parser = argparse.ArgumentParser(prog="python -m mar_fast.bench", description=__doc__)
-    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, or all")
+    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, or all; alone: {', '.join(COMMANDS)}")
     parser.add_argument("--out", type=Path, help="write the measurements there, as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace that file")
     parser.add_argument("--quick", action="store_true", help="few and small cases")

@@ -78,6 +78,7 @@ def test_under_autocast():
         assert torch.equal(eager_attention(qkv, 0.25), cpu_attention.attention(qkv.bfloat16(), 0.25))
 
 
+@pytest.mark.compiles
 def test_one_node_under_compile():
     qkv = packed()
     torch._dynamo.reset()

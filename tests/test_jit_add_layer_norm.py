@@ -310,6 +310,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "case", [dict(), dict(without=PLAIN), dict(without=("residual", *PLAIN)), dict(count=0)], ids=str
 )
@@ -320,6 +321,7 @@ def test_opcheck(case):
     torch.library.opcheck(custom, (*arguments, 1e-6, torch.float32, torch.float16, True))
 
 
+@pytest.mark.compiles
 @every_dtype
 @pytest.mark.parametrize("without", [(), PLAIN, ("residual", *PLAIN)], ids=str)
 def test_compiled(without, dtype):
@@ -335,6 +337,7 @@ def test_compiled(without, dtype):
     assert all(torch.equal(gradients[name], compiled_gradients[name]) for name in gradients)
 
 
+@pytest.mark.compiles
 def test_compiled_with_a_frozen_scale():
     """What backward gets then depends on what needs a gradient, in the traced graph too."""
     torch.compiler.reset()

@@ -300,6 +300,7 @@ def test_float64_pixels_are_left_to_pytorch(poisoned):
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("options", [(None, None, True), (MEAN, STD, False)], ids=str)
 @pytest.mark.parametrize("video", [torch.float16, torch.uint8])
 @pytest.mark.parametrize("count", [0, 3])
@@ -310,6 +311,7 @@ def test_opcheck(count, video, options):
     torch.library.opcheck(custom, (*operands.values(), PATCH, *options))
 
 
+@pytest.mark.compiles
 @every_dtype
 @pytest.mark.parametrize("video", [torch.float32, torch.uint8])
 def test_compiled(video, dtype):

@@ -263,6 +263,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("frozen", [(), ("pos_embed",), ("visible", "mask_token")], ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_opcheck(index, frozen):
@@ -270,11 +271,13 @@ def test_opcheck(index, frozen):
     torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
 
 
+@pytest.mark.compiles
 def test_opcheck_of_nothing():
     values = leaves(operands_of(make_index(2, 0), 154))
     torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
 
 
+@pytest.mark.compiles
 @every_dtype
 def test_compiled(dtype):
     def program(visible, keep_idx, mask_token, pos_embed):

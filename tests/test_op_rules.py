@@ -128,6 +128,7 @@ def test_autocast_of_no_tokens(name):
 COMPILED = [(name, False) for name in OPS] + [(name, True) for name in WITH_VIDEO]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("name", "uint8"), COMPILED)
 def test_compiles_without_a_break(name, uint8):
     op, operands = call(name)

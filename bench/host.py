@@ -1,0 +1,251 @@
+"""host: what a call costs the host, in microseconds and in units of F.layer_norm of a small tensor on a CPU.
+
+Without a GPU the launches are stubbed: operands lie on the CPU, the Triton path is taken, nothing runs. On a GPU they
+run, on operands so small that the device keeps up.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mar_fast import kernels
+from mar_fast.config import MARConfig
+from mar_fast.kernels import use_backend
+from mar_fast.kernels.jit.launch import stubbed
+from mar_fast.model import MAR
+
+from . import files, machine, records
+from .plain import PlainMAR
+from .timing import Spread
+
+Call = Callable[[], object]
+# What a call of an op may cost, in units, and its backward in times F.layer_norm's own forward and backward.
+LIMITS = {"no gradients": 2.5, "with gradients": 5.0, "backward": 1.5}
+# The whole model against the same model in plain PyTorch.
+MODEL_LIMIT = 0.65
+SUITE = "host"
+
+
+def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Each op with the operands of one small call."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    index = torch.arange(8, dtype=torch.int32, device=device)[None]
+    video = random(1, 3, 4, 32, 32)
+    raw = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    weights = dict(weight=random(96, 3, 2, 16, 16), bias=random(96), pos_embed=random(8, 96))
+    embedding = dict(keep_idx=index[:, :4], **weights)
+    statistics = dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    offsets = torch.tensor([0, 9, 17], dtype=torch.int32, device=device)
+    return {
+        "attention": (kernels.attention, dict(qkv=random(1, 17, 3, 3, 32))),
+        "attention_varlen": (
+            kernels.attention_varlen, dict(qkv=random(17, 3, 3, 32), cu_seqlens=offsets, max_seqlen=9)
+        ),
+        "add_layer_norm": (
+            kernels.add_layer_norm,
+            dict(x=random(1, 17, 96), residual=random(1, 17, 96), weight=random(96), bias=random(96)),
+        ),
+        "bias_gelu": (kernels.bias_gelu, dict(x=random(1, 17, 96), bias=random(96))),
+        "gather_patch_embed": (kernels.gather_patch_embed, dict(video=video, **embedding)),
+        "gather_patch_embed of uint8": (kernels.gather_patch_embed, dict(video=raw, **embedding, **statistics)),
+        "scatter_tokens": (
+            kernels.scatter_tokens,
+            dict(visible=random(1, 8, 96), keep_idx=index, mask_token=random(96), pos_embed=random(17, 96)),
+        ),
+        "masked_patch_loss": (
+            kernels.masked_patch_loss,
+            dict(pixels=random(1, 4, 1536), video=video, drop_idx=index[:, :4], patch_size=(2, 16, 16)),
+        ),
+    }  # fmt: skip
+
+
+# Operands that are data: weights, activations and predictions get gradients.
+NO_GRADIENT = ("video", "pos_embed")
+
+
+def calls(device: torch.device) -> dict[str, dict[str, Call]]:
+    """{op: {mode: call}}: without gradients, with them, and the backward pass through the engine after a forward."""
+    made = {}
+    for name, (op, arguments) in operands(device).items():
+        leaves = {
+            key: value.detach().requires_grad_(value.is_floating_point() and key not in NO_GRADIENT)
+            if isinstance(value, Tensor) else value
+            for key, value in arguments.items()
+        }  # fmt: skip
+        wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
+        outputs = op(**leaves)
+        seeds = [torch.ones_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+        def plain(op: Any = op, arguments: Any = arguments) -> object:
+            with torch.no_grad():
+                return op(**arguments)
+
+        def training(op: Any = op, leaves: Any = leaves) -> object:
+            return op(**leaves)
+
+        def both(op: Any = op, leaves: Any = leaves, wanted: Any = wanted, seeds: Any = seeds) -> object:
+            outputs = op(**leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return torch.autograd.grad(outputs, wanted, seeds)
+
+        made[name] = {"no gradients": plain, "with gradients": training, "forward and backward": both}
+    return made
+
+
+def layer_norm(device: torch.device) -> tuple[Call, Call]:
+    """F.layer_norm of (1, 17, 96): without gradients, and forward and backward."""
+    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((1, 17, 96), (96,), (96,)))
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    seed = torch.randn(1, 17, 96, device=device)
+
+    def plain() -> object:
+        with torch.no_grad():
+            return F.layer_norm(x, (96,), weight, bias, 1e-6)
+
+    def both() -> object:
+        out = F.layer_norm(leaves[0], (96,), leaves[1], leaves[2], 1e-6)
+        return torch.autograd.grad(out, leaves, seed)
+
+    return plain, both
+
+
+def small_model() -> MAR:
+    """ViT-B's depth and nothing else of it: width 32, one head, 4 tokens."""
+    config = MARConfig(
+        width=32, num_heads=1, bridge_width=32, bridge_heads=1, num_frames=2, image_size=(32, 32), mask_ratio=0.0,
+        decoder_depth=0, num_classes=10,
+    )  # fmt: skip
+    return MAR(config).eval()
+
+
+def models(device: torch.device) -> dict[str, Call]:
+    """The model through the kernels, and in plain PyTorch on the same ops and as `PlainMAR` writes them."""
+    model = small_model().to(device)
+    plain = PlainMAR(model.config).eval().to(device)
+    clip = torch.randn(1, 3, 2, 32, 32, device=device)
+    every = torch.arange(4, device=device)[None]
+
+    def ours() -> object:
+        with torch.no_grad():
+            return model(clip)
+
+    def eager() -> object:
+        with torch.no_grad(), use_backend("eager"):
+            return model(clip)
+
+    def other() -> object:
+        with torch.no_grad():
+            return plain(clip, every)
+
+    return {"mar_fast": ours, "mar_fast, eager backend": eager, "PyTorch SDPA": other}
+
+
+def interleaved(found: Mapping[str, Call], device: torch.device, rounds: int, repeat: int) -> dict[str, list[float]]:
+    """Seconds of one call on the host, by name, one figure a round; all take turns in each round."""
+    taken: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(-1, rounds):
+        for name, call in found.items():
+            for _ in range(3):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            seconds = (time.perf_counter() - begin) / repeat
+            if number >= 0:
+                taken[name].append(seconds)
+    return taken
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> Spread:
+    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+Figures = dict[tuple[str, str], tuple[Spread, Spread]]
+
+
+def measure(device: torch.device, *, quick: bool = False) -> Figures:
+    """What calls cost the host, one thread: {(what, mode): (seconds, ratio)}.
+
+    The ratio is to F.layer_norm of a CPU tensor without gradients; for "backward", which is forward and backward less
+    the forward, to F.layer_norm's own forward and backward there; for a model to the first other one.
+    """
+    rounds, repeat = (15, 30) if quick else (60, 60)
+    found: Figures = {}
+    cpu = torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    context: AbstractContextManager[object] = nullcontext() if on_gpu else stubbed()
+    with machine.threads(1), context:
+        unit, unit_both = layer_norm(cpu)
+        for name, modes in calls(device).items():
+            times = interleaved(modes | {"unit": unit, "unit of both": unit_both}, device, rounds, repeat)
+            both, training = times.pop("forward and backward"), times["with gradients"]
+            times["backward"] = [whole - part for whole, part in zip(both, training, strict=True)]
+            for mode in LIMITS:
+                base = times["unit of both" if mode == "backward" else "unit"]
+                found[name, mode] = Spread.of(times[mode]), _ratio(times[mode], base)
+        times = interleaved(models(device), device, rounds, 4)
+        base_name = "PyTorch SDPA" if on_gpu else "mar_fast, eager backend"
+        for name, values in times.items():
+            found[f"model: {name}", "no gradients"] = Spread.of(values), _ratio(values, times[base_name])
+    return found
+
+
+def median_ratio(figures: Figures, what: str, mode: str) -> float:
+    """The median ratio of one figure."""
+    return figures[what, mode][1].p50
+
+
+def table(figures: Figures, device: torch.device) -> str:
+    """The figures as text."""
+    lines = [f"{'what':36} {'mode':16} {'us':>8} {'ratio':>7} {'p20':>6} {'p80':>6} {'limit':>6}"]
+    for (what, mode), (seconds, ratio) in figures.items():
+        limit = LIMITS[mode] if not what.startswith("model: ") else MODEL_LIMIT if what == "model: mar_fast" else None
+        said = "" if limit is None or device.type == "cuda" else f"{limit:g}"
+        lines.append(
+            f"{what:36} {mode:16} {seconds.p50 * 1e6:8.1f} {ratio.p50:7.2f} {ratio.p20:6.2f} {ratio.p80:6.2f} {said:>6}"
+        )
+    return "\n".join(lines)
+
+
+def rows(figures: Figures, device: torch.device) -> list[records.Record]:
+    """The figures as records."""
+    environment = machine.environment(device)
+    found = []
+    for (what, mode), (seconds, ratio) in figures.items():
+        common = dict(suite=SUITE, case=what, provider=records.OURS, mode=mode, dtype="fp32", x=0.0)
+        for spread, metric, unit in ((seconds, "host time", "s"), (ratio, "host ratio", "")):
+            found.append(records.Record.of(environment, spread, metric=metric, unit=unit, **common))  # type: ignore[arg-type]
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """The command; exit code 0."""
+    parser = argparse.ArgumentParser(prog="python -m mar_fast.bench host", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, help="write the measurements there, as JSON lines")
+    parser.add_argument("--force", action="store_true", help="replace that file")
+    options = parser.parse_args(arguments)
+    try:
+        device = machine.device(options.device)
+        if options.out is not None:
+            files.may_write([options.out], options.force)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    figures = measure(device, quick=options.quick)
+    print(table(figures, device))
+    if options.out is not None:
+        records.write(options.out, rows(figures, device))
+    return 0
