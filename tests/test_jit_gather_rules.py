@@ -17,7 +17,7 @@ from test_jit_gather_patch_embed import DARK, FEW, LARGE, NORMALISED, REAL, SMAL
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.launch_config import forced
+from mar_fast.kernels.jit.launch import forced
 
 pytestmark = pytest.mark.interpreter
 
