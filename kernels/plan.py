@@ -24,6 +24,11 @@ Key = tuple[Any, ...]
 LIMIT = 512
 
 
+def dual() -> bool:
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation looks at calls, which no kernel takes part in."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -65,10 +70,10 @@ class Plans:
                 where = value.device
                 parts += (value.shape, value.stride(), value.dtype, where, value.data_ptr() & 15, value.requires_grad)
                 on = where.type
-            elif kind is tuple:
-                parts += (value, *map(type, value))  # (2, 3.0) == (2, 3)
             elif isinstance(value, Tensor):
                 return None, None
+            elif isinstance(value, tuple):
+                parts += (kind, value, *map(type, value))  # (2, 3.0) == (2, 3)
             else:
                 parts += (kind, value)  # 1 == 1.0 == True
         if on not in device.AUTOCAST:

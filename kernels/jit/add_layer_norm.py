@@ -302,7 +302,7 @@ def backward(
         add_layer_norm_backward_kernel, (programs,),
         (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles), choice,
         (
-            copied, False, False, scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
+            copied, scattered(mean), scattered(rstd), scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
             normed_copied, grad_copied,
         ),
         WEIGHT=wanted[2], BIAS=wanted[3], LAYER_SCALE=wanted[4],

@@ -318,7 +318,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Run:  # fmt: skip
     """The gradient of qkv, from those of out and lse: None for one that was not used."""
-    launches = _launches(grad, grad_lse, qkv, None, qkv.shape[1], lse, scale)
+    launches = _launches(grad, grad_lse, qkv, None, out, lse, qkv.shape[1], scale)
 
     def run(
         grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor
@@ -341,7 +341,7 @@ def backward_varlen(
     max_seqlen: int, scale: float, save: bool, needs: Sequence[bool],
 ) -> Run:  # fmt: skip
     """The same for ragged clips."""
-    launches = _launches(grad, grad_lse, qkv, cu_seqlens, max_seqlen, lse, scale)
+    launches = _launches(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
 
     def run(
         grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor
@@ -356,11 +356,15 @@ def _launches(
     grad_lse: Tensor | None,
     qkv: Tensor,
     cu_seqlens: Tensor | None,
-    tokens: int,
+    out: Tensor,
     lse: Tensor,
+    tokens: int,
     scale: float,
 ) -> Run:
-    """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many."""
+    """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many.
+
+    Any of what was saved may have come back with other strides, from hooks on saved tensors.
+    """
     if qkv.numel() == 0:
         return lambda grad, grad_lse, qkv, *rest: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     ragged = cu_seqlens is not None
@@ -389,11 +393,11 @@ def _launches(
     copies = (copied, scattered(cu_seqlens))
     query = launch(
         "attention_backward_query", attention_backward_query_kernel, config_query, "block_m", "block_n",
-        (*copies, False, grad_copied, False, scattered(grad_lse)),
+        (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse)),
     )  # fmt: skip
     key_value = launch(
         "attention_backward_key_value", attention_backward_key_value_kernel, config_key_value, "block_n", "block_m",
-        (*copies, grad_copied),
+        (*copies, grad_copied, scattered(lse)),
     )  # fmt: skip
 
     def run(

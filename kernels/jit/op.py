@@ -122,18 +122,21 @@ class Op:
         )
         if self._saving and training:
             options = (*options[:-1], True)
+        if not torch.compiler.is_compiling() and plan.transformed():
+            raise self._untransformed()
         if plan.watched(*tensors):
             return lambda *tensors: self.custom(*tensors, *options)
-        if plan.transformed():
-            raise RuntimeError(
-                f"{self.name}: got a call under torch.func (vmap, grad, jvp, ...) or forward-mode differentiation, "
-                "which no kernel takes part in; expected autograd, or use_backend('eager')"
-            )
         forward = self.forward(*tensors, *options)
         if not training:
             return forward
         apply, planned = self.function.apply, _Planned(forward, options)
         return lambda *tensors: apply(planned, *tensors)
+
+    def _untransformed(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name}: got a call under torch.func (vmap, grad, jvp, ...) or forward-mode differentiation, "
+            "which no kernel takes part in; expected autograd, or use_backend('eager')"
+        )
 
     def opaque(self, *inputs: Any) -> Any:
         """The forward pass planned and run at once: what the library's op does."""
@@ -172,6 +175,8 @@ class Op:
     ) -> list[Tensor | None]:
         if operands[:given].count(None) == given:
             return [None] * self._tensors
+        if plan.transformed():  # gradients in a batch, or with tangents
+            raise self._untransformed()
         key = (*(None if value is None else plan.layout(value) for value in operands), *needs)
         run = planned.backward.get(key)
         if run is None:
@@ -191,13 +196,25 @@ class Op:
     def _library_ops(self, outputs: Callable[..., Any], gradients: int) -> tuple[Any, Any]:
         tensors, public = self._tensors, self.public
 
+        def with_tangents_an_error() -> None:
+            # A library's op loses them in silence.
+            if plan.dual():
+                raise self._untransformed()
+
         def forward(*inputs: Any) -> Any:
+            with_tangents_an_error()
             return self.opaque(*inputs)
 
+        def forward_fake(*inputs: Any) -> Any:
+            with_tangents_an_error()
+            return _filled(outputs(*inputs))
+
         def backward(*inputs: Any) -> tuple[Tensor, ...]:
+            with_tangents_an_error()
             return _filled(tuple(self._backward(*inputs)(*inputs[: -1 - options])))
 
         def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+            with_tangents_an_error()
             return _filled(tuple(self._gradients(*inputs)))
 
         signature = inspect.signature(outputs)
@@ -214,7 +231,7 @@ class Op:
         declare = torch.library.custom_op if INTERPRETING else torch.library.triton_op
         custom = declare(f"{LIBRARY}::{self.name}", forward, mutates_args=())
         custom_backward = declare(f"{LIBRARY}::{self.name}_backward", backward, mutates_args=())
-        custom.register_fake(lambda *inputs: _filled(outputs(*inputs)))
+        custom.register_fake(forward_fake)
         custom_backward.register_fake(backward_fake)
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
