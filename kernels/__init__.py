@@ -22,9 +22,6 @@ else:
     from .masked_patch_loss import masked_patch_loss
     from .scatter_tokens import scatter_tokens
 
-    # Last, once the ops are there: PyTorch's flop counter learns what they cost.
-    from . import flops as flops  # isort: skip
-
     __all__ = [
         "add_layer_norm",
         "attention",

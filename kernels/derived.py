@@ -1,7 +1,8 @@
 """What depends on weights alone, kept until they change: weights folded for uint8 pixels, packed weights and biases."""
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ SOURCES, WAYS = 1024, 16
 
 
 class _Kept(NamedTuple):
-    state: tuple[Any, ...]
-    sources: tuple[Any, ...]  # weak references
+    stream: int | None
+    sources: tuple[Any, ...]  # of each a weak reference, and what its state was
     aliases: tuple[Tensor | None, ...]
     result: Any
 
@@ -40,13 +41,13 @@ class Derived:
     came of its first source. **Writing through** ``.data``, **or from another library, is not counted**: call
     `forget` after it.
 
-    Nothing is kept of inference tensors, which count no versions, of memory shared with other processes, while a CUDA
-    graph is captured (it is written only when the graph is replayed) and while something else than the device looks on
-    (torch.compile, dispatch modes, torch.func). Results are made for one stream and served on that alone.
+    Nothing is kept of inference tensors, which count no versions, of memory shared with other processes and while
+    something else than the device looks on (torch.compile, dispatch modes, torch.func). Results are made for one stream
+    and served on that alone. A CUDA graph that is captured makes its own, since it would read what is forgotten here,
+    but within `held`.
 
     It does not keep its sources alive, only their memory until the tensor dies or is next looked up: otherwise another
-    one could come to lie at the same address. A result stays until its sources change; **a CUDA graph that reads it
-    must hold it itself**, as it must hold the weights. A copy or a pickle begins empty.
+    one could come to lie at the same address. A copy or a pickle begins empty.
     """
 
     every: ClassVar["weakref.WeakSet[Derived]"] = weakref.WeakSet()
@@ -61,31 +62,41 @@ class Derived:
     def __reduce__(self) -> tuple[type["Derived"], tuple[()]]:
         return Derived, ()
 
-    def get(self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any]) -> Any:
+    def get(
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], *, planned: bool = False
+    ) -> Any:
         """``make(*sources)``, or what it gave the last time.
 
         Args:
             sources: All tensors that the result depends on; the first is not None.
             options: Everything else that it depends on, also which ``make`` it is.
             make: A function of the sources. With gradients on it is called every time, and differentiable if it is.
+            planned: Whether the options name dtype, shape and strides of every source, as a plan's key does: they are
+                not compared then.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            if not torch.compiler.is_compiling():
-                self.forget(sources[0])
+        if torch.compiler.is_compiling():
             return make(*sources)
-        state = _state(sources)
-        if state is None:
+        if plan.grad_enabled():
+            self.forget(sources[0])
+            return make(*sources)
+        if plan.dispatch_modes():
             return make(*sources)
         ways = self._kept.get(id(sources[0]))
         if ways is not None:
             kept = ways.get(options)
             if kept is not None:
-                if kept.state == state and all(
-                    weak is None or weak() is source for weak, source in zip(kept.sources, sources, strict=True)
-                ):
-                    return kept.result
+                if _unchanged(kept.sources, sources):
+                    if _held is not None:
+                        _held.append(kept.result)
+                        return kept.result
+                    if kept.stream is None:
+                        return kept.result
+                    if torch.cuda.is_current_stream_capturing():
+                        return make(*sources)
+                    if kept.stream == _stream(sources[0]):
+                        return kept.result
                 ways.pop(options, None)
-        return self._make(sources, options, make, state)
+        return self._make(sources, options, make, planned)
 
     def forget(self, source: Tensor | None = None) -> None:
         """Forget what came of this first source, or everything."""
@@ -95,9 +106,10 @@ class Derived:
             self._kept.pop(id(source), None)
 
     def _make(
-        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], state: tuple[Any, ...]
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
     ) -> Any:
-        if plan.transformed() or any(source is not None and _unkept(source) for source in sources):
+        states = [None if source is None else _state(source) for source in sources]
+        if () in states or plan.transformed():
             return make(*sources)
         with torch.inference_mode(False), torch.no_grad():  # what is kept is an ordinary tensor
             result = make(*sources)
@@ -109,41 +121,71 @@ class Derived:
             if derived is not None:
                 derived._kept.pop(first, None)
 
-        weak = tuple(None if source is None else weakref.ref(source, died) for source in sources)
+        known = tuple(
+            None if source is None else (weakref.ref(source, died), *state[:2], None if planned else state[2:])
+            for source, state in zip(sources, states, strict=True)
+        )
         if first not in self._kept and len(self._kept) >= SOURCES:
             self._kept.clear()
         ways = self._kept.setdefault(first, {})
         if len(ways) >= WAYS:
             ways.clear()
-        ways[options] = _Kept(state, weak, aliases, result)
+        ways[options] = _Kept(_stream(sources[0]), known, aliases, result)
         return result
 
 
-def _state(sources: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """What tells these tensors from changed ones; None where nothing does."""
-    parts: list[Any] = []
+_held: list[Any] | None = None
+
+
+@contextmanager
+def held() -> Iterator[list[Any]]:
+    """Within this context results are served on any stream, and put into the list that this yields.
+
+    For the capture of a CUDA graph, after warm-up calls that it waits for: the list is kept with the graph.
+    """
+    global _held
+    before, _held = _held, []
     try:
-        for source in sources:
-            if source is None:
-                parts.append(None)
-                continue
-            kind = type(source)
-            if kind is not Parameter and kind is not Tensor:
-                return None
-            on = source.device
-            # Inference tensors have no version; some tensors of torch.func have no memory of their own.
-            parts += (source.data_ptr(), source._version, source.dtype, source.shape, source.stride(), on)
-            if on.type == "cuda":
-                parts.append(current_stream(on.index))
+        yield _held
+    finally:
+        _held = before
+
+
+def _stream(source: Tensor | None) -> int | None:
+    """The current stream of a source on a GPU."""
+    return current_stream(source.get_device()) if source is not None and source.is_cuda else None
+
+
+def _state(source: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from a changed one; () where nothing does.
+
+    Not its device: addresses are of one space for all of them, and the memory of this one is not given to others.
+    """
+    if type(source) not in (Tensor, Parameter):
+        return ()
+    try:
+        # Inference tensors have no version, and some tensors of torch.func no memory of their own.
+        state = source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
+        if source.is_cuda:
+            return () if torch.cuda.is_current_stream_capturing() else state  # written when the graph is replayed
+        return () if source.device.type == "cpu" and source.is_shared() else state  # another process may write
     except RuntimeError:
-        return None
-    return tuple(parts)
+        return ()
 
 
-def _unkept(source: Tensor) -> bool:
-    if source.is_cuda:
-        return torch.cuda.is_current_stream_capturing()
-    return source.device.type == "cpu" and source.is_shared()  # another process may write to it
+def _unchanged(known: Sequence[Any], sources: Sequence[Tensor | None]) -> bool:
+    """Whether these are the tensors of which that is known."""
+    for one, source in zip(known, sources, strict=True):
+        if one is None or source is None:
+            if one is not source:
+                return False
+            continue
+        weak, address, version, layout = one
+        if weak() is not source or source.data_ptr() != address or source._version != version:
+            return False
+        if layout is not None and layout != (source.dtype, source.shape, source.stride()):
+            return False
+    return True
 
 
 def forget() -> None:

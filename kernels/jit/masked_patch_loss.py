@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, block, choose, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, rows
 from .op import Op, Run
 from .tubelets import of_channel
 
@@ -229,7 +229,7 @@ def gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor]:
     """Of pixels."""
-    return (torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device),)
+    return (torch.empty_like(pixels, memory_format=DENSE),)
 
 
 def backward(

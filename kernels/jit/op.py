@@ -173,11 +173,11 @@ class Op:
     def _run_backward(
         self, planned: _Planned, operands: tuple[Tensor | None, ...], needs: list[bool], given: int
     ) -> list[Tensor | None]:
-        if operands[:given].count(None) == given:
+        if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
         if plan.transformed():  # gradients in a batch, or with tangents
             raise self._untransformed()
-        key = (*(None if value is None else plan.layout(value) for value in operands), *needs)
+        key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
         run = planned.backward.get(key)
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
@@ -245,7 +245,7 @@ class Op:
             given = given[:public]
             if public > 1:  # the empty tensor in place of an output that is left out may have been used all the same
                 given = tuple(map(_read, given))
-            if given.count(None) == public:
+            if all(value is None for value in given):
                 return (*[None] * tensors, *nothing)
             results = custom_backward(*given, *ctx.saved_tensors, *ctx.options, needs)
             read = [_read(result) for result in results[:gradients]]
