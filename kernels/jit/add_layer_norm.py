@@ -38,7 +38,8 @@ def add_layer_norm_forward_kernel(
         b_x = b_sum.to(tl.float32)
     b_mean = tl.sum(b_x, axis=1) / columns
     b_centred = tl.where(m_column[None, :], b_x - b_mean[:, None], 0.0)
-    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / columns + eps)
+    # inductor hands floats over as float64
+    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / columns + tl.cast(eps, tl.float32))
     if mean is not None:
         tl.store(mean + o_row, b_mean, mask=m_row)
         tl.store(rstd + o_row, b_rstd, mask=m_row)
