@@ -233,14 +233,21 @@ def options_of(name):
         "add_layer_norm": [dict(eps=e) for e in (1, 1.0, True, 1e-6)],
         "gather_patch_embed": [
             dict(mean=m, std=s)
-            for m, s in ((None, None), ((0, 1, 0), (1, 1, 1)), ((0.0, 1.0, 0.0), (1.0, 1.0, True)), ([0, 1, 0], [1, 1, 2]))
+            for m, s in (
+                (None, None),
+                ((0, 1, 0), (1, 1, 1)),
+                ((0.0, 1.0, 0.0), (1.0, 1.0, True)),
+                ([0, 1, 0], [1, 1, 2]),
+            )
         ],
         "masked_patch_loss": [dict(normalize=n) for n in (True, 1, False, 0)]
         + [dict(patch_size=PATCH), dict(patch_size=Triple(*PATCH)), dict(mean=(0, 1, 0), std=(1, 2, 1))],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_varlen", "add_layer_norm", "gather_patch_embed", "masked_patch_loss"])
+@pytest.mark.parametrize(
+    "name", ["attention", "attention_varlen", "add_layer_norm", "gather_patch_embed", "masked_patch_loss"]
+)
 def test_options(name):
     op, operands = small_call(name)
     assert_planned_as_unplanned(name, [(op, operands | options) for options in options_of(name)])
