@@ -251,9 +251,7 @@ def test_an_unscaled_x_costs_nothing(monkeypatch):
     values = leaves(norm_operands(torch.float32, without=PLAIN))
     normed, residual = kernels.add_layer_norm(**values)
     assert values["x"].data_ptr() not in kept(normed)
-    of_x, of_residual = torch.autograd.grad(
-        residual.sum() + normed.square().sum(), (values["x"], values["residual"])
-    )
+    of_x, of_residual = torch.autograd.grad(residual.sum() + normed.square().sum(), (values["x"], values["residual"]))
     assert of_x.data_ptr() == of_residual.data_ptr()
     assert launches.absent() == {"x", "layer_scale", "row_scale", "grad_x", "LAYER_SCALE", "row_part"}
 

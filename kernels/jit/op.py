@@ -175,9 +175,12 @@ class Op:
     ) -> list[Tensor | None]:
         if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
-        if plan.transformed():  # gradients in a batch, or with tangents
+        if plan.transformed():
             raise self._untransformed()
-        key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+        try:
+            key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+        except RuntimeError as error:  # without memory: gradients in a batch, of is_grads_batched
+            raise self._untransformed() from error
         run = planned.backward.get(key)
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
