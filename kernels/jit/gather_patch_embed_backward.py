@@ -167,7 +167,7 @@ def config_weight(arch: str, dtype: torch.dtype, *, pixel_bytes: int, columns: i
     return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, origin=origin)
 
 
-def config_video(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
+def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
     """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. Not measured."""
     if arch not in TUNED:
         block_m = 64 if dtype == torch.float32 else 128
@@ -176,7 +176,9 @@ def config_video(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
     if dtype == torch.float32:
         block_n = 64 if arch == "sm_80" else 128
         return LaunchConfig(128, block_n, 32, num_warps=8, num_stages=3, origin=origin)
-    return LaunchConfig(128, 256 if rows > 4096 else 128, 64, num_warps=8, num_stages=3, origin=origin)
+    # Pixels of 32 bits leave no registers for wide tiles.
+    block_n = 256 if rows > 4096 and pixel_bytes <= 2 else 128
+    return LaunchConfig(128, block_n, 64, num_warps=8, num_stages=3, origin=origin)
 
 
 def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
@@ -316,7 +318,9 @@ def _video_gradient(
     layout, copied = layout_of(gradient_memory(video), (t, h, w))
     assert not copied
     fold = fold_weight(weight, None, layout, work)
-    choice = choose("gather_patch_embed_backward_video", config_video, grad, work, rows=count)
+    choice = choose(
+        "gather_patch_embed_backward_video", config_video, grad, work, pixel_bytes=video.element_size(), rows=count
+    )
     tile = choice.config
     launch = Launch(
         gather_patch_embed_backward_video_kernel,
