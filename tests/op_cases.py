@@ -81,13 +81,15 @@ def varlen_operands(dtype, lengths=(5, 0, 12), spare=0, heads=2, size=32, index=
 
 
 def norm_operands(dtype, batch=3, count=17, width=33, without=()):
+    stream = torch.randn(batch, count, width).to(dtype) + 2  # a mean that a careless variance stumbles over
+    x = torch.randn(batch, count, width).to(dtype) + 0.5
     operands = dict(
-        x=torch.randn(batch, count, width).to(dtype) + 2,  # a mean that a careless variance stumbles over
-        branch=torch.randn(batch, count, width).to(dtype) + 0.5,
+        x=stream if "residual" in without else x,
+        residual=stream,
         weight=torch.randn(width).to(dtype),
         bias=torch.randn(width).to(dtype),
-        gamma=torch.randn(width).to(dtype) + 0.5,  # with branch's mean: drop_scale's gradient does not cancel out
-        drop_scale=torch.tensor([1.25, 0.0, 2.5][:batch]).to(dtype),
+        layer_scale=torch.randn(width).to(dtype) + 0.5,  # with x's mean: row_scale's gradient does not cancel out
+        row_scale=torch.tensor([1.25, 0.0, 2.5][:batch]).to(dtype),
     )
     return operands | dict.fromkeys(without)
 
@@ -128,11 +130,11 @@ def plain_gather(video, keep_idx, weight, bias, pos_embed, *, mean=None, std=Non
     return tokens.gather(1, keep_idx.long()[..., None].expand(-1, -1, tokens.shape[2])).to(weight.dtype)
 
 
-def plain_norm(x, branch, weight, bias, *, eps=1e-6, gamma=None, drop_scale=None):
-    if branch is not None:
-        branch = branch if gamma is None else branch * gamma
-        x = x + (branch if drop_scale is None else branch * drop_scale.view(-1, 1, 1))
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+def plain_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
+    if residual is not None:
+        x = x if layer_scale is None else x * layer_scale
+        x = residual + (x if row_scale is None else x * row_scale.view(-1, 1, 1))
+    return F.layer_norm(x, weight.shape, weight, bias, eps), x
 
 
 def plain_gelu(x, bias):

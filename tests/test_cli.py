@@ -11,7 +11,8 @@ import torch
 
 from mar_fast import masking, video
 from mar_fast.bench import files, machine, savings
-from mar_fast.kernels import device, launch_config
+from mar_fast.kernels import device
+from mar_fast.kernels.jit import launch
 
 pytestmark = pytest.mark.real_clip
 
@@ -72,10 +73,9 @@ def test_savings_json_is_all_of_stdout(run, small):
 
 def test_wrong_model_withholds_speeds(run, small, monkeypatch, tmp_path):
     """A fast model that is another function than the reference gets no speed, and the exit code says so."""
-    from mar_fast.kernels import eager
-
-    attention = eager.attention
-    monkeypatch.setattr(eager, "attention", lambda qkv, scale: attention(qkv, scale * 1.01))
+    module = sys.modules["mar_fast.kernels.attention"]
+    right = module.eager_attention
+    monkeypatch.setattr(module, "eager_attention", lambda qkv, scale: right(qkv, scale * 1.01))
     code, out, err = run("savings", *QUICK)
     assert code == 1 and "differs from the reference" in err
     assert "latency" not in out and "speed-up" not in out
@@ -252,9 +252,9 @@ def test_kernels_with_a_fault(run, monkeypatch, tmp_path):
     ]
     (tmp_path / "sm_90.json").write_text(json.dumps({"bias_gelu.forward": rows}))
     monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path))
-    launch_config.forget_tables()
+    launch.forget_choices()
     code, out, err = run(*ONE_KERNEL)
-    launch_config.forget_tables()
+    launch.forget_choices()
     assert code == 1 and "lines failed" in err
     assert "bias_gelu.forward, ViT-B, 32 clips, 50 %, bfloat16, sm_90: widest global load" in out
     assert "bias_gelu.forward, sm_90: no case covers this row of sm_90.json, for never 0 to 1" in out
@@ -289,9 +289,9 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "environment", lambda device: {"mar_fast": "9", "commit": "abc"})
     monkeypatch.setattr(sys.modules["mar_fast.cli.tune"], "_gpu", lambda: machine_)
     monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path / "mine"))
-    launch_config.forget_tables()
+    launch.forget_choices()
     yield machine_
-    launch_config.forget_tables()
+    launch.forget_choices()
 
 
 @needs_compiler

@@ -87,7 +87,7 @@ AUTOCAST = {
     "gather_patch_embed": [torch.float32],  # the weight's
     "attention": [torch.bfloat16],
     "attention_varlen": [torch.bfloat16],
-    "add_layer_norm": [torch.float32, torch.bfloat16],  # the stream stays, the next matrix product is bfloat16
+    "add_layer_norm": [torch.bfloat16, torch.float32],  # the next matrix product is bfloat16, the residual stays
     "bias_gelu": [torch.float32],
     "scatter_tokens": [torch.float32],
     "masked_patch_loss": [torch.float32],

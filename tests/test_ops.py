@@ -140,10 +140,10 @@ def test_attention_varlen_keeps_clips_apart():
 
 
 NORM = [
-    dict(without=("branch", "gamma", "drop_scale")),
-    dict(without=("gamma", "drop_scale")),
-    dict(without=("gamma",)),
-    dict(without=("drop_scale",)),
+    dict(without=("residual", "layer_scale", "row_scale")),
+    dict(without=("layer_scale", "row_scale")),
+    dict(without=("layer_scale",)),
+    dict(without=("row_scale",)),
     dict(),
     dict(batch=2, count=1),
     dict(batch=2, count=130, width=257),
@@ -158,16 +158,16 @@ NORM = [
 @pytest.mark.parametrize("case", NORM, ids=str)
 def test_add_layer_norm(case, eps, dtype):
     operands = norm_operands(dtype, **case)
-    total, normed = check("add_layer_norm", plain_norm, operands, eps=eps)
-    assert (total.dtype, normed.dtype) == (dtype, dtype)
+    normed, residual = check("add_layer_norm", plain_norm, operands, eps=eps)
+    assert (normed.dtype, residual.dtype) == (dtype, dtype)
 
 
-def test_residual_stream_keeps_float32():
-    """A branch in bfloat16, as autocast makes it, is added to a float32 stream without rounding it."""
-    operands = norm_operands(torch.float32, without=("gamma", "drop_scale"))  # which would be float32 themselves
-    operands["branch"] = operands["branch"].bfloat16()
-    total, _ = check("add_layer_norm", plain_norm, operands)
-    assert total.dtype == torch.float32
+def test_residual_keeps_float32():
+    """An x in bfloat16, as autocast makes it, is added to a float32 residual without rounding it."""
+    operands = norm_operands(torch.float32, without=("layer_scale", "row_scale"))  # which would be float32 themselves
+    operands["x"] = operands["x"].bfloat16()
+    _, residual = check("add_layer_norm", plain_norm, operands)
+    assert residual.dtype == torch.float32
 
 
 @every_dtype

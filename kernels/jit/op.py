@@ -122,18 +122,22 @@ class Op:
         )
         if self._saving and training:
             options = (*options[:-1], True)
+        if not torch.compiler.is_compiling() and plan.transformed():
+            raise self._untransformed()
         if plan.watched(*tensors):
             return lambda *tensors: self.custom(*tensors, *options)
-        if plan.transformed():
-            raise RuntimeError(
-                f"{self.name}: got a call under torch.func (vmap, grad, jvp, ...) or forward-mode differentiation, "
-                "which no kernel takes part in; expected autograd, or use_backend('eager')"
-            )
         forward = self.forward(*tensors, *options)
         if not training:
             return forward
-        apply, planned = self.function.apply, _Planned(forward, options)
+        # Without what Function.apply asks first: torch.func is not at work, or there would be no plan.
+        apply, planned = super(torch.autograd.Function, self.function).apply, _Planned(forward, options)
         return lambda *tensors: apply(planned, *tensors)
+
+    def _untransformed(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name}: got a call under torch.func (vmap, grad, jvp, ...) or forward-mode differentiation, "
+            "which no kernel takes part in; expected autograd, or use_backend('eager')"
+        )
 
     def opaque(self, *inputs: Any) -> Any:
         """The forward pass planned and run at once: what the library's op does."""
@@ -172,7 +176,12 @@ class Op:
     ) -> list[Tensor | None]:
         if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
-        key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+        if plan.transformed():
+            raise self._untransformed()
+        try:
+            key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+        except RuntimeError as error:  # without memory: gradients in a batch, of is_grads_batched
+            raise self._untransformed() from error
         run = planned.backward.get(key)
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
@@ -191,13 +200,25 @@ class Op:
     def _library_ops(self, outputs: Callable[..., Any], gradients: int) -> tuple[Any, Any]:
         tensors, public = self._tensors, self.public
 
+        def with_tangents_an_error() -> None:
+            # A library's op loses them in silence.
+            if plan.dual():
+                raise self._untransformed()
+
         def forward(*inputs: Any) -> Any:
+            with_tangents_an_error()
             return self.opaque(*inputs)
 
+        def forward_fake(*inputs: Any) -> Any:
+            with_tangents_an_error()
+            return _filled(outputs(*inputs))
+
         def backward(*inputs: Any) -> tuple[Tensor, ...]:
+            with_tangents_an_error()
             return _filled(tuple(self._backward(*inputs)(*inputs[: -1 - options])))
 
         def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+            with_tangents_an_error()
             return _filled(tuple(self._gradients(*inputs)))
 
         signature = inspect.signature(outputs)
@@ -214,7 +235,7 @@ class Op:
         declare = torch.library.custom_op if INTERPRETING else torch.library.triton_op
         custom = declare(f"{LIBRARY}::{self.name}", forward, mutates_args=())
         custom_backward = declare(f"{LIBRARY}::{self.name}_backward", backward, mutates_args=())
-        custom.register_fake(lambda *inputs: _filled(outputs(*inputs)))
+        custom.register_fake(forward_fake)
         custom_backward.register_fake(backward_fake)
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -225,10 +246,13 @@ class Op:
         def gradient(ctx: Any, *given: Tensor | None) -> Any:
             needs = [ctx.needs_input_grad[position] for position in self._positions]
             nothing: list[Tensor | None] = [None] * options
-            if all(value is None for value in given[:public]):
+            given = given[:public]
+            if public > 1:  # the empty tensor in place of an output that is left out may have been used all the same
+                given = tuple(map(_read, given))
+            if all(value is None for value in given):
                 return (*[None] * tensors, *nothing)
-            results = custom_backward(*given[:public], *ctx.saved_tensors, *ctx.options, needs)
-            read = [result if result.numel() or result.ndim != 1 else None for result in results[:gradients]]
+            results = custom_backward(*given, *ctx.saved_tensors, *ctx.options, needs)
+            read = [_read(result) for result in results[:gradients]]
             return (*self._placed(read, needs), *nothing)
 
         custom.register_autograd(gradient, setup_context=save)
@@ -242,3 +266,8 @@ def _filled(results: Any) -> Any:
     like = next(result for result in results if result is not None)
     filled = tuple(like.new_empty((0,)) if result is None else result for result in results)
     return filled if len(filled) > 1 else (*filled, like.new_empty((0,)))
+
+
+def _read(result: Tensor | None) -> Tensor | None:
+    """None again for an empty tensor in its place."""
+    return None if result is None or (result.ndim == 1 and not result.numel()) else result
