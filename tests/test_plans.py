@@ -95,9 +95,9 @@ def changed_calls(name, change):
     for key, value in operands.items():
         if not torch.is_tensor(value):
             continue
-        if CHANGES[change] is other_dtype:
-            if not value.is_floating_point() or (name == "gather_patch_embed" and key in ("weight", "bias")):
-                continue  # these two have one dtype
+        one_dtype = not value.is_floating_point() or (name == "gather_patch_embed" and key in ("weight", "bias"))
+        if CHANGES[change] is other_dtype and one_dtype:
+            continue
         calls.append((op, operands | {key: CHANGES[change](value)}))
     return calls
 
