@@ -49,6 +49,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = os.environ.get("MAR_FAST_TEST_DEVICE") == "cuda"
 if ON_GPU:
     torch.set_default_device("cuda")
+    # What plain PyTorch reaches in float32 bounds the error of the kernels; its convolutions are in TF32 by default.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(config, items):

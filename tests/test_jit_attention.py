@@ -11,7 +11,7 @@ from op_cases import attention_operands, cropped, strided, varlen_operands
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 

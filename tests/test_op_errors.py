@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from op_cases import OPS, call
+from op_cases import DEVICE, OPS, call
+
+from mar_fast import kernels
 
 # Operands of an ordinary call: video (2, 3, 4, 21, 55) in tubelets of (2, 3, 5), 154 of them, 17 visible or dropped;
 # width 33; 2 heads of size 32; offsets 0, 5, 5, 17.
@@ -13,7 +15,7 @@ VALUE, TYPE = ValueError, TypeError
 HALF = torch.float16
 
 
-def zeros(*shape, dtype=torch.float32, device="cpu"):
+def zeros(*shape, dtype=torch.float32, device=None):
     return torch.zeros(*shape, dtype=dtype, device=device)
 
 
@@ -140,7 +142,7 @@ BAD = {
         (dict(pixels=zeros(2, 17, 90).int()), TYPE, "pixels", "torch.int32"),
         (dict(video=zeros(*CLIP[1:])), VALUE, "video", "shape (3, 4, 21, 55)"),
         (dict(video=zeros(2, 3, 4, 21, 56)), VALUE, "video", "width 56"),
-        (dict(video=zeros(*CLIP, device="meta")), VALUE, "pixels", "a tensor on cpu"),
+        (dict(video=zeros(*CLIP, device="meta")), VALUE, "pixels", f"a tensor on {DEVICE}"),
         (dict(drop_idx=index(rows=1)), VALUE, "drop_idx", "1 rows"),
         (dict(drop_idx=index((16, 999))), VALUE, "drop_idx", "values from 0 to 999"),
         (dict(drop_idx=index().half()), TYPE, "drop_idx", "torch.float16"),
@@ -156,8 +158,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "changes", "error", "argument", "got"), CASES)
 def test_bad_call(name, changes, error, argument, got):
+    """Also values of indices, which are read on a GPU only on request."""
     op, operands = call(name)
-    with pytest.raises(error, match=rf"^{argument}: got .*{re.escape(got)}.*, expected .+") as caught:
+    with (
+        kernels.debug_checks(),
+        pytest.raises(error, match=rf"^{argument}: got .*{re.escape(got)}.*, expected .+") as caught,
+    ):
         op(**{**operands, **changes})
     assert caught.type is error
 

@@ -242,7 +242,7 @@ def test_stubbed_leaves_nothing_behind(poisoned):
     with launch.stubbed():
         op(**operands)
         poisoned.allocated = 0
-    assert device.INTERPRETING == interpreting and checks.may_read(torch.ones(1))
+    assert interpreting == device.INTERPRETING and checks.may_read(torch.ones(1))
     with unplanned():
         want = tensors(op(**operands))
     assert_same(tensors(op(**operands)), want)

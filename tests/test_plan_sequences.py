@@ -31,7 +31,9 @@ OPTIONS = {
     "add_layer_norm": [dict(eps=1), dict(eps=1.0), dict(eps=True), dict(residual=None), {}],
     "bias_gelu": [{}],
     "scatter_tokens": [{}],
-    "masked_patch_loss": [dict(normalize=False), dict(normalize=1), dict(patch_size=(2, 3.0, 5)), dict(video=torch.uint8), {}],
+    "masked_patch_loss": [
+        dict(normalize=False), dict(normalize=1), dict(patch_size=(2, 3.0, 5)), dict(video=torch.uint8), {},
+    ],
 }  # fmt: skip
 
 
@@ -41,35 +43,50 @@ def operands_of(name, dtype, count, **changes):
     return small_call(name, dtype, count=count, **changes)
 
 
+# Of what a call is made; few values each.
+PARTS = {
+    "name": st.sampled_from(list(CALLS)),
+    "option": st.integers(0, 4),
+    "dtype": st.sampled_from([torch.float32, torch.float32, torch.float16, torch.float64]),
+    "count": st.sampled_from([3, 4]),
+    "layout": st.tuples(st.integers(0, 5), st.sampled_from(list(LAYOUTS))),
+    "wanted": st.sampled_from(["all", "first", "last", "none"]),
+    "mode": st.sampled_from(["grad", *MODES]),
+    "autocast": st.sampled_from([None, None, torch.float16, torch.bfloat16]),
+    "backend": st.sampled_from([None, None, "triton", "eager"]),
+    "backward": st.sampled_from(["first", "sum", "strided"]),
+}
+
+
 @st.composite
-def one_call(draw):
-    """What is called, with what, in which modes: few values each, so that calls meet plans of others."""
-    name = draw(st.sampled_from(list(CALLS)))
-    options = draw(st.sampled_from(OPTIONS[name]))
+def sequences(draw):
+    """Calls, most of which are an earlier one with one part changed: so they could be taken for it."""
+    calls = [draw(st.fixed_dictionaries(PARTS))]
+    for _ in range(draw(st.integers(1, 5))):
+        part = draw(st.sampled_from(list(PARTS)))
+        calls.append(draw(st.sampled_from(calls)) | {part: draw(PARTS[part])})
+    return [call_of(**parts) for parts in calls]
+
+
+def call_of(name, option, dtype, count, layout, wanted, mode, autocast, backend, backward):
+    """What `run` takes."""
+    options = OPTIONS[name][option % len(OPTIONS[name])]
     video = options.get("video")
-    op, operands = operands_of(
-        name,
-        draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.float64])),
-        draw(st.sampled_from([3, 4])),
-        **({} if video is None else dict(video=video)),
-    )
-    if options.get("residual", 0) is None:
-        options = dict(residual=None, layer_scale=None, row_scale=None)
+    op, operands = operands_of(name, dtype, count, **({} if video is None else dict(video=video)))
+    if "residual" in options:
+        options = dict.fromkeys(("residual", "layer_scale", "row_scale"))
     operands = operands | {key: value for key, value in options.items() if key != "video"}
     names = [key for key, value in operands.items() if torch.is_tensor(value)]
-    layouts = {
-        draw(st.sampled_from(names)): draw(st.sampled_from(list(LAYOUTS))) for _ in range(draw(st.integers(0, 2)))
-    }
     floats = [key for key in names if operands[key].is_floating_point()]
     return dict(
         op=op,
         operands=operands,
-        layouts=layouts,
-        wanted=draw(st.sampled_from([floats, floats[:1], floats[-1:], []])),
-        mode=draw(st.sampled_from(["grad", *MODES])),
-        autocast=draw(st.sampled_from([None, None, torch.float16, torch.bfloat16])),
-        backend=draw(st.sampled_from([None, None, None, "triton", "eager"])),
-        backward=draw(st.sampled_from(["first", "sum", "strided"])),
+        layouts={names[layout[0] % len(names)]: layout[1]},
+        wanted={"all": floats, "first": floats[:1], "last": floats[-1:], "none": []}[wanted],
+        mode=mode,
+        autocast=autocast,
+        backend=backend,
+        backward=backward,
     )
 
 
@@ -100,8 +117,8 @@ def run(op, operands, layouts, wanted, mode, autocast, backend, backward):
     return [*outputs, *(leaves[key].grad for key in wanted)]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(one_call(), min_size=2, max_size=6))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(sequences())
 def test_any_sequence(calls):
     with pytest.MonkeyPatch.context() as patch, forced(CONFIGS):
         patch.setattr(kernels.device, "_forced", None)

@@ -295,4 +295,5 @@ attention_varlen = Op(
     public=2,
     flops=(flops.attention_varlen, flops.attention_varlen_backward),
     raw_flops=True,
+    opaque=("forward", "backward"),
 )

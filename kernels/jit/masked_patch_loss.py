@@ -266,4 +266,5 @@ masked_patch_loss = Op(
     backward=backward,
     saves=lambda tensors, outputs: tensors[:3],
     differentiable=("pixels",),
+    opaque=("backward",),
 )

@@ -68,6 +68,7 @@ class Op:
         finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
         flops: Sequence[Callable[..., int] | None] = (None, None),
         raw_flops: bool = False,
+        opaque: Sequence[str] = (),
     ) -> None:
         """Declare an op.
 
@@ -90,6 +91,8 @@ class Op:
             finish: Rearranges backward's results, for gradients that share memory: outputs of an op may not.
             flops: Formulas of forward and backward for PyTorch's flop counter.
             raw_flops: Whether these take tensors, not shapes.
+            opaque: "forward", "backward": what inductor is not shown. It would take a tensor of indices for written
+                where these say at which address something is stored.
 
         The op is once differentiable: a second derivative raises.
         """
@@ -102,7 +105,7 @@ class Op:
         self._positions = [self._names.index(parameter) for parameter in differentiable]
         self._saving = self._names[-1] == "save"
         self.function = self._autograd_function()
-        self.custom, self._custom_backward = self._library_ops(outputs, len(differentiable))
+        self.custom, self._custom_backward = self._library_ops(outputs, len(differentiable), opaque)
         for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
             if formula is not None:
                 register_flop_formula(getattr(torch.ops.mar_fast, op), get_raw=raw_flops)(formula)
@@ -197,7 +200,7 @@ class Op:
             every[position] = result if needed else None
         return every
 
-    def _library_ops(self, outputs: Callable[..., Any], gradients: int) -> tuple[Any, Any]:
+    def _library_ops(self, outputs: Callable[..., Any], gradients: int, opaque: Sequence[str]) -> tuple[Any, Any]:
         tensors, public = self._tensors, self.public
 
         def with_tangents_an_error() -> None:
@@ -232,9 +235,12 @@ class Op:
             [inspect.Parameter(name, positional, annotation=kind) for name, kind in zip(saved, kinds, strict=True)],
             return_annotation=tuple[(Tensor,) * gradients] if gradients > 1 else tuple[Tensor, Tensor],
         )
-        declare = torch.library.custom_op if INTERPRETING else torch.library.triton_op
-        custom = declare(f"{LIBRARY}::{self.name}", forward, mutates_args=())
-        custom_backward = declare(f"{LIBRARY}::{self.name}_backward", backward, mutates_args=())
+        custom, custom_backward = (
+            (torch.library.custom_op if INTERPRETING or which in opaque else torch.library.triton_op)(
+                f"{LIBRARY}::{self.name}{'' if which == 'forward' else '_backward'}", run, mutates_args=()
+            )
+            for which, run in (("forward", forward), ("backward", backward))
+        )
         custom.register_fake(forward_fake)
         custom_backward.register_fake(backward_fake)
 
