@@ -128,16 +128,21 @@ def assert_as_alone(mask, video, dtype, **overrides):
         if "norm" in name:
             own_error[name] = max(own_error[name], relative(batch[name], batch_truth[name]))
     assert set(ours) == set(theirs) == set(truth)
+    floor = FLOOR[dtype]
+    if video.is_cuda and dtype == torch.float32:
+        # As in test_gpu.py: a softmax made anew from its log-sum-exp, and three TF32 products, in each layer that a
+        # gradient passes. It shows in the query biases, sums over all tokens that nearly cancel.
+        floor = 32 * torch.finfo(dtype).eps
     largest = max(float(value.norm()) for value in truth.values())
     for name, want in truth.items():
         assert ours[name].shape == want.shape
         if want.norm() == 0:  # the query bias, where there is only one key
-            assert ours[name].norm() <= FLOOR[dtype] * largest, name
+            assert ours[name].norm() <= floor * largest, name
             continue
         # The error of a few numbers may be small by luck: what went into them counts too.
         few = want.numel() <= len(truth["logits"][0])
         compared = [name, *(key for key in ("logits", "pixels") if few and key in truth)]
-        allowed = 2 * max(own_error[key] for key in compared) + FLOOR[dtype]
+        allowed = 2 * max(own_error[key] for key in compared) + floor
         assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
 
 

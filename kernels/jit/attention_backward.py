@@ -72,6 +72,8 @@ def attention_backward_query_kernel(
     start = tile * BLOCK_M
     if start < length:
         row_stride, grad_row_stride = row_stride * VEC, grad_row_stride * GRAD_VEC
+        # inductor hands floats over as float64
+        scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
         query = qkv + (base + head * (head_stride * VEC))
         key = query + part_stride * VEC
@@ -164,6 +166,8 @@ def attention_backward_key_value_kernel(
     start = tile * BLOCK_N
     if start < length:
         row_stride, grad_row_stride = row_stride * VEC, grad_row_stride * GRAD_VEC
+        # inductor hands floats over as float64
+        scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
         query = qkv + (base + head * (head_stride * VEC))
         key = query + part_stride * VEC + tl.cast(start, tl.int64) * row_stride

@@ -129,7 +129,8 @@ class Op:
         forward = self.forward(*tensors, *options)
         if not training:
             return forward
-        apply, planned = self.function.apply, _Planned(forward, options)
+        # Without what Function.apply asks first: torch.func is not at work, or there would be no plan.
+        apply, planned = super(torch.autograd.Function, self.function).apply, _Planned(forward, options)
         return lambda *tensors: apply(planned, *tensors)
 
     def _untransformed(self) -> RuntimeError:
