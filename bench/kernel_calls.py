@@ -1,0 +1,173 @@
+"""Calls of ops at real size that reach every kernel: what `matrix` compiles and `tune` times."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mar_fast import kernels
+
+from . import op_cases
+from .op_cases import SIZES, TOKENS, OpCase, Operands
+
+BF16, SINGLE = torch.bfloat16, torch.float32
+FLOATS = (BF16, torch.float16, SINGLE)
+CLIPS, VISIBLE = 32, 784
+Change = Callable[[Operands], Operands]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op at one shape in one dtype, with the operands that get a gradient."""
+
+    op: str
+    label: str
+    dtype: torch.dtype
+    function: Callable[..., Any]
+    operands: Callable[[], Operands]
+    differentiated: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.label}, {str(self.dtype).removeprefix('torch.')}"
+
+    def outputs(self, operands: Operands) -> list[Tensor]:
+        """Run it."""
+        outputs = self.function(**operands)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+    def inference(self, operands: Operands) -> list[Tensor]:
+        """Run it without gradients."""
+        with torch.no_grad():
+            return self.outputs(operands)
+
+    def training(self, operands: Operands) -> tuple[list[Tensor], Callable[[], tuple[Tensor, ...]]]:
+        """Run it with gradients: the outputs, and the backward pass, which can be run once."""
+        wanted = [operands[name].requires_grad_() for name in self.differentiated]
+        outputs = [output for output in self.outputs(operands) if output.requires_grad]
+        return outputs, lambda: torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs])
+
+    def everything(self) -> None:
+        """Run all of it, to be recorded."""
+        operands = self.operands()
+        self.inference(operands)
+        self.training(operands)[1]()
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """bfloat16 autocast of a GPU, which torch.autocast refuses where there is none."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", BF16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def _call(case: OpCase, more: str = "", change: Change | None = None, *also: str) -> Call:
+    """Our own provider of a case, with some operands changed, and what ``also`` gets a gradient."""
+    operands = case.operands if change is None else lambda: (values := case.operands()) | change(values)
+    ours, wanted = case.providers["mar_fast"], (*case.differentiated, *also)
+    return Call(case.op, f"{case.label}{more}", case.dtype, ours, operands, wanted)
+
+
+def _other_layout(operands: Operands) -> Operands:
+    """Planar for channels last, and the other way round."""
+    video = operands["video"]
+    if not video.is_contiguous():
+        return dict(video=video.contiguous())
+    return dict(video=video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
+
+
+@functools.cache
+def calls(device: str) -> tuple[Call, ...]:
+    """All of them, the most usual of each op first."""
+    ops = (_bias_gelu, _add_layer_norm, _scatter_tokens, _masked_patch_loss, _gather_patch_embed, _attention)
+    return tuple(call for op in ops for call in op(torch.device(device)))
+
+
+def _bias_gelu(device: torch.device) -> Iterator[Call]:
+    for dtype in FLOATS:
+        yield _call(op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, 3072))
+
+
+def _add_layer_norm(device: torch.device) -> Iterator[Call]:
+    def scaled(operands: Operands) -> Operands:
+        return dict(layer_scale=torch.ones_like(operands["weight"]), row_scale=torch.ones(CLIPS, device=device))
+
+    def single(operands: Operands) -> Operands:
+        return {name: value.float() for name, value in operands.items() if name != "x"}
+
+    widths = (768, *sorted({width for width, _ in SIZES.values()} - {768}))
+    for dtype, width in [(dtype, width) for dtype in FLOATS for width in widths] + [(BF16, 4096)]:
+        case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
+        every = [_call(case), _call(case, ", layer scale and drop path", scaled, "layer_scale")]
+        yield from every
+        if dtype == BF16:
+            mixed = replace(case, operands=lambda case=case: (values := case.operands()) | single(values))
+            for call in (_call(mixed), _call(mixed, ", layer scale and drop path", scaled, "layer_scale")):
+                yield replace(call, label=f"{call.label}, autocast", function=_autocast()(call.function))
+    first = _call(
+        op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), ", no residual", lambda o: dict(residual=None)
+    )
+    yield replace(first, differentiated=("x", "weight", "bias"))
+
+
+def _scatter_tokens(device: torch.device) -> Iterator[Call]:
+    for dtype, width in [(dtype, width) for dtype in FLOATS for width in (384, 512)]:
+        case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
+        yield from (_call(case), _call(case, ", learnt positions", None, "pos_embed"))
+
+
+def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
+    def floating(operands: Operands) -> Operands:
+        return dict(video=operands["video"].to(operands["pixels"].dtype))
+
+    def one_frame(operands: Operands) -> Operands:
+        return dict(pixels=operands["pixels"][..., :768].contiguous(), patch_size=(1, 16, 16))
+
+    changes = {"": lambda operands: {}, ", floating": floating, ", tubelets of one frame": one_frame}
+    for dtype in FLOATS:
+        case = op_cases.masked_patch_loss(device, dtype, CLIPS, VISIBLE)
+        for more, change in changes.items():
+            yield _call(case, more, change)
+            yield _call(case, f"{more}, planar", lambda o, change=change: change(o) | _other_layout(o | change(o)))
+
+
+def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
+    for dtype in FLOATS:
+        yield _call(op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype))
+    for clips, width, pixels in (
+        (32, 768, torch.uint8),
+        (32, 768, BF16),
+        (1, 768, torch.uint8),
+        (4, 384, BF16),
+        (32, 384, BF16),
+    ):
+        case = op_cases.gather_patch_embed(device, BF16, clips, VISIBLE, width, pixels)
+        yield from (_call(case, "", None, "pos_embed"), _call(case, ", other layout", _other_layout))
+    yield _call(case, ", gradient of the clip", None, "video")
+    call = _call(op_cases.gather_patch_embed(device, SINGLE, CLIPS, VISIBLE, 768, torch.uint8), ", autocast")
+    yield replace(call, function=_autocast()(call.function))
+
+
+def _attention(device: torch.device) -> Iterator[Call]:
+    """Head sizes of ViT-B and L (64), H (80), g (88) and others; 50 %, 75 % and none masked; 49 tokens."""
+    shapes = [(64, 12, tokens, dtype) for tokens in (VISIBLE, 392, TOKENS) for dtype in FLOATS[:2]]
+    shapes += [(size, 16, VISIBLE, BF16) for size in (32, 80, 88, 96, 128)]
+    shapes += [(size, 16, VISIBLE, SINGLE) for size in (64, 32, 80, 88, 96, 128)]
+    shapes += [(64, 12, 49, dtype) for dtype in (BF16, SINGLE)]  # 4 frames of 112 x 112, 50 %
+    for size, heads, tokens, dtype in shapes:
+        yield (call := _call(op_cases.attention(device, dtype, 16, tokens, heads, size)))
+
+        def ragged(call: Call = call, tokens: int = tokens) -> Operands:
+            offsets = torch.arange(17, dtype=torch.int32, device=device) * tokens
+            return dict(qkv=call.operands()["qkv"].flatten(0, 1), cu_seqlens=offsets, max_seqlen=tokens)
+
+        yield replace(call, op="attention_varlen", function=kernels.attention_varlen, operands=ragged)
