@@ -1,6 +1,7 @@
 # make demo   set up, then measure what masking saves on this machine, on a real clip
 # make test   set up, then run every check of the gate
 # make matrix compile every kernel for every GPU, with the pinned Triton and the oldest supported one; minutes
+# make oldest, make newest   the tests of torch.compile, export and fake tensors with other torch versions; 5 GB each
 # make gpu    on a machine with a GPU and its own torch and Triton: all kernel tests there, then measurements; no network
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 OUT := demo
 RESULTS := bench/results/gpu
 
-.PHONY: demo test lint types eager interpreter suites matrix gpu sanitize clean
+.PHONY: demo test lint types eager interpreter suites matrix oldest newest gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/mar-fast savings --out $(OUT) --force
@@ -52,6 +53,21 @@ matrix: $(READY) build/triton36
 
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+# Triton 3.6 does not run in the interpreter with a newer numpy. torch itself asks for its own Triton.
+TORCH_oldest := torch==2.11.* numpy<2.4
+TORCH_newest := torch==2.14.1
+
+oldest newest: %: build/%/.ready
+	build/$@/bin/pytest -q -m compiles
+	TRITON_INTERPRET=1 build/$@/bin/pytest -q -m "compiles and (interpreter or triton_too)"
+
+build/%/.ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/$*
+	grep -vE "^(torch|triton|numpy)=" constraints.txt > build/$*/constraints.txt
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check -c build/$*/constraints.txt \
+		$(foreach package,$(TORCH_$*),"$(package)") -e '.[test,hf]'
+	touch $@
 
 # Its own Python, with -P: the repository's folder kernels/ must not be importable by that name. A red test ends it
 # before anything is measured.

@@ -13,7 +13,7 @@ from .suites import SUITES
 
 
 # Commands with options of their own.
-COMMANDS = ("host",)
+COMMANDS = ("host", "gpu")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mar_fast
 from mar_fast import reference
+from mar_fast.inference import Backend
 
 from .case import Candidate, Prepared
 from .jobs import (
@@ -41,10 +42,10 @@ def ours(job: Job) -> Prepared:
     return classifier(job, lambda job: model(job.clips).logits)
 
 
-def ours_compiled(job: Job) -> Prepared:
+def ours_compiled(job: Job, backend: Backend = "inductor") -> Prepared:
     """The same through compile_for_inference."""
     materialise(job)
-    compiled = mar_fast.compile_for_inference(_ours(job).to(job.dtype), job.clips)
+    compiled = mar_fast.compile_for_inference(_ours(job).to(job.dtype), job.clips, backend=backend)
     return Prepared(
         lambda: compiled(job.clips).logits,
         lambda: [compiled(job.clips).logits[:CHECKED_CLIPS]],
@@ -107,11 +108,11 @@ def plain_compiled(job: Job, mode: str | None = None) -> Prepared:
     return Prepared(logits, lambda: [logits()[:CHECKED_CLIPS]], timed(logits))
 
 
-def plain_frozen(job: Job) -> Prepared:
+def plain_frozen(job: Job, backend: Backend = "inductor") -> Prepared:
     """PlainMAR through compile_for_inference: what is left between this and ours is the model."""
     materialise(job)
     example = (job.clips, job.mask.keep_idx.long())
-    compiled = mar_fast.compile_for_inference(_plain(job).to(job.dtype), example)
+    compiled = mar_fast.compile_for_inference(_plain(job).to(job.dtype), example, backend=backend)
     return Prepared(
         lambda: compiled(*example)[0], lambda: [compiled(*example)[0][:CHECKED_CLIPS]], compiled.compile_seconds
     )
@@ -188,8 +189,11 @@ YARDSTICK = "reference, autocast"
 
 
 def inference_candidates(job: Job, *, compiled: bool = True) -> tuple[Candidate, ...]:
-    """Every way to the logits, without or with those that compile for a minute."""
+    """Every way to the logits, without or with those that compile for a minute; CUDA graphs on a GPU alone."""
+    graphs = job.device.type == "cuda"
     found: list[tuple[str, Callable[[Job], Prepared]]] = [(YARDSTICK, original), ("PyTorch SDPA", plain)]
+    if graphs:
+        found.append(("PyTorch SDPA, CUDA graph", functools.partial(plain_frozen, backend="graph")))
     if compiled:
         found += [
             ("PyTorch SDPA, compiled", plain_compiled),
@@ -197,6 +201,8 @@ def inference_candidates(job: Job, *, compiled: bool = True) -> tuple[Candidate,
             ("PyTorch SDPA, frozen", plain_frozen),
         ]
     found.append(("mar_fast", ours))
+    if graphs:
+        found.append(("mar_fast, CUDA graph", functools.partial(ours_compiled, backend="graph")))
     if compiled:
         found.append(("mar_fast, compiled", ours_compiled))
     return (*_candidates(job, found), hugging_face(job))

@@ -8,7 +8,7 @@ from pathlib import Path
 from mar_fast.kernels import checks
 
 from . import machine, records, runner
-from .case import Setting
+from .case import Case, Setting
 from .suites import SUITES
 
 # Quick runs take the small model: the whole of them must not take longer than a coffee.
@@ -104,6 +104,7 @@ def run(
     say: Callable[[str], None] = print,
     on_step: runner.Step = runner.quiet,
     into: Session | None = None,
+    chosen: Callable[[Case], Case | None] | None = None,
 ) -> Session:
     """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
 
@@ -115,6 +116,7 @@ def run(
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
         into: Takes what is found as it is found, so that it is there also after an interruption; None makes a new one.
+        chosen: Gives the case that is measured in place of a suite's, or None to leave that out.
     """
     session = into if into is not None else Session()
     environment = machine.environment(setting.device)
@@ -129,7 +131,10 @@ def run(
         suite, outcomes = SUITES[name], []
         # Not as a list: a case holds its models and operands once it has been measured.
         total = sum(1 for _ in suite.cases(setting))
-        for number, case in enumerate(suite.cases(setting)):
+        for number, offered in enumerate(suite.cases(setting)):
+            case = offered if chosen is None else chosen(offered)
+            if case is None:
+                continue
             step = _within(on_step, name, number, total)
             outcome = runner.measure(case, setting, rates, step)
             say(runner.text(outcome))

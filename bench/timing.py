@@ -8,6 +8,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from mar_fast.inference import captured as captured
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -51,25 +53,6 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` recorded once as a CUDA graph; the function replays it. Its result stays where the graph wrote it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and allocates, which cannot be recorded
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> object:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def interleaved(

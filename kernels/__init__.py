@@ -3,28 +3,34 @@
 This package stands alone: it needs torch, and triton for the GPU path, and knows nothing of the models built on it.
 """
 
-from .add_layer_norm import add_layer_norm
-from .attention import attention
-from .attention_varlen import attention_varlen
-from .bias_gelu import bias_gelu, linear_gelu
-from .checks import debug_checks
-from .device import use_backend
-from .gather_patch_embed import gather_patch_embed
-from .masked_patch_loss import masked_patch_loss
-from .scatter_tokens import scatter_tokens
+if __name__ == "kernels":
+    # transformers looks for Hugging Face's package of this name, and finds this folder where the repository's root is
+    # on sys.path. Loaded a second time it would register every op anew, and an error would end `import transformers`:
+    # so this module is empty, without submodules too.
+    def _nothing(name: str) -> object:
+        raise AttributeError(f"kernels has no {name!r}: this folder is mar_fast.kernels, import it by that name")
 
-# Last, once the ops are there: PyTorch's flop counter learns what they cost.
-from . import flops as flops  # isort: skip
+    # By `def __getattr__` type checkers would take any name for one of mar_fast.kernels.
+    globals().update(__getattr__=_nothing, __path__=[])
+else:
+    from .add_layer_norm import add_layer_norm
+    from .attention import attention, attention_varlen
+    from .bias_gelu import bias_gelu, linear_gelu
+    from .checks import debug_checks
+    from .device import use_backend
+    from .gather_patch_embed import gather_patch_embed
+    from .masked_patch_loss import masked_patch_loss
+    from .scatter_tokens import scatter_tokens
 
-__all__ = [
-    "add_layer_norm",
-    "attention",
-    "attention_varlen",
-    "bias_gelu",
-    "debug_checks",
-    "gather_patch_embed",
-    "linear_gelu",
-    "masked_patch_loss",
-    "scatter_tokens",
-    "use_backend",
-]
+    __all__ = [
+        "add_layer_norm",
+        "attention",
+        "attention_varlen",
+        "bias_gelu",
+        "debug_checks",
+        "gather_patch_embed",
+        "linear_gelu",
+        "masked_patch_loss",
+        "scatter_tokens",
+        "use_backend",
+    ]

@@ -1,141 +1,21 @@
 """gather_patch_embed: visible tubelets straight from the clip to embedded tokens."""
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, eager, op
-from .device import takes_triton
+from . import checks
+from .derived import Derived
+from .device import HAS_TRITON, takes_triton, working_dtype
+from .plan import Plans
 
-Channels = list[float] | None
-FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+if HAS_TRITON:
+    from .jit import gather_patch_embed as jit
 
+_plans = Plans()
+_folded = Derived()
 
-def memory_order(video: Tensor) -> str | None:
-    """ "planar" where W has stride 1, "channels-last" where C has and W follows; None for anything else."""
-    channels, width = video.shape[1], video.shape[4]
-    if video.stride(4) == 1 or width == 1:
-        return "planar"
-    return "channels-last" if video.stride(1) == 1 and video.stride(4) == channels else None
-
-
-def gradient_memory(video: Tensor) -> Tensor:
-    """Memory for the clip's gradient: dense, in the clip's own order of dimensions where the kernels can write that."""
-    memory = torch.empty_like(video)
-    return memory if memory_order(memory) else torch.empty(video.shape, dtype=video.dtype, device=video.device)
-
-
-def _forward(
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-) -> Tensor:
-    from .jit import gather_patch_embed as launch
-
-    return launch.forward(video, keep_idx, weight, bias, pos_embed, mean, std, work)
-
-
-def _forward_shape(
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-) -> Tensor:
-    return torch.empty((*keep_idx.shape, len(weight)), dtype=weight.dtype, device=weight.device)
-
-
-def _backward(
-    grad: Tensor,
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-    needs: list[bool],
-) -> FourTensors:
-    from .jit import gather_patch_embed_backward as launch
-
-    return launch.backward(grad, video, keep_idx, weight, pos_embed, mean, std, work, needs)
-
-
-def _backward_shape(
-    grad: Tensor,
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-    needs: list[bool],
-) -> FourTensors:
-    return gradients(video, weight, pos_embed, needs)
-
-
-def gradients(video: Tensor, weight: Tensor, pos_embed: Tensor, needs: list[bool]) -> FourTensors:
-    """Memory for the gradients of video, weight, bias and pos_embed; nothing for one that is not needed."""
-
-    def empty(place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape if needs[place] else (0,), dtype=dtype, device=weight.device)
-
-    return (
-        gradient_memory(video) if needs[0] else empty(0, (0,), video.dtype),
-        empty(1, weight.shape, weight.dtype),
-        empty(2, weight.shape[:1], weight.dtype),
-        empty(3, pos_embed.shape, pos_embed.dtype),
-    )
-
-
-_triton_gather_patch_embed = op.declare(
-    "gather_patch_embed",
-    forward=_forward,
-    forward_shape=_forward_shape,
-    backward=_backward,
-    backward_shape=_backward_shape,
-    saves=lambda inputs, outputs: [inputs[place] for place in (0, 1, 2, 4)],
-    gradients=("video", "weight", "bias", "pos_embed"),
-)
-
-
-def check_video(argument: str, video: Tensor, patch: tuple[int, int, int], channels: int) -> int:
-    """Check a clip against a patch size; returns L, the number of tubelets in its grid."""
-    checks.tensor(argument, video, 5, (torch.uint8, *checks.FLOATS), "(B, C, T, H, W)")
-    if video.shape[1] != channels:
-        raise checks.bad(argument, f"{video.shape[1]} channels", f"{channels}, in the shape (B, C, T, H, W)")
-    tokens = 1
-    for name, extent, step in zip(("frames", "height", "width"), video.shape[2:], patch, strict=True):
-        if extent == 0 or extent % step:
-            raise checks.bad(argument, f"{name} {extent}", f"a multiple of the patch's {step}")
-        tokens *= extent // step
-    return tokens
-
-
-def check_normalisation(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Check mean and std: both or neither, one number a channel, std above zero."""
-    if (mean is None) != (std is None):
-        raise checks.bad("mean and std", f"mean={mean}, std={std}", "both or neither")
-    if mean is None or std is None:
-        return None, None
-    for argument, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, tuple | list) or len(values) != channels:
-            raise checks.bad(argument, repr(values), f"{channels} numbers, one for each channel")
-    if min(std) <= 0:
-        raise checks.bad("std", std, "values above 0")
-    return tuple(mean), tuple(std)
+Triple = tuple[int, int, int]
 
 
 def gather_patch_embed(
@@ -172,23 +52,117 @@ def gather_patch_embed(
     Raises:
         ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
     """
+    key, run = _plans.find(video, keep_idx, weight, bias, pos_embed, mean, std)
+    if run is None:
+        mean, std = _check(video, keep_idx, weight, bias, pos_embed, mean, std)
+    if checks.may_read(keep_idx):
+        checks.index_range("keep_idx", keep_idx, pos_embed.shape[0])
+        checks.unique_rows("keep_idx", keep_idx)
+    training = torch.is_grad_enabled()
+    if key is not None and training:
+        _folded.forget(weight)  # a step may follow
+    if run is None:
+        if not (takes_triton("gather_patch_embed", weight) and takes_triton("gather_patch_embed", video)):
+            return eager_gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std)
+        inputs = (video, keep_idx, weight, bias, pos_embed, mean, std, working_dtype(weight, weight.dtype))
+        keeping = key is not None and not training
+        run = jit.forward(*inputs, kept=_folded) if keeping else jit.gather_patch_embed.plan(*inputs)
+        _plans.keep(key, run)
+    out: Tensor = run(video, keep_idx, weight, bias, pos_embed)
+    return out
+
+
+def _check(
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """All but the values of the indices; returns mean and std as tuples."""
     checks.tensor("weight", weight, 5, checks.FLOATS, "(D, C, t, h, w)")
-    width, channels, t, h, w = weight.shape
+    columns, channels, t, h, w = weight.shape
     tokens = check_video("video", video, (t, h, w), channels)
     checks.tensor("keep_idx", keep_idx, 2, checks.INDICES, "(B, N)")
     if keep_idx.shape[0] != video.shape[0]:
         raise checks.bad("keep_idx", f"{keep_idx.shape[0]} rows", f"{video.shape[0]}, one for each clip of video")
     checks.tensor("bias", bias, 1, (weight.dtype,), "(D,)")
-    checks.size("bias", bias, (width,), "(D,)")
+    checks.size("bias", bias, (columns,), "(D,)")
     checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
-    checks.size("pos_embed", pos_embed, (tokens, width), "(L, D)")
-    mean, std = check_normalisation(mean, std, channels)
+    checks.size("pos_embed", pos_embed, (tokens, columns), "(L, D)")
     checks.same_device("video", video.device, keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed)
-    checks.index_range("keep_idx", keep_idx, tokens)
-    checks.unique_rows("keep_idx", keep_idx)
-    if takes_triton("gather_patch_embed", weight) and takes_triton("gather_patch_embed", video):
-        options = [None if values is None else list(values) for values in (mean, std)]
-        work = eager.working_dtype(weight, weight.dtype)
-        out: Tensor = _triton_gather_patch_embed(video, keep_idx, weight, bias, pos_embed, *options, work)
-        return out
-    return eager.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std)
+    return check_normalisation(mean, std, channels)
+
+
+def check_video(argument: str, video: Tensor, patch_size: Triple, channels: int) -> int:
+    """Check a clip against a patch size; returns L, the number of tubelets in its grid."""
+    checks.tensor(argument, video, 5, (torch.uint8, *checks.FLOATS), "(B, C, T, H, W)")
+    if video.shape[1] != channels:
+        raise checks.bad(argument, f"{video.shape[1]} channels", f"{channels}, in the shape (B, C, T, H, W)")
+    tokens = 1
+    for name, extent, step in zip(("frames", "height", "width"), video.shape[2:], patch_size, strict=True):
+        if extent == 0 or extent % step:
+            raise checks.bad(argument, f"{name} {extent}", f"a multiple of the patch's {step}")
+        tokens *= extent // step
+    return tokens
+
+
+def check_normalisation(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Check mean and std: both or neither, one number a channel, std above zero."""
+    if (mean is None) != (std is None):
+        raise checks.bad("mean and std", f"mean={mean}, std={std}", "both or neither")
+    if mean is None or std is None:
+        return None, None
+    for argument, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, tuple | list) or len(values) != channels:
+            raise checks.bad(argument, repr(values), f"{channels} numbers, one for each channel")
+    if min(std) <= 0:
+        raise checks.bad("std", std, "values above 0")
+    return tuple(mean), tuple(std)
+
+
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C,) float32 without a copy from the host, which on a GPU would wait and could not be captured in a graph."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
+def tubelets(video: Tensor, patch_size: Triple) -> Tensor:
+    """(B, C, T, H, W) -> (B, T', H', W', C, t, h, w), a view."""
+    t, h, w = patch_size
+    rows, columns = video.shape[3] // h, video.shape[4] // w
+    grid = video.unflatten(4, (columns, w)).unflatten(3, (rows, h)).unflatten(2, (-1, t))
+    return grid.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def gather_tubelets(video: Tensor, index: Tensor, patch_size: Triple) -> Tensor:
+    """(B, C, T, H, W), (B, N) -> (B, N, C, t, h, w): only the pixels of the indexed tubelets are read."""
+    grid = tubelets(video, patch_size)
+    rows, columns = grid.shape[2:4]
+    clip = torch.arange(video.shape[0], device=video.device)[:, None]
+    return grid[clip, index // (rows * columns), index // columns % rows, index % columns]
+
+
+def eager_gather_patch_embed(
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Tensor:
+    """What `gather_patch_embed` means, in plain PyTorch."""
+    t, h, w = weight.shape[2:]
+    patches = gather_tubelets(video, keep_idx, (t, h, w))  # (B, N, C, t, h, w)
+    if video.dtype == torch.uint8:
+        patches = patches.float() / 255
+        if mean is not None and std is not None:
+            centre, spread = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (mean, std))
+            patches = (patches - centre) / spread
+    patches = patches.flatten(2).to(weight.dtype)
+    # Embedding and position are added in float32 at least, whatever the dtype of the weights.
+    return (F.linear(patches, weight.flatten(1), bias) + pos_embed[keep_idx]).to(weight.dtype)

@@ -1,80 +1,17 @@
 """masked_patch_loss: the reconstruction loss straight from the clip, for dropped patches only."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from . import checks, eager, op
-from .device import takes_triton
-from .gather_patch_embed import check_normalisation, check_video
+from . import checks
+from .device import HAS_TRITON, takes_triton
+from .gather_patch_embed import check_normalisation, check_video, gather_tubelets, per_channel
+from .plan import Plans
 
+if HAS_TRITON:
+    from .jit import masked_patch_loss as jit
 
-def _forward(
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-) -> Tensor:
-    from .jit import masked_patch_loss as launch
-
-    return launch.forward(pixels, video, drop_idx, patch, mean, std, normalize)
-
-
-def _forward_shape(
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-) -> Tensor:
-    return torch.empty((), dtype=torch.float32, device=pixels.device)
-
-
-def _backward(
-    grad: Tensor,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    needs: list[bool],
-) -> Tensor:
-    from .jit import masked_patch_loss as launch
-
-    return launch.backward(grad, pixels, video, drop_idx, patch, mean, std, normalize)
-
-
-def _backward_shape(
-    grad: Tensor,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    needs: list[bool],
-) -> Tensor:
-    return torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
-
-
-_triton_masked_patch_loss = op.declare(
-    "masked_patch_loss",
-    forward=_forward,
-    forward_shape=_forward_shape,
-    backward=_backward,
-    backward_shape=_backward_shape,
-    saves=lambda inputs, outputs: inputs[:3],
-    gradients=("pixels",),
-)
+_plans = Plans()
 
 
 def masked_patch_loss(
@@ -82,7 +19,7 @@ def masked_patch_loss(
     video: Tensor,
     drop_idx: Tensor,
     *,
-    patch: tuple[int, int, int],
+    patch_size: tuple[int, int, int],
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     normalize: bool = True,
@@ -97,7 +34,7 @@ def masked_patch_loss(
         video: (B, C, T, H, W), any strides. uint8 is divided by 255; floating point is un-normalised with mean and
             std where they are given, else taken as it is.
         drop_idx: (B, M) int32 or int64, flat indices into the grid (T/t, H/h, W/w).
-        patch: (t, h, w).
+        patch_size: (t, h, w).
         mean: one number a channel.
         std: one number a channel, with mean.
         normalize: Whether the target is normalised for each patch and channel.
@@ -108,14 +45,44 @@ def masked_patch_loss(
     Raises:
         ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
     """
-    if not isinstance(patch, tuple) or len(patch) != 3 or not all(isinstance(step, int) and step > 0 for step in patch):
-        raise checks.bad("patch", repr(patch), "three whole numbers (t, h, w) above 0")
-    t, h, w = patch
+    key, run = _plans.find(pixels, video, drop_idx, patch_size, mean, std, normalize)
+    if run is None:
+        mean, std = _check(pixels, video, drop_idx, patch_size, mean, std, normalize)
+    if checks.may_read(drop_idx):
+        t, h, w = patch_size
+        checks.index_range("drop_idx", drop_idx, video.shape[2] // t * (video.shape[3] // h) * (video.shape[4] // w))
+    if video.requires_grad:
+        video = video.detach()
+    if run is None:
+        inputs = (pixels, video, drop_idx, patch_size, mean, std, normalize)
+        if not takes_triton("masked_patch_loss", pixels):
+            return eager_masked_patch_loss(*inputs)
+        run = _plans.keep(key, jit.masked_patch_loss.plan(*inputs))
+    loss: Tensor = run(pixels, video, drop_idx)
+    return loss
+
+
+def _check(
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch_size: tuple[int, int, int],
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    normalize: bool,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """All but the values of the indices; returns mean and std as tuples."""
+    whole = isinstance(patch_size, tuple) and len(patch_size) == 3
+    if not whole or not all(isinstance(step, int) and step > 0 for step in patch_size):
+        raise checks.bad("patch_size", repr(patch_size), "three whole numbers (t, h, w) above 0")
+    t, h, w = patch_size
     if normalize and t * h * w < 2:
-        raise checks.bad("patch", patch, "at least 2 values a channel, or normalize=False: a variance needs two")
+        raise checks.bad(
+            "patch_size", patch_size, "at least 2 values a channel, or normalize=False: a variance needs two"
+        )
     checks.tensor("video", video, 5, (torch.uint8, *checks.FLOATS), "(B, C, T, H, W)")
     batch, channels = video.shape[:2]
-    tokens = check_video("video", video, (t, h, w), channels)
+    check_video("video", video, patch_size, channels)
     checks.tensor("drop_idx", drop_idx, 2, checks.INDICES, "(B, M)")
     if drop_idx.shape[0] != batch:
         raise checks.bad("drop_idx", f"{drop_idx.shape[0]} rows", f"{batch}, one for each clip of video")
@@ -123,9 +90,28 @@ def masked_patch_loss(
     checks.size("pixels", pixels, (batch, drop_idx.shape[1], t * h * w * channels), "(B, M, t*h*w*C)")
     mean, std = check_normalisation(mean, std, channels)
     checks.same_device("video", video.device, pixels=pixels, drop_idx=drop_idx)
-    checks.index_range("drop_idx", drop_idx, tokens)
-    if takes_triton("masked_patch_loss", pixels):
-        options = (patch, mean, std, normalize)
-        loss: Tensor = _triton_masked_patch_loss(pixels, video.detach(), drop_idx, *options)
-        return loss
-    return eager.masked_patch_loss(pixels, video, drop_idx, (t, h, w), mean, std, normalize)
+    return mean, std
+
+
+def eager_masked_patch_loss(
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch_size: tuple[int, int, int],
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    normalize: bool,
+) -> Tensor:
+    """What `masked_patch_loss` means, in plain PyTorch."""
+    if pixels.numel() == 0:
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).sum()  # 0, still connected to pixels
+    target = gather_tubelets(video.detach(), drop_idx, patch_size).permute(0, 1, 3, 4, 5, 2)  # (B, M, t, h, w, C)
+    target = target.to(torch.promote_types(pixels.dtype, torch.float32))
+    if video.dtype == torch.uint8:
+        target = target / 255
+    elif mean is not None and std is not None:
+        target = target * per_channel(std, video.device) + per_channel(mean, video.device)
+    if normalize:
+        variance, average = torch.var_mean(target, dim=(2, 3, 4), keepdim=True, correction=1)
+        target = (target - average) / (variance.sqrt() + 1e-6)
+    return (pixels.to(target.dtype) - target.flatten(2)).square().mean()

@@ -1,24 +1,29 @@
 """compile_for_inference: a model compiled once for one shape, with its weights as constants.
 
-On a CPU inductor freezes the weights (packs them for its matrix products); on a GPU it tunes these products and records
-CUDA graphs, so that a call costs one launch on the host. Its settings apply to this model only.
+By inductor: on a CPU it freezes the weights (packs them for its matrix products); on a GPU it tunes these products and
+records CUDA graphs, so that a call costs one launch on the host. Its settings apply to this model only. Or, on a GPU,
+without a compiler: the model's own calls recorded in a CUDA graph.
 """
 
 import copy
+import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-import torch._inductor.config as inductor
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .kernels import checks
 
-# A first call compiles, a second one records CUDA graphs, a third one replays them.
+Result = TypeVar("Result")
+Backend = Literal["inductor", "graph"]
+
+# A first call compiles and loads kernels, a second one records inductor's CUDA graphs, a third one replays them.
 _WARM_CALLS = 3
+_GRAPH_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class _Shape:
 class CompiledModel:
     """A model compiled for the shapes of one example: call it with arguments like that example.
 
-    It keeps the weights that the model had when it was compiled; later changes of the model do not reach it.
+    It keeps the weights that the model had when it was compiled; later changes of the model do not reach it. A later
+    call leaves the results of an earlier one as they are. With CUDA graphs all calls work in the same memory, so calls
+    from several threads or streams have to wait for each other.
 
     Attributes:
         compile_seconds: How long compiling took. Inductor keeps generated code and what it tuned on disk, so the next
             process takes less.
-        settings: Inductor's settings that it was compiled with.
+        settings: Inductor's settings that it was compiled with; none with backend "graph".
     """
 
     def __init__(
@@ -49,45 +56,50 @@ class CompiledModel:
         self.settings = settings
         self._run = run
         self._accepted = _described(arguments)
-        self._graphs = bool(settings.get("triton.cudagraphs"))
 
     def __call__(self, *arguments: Any) -> Any:
         """What the model returns for ``arguments``, without gradients.
 
         Raises:
-            ValueError: an argument has another shape, dtype or device than the example.
+            ValueError: an argument has another shape, dtype or device than the example, or, with backend "graph",
+                autocast is not what it was.
         """
         got = _described(arguments)
         if got != self._accepted:
             raise checks.bad("arguments", _words(got), f"{_words(self._accepted)}, which it was compiled for")
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        # The state that it was compiled in; another one would compile again, and then without constant weights.
-        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
-            result = self._run(*arguments)
-        # The next replay of a CUDA graph writes over its outputs.
-        return pytree.tree_map_only(Tensor, Tensor.clone, result) if self._graphs else result
+        # The state that it was compiled in.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(*arguments)
 
 
 def compile_for_inference(
-    model: nn.Module, example: Tensor | tuple[Any, ...], *, autotune: bool | None = None
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    *,
+    backend: Backend = "inductor",
+    autotune: bool | None = None,
 ) -> CompiledModel:
     """Compile ``model`` for calls like ``model(*example)``: fixed shapes, constant weights, no gradients.
 
-    Any module will do that torch.compile takes in one graph; of ours, give the video, or (video, mask). A mask that is
-    not given is the test form, and then part of the compiled code.
+    Any module will do that torch.compile takes in one graph, or that never waits for the device; of ours, give the
+    video, or (video, mask). A mask that is not given is the test form, and then part of the compiled code.
 
     Args:
         model: In eval mode, in the dtype and on the device that it will run in.
-        example: The video (B, C, T, H, W), or a tuple of all positional arguments. Only shapes, dtypes, devices count.
+        example: The video (B, C, T, H, W), or a tuple of all positional arguments, which may hold tensors in tuples,
+            lists, dicts and dataclasses. Only shapes, dtypes, devices and values that are not tensors count.
+        backend: "inductor" compiles the model. "graph" records the calls of the model as it is in a CUDA graph, with
+            autocast as it is now: nothing is compiled or fused, and results are the bits of the model's own.
         autotune: Whether inductor tries several implementations of every matrix product and keeps the fastest one. None
             means on a GPU only. On a CPU it tries templates of its own against oneDNN: measured on a Zen 4 that took
             minutes for 0 to 3 %, and with torch 2.13 the trial itself has ended the process now and then.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, the backend is unknown, or it is "graph" with ``autotune`` or with
+            arguments that are not all on one GPU.
         TypeError: ``example`` is neither a tensor nor a tuple.
-        RuntimeError: torch.compile has no C++ compiler (CPU) or no Triton (GPU) here.
+        RuntimeError: torch.compile has no C++ compiler (CPU) or no Triton (GPU) here, or the model waits for the device
+            while it is recorded.
     """
     if not isinstance(model, nn.Module):
         raise checks.bad_type("model", type(model).__name__, "a torch.nn.Module")
@@ -95,28 +107,125 @@ def compile_for_inference(
         raise checks.bad("model", "a model in training mode", "one in eval mode: model.eval()")
     if not isinstance(example, Tensor | tuple):
         raise checks.bad_type("example", type(example).__name__, "a tensor or a tuple of arguments")
+    if backend not in get_args(Backend):
+        raise checks.bad("backend", repr(backend), " or ".join(map(repr, get_args(Backend))))
     arguments = example if isinstance(example, tuple) else (example,)
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    on_gpu = any(tensor.is_cuda for tensor in tensors)
-    if not on_gpu:
-        _need_compiler()
-    settings: dict[str, Any] = {"max_autotune": on_gpu if autotune is None else autotune}
-    if on_gpu:
-        settings["triton.cudagraphs"] = True
+    devices = {tensor.device for tensor in _tensors(arguments)}
+    settings: dict[str, Any] = {}
+    compiler: Callable[[nn.Module, tuple[Any, ...]], Callable[..., Any]]
+    if backend == "graph":
+        if autotune is not None:
+            raise checks.bad("autotune", f"{autotune} with backend 'graph'", "None: only inductor tunes")
+        if len(devices) != 1 or not all(device.type in _GRAPH_DEVICES for device in devices):
+            got = " and ".join(sorted(map(str, devices))) or "no device"
+            raise checks.bad("backend", f"'graph' for tensors on {got}", "'inductor', or all on one CUDA device")
+        compiler = _Graph
     else:
-        settings |= {"freezing": True, "freezing_discard_parameters": True}
-    # A copy: weights that are packed are constants, but others stay shared with the model that they came from, and
-    # would follow its changes. What is packed is then let go in the copy.
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
+        on_gpu = any(device.type == "cuda" for device in devices)
+        settings["max_autotune"] = on_gpu if autotune is None else autotune
+        if on_gpu:
+            settings["triton.cudagraphs"] = True
+        else:
+            _need_compiler()
+            settings |= {"freezing": True, "freezing_discard_parameters": True}
+        compiler = functools.partial(_by_inductor, settings)
     begin = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad():
+        # A copy: weights that inductor packs are constants, but all others would stay shared with the model that they
+        # came from and follow its changes. What is packed is then let go in the copy.
+        run = compiler(copy.deepcopy(model), arguments)
+    return CompiledModel(run, arguments, time.perf_counter() - begin, settings)
+
+
+def _by_inductor(settings: dict[str, Any], model: nn.Module, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    import torch._inductor.config as inductor  # takes a second
+
+    graphs = "triton.cudagraphs" in settings
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
     # Patched around the calls and not given to torch.compile as options: what makes weights constants is read while
     # the model is traced, where options do not hold yet.
-    with torch.inference_mode(False), torch.no_grad(), inductor.patch(settings):
-        for _ in range(_WARM_CALLS if on_gpu else 1):
+    with inductor.patch(settings):
+        for _ in range(_WARM_CALLS if graphs else 1):
             compiled(*arguments)
-    if on_gpu:
+    if graphs:
         torch.cuda.synchronize()
-    return CompiledModel(compiled, arguments, time.perf_counter() - begin, settings)
+
+    def run(*arguments: Any) -> Any:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        # In another state it would compile again, and then without constant weights.
+        with torch.compiler.set_stance("fail_on_recompile"):
+            result = compiled(*arguments)
+        # The next replay of a CUDA graph writes over its outputs.
+        return _cloned(result) if graphs else result
+
+    return run
+
+
+class _Graph:
+    """The model's calls in a CUDA graph: arguments are copied to where it reads them, and results from where it writes.
+
+    A graph keeps no reference to what it reads, so weights and arguments are held here.
+    """
+
+    def __init__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._model, self._arguments = model, _cloned(arguments)
+        self._inputs = _tensors(self._arguments)
+        device = self._inputs[0].device
+        self._device_type, self._autocast = device.type, _autocast(device.type)
+        # Weights that autocast casts must be cast in the graph: it frees those that it keeps when it ends.
+        with torch.autocast(
+            device.type,
+            dtype=self._autocast or torch.get_autocast_dtype(device.type),
+            enabled=self._autocast is not None,
+            cache_enabled=False,
+        ):
+            self._replay = captured(functools.partial(model, *self._arguments), device)
+
+    def __call__(self, *arguments: Any) -> Any:
+        autocast = _autocast(self._device_type)
+        if autocast != self._autocast:
+            raise checks.bad("autocast", autocast or "off", f"{self._autocast or 'off'}, as when this was compiled")
+        for held, given in zip(self._inputs, _tensors(arguments), strict=True):
+            held.copy_(given)
+        return _cloned(self._replay())
+
+
+def captured(run: Callable[[], Result], device: torch.device | None = None) -> Callable[[], Result]:
+    """``run`` recorded once as a CUDA graph; the function that is returned replays it on the current stream.
+
+    The result stays where the graph wrote it, and the next replay writes over it. What ``run`` reads must be held by
+    the caller: the graph does not.
+
+    Args:
+        run: Must not wait for the device.
+        device: Where it runs; None is the current one.
+    """
+    with torch.cuda.device(device):
+        warm = torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):  # compiles, loads and allocates, which cannot be recorded
+            for _ in range(_WARM_CALLS):
+                run()
+        torch.cuda.current_stream().wait_stream(warm)
+        graph = torch.cuda.CUDAGraph()
+        # Workspaces of cuBLAS stay with their stream: without this a graph could write to one that another graph owns,
+        # or that is freed while it lives. The one that the graph makes is in its own memory.
+        torch._C._cuda_clearCublasWorkspaces()
+        # Other threads, a data loader's for one, may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            result = run()
+        torch._C._cuda_clearCublasWorkspaces()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _need_compiler() -> None:
@@ -130,15 +239,41 @@ def _need_compiler() -> None:
         ) from error
 
 
+def _parts(value: Any) -> list[Any] | None:
+    """What a dataclass, tuple, list or dict holds; None for any other value."""
+    if is_dataclass(value):
+        return [getattr(value, item.name) for item in fields(value)]
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(value) if isinstance(value, tuple | list) else None
+
+
 def _described(value: Any) -> Any:
     """What a call must have in common with the example: shapes, dtypes and devices, and all other values."""
     if isinstance(value, Tensor):
         return _Shape(tuple(value.shape), value.dtype, value.device)
-    if is_dataclass(value):
-        return [type(value), *(_described(getattr(value, item.name)) for item in fields(value))]
-    if isinstance(value, tuple | list):
-        return [type(value), *(_described(part) for part in value)]
-    return value
+    parts = _parts(value)
+    return value if parts is None else [type(value), *map(_described, parts)]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in ``value``."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in _parts(value) or () for tensor in _tensors(part)]
+
+
+def _cloned(value: Any) -> Any:
+    """``value`` with a clone of every tensor in it."""
+
+    def leaf(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.clone()
+        if is_dataclass(part) and not isinstance(part, type):
+            return replace(part, **{item.name: _cloned(getattr(part, item.name)) for item in fields(part) if item.init})
+        return part
+
+    return pytree.tree_map(leaf, value)
 
 
 def _words(value: Any) -> str:

@@ -145,11 +145,11 @@ def plain_scatter(visible, keep_idx, mask_token, pos_embed):
     return (tokens.index_put((clips, keep_idx), visible) + pos_embed).to(visible.dtype)
 
 
-def plain_loss(pixels, video, drop_idx, *, patch, mean=None, std=None, normalize=True):
+def plain_loss(pixels, video, drop_idx, *, patch_size, mean=None, std=None, normalize=True):
     if pixels.numel() == 0:
         return pixels.float().sum()
     video = video.float().detach() / (255 if video.dtype == torch.uint8 else 1)
-    for step, place in zip(patch, (2, 4, 6), strict=True):
+    for step, place in zip(patch_size, (2, 4, 6), strict=True):
         video = video.unflatten(place, (-1, step))
     cells = video.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)  # (B, L, t*h*w, C)
     cells = cells[torch.arange(len(cells))[:, None], drop_idx]
@@ -166,7 +166,7 @@ OPS = {
     "add_layer_norm": (norm_operands, {}),
     "bias_gelu": (gelu_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
-    "masked_patch_loss": (loss_operands, dict(patch=PATCH)),
+    "masked_patch_loss": (loss_operands, dict(patch_size=PATCH)),
 }
 
 

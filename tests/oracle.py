@@ -98,18 +98,18 @@ def scatter_tokens(visible, keep_idx, mask_token, pos_embed):
     return _stack(tokens, (batch, len(pos_embed), width), visible)
 
 
-def masked_patch_loss(pixels, video, drop_idx, *, patch, mean=None, std=None, normalize=True):
+def masked_patch_loss(pixels, video, drop_idx, *, patch_size, mean=None, std=None, normalize=True):
     """The sum of squared errors patch by patch, over the number of values. The clip gets no gradient."""
     total = (pixels * 0).sum()
     for clip, row in enumerate(drop_idx.tolist()):
         for place, index in enumerate(row):
-            cells = _tubelet(video.detach(), clip, index, patch).to(pixels.dtype)
+            cells = _tubelet(video.detach(), clip, index, patch_size).to(pixels.dtype)
             if video.dtype == torch.uint8:
                 cells = cells / 255
             elif mean is not None:
                 cells = cells * _channels(std, cells) + _channels(mean, cells)
             if normalize:
-                count = math.prod(patch)
+                count = math.prod(patch_size)
                 cells = cells - cells.sum(dim=(1, 2, 3), keepdim=True) / count
                 variance = (cells * cells).sum(dim=(1, 2, 3), keepdim=True) / (count - 1)
                 cells = cells / (variance.sqrt() + 1e-6)

@@ -36,7 +36,7 @@ def launchers():
 
     poisoning, names = Poisoning(), [module.name for module in pkgutil.iter_modules(jit.__path__)]
     modules = [importlib.import_module(f"{jit.__name__}.{name}") for name in names]
-    launching = [module for module in modules if hasattr(module, "launch") and getattr(module, "torch", None) is torch]
+    launching = [module for module in modules if hasattr(module, "Launch") and getattr(module, "torch", None) is torch]
     for module in launching:
         module.torch = poisoning
     before, device._forced = device._forced, "triton"

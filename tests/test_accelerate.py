@@ -180,6 +180,7 @@ def test_autocast(case):
     assert all(parameter.grad.dtype == torch.float32 for parameter in fast.parameters())
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "case",
     ["model, last norm, dense", "classifier, mean pooling, masked", "pretraining, normalised target"],
@@ -196,6 +197,7 @@ def test_compiled_in_one_graph(case, training):
     check_gradients(plain, fast, want, got, 1e-5)
 
 
+@pytest.mark.compiles
 @all_kinds
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 @torch.no_grad()
@@ -213,6 +215,7 @@ def test_exported(case, strict):
     check_same(plain(**fewer), program.module()(**fewer, **known), 1e-5)
 
 
+@pytest.mark.compiles
 @torch.no_grad()
 def test_compiled_after_eager_calls():
     """What eager calls keep must not get in the way of a graph, nor a graph in that of eager calls."""

@@ -77,6 +77,7 @@ def test_under_autocast():
         assert torch.equal(eager.attention(qkv, 0.25), cpu_attention.attention(qkv.bfloat16(), 0.25))
 
 
+@pytest.mark.compiles
 def test_one_node_under_compile():
     qkv = packed()
     torch._dynamo.reset()

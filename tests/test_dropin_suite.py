@@ -40,6 +40,7 @@ def test_before_and_after_are_one_function(dtype):
         assert outcome.floor > 0
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("number", [1, 3])  # those with a mask: the others compile no less of it
 def test_compiled(number):
     case = list(cases(with_compiled=True))[number]

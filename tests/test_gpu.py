@@ -1,11 +1,12 @@
 """On a GPU, at the sizes of real models: make gpu. The truth is plain PyTorch in float64, which test_ops.py proves."""
 
 import functools
+import gc
 
 import oracle
 import pytest
 import torch
-from helpers import relative
+from helpers import relative, small_config
 
 import mar_fast
 from mar_fast import kernels, masking
@@ -298,6 +299,7 @@ def test_model(dtype):
         assert error <= 2 * own + (1e-5 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.compiles
 def test_compiled_model():
     """One graph, forward and backward, through the kernels; inductor may round differently around them."""
     model = mar_fast.create_model("mar_vit_base", num_classes=174, mask_ratio=0.5, depth=2).cuda().eval()
@@ -326,3 +328,31 @@ def test_captured_in_a_cuda_graph():
             got = model(clip, mask).logits
         graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_to_a_cuda_graph(dtype):
+    """The bits of eager calls, from another stream too, when model and example are gone and their memory is used."""
+    model = mar_fast.MAR(small_config(decoder_depth=0)).cuda().eval().to(dtype)
+    calls = [
+        (
+            torch.randint(256, (2, 3, 4, 64, 64), dtype=torch.uint8, device="cuda"),
+            masking.random(2, model.config.grid, 0.75, device="cuda"),
+        )
+        for _ in range(3)
+    ]
+    with torch.no_grad():
+        want = [model(*call).logits for call in calls]
+    compiled = mar_fast.compile_for_inference(model, calls[0], backend="graph")
+    del model, calls[0]
+    gc.collect()
+    used = [torch.full((size,), torch.nan, device="cuda") for size in (2**10, 2**14, 2**18) for _ in range(50)]
+    first = compiled(*calls[0]).logits
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = compiled(*calls[1]).logits
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(first, want[1]) and torch.equal(second, want[2]) and len(used) == 150
+    with pytest.raises(ValueError, match="arguments: got tuple"):
+        compiled(calls[0][0].cpu(), calls[0][1])

@@ -286,6 +286,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "case", [dict(), dict(without=PLAIN), dict(without=("branch", *PLAIN)), dict(count=0)], ids=str
 )
@@ -297,6 +298,7 @@ def test_opcheck(case):
     torch.library.opcheck(custom, (*arguments, torch.float32, torch.float16))
 
 
+@pytest.mark.compiles
 @every_dtype
 @pytest.mark.parametrize("without", [(), PLAIN, ("branch", *PLAIN)], ids=str)
 def test_compiled(without, dtype):
@@ -312,6 +314,7 @@ def test_compiled(without, dtype):
     assert all(torch.equal(gradients[name], compiled_gradients[name]) for name in gradients)
 
 
+@pytest.mark.compiles
 def test_compiled_with_a_frozen_scale():
     """What backward gets then depends on what needs a gradient, in the traced graph too."""
     torch.compiler.reset()

@@ -241,6 +241,7 @@ def calls(dtype):
     yield "attention_varlen", functools.partial(kernels.attention_varlen, scale=0.3), ragged
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(place, dtype):
@@ -255,6 +256,7 @@ def test_all_of_the_log_sum_exp_is_written():
     assert lse.shape == (2, 2, 32) and not lse.isnan().any()
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("place", [0, 1])
 def test_compiled(place):
     """Between other code, forward and backward, no bit is another."""
@@ -270,6 +272,7 @@ def test_compiled(place):
     assert torch.equal(compiled_gradients["qkv"], gradients["qkv"])
 
 
+@pytest.mark.compiles
 def test_compiled_log_sum_exp_alone():
     """The output goes unused, and its gradient is None."""
 

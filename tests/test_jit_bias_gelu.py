@@ -149,6 +149,7 @@ def test_linear_gelu():
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @every_dtype
 @pytest.mark.parametrize("shape", [(17, 33), (2, 17, 33), (0, 33)])
 def test_opcheck(shape, dtype):
@@ -156,11 +157,13 @@ def test_opcheck(shape, dtype):
     torch.library.opcheck(torch.ops.mar_fast.bias_gelu.default, operands)
 
 
+@pytest.mark.compiles
 def test_opcheck_of_strides():
     x, bias = gelu_operands(torch.float32, (17, 33)).values()
     torch.library.opcheck(torch.ops.mar_fast.bias_gelu.default, (transposed(x).requires_grad_(), strided(bias)))
 
 
+@pytest.mark.compiles
 @every_dtype
 def test_compiled(dtype):
     """Inductor calls the kernel through the custom op, with the surrounding code fused, and changes no bit of it."""

@@ -18,7 +18,7 @@ from op_cases import (
 )
 
 from mar_fast import kernels
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
@@ -43,7 +43,7 @@ NAMES = ["forward", "backward_weight", "backward_video", "backward_position"]
 
 def tiles(*sizes):
     """Launch configurations of the four kernels by (block_m, block_n, block_k)."""
-    return {f"gather_patch_embed.{name}": LaunchConfig(*size) for name, size in zip(NAMES, sizes, strict=True)}
+    return {f"gather_patch_embed_{name}": LaunchConfig(*size) for name, size in zip(NAMES, sizes, strict=True)}
 
 
 LARGE = tiles((32, 128, 512), (128, 512, 32), (32, 512, 128), (16, 128, 0))
@@ -76,7 +76,7 @@ def test_full_last_tiles(video):
 @pytest.mark.parametrize("columns", [16, 64, 128, 256])
 def test_columns_of_a_tile(columns):
     """Positions are added to 64 columns at a time, so tiles of 128 and of 256 are finished in parts."""
-    with forced({"gather_patch_embed.forward": LaunchConfig(32, columns, 512)}):
+    with forced({"gather_patch_embed_forward": LaunchConfig(32, columns, 512)}):
         compare(gather_operands(torch.float32, **FLAT | dict(width=300)))
 
 
@@ -86,7 +86,7 @@ def test_weight_gradient_in_several_parts(programs, monkeypatch):
     from mar_fast.kernels.jit import gather_patch_embed_backward as launcher
 
     monkeypatch.setattr(launcher, "WEIGHT_PROGRAMS", programs)
-    with forced({"gather_patch_embed.backward_weight": LaunchConfig(32, 64, 16)}):
+    with forced({"gather_patch_embed_backward_weight": LaunchConfig(32, 64, 16)}):
         compare(gather_operands(torch.float32, video=torch.uint8))
 
 

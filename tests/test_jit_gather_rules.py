@@ -17,7 +17,7 @@ from test_jit_gather_patch_embed import DARK, FEW, LARGE, NORMALISED, REAL, SMAL
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.launch_config import forced
+from mar_fast.kernels.jit.launch import forced
 
 pytestmark = pytest.mark.interpreter
 
@@ -174,6 +174,7 @@ def custom(video, keep_idx, weight, bias, pos_embed, mean=None, std=None):
     return torch.ops.mar_fast.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std, weight.dtype)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_opcheck(layout, video):
@@ -183,6 +184,7 @@ def test_opcheck(layout, video):
     torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, *options))
 
 
+@pytest.mark.compiles
 def test_opcheck_of_nothing():
     operands = [
         value.requires_grad_() if value.is_floating_point() else value
@@ -203,6 +205,7 @@ def compiling(program, seen):
     return torch.compile(program, fullgraph=True, backend=inductor)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
 def test_compiled(video):
     """Inductor calls the kernels through the custom op, and changes no bit of them."""

@@ -63,7 +63,7 @@ def test_real_patch(layout, video, normalize, dtype):
     operands = operands_of(make_clip(2, video, layout, **REAL), **REAL, dtype=dtype)
     options = dict(mean=MEAN, std=STD) if video == torch.float32 else {}
     floor = IN_A_ROW if dtype == torch.float32 and layout != "channels_last" else 0.5
-    check(operands, floor, patch=REAL["patch"], normalize=normalize, **options)
+    check(operands, floor, patch_size=REAL["patch"], normalize=normalize, **options)
 
 
 OTHERS = [(1, 1, 2), (2, 1, 1), (3, 1, 1), (1, 8, 8), (2, 3, 5), (1, 1, 33), (4, 8, 16)]
@@ -76,7 +76,7 @@ def test_patches(patch, layout):
     check(
         operands_of(make_clip(1, torch.float32, layout, patch, grid), patch, grid, count=3),
         IN_A_ROW if patch == (4, 8, 16) else 0.5,
-        patch=patch,
+        patch_size=patch,
     )
 
 
@@ -88,21 +88,21 @@ def test_channels(channels, layout, normalize):
     mean, std = tuple(torch.rand(channels).tolist()), tuple((torch.rand(channels) + 0.5).tolist())
     patch, grid = (2, 3, 5), (1, 2, 3)
     video = layout(torch.randn(2, channels, 2, 6, 15) * (1 + torch.arange(channels).view(-1, 1, 1, 1)))
-    check(operands_of(video, patch, grid, count=2), patch=patch, normalize=normalize, mean=mean, std=std)
+    check(operands_of(video, patch, grid, count=2), patch_size=patch, normalize=normalize, mean=mean, std=std)
 
 
 @pytest.mark.parametrize("part", [slice(3), slice(1, 2)], ids=str)
 def test_some_channels_of_a_wider_clip(part):
     """RGB of RGBA: channels side by side, but not the pixels."""
     video = channels_last(torch.randn(2, 4, 4, 21, 55))[:, part]
-    check(operands_of(video, PATCH, GRID, count=3), patch=PATCH)
+    check(operands_of(video, PATCH, GRID, count=3), patch_size=PATCH)
 
 
 def test_single_value_patches():
     """Without normalisation a patch may be one value."""
     patch, grid = (1, 1, 1), (2, 3, 2)
     check(
-        operands_of(make_clip(1, torch.float32, "contiguous", patch, grid), patch, grid), patch=patch, normalize=False
+        operands_of(make_clip(1, torch.float32, "contiguous", patch, grid), patch, grid), patch_size=patch, normalize=False
     )
 
 
@@ -126,7 +126,7 @@ def test_crops(video, layout, offset):
     """Of a clip that is NaN, or 255, around the crop: the same bits as of the crop alone."""
     clip = make_clip(1, video, layout, **REAL)
     operands = operands_of(clip, **REAL, count=6)
-    options = dict(patch=REAL["patch"])
+    options = dict(patch_size=REAL["patch"])
     run = functools.partial(kernels.masked_patch_loss, **options)
     (clean,), seeds, gradients = oracle.outcome(run, operands)
     operands["video"] = inside(clip, offset, 255 if video == torch.uint8 else torch.nan)
@@ -143,18 +143,18 @@ def test_only_dropped_tubelets_are_read(layout):
     video = make_clip(2, torch.float32, layout, patch, grid)
     operands = operands_of(video, patch, grid, count=2)
     operands["drop_idx"] = torch.tensor([[0, 4], [1, 5]])
-    loss = kernels.masked_patch_loss(**operands, patch=patch)
+    loss = kernels.masked_patch_loss(**operands, patch_size=patch)
     visible = torch.ones(2, 6, dtype=torch.bool).scatter(1, operands["drop_idx"], False).view(2, 1, 1, 2, 3)
     visible = visible.repeat_interleave(2, 3).repeat_interleave(2, 4)
     operands["video"] = LAYOUTS[layout](video.masked_fill(visible, torch.nan))
-    assert torch.equal(kernels.masked_patch_loss(**operands, patch=patch), loss)
+    assert torch.equal(kernels.masked_patch_loss(**operands, patch_size=patch), loss)
 
 
 def test_one_row_of_indices_for_all_clips():
     """As the fixed masks of a test: expanded, and not copied."""
     operands = loss_operands(torch.float32, 3, 5)
     operands["drop_idx"] = operands["drop_idx"][:1].expand(3, -1)
-    check(operands, patch=PATCH)
+    check(operands, patch_size=PATCH)
 
 
 def rows_apart(value):
@@ -171,7 +171,7 @@ def tokens_first(value):
 def test_any_strides_of_pixels(video, layout):
     operands = loss_operands(torch.float32, layout=video, count=5)
     operands["pixels"] = layout(operands["pixels"])
-    check(operands, patch=PATCH)
+    check(operands, patch_size=PATCH)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -181,8 +181,8 @@ def test_a_flat_patch_has_a_target_of_exactly_zero(value, layout):
     operands = loss_operands(torch.float32, layout=layout, count=5)
     operands["video"] = torch.full_like(operands["video"], value)
     operands["pixels"] = torch.zeros_like(operands["pixels"])
-    assert kernels.masked_patch_loss(**operands, patch=PATCH) == 0
-    assert kernels.masked_patch_loss(**operands, patch=PATCH, mean=MEAN, std=STD) == 0
+    assert kernels.masked_patch_loss(**operands, patch_size=PATCH) == 0
+    assert kernels.masked_patch_loss(**operands, patch_size=PATCH, mean=MEAN, std=STD) == 0
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -191,8 +191,8 @@ def test_a_large_offset(layout):
     operands = loss_operands(torch.float32, layout=layout, count=5)
     operands["video"] = LAYOUTS[layout]((operands["video"] * 64).round() + 2.0**18)
     exact = operands | {name: operands[name].double() for name in ("pixels", "video")}
-    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
-    torch.testing.assert_close(loss.double(), oracle.masked_patch_loss(**exact, patch=PATCH), rtol=1e-6, atol=0)
+    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
+    torch.testing.assert_close(loss.double(), oracle.masked_patch_loss(**exact, patch_size=PATCH), rtol=1e-6, atol=0)
 
 
 # Gradients.
@@ -204,10 +204,10 @@ def test_the_gradient_takes_a_scale(dtype):
     operands = loss_operands(dtype, count=5)
     values = {name: value.clone() for name, value in operands.items()}
     values["pixels"].requires_grad_()
-    (1024 * kernels.masked_patch_loss(**values, patch=PATCH)).backward()
+    (1024 * kernels.masked_patch_loss(**values, patch_size=PATCH)).backward()
     exact = operands | {name: operands[name].double() for name in ("pixels", "video")}
     exact["pixels"].requires_grad_()
-    (1024 * oracle.masked_patch_loss(**exact, patch=PATCH)).backward()
+    (1024 * oracle.masked_patch_loss(**exact, patch_size=PATCH)).backward()
     error = values["pixels"].grad.double() - exact["pixels"].grad
     assert error.norm() < 4 * torch.finfo(dtype).eps * exact["pixels"].grad.norm()
 
@@ -215,9 +215,9 @@ def test_the_gradient_takes_a_scale(dtype):
 def test_the_clip_never_gets_a_gradient():
     operands = loss_operands(torch.float32)
     operands["video"].requires_grad_()
-    assert not kernels.masked_patch_loss(**operands, patch=PATCH).requires_grad
+    assert not kernels.masked_patch_loss(**operands, patch_size=PATCH).requires_grad
     operands["pixels"].requires_grad_()
-    kernels.masked_patch_loss(**operands, patch=PATCH).backward()
+    kernels.masked_patch_loss(**operands, patch_size=PATCH).backward()
     assert operands["pixels"].grad is not None and operands["video"].grad is None
 
 
@@ -225,13 +225,13 @@ def test_the_clip_never_gets_a_gradient():
 def test_nothing(shape):
     operands = loss_operands(torch.float32, **shape)
     operands["pixels"].requires_grad_()
-    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
     loss.backward()
     assert loss == 0 and operands["pixels"].grad.shape == operands["pixels"].shape
 
 
 def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
-    """Forward leaves one number a tubelet; backward the gradient, and nothing else."""
+    """Forward leaves one number a tubelet and the loss; backward the gradient, and nothing else."""
     from mar_fast.kernels.jit import masked_patch_loss as launcher
 
     torch_, sizes = launcher.torch, []
@@ -248,11 +248,11 @@ def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
     operands = operands_of(make_clip(2, torch.uint8, **REAL), **REAL)
     operands["pixels"].requires_grad_()
     with SizesOfAll() as all_sizes:
-        loss = kernels.masked_patch_loss(**operands, patch=REAL["patch"])
-    assert sizes == [10] and max(all_sizes.seen) <= 10
+        loss = kernels.masked_patch_loss(**operands, patch_size=REAL["patch"])
+    assert sizes == [1, 10] and max(all_sizes.seen) <= 10
     assert [value.data_ptr() for value in loss.grad_fn.saved_tensors] == [v.data_ptr() for v in operands.values()]
     loss.backward()
-    assert sizes == [10, 2 * 5 * 1536]
+    assert sizes == [1, 10, 2 * 5 * 1536]
 
 
 class SizesOfAll(torch.utils._python_dispatch.TorchDispatchMode):
@@ -273,7 +273,7 @@ class SizesOfAll(torch.utils._python_dispatch.TorchDispatchMode):
 @every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bitwise_repeatable(layout, dtype):
-    operands, run = loss_operands(dtype, layout=layout), functools.partial(kernels.masked_patch_loss, patch=PATCH)
+    operands, run = loss_operands(dtype, layout=layout), functools.partial(kernels.masked_patch_loss, patch_size=PATCH)
     (first,), seeds, first_gradients = oracle.outcome(run, operands)
     (second,), _, second_gradients = oracle.outcome(run, operands, seeds)
     assert torch.equal(first, second)
@@ -283,16 +283,16 @@ def test_bitwise_repeatable(layout, dtype):
 def test_a_float64_clip():
     """Beside float32 pixels it is taken as float32, as in plain PyTorch."""
     operands = loss_operands(torch.float32, count=5, video=torch.float64)
-    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
     with kernels.use_backend("eager"):
-        torch.testing.assert_close(loss, kernels.masked_patch_loss(**operands, patch=PATCH))
+        torch.testing.assert_close(loss, kernels.masked_patch_loss(**operands, patch_size=PATCH))
 
 
 def test_float64_pixels_are_left_to_pytorch(poisoned):
     operands = loss_operands(torch.float64, video=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_forced", None)
-        assert kernels.masked_patch_loss(**operands, patch=PATCH).dtype == torch.float64
+        assert kernels.masked_patch_loss(**operands, patch_size=PATCH).dtype == torch.float64
     assert not poisoned.allocated
     poisoned.allocated = None
 
@@ -300,6 +300,7 @@ def test_float64_pixels_are_left_to_pytorch(poisoned):
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("options", [(None, None, True), (MEAN, STD, False)], ids=str)
 @pytest.mark.parametrize("video", [torch.float16, torch.uint8])
 @pytest.mark.parametrize("count", [0, 3])
@@ -310,11 +311,12 @@ def test_opcheck(count, video, options):
     torch.library.opcheck(custom, (*operands.values(), PATCH, *options))
 
 
+@pytest.mark.compiles
 @every_dtype
 @pytest.mark.parametrize("video", [torch.float32, torch.uint8])
 def test_compiled(video, dtype):
     def program(pixels, video, drop_idx):
-        return 3 * kernels.masked_patch_loss(pixels * 2, video, drop_idx, patch=PATCH, mean=MEAN, std=STD)
+        return 3 * kernels.masked_patch_loss(pixels * 2, video, drop_idx, patch_size=PATCH, mean=MEAN, std=STD)
 
     torch.compiler.reset()
     operands = loss_operands(dtype, count=5, video=video)
@@ -326,7 +328,7 @@ def test_compiled(video, dtype):
 
 
 RUNS = {
-    "function": functools.partial(kernels.masked_patch_loss, patch=PATCH),
+    "function": functools.partial(kernels.masked_patch_loss, patch_size=PATCH),
     "custom op": lambda **values: torch.ops.mar_fast.masked_patch_loss(*values.values(), PATCH, None, None, True),
 }
 

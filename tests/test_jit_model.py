@@ -76,6 +76,7 @@ def test_flop_counter_sees_the_kernels(training):
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.compiles
 def test_compiled():
     """torch.compile finds no graph break, and eager and compiled agree, forward and backward."""
     config = small_config()

@@ -38,6 +38,7 @@ def test_a_dispatch_mode_sees_the_op(name):
         assert gradient is None or torch.equal(gradient, plain_gradients[key])
 
 
+@pytest.mark.compiles
 @every_op
 def test_fake_tensors(name, poisoned):
     """Shapes, dtypes and strides without any memory; nothing is launched."""

@@ -7,7 +7,7 @@ from op_cases import cropped, make_index, plain_scatter, scatter_operands, strid
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
@@ -18,7 +18,7 @@ FLOATS = ("visible", "mask_token", "pos_embed")
 
 def tiles(places, columns):
     config = LaunchConfig(block_m=places, block_n=columns)
-    return forced({"scatter_tokens.forward": config, "scatter_tokens.backward": config})
+    return forced({"scatter_tokens_forward": config, "scatter_tokens_backward": config})
 
 
 @pytest.fixture(autouse=True)
@@ -198,18 +198,17 @@ def test_a_clip_keeps_to_itself():
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6])
 def test_frozen(wanted, monkeypatch):
-    from mar_fast.kernels.jit import scatter_tokens as launcher
+    seen, launch = [], Launch.__call__
 
-    seen, launch = [], launcher.launch
-
-    def spy(name, kernel, grid, arguments, config, **constexprs):
-        seen[:] = arguments[2:5]
-        launch(name, kernel, grid, arguments, config, **constexprs)
+    def spy(self, *tensors):
+        if self.kernel.fn.__name__ == "scatter_tokens_backward_kernel":
+            seen[:] = tensors[2:5]
+        launch(self, *tensors)
 
     operands = operands_of(make_index(3, 17), 154)
     seed = torch.randn(3, 154, 5)
     _, _, every = oracle.outcome(kernels.scatter_tokens, operands, [seed])
-    monkeypatch.setattr(launcher, "launch", spy)
+    monkeypatch.setattr(Launch, "__call__", spy)
     frozen = [name for place, name in enumerate(FLOATS) if not wanted >> place & 1]
     values = leaves(operands, frozen)
     kernels.scatter_tokens(**values).backward(seed)
@@ -263,6 +262,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # The custom op, which torch.compile sees.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("frozen", [(), ("pos_embed",), ("visible", "mask_token")], ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_opcheck(index, frozen):
@@ -270,11 +270,13 @@ def test_opcheck(index, frozen):
     torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
 
 
+@pytest.mark.compiles
 def test_opcheck_of_nothing():
     values = leaves(operands_of(make_index(2, 0), 154))
     torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
 
 
+@pytest.mark.compiles
 @every_dtype
 def test_compiled(dtype):
     def program(visible, keep_idx, mask_token, pos_embed):

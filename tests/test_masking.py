@@ -264,6 +264,7 @@ def test_the_message_names_the_argument(row):
         call(*arguments)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("device", "mode"), [("meta", nullcontext), ("cpu", FakeTensorMode)], ids=["meta", "fake"])
 @each_form
 def test_shapes_without_data(form, device, mode):
@@ -280,6 +281,7 @@ def with_seed(seed, build, *args):
     return indices(build(*args))
 
 
+@pytest.mark.compiles
 @each_form
 def test_compiled_equals_eager(form):
     torch._dynamo.reset()

@@ -250,6 +250,7 @@ def test_dropout_only_in_training(field):
         assert torch.equal(model.eval()(clip(), mask).logits, model(clip(), mask).logits)
 
 
+@pytest.mark.compiles
 def test_compiles_without_graph_break():
     """Eager and compiled agree, forward and backward, in eval with its own mask and in training with a drawn one."""
     torch.compiler.reset()

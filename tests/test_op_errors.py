@@ -129,11 +129,11 @@ BAD = {
         (dict(pos_embed=None), TYPE, "pos_embed", "NoneType"),
     ],
     "masked_patch_loss": [
-        (dict(patch=(3, 5)), VALUE, "patch", "(3, 5)"),
-        (dict(patch=(2, 3, 0)), VALUE, "patch", "(2, 3, 0)"),
-        (dict(patch=(2, 3.0, 5)), VALUE, "patch", "(2, 3.0, 5)"),
-        (dict(patch=(1, 1, 1)), VALUE, "patch", "(1, 1, 1)"),  # no variance of one value
-        (dict(patch=16), VALUE, "patch", "16"),
+        (dict(patch_size=(3, 5)), VALUE, "patch_size", "(3, 5)"),
+        (dict(patch_size=(2, 3, 0)), VALUE, "patch_size", "(2, 3, 0)"),
+        (dict(patch_size=(2, 3.0, 5)), VALUE, "patch_size", "(2, 3.0, 5)"),
+        (dict(patch_size=(1, 1, 1)), VALUE, "patch_size", "(1, 1, 1)"),  # no variance of one value
+        (dict(patch_size=16), VALUE, "patch_size", "16"),
         (dict(pixels=zeros(2, 17, 30)), VALUE, "pixels", "shape (2, 17, 30)"),
         (dict(pixels=zeros(2, 16, 90)), VALUE, "pixels", "shape (2, 16, 90)"),
         (dict(pixels=zeros(2, 17, 90).int()), TYPE, "pixels", "torch.int32"),

@@ -80,7 +80,7 @@ def test_any_strides(name):
 @pytest.mark.parametrize("count", [0, 1])
 def test_masked_patch_loss_in_float64(count):
     """The loss has the precision of its operands if they are finer than float32."""
-    assert kernels.masked_patch_loss(**loss_operands(torch.float64, count=count), patch=PATCH).dtype == torch.float64
+    assert kernels.masked_patch_loss(**loss_operands(torch.float64, count=count), patch_size=PATCH).dtype == torch.float64
 
 
 AUTOCAST = {
@@ -128,6 +128,7 @@ def test_autocast_of_no_tokens(name):
 COMPILED = [(name, False) for name in OPS] + [(name, True) for name in WITH_VIDEO]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("name", "uint8"), COMPILED)
 def test_compiles_without_a_break(name, uint8):
     op, operands = call(name)

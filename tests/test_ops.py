@@ -218,7 +218,7 @@ LOSS = [
 @pytest.mark.parametrize("case", LOSS, ids=str)
 def test_masked_patch_loss(case, normalize, dtype):
     operands = loss_operands(dtype, **case)
-    (loss,) = check("masked_patch_loss", plain_loss, operands, patch=PATCH, normalize=normalize)
+    (loss,) = check("masked_patch_loss", plain_loss, operands, patch_size=PATCH, normalize=normalize)
     assert loss.dtype == torch.float32
 
 
@@ -227,7 +227,7 @@ def test_masked_patch_loss(case, normalize, dtype):
 def test_masked_patch_loss_undoes_the_normalisation(video, normalize):
     """Of a floating-point clip; uint8 is in [0, 1] after the division."""
     operands = loss_operands(torch.float32, video=video)
-    options = dict(patch=PATCH, normalize=normalize)
+    options = dict(patch_size=PATCH, normalize=normalize)
 
     def plain(video, **rest):
         if video.dtype != torch.uint8:
@@ -244,12 +244,12 @@ def test_masked_patch_loss_of_a_faint_patch(contrast):
     """Where the 1e-6 beside the standard deviation shows."""
     operands = loss_operands(torch.float32)
     operands["video"] *= contrast
-    check("masked_patch_loss", plain_loss, operands, patch=PATCH)
+    check("masked_patch_loss", plain_loss, operands, patch_size=PATCH)
 
 
 def test_masked_patch_loss_of_a_flat_patch():
     """Without any variance the target is zero, not the quotient of two roundings."""
     operands = loss_operands(torch.float32)
     operands["video"] = torch.full_like(operands["video"], 0.5)
-    loss = kernels.masked_patch_loss(**operands, patch=PATCH)
+    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
     torch.testing.assert_close(loss, operands["pixels"].square().mean())

@@ -99,6 +99,58 @@ def test_import_is_light(tmp_path):
     assert loaded in ("[]\n", "['triton']\n")  # torch itself may load triton
 
 
+def test_under_the_name_kernels_there_is_nothing():
+    """From the repository's root the folder can be imported as if it were Hugging Face's package `kernels`."""
+    code = """
+import sys
+import torch, mar_fast.kernels
+before, torch.library.custom_op = set(sys.modules), None  # an op registered again would be an error
+import kernels
+print(kernels.__file__, [name for name in dir(kernels) if not name.startswith("_")], set(sys.modules) - before)
+for statement in ("kernels.attention", "from kernels import attention", "import kernels.attention"):
+    try:
+        print(exec(statement))
+    except (AttributeError, ImportError) as error:
+        print(type(error).__name__, error)
+"""
+    found, attribute, *imports = python(code, cwd=ROOT).splitlines()
+    assert found == f"{ROOT / 'kernels/__init__.py'} [] {{'kernels'}}"
+    assert attribute == (
+        "AttributeError kernels has no 'attention': this folder is mar_fast.kernels, import it by that name"
+    )
+    assert [line.split()[0] for line in imports] == ["ImportError", "ModuleNotFoundError"]
+
+
+@pytest.mark.compiles
+def test_transformers_from_the_repository_root():
+    """It looks for the package `kernels` when a first model is loaded, which may be between two of our calls."""
+    pytest.importorskip("transformers")
+    code = """
+import sys
+import transformers
+import torch, mar_fast
+size = dict(image_size=32, num_frames=2, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+config = mar_fast.named_config(
+    "mar_vit_small", num_frames=2, image_size=(32, 32), width=24, num_heads=2, depth=1,
+    bridge_width=16, bridge_heads=2, bridge_depth=1, decoder_depth=0,
+)
+model, video = mar_fast.MAR(config).eval(), torch.randn(2, 3, 2, 32, 32)
+def compiled():
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")(video)
+with torch.no_grad():
+    want, before = model(video), compiled()
+    theirs = transformers.VideoMAEModel(transformers.VideoMAEConfig(**size)).eval()
+    # Imported, and no op registered anew: what compiled calls do then differs from run to run.
+    assert [name for name in sys.modules if name.split(".")[0] == "kernels"] == ["kernels"]
+    assert theirs(video.transpose(1, 2)).last_hidden_state.shape == (2, 4, 24)
+    after = compiled()
+for got in (before, after):
+    torch.testing.assert_close(got.logits, want.logits)
+"""
+    python(code, cwd=ROOT, TRITON_INTERPRET="1")
+
+
 def test_public_names_exist():
     import mar_fast
 

@@ -285,6 +285,7 @@ def test_gradient_checkpointing_changes_no_number():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.compiles
 def test_compiles_without_graph_break():
     """Which also shows that no shape and no branch depends on values of the mask."""
     torch.compiler.reset()
@@ -303,6 +304,7 @@ def test_compiles_without_graph_break():
         assert relative(compiled(video, other).logits, model(video, other).logits) < 1e-5
 
 
+@pytest.mark.compiles
 def test_compiled_for_inference():
     model = build(mar_fast.MAR, depth=1, bridge_depth=1, decoder_depth=0).eval()
     mask, video = ragged((3, 8)), clips(2)

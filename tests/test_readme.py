@@ -45,6 +45,7 @@ def test_ensemble_example_runs():
     assert len(names["masks"]) == 4 and float(names["scores"].detach().sum()) == pytest.approx(1)
 
 
+@pytest.mark.compiles
 def test_inference_example_runs():
     clip = torch.randint(256, (3, 16, 224, 224), dtype=torch.uint8)
     names = {"mar_fast": mar_fast, "clip": clip, "model": mar_fast.MAR(tiny_config(depth=1, decoder_depth=0))}

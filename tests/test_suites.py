@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import relative
 
 import mar_fast
+from mar_fast import inference
 from mar_fast.bench import __main__ as module
-from mar_fast.bench import jobs, machine, records, runner, session
+from mar_fast.bench import jobs, machine, peers, records, runner, session
 from mar_fast.bench.case import Candidate, Case, Floor, Prepared, Setting
 from mar_fast.bench.runner import Outcome, Result
 from mar_fast.bench.suites import SUITES, encoder, flops, kernels, pipeline, scaling, training, waterfall
@@ -67,6 +69,7 @@ def test_every_classifier_gives_the_logits(dtype, keep):
     assert clips[0].p50 == pytest.approx(2 / outcome.results[0].time.p50) and clips[0].p20 <= clips[0].p80
 
 
+@pytest.mark.compiles
 def test_compiled_classifiers():
     case = encoder.inference_case(setting(), "small", 1, 0.5, compiled=True)
     compiled = [one for one in case.candidates if "compiled" in one.provider or "frozen" in one.provider]
@@ -76,6 +79,21 @@ def test_compiled_classifiers():
     outcome = runner.measure(replace(case, candidates=tuple(compiled), yardstick=""), setting(), RATES)
     for result in outcome.results:
         assert result.error < 1e-5 and result.compile_seconds > 0 and result.time, result
+
+
+def test_classifiers_in_cuda_graphs(monkeypatch):
+    """Candidates on a GPU; here a function that calls the model stands in for the graph."""
+    monkeypatch.setattr(inference, "captured", lambda run, device: run)
+    monkeypatch.setattr(inference, "_GRAPH_DEVICES", ("cpu",))
+    gpu = replace(setting(), device=torch.device("cuda"))
+    for compiled in (False, True):
+        names = providers(encoder.inference_case(gpu, "small", 1, 0.5, compiled))
+        assert [name for name in names if "graph" in name] == ["PyTorch SDPA, CUDA graph", "mar_fast, CUDA graph"]
+    job = jobs.Job(encoder.model_config("small", 0.5), 2, CPU, torch.float32)
+    for way in (peers.plain_frozen, peers.ours_compiled):
+        prepared = way(job, backend="graph")
+        assert relative(prepared.outputs()[0], jobs.truth(job)[0]) < 1e-5 and prepared.compile_seconds > 0
+        assert prepared.run().shape == (2, job.config.num_classes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,6 +107,7 @@ def test_every_training_step_has_the_loss_and_gradients(dtype):
         assert result.error < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.compiles
 def test_compiled_training():
     case = training.training_case(setting(), "small", 1, 0.5, compiled=True)
     compiled = tuple(one for one in case.candidates if one.provider.endswith(", compiled"))

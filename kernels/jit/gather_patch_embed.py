@@ -1,61 +1,22 @@
 """gather_patch_embed in Triton, forward: a matrix product whose left operand is gathered from the clip as it is needed.
 
-M = B * N visible tubelets, K = C * t * h * w values in each, D columns. A tubelet is lines of neighbours in memory
-(`Pixels`): loads of a thread run along a line, so that they are 16 bytes wide.
+M = B * N visible tubelets, K = C * t * h * w values in each (see tubelets.py), D columns.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import eager
-from ..gather_patch_embed import Channels, memory_order
-from ..launch_config import launch_config
-from .launch import block, launch, precision
-
-Triple = tuple[int, int, int]
-
-# uint8 pixels enter products as -128 .. 127, exact in every dtype, and near the mean: what is taken off for that is a
-# small difference, not one of large sums. The weight carries 64 / 255: beside 1 / 255 alone, small weights would have
-# too few digits left in float16. A power of two is taken out of the sum again without rounding.
-UINT8_CENTRE, UINT8_SCALE = 128, 64
-
-
-@triton.jit
-def tubelet_start(
-    index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line,
-    T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Flat index of each row's tubelet, and the offset of its first pixel. Rows beyond the last repeat that one."""
-    o_row = tl.minimum(o_row, rows - 1)
-    b_index = tl.load(index + o_row).to(tl.int32)
-    clip = (o_row // per_clip).to(tl.int64)
-    frame = (b_index // (grid_rows * grid_columns)).to(tl.int64) * T
-    line = (b_index // grid_columns % grid_rows).to(tl.int64) * H
-    column = (b_index % grid_columns).to(tl.int64)
-    return b_index, (clip * s_clip + frame * s_frame + line * s_line) * VECTOR + column * RUN
-
-
-@triton.jit
-def offset_in_tubelet(
-    o_k, s_channel, s_frame, s_line, T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Offset of the k-th value of a tubelet from its first; constexprs show Triton that RUN of them are neighbours."""
-    line = o_k // RUN
-    channel = (line // (T * H)).to(tl.int64)
-    frame = (line // H % T).to(tl.int64)
-    return (channel * s_channel + frame * s_frame + (line % H).to(tl.int64) * s_line) * VECTOR + o_k % RUN
-
-
-@triton.jit
-def centred(b_video, dtype: tl.constexpr):
-    """Pixels as a product takes them; see UINT8_CENTRE."""
-    if b_video.dtype == tl.uint8:
-        return (b_video ^ 128).to(tl.int8, bitcast=True).to(dtype)
-    return b_video.to(dtype)
+from .. import flops
+from ..derived import Derived
+from .gather_patch_embed_backward import backward, gradients
+from .launch import Launch, LaunchConfig, choose, precision, rows, scattered
+from .op import Op, Run
+from .tubelets import UINT8_SCALE, centred, fold_weight, layout_of, offset_in_tubelet, tubelet_start
 
 
 @triton.jit
@@ -86,7 +47,7 @@ def finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, colum
 
 
 @triton.jit
-def forward_kernel(
+def gather_patch_embed_forward_kernel(
     video, index, weight, bias, position, out, rows, columns, values, per_clip, grid_rows, grid_columns,
     s_clip, s_channel, s_frame, s_line, s_position,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
@@ -131,82 +92,37 @@ def forward_kernel(
         finish_halves(b_right, right, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A clip in memory: lines of ``run`` neighbours, in which ``vector`` values at a time are loaded.
-
-    Planar clips have the values of a tubelet in the order (c, t, y, x) and a line of w; channels-last clips have
-    (t, y, x, c) and a line of w * C. Strides are those of clip, channel, frame and line, in units of ``vector``: their
-    divisibility need not be known to be used.
-    """
-
-    memory: Tensor
-    channels_last: bool
-    run: int
-    vector: int
-    strides: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, video: Tensor, patch: Triple) -> "Pixels | None":
-        """The clip where it is; None where a thread could not load neighbours at once, as in a misaligned crop."""
-        order = memory_order(video)
-        if order is None:
-            return None
-        channels_last = order == "channels-last"
-        # The stride of an extent of 1 says nothing.
-        strides = [stride if extent > 1 else 0 for stride, extent in zip(video.stride(), video.shape, strict=True)]
-        line_strides = (strides[0], 0 if channels_last else strides[1], strides[2], strides[3])
-        run = patch[2] * video.shape[1] if channels_last else patch[2]
-        vector = 16 // video.element_size()
-        while run % vector:
-            vector //= 2
-        aligned = vector == 1 or (video.is_meta or video.data_ptr() % 16 == 0)
-        if not aligned or any(stride % vector for stride in line_strides):
-            return None
-        return cls(video, channels_last, run, vector, tuple(stride // vector for stride in line_strides))  # type: ignore[arg-type]
-
-    def order(self, weight: Tensor) -> Tensor:
-        """(D, C, t, h, w) -> (D, K), the values in this clip's order."""
-        return (weight.permute(0, 2, 3, 4, 1) if self.channels_last else weight).flatten(1).contiguous()
-
-    def unorder(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """(D, K) -> (D, C, t, h, w): the reverse."""
-        if self.channels_last:
-            channels, *patch = shape[1:]
-            return values.view(-1, *patch, channels).permute(0, 4, 1, 2, 3)
-        return values.view(shape)
+def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int) -> LaunchConfig:
+    """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's."""
+    clean = "compiled clean, not measured"
+    if arch not in ("sm_80", "sm_90", "sm_100"):
+        block_m = 64 if dtype == torch.float32 else 128
+        return LaunchConfig(block_m, 64, 32, num_stages=2, origin="fits 64 KB of shared memory; not measured")
+    if dtype == torch.float32:
+        block_n = 64 if arch == "sm_80" else 128
+        return LaunchConfig(128, block_n, 32, num_warps=8, num_stages=3, origin=f"at most 218 registers; {clean}")
+    if arch == "sm_90" and pixel_bytes == 1 and rows >= 4096:
+        time = "228 us for 25088 rows and 768 columns, 128 x 256 x 64 took 265; values not compared there yet"
+        return LaunchConfig(64, 256, 64, num_stages=3, origin=f"H200, Triton 3.6, bc236cf: {time}")
+    if rows > 4096 and columns > 512:
+        return LaunchConfig(128, 256, 64, num_warps=8, num_stages=3, origin=f"at most 255 registers; {clean}")
+    if rows > 2048:
+        return LaunchConfig(128, 128, 64, num_warps=8, num_stages=3, origin=f"at most 187 registers; {clean}")
+    return LaunchConfig(64, 64, 64, num_stages=4, origin=f"at most 128 registers; {clean}")
 
 
-def pixels_of(video: Tensor, patch: Triple) -> Pixels:
-    """The clip where it is, or a contiguous copy of it."""
-    pixels = Pixels.of(video, patch) or Pixels.of(video.clone(memory_format=torch.contiguous_format), patch)
-    assert pixels is not None
-    return pixels
-
-
-def normalisation(mean: Channels, std: Channels, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """slope and offset, (C,) float32: a normalised uint8 pixel is slope * (pixel - 128) - offset."""
-    mean, std = mean or [0.0] * channels, std or [1.0] * channels
-    slope = tuple(1 / (255 * spread) for spread in std)
-    offset = tuple((centre - UINT8_CENTRE / 255) / spread for centre, spread in zip(mean, std, strict=True))
-    return eager.per_channel(slope, device), eager.per_channel(offset, device)
-
-
-def fold_normalisation(
-    weight: Tensor, bias: Tensor, work: torch.dtype, mean: Channels, std: Channels
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias for centred uint8 pixels: w' = w * 64 * slope, rounded to ``work``, and the bias that fits it.
-
-    That is computed from the rounded w', so that its rounding meets normalised pixels and not their offset.
-    """
-    slope, offset = normalisation(mean, std, weight.shape[1], weight.device)
-    folded = (weight.float() * (UINT8_SCALE * slope).view(-1, 1, 1, 1)).to(work)
-    return folded, bias.float() - (folded.float().sum((2, 3, 4)) * (offset / (UINT8_SCALE * slope))).sum(1)
-
-
-def features(video: Tensor, rows: int, columns: int) -> dict[str, int]:
-    """What launch tables go by; rows only roughly, since every number of them would be a choice of its own."""
-    return dict(pixel_bytes=video.element_size(), rows=block(rows), columns=columns)
+def outputs(
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    work: torch.dtype,
+) -> Tensor:
+    """(B, N, D) in the weight's dtype."""
+    return torch.empty((*keep_idx.shape, weight.shape[0]), dtype=weight.dtype, device=weight.device)
 
 
 def forward(
@@ -215,32 +131,67 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     work: torch.dtype,
-) -> Tensor:
-    """See `mar_fast.kernels.gather_patch_embed`; the product works in ``work``."""
+    kept: Derived | None = None,
+) -> Run:
+    """Embedded tubelets; the product works in ``work``.
+
+    Args:
+        video: This and the others as in `mar_fast.kernels.gather_patch_embed`.
+        kept: Where the weight as the product takes it is kept between calls; None if it must be made in each.
+    """
     columns, channels, t, h, w = weight.shape
-    out = torch.empty((*keep_idx.shape, columns), dtype=weight.dtype, device=weight.device)
-    if out.numel() == 0:
-        return out
-    pixels = pixels_of(video, (t, h, w))
-    scale = 1
-    if video.dtype == torch.uint8:
-        scale = UINT8_SCALE
-        weight, bias = fold_normalisation(weight, bias, work, mean, std)
-    pos_embed = pos_embed if pos_embed.stride(1) == 1 else pos_embed.contiguous()
-    rows, values = keep_idx.numel(), channels * t * h * w
-    config = launch_config("gather_patch_embed.forward", video, work, **features(video, rows, columns))
-    launch(
-        "gather_patch_embed.forward", forward_kernel,
-        (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),),
-        (
-            pixels.memory, keep_idx.contiguous(), pixels.order(weight.to(work)), bias.contiguous(), pos_embed, out,
-            rows, columns, values, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w,
-            *pixels.strides, pos_embed.stride(0),
-        ),
-        config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values, SCALE=scale,
-        PRECISION=precision(video), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+    options, count = (mean, std, work), keep_idx.numel()
+    if count * columns == 0:
+        return lambda *tensors: outputs(*tensors, *options)
+    layout, copied = layout_of(video, (t, h, w))
+    uint8 = video.dtype == torch.uint8
+    fold = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
+    if fold is not None and kept is not None:
+        fold = partial(_keep, kept, fold, (uint8, layout.channels_last, *options))
+    pos_stride, pos_copied = rows(pos_embed)
+    choice = choose(
+        "gather_patch_embed_forward", config, video, work,
+        pixel_bytes=video.element_size(), rows=count, columns=columns,
     )  # fmt: skip
-    return out
+    tile = choice.config
+    launch = Launch(
+        gather_patch_embed_forward_kernel, (triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n),),
+        (count, columns, channels * t * h * w, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w,
+         *layout.strides, pos_stride), choice,
+        (False, not keep_idx.is_contiguous(), False, not uint8 and scattered(bias), pos_copied),
+        T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=channels * t * h * w, SCALE=UINT8_SCALE if uint8 else 1,
+        PRECISION=precision(video), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+
+    def run(video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor) -> Tensor:
+        out = outputs(video, keep_idx, weight, bias, pos_embed, *options)
+        if copied:
+            video = video.clone(memory_format=torch.contiguous_format)
+        if uint8:
+            weight, bias = fold(weight, bias)
+        elif fold is not None:
+            weight, _ = fold(weight, None)
+        launch(video, keep_idx, weight, bias, pos_embed, out)
+        return out
+
+    return run
+
+
+def _keep(kept: Derived, fold: Run, way: tuple[object, ...], *sources: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    folded: tuple[Tensor, Tensor | None] = kept.get(sources, way, fold)
+    return folded
+
+
+gather_patch_embed = Op(
+    "gather_patch_embed",
+    outputs=outputs,
+    forward=forward,
+    gradients=gradients,
+    backward=backward,
+    saves=lambda tensors, outputs: (*tensors[:3], tensors[4]),
+    differentiable=("video", "weight", "bias", "pos_embed"),
+    flops=(flops.gather_patch_embed, flops.gather_patch_embed_backward),
+)

@@ -1,32 +1,35 @@
 """gather_patch_embed in Triton, backward. Letters as in the forward: M visible tubelets of K values, D columns."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_patch_embed import Channels, gradient_memory, gradients
-from ..launch_config import launch_config
-from .gather_patch_embed import (
-    Pixels,
+from .launch import Launch, LaunchConfig, block, choose, precision, rows
+from .op import Run
+from .tubelets import (
+    Channels,
     centred,
-    features,
+    fold_weight,
+    gradient_memory,
+    layout_of,
     normalisation,
+    of_channel,
     offset_in_tubelet,
-    pixels_of,
     tubelet_start,
 )
-from .launch import as_rows, launch, precision
 
 
 @triton.jit
-def weight_kernel(
+def gather_patch_embed_backward_weight_kernel(
     grad, video, index, part, rows, columns, per_clip, grid_rows, grid_columns, tiles,
     s_grad, s_clip, s_channel, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums ``tiles`` tiles of rows into its place of ``part``: the parts are added in a fixed order
+    """One program sums ``tiles`` tiles of rows into its slot of ``part``: the parts are added in a fixed order
     afterwards, so the result is the same every time. Programs of the same rows run next to each other."""
     tiles_m, tiles_n = tl.cdiv(columns, BLOCK_M), tl.cdiv(K, BLOCK_N)
     split = tl.program_id(0) // (tiles_m * tiles_n)
@@ -52,7 +55,7 @@ def weight_kernel(
 
 
 @triton.jit
-def video_kernel(
+def gather_patch_embed_backward_video_kernel(
     grad, weight, index, grad_video, rows, columns, per_clip, grid_rows, grid_columns,
     s_grad, s_clip, s_channel, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
@@ -83,12 +86,55 @@ def video_kernel(
 
 
 @triton.jit
-def position_kernel(grad, order, bounds, out, columns, s_grad, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program adds up the rows of one position, in the order of the clips; none leave a zero."""
-    position = tl.program_id(0).to(tl.int64)
+def gather_patch_embed_backward_weight_sum_kernel(
+    part, grad_sum, out, splits, values, SLOPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    C: tl.constexpr, AREA: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add up ``part`` (splits, D, K) in a fixed order and put its values in the order of ``out`` (D, C, t, h, w).
+
+    With ``grad_sum`` (D,) of centred uint8 pixels: the weight met slope * pixel - offset.
+    """
+    o_value = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_value = o_value < values
+    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    p_part = part + o_value
+    for _ in range(splits):
+        b_sum += tl.load(p_part, mask=m_value, other=0.0)
+        p_part += values
+    o_row, o_k = o_value // (C * AREA), (o_value % (C * AREA)).to(tl.int32)
+    if CHANNELS_LAST:
+        o_channel, o_pixel = o_k % C, o_k // C
+    else:
+        o_channel, o_pixel = o_k // AREA, o_k % AREA
+    if grad_sum is not None:
+        b_grad = tl.load(grad_sum + o_row, mask=m_value, other=0.0)
+        b_sum = b_sum * of_channel(SLOPE, o_channel, C) - b_grad * of_channel(OFFSET, o_channel, C)
+    o_out = o_row * (C * AREA) + o_channel * AREA + o_pixel
+    tl.store(out + o_out, b_sum.to(out.dtype.element_ty), mask=m_value)
+
+
+@triton.jit
+def gather_patch_embed_backward_position_kernel(
+    grad, ascending, order, out, rows, columns, s_grad, halvings, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """One program adds up the rows of one position, in the order of the clips; none leave a zero.
+
+    ``ascending`` are the sorted indices, ``order`` the rows that they came from.
+    """
+    position = tl.program_id(0)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
-    start, end = tl.load(bounds + position), tl.load(bounds + position + 1)
+    # Where this position and the next one begin among the sorted.
+    o_end = tl.arange(0, 2)
+    b_low, b_high = tl.zeros((2,), dtype=tl.int32), tl.zeros((2,), dtype=tl.int32) + rows
+    for _ in range(halvings):
+        m_open = b_low < b_high
+        b_middle = (b_low + b_high) // 2
+        b_index = tl.load(ascending + b_middle, mask=m_open, other=0).to(tl.int32)
+        m_below = m_open & (b_index < position + o_end)
+        b_high = tl.where(m_open & (b_index >= position + o_end), b_middle, b_high)
+        b_low = tl.where(m_below, b_middle + 1, b_low)
+    start, end = tl.sum(tl.where(o_end == 0, b_low, 0)), tl.sum(tl.where(o_end == 1, b_low, 0))
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(start, end, BLOCK_M):
         o_order = first + tl.arange(0, BLOCK_M)
@@ -97,7 +143,7 @@ def position_kernel(grad, order, bounds, out, columns, s_grad, BLOCK_M: tl.const
         o_row = tl.load(order + o_order, mask=m_order, other=0)
         p_grad = grad + o_row[:, None] * s_grad + o_column[None, :]
         b_sum += tl.load(p_grad, mask=m_order[:, None] & m_column[None, :], other=0.0).to(tl.float32)
-    p_out = out + position * columns + o_column
+    p_out = out + position.to(tl.int64) * columns + o_column
     tl.store(p_out, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=m_column)
 
 
@@ -105,73 +151,68 @@ def position_kernel(grad, order, bounds, out, columns, s_grad, BLOCK_M: tl.const
 # result shall be the same everywhere.
 WEIGHT_PROGRAMS = 264
 
+TUNED = ("sm_80", "sm_90", "sm_100")
 
-def weight_gradient(
-    grad: Tensor, pixels: Pixels, keep_idx: Tensor, weight: Tensor, mean: Channels, std: Channels
-) -> Tensor:
-    """(M, D) -> (D, C, t, h, w)."""
-    columns, channels, t, h, w = weight.shape
-    rows, values = len(grad), channels * t * h * w
-    height, width = pixels.memory.shape[3:]
-    config = launch_config(
-        "gather_patch_embed.backward_weight", grad, grad.dtype, **features(pixels.memory, rows, columns)
+
+def config_weight(arch: str, dtype: torch.dtype, *, pixel_bytes: int, columns: int) -> LaunchConfig:
+    """``block_m`` columns of the gradient by ``block_n`` values, ``block_k`` tubelets at a time. Not measured."""
+    if arch not in TUNED:
+        origin = "fits 64 KB of shared memory; not measured"
+        return (
+            LaunchConfig(64, 64, 32, origin=origin)
+            if dtype == torch.float32
+            else LaunchConfig(64, 128, 32, num_stages=2, origin=origin)
+        )
+    if dtype == torch.float32:
+        block_m = 64 if arch == "sm_80" else 128
+        return LaunchConfig(block_m, 128, 32, num_warps=8, origin="at most 210 registers; compiled clean, not measured")
+    # With uint8 pixels sm_80 has no registers for wide tiles.
+    wide = columns > 512 and (arch != "sm_80" or pixel_bytes > 1)
+    origin = "at most 244 registers; compiled clean, not measured"
+    return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, origin=origin)
+
+
+def config_video(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
+    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. Not measured."""
+    if arch not in TUNED:
+        block_m = 64 if dtype == torch.float32 else 128
+        return LaunchConfig(block_m, 64, 32, num_stages=2, origin="fits 64 KB of shared memory; not measured")
+    origin = "at most 254 registers; compiled clean, not measured"
+    if dtype == torch.float32:
+        block_n = 64 if arch == "sm_80" else 128
+        return LaunchConfig(128, block_n, 32, num_warps=8, num_stages=3, origin=origin)
+    return LaunchConfig(128, 256 if rows > 4096 else 128, 64, num_warps=8, num_stages=3, origin=origin)
+
+
+def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
+    """``block_m`` rows at a time by ``block_n`` columns."""
+    return LaunchConfig(16, 256, origin="16 values a thread; not measured")
+
+
+def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
+    """``block_n`` values."""
+    return LaunchConfig(1, 1024, origin="8 values a thread; compiled clean, not measured")
+
+
+def gradients(
+    grad: Tensor,
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    pos_embed: Tensor,
+    mean: Channels,
+    std: Channels,
+    work: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of video, weight, bias and pos_embed."""
+    dtype, device = weight.dtype, weight.device
+    return (
+        gradient_memory(video) if needs[0] else None,
+        torch.empty(weight.shape, dtype=dtype, device=device) if needs[1] else None,
+        torch.empty(weight.shape[:1], dtype=dtype, device=device) if needs[2] else None,
+        torch.empty(pos_embed.shape, dtype=pos_embed.dtype, device=device) if needs[3] else None,
     )
-    programs = triton.cdiv(columns, config.block_m) * triton.cdiv(values, config.block_n)
-    row_tiles = triton.cdiv(rows, config.block_k)
-    tiles = triton.cdiv(row_tiles, max(1, WEIGHT_PROGRAMS // programs))
-    splits = triton.cdiv(row_tiles, tiles)
-    part = torch.empty((splits, columns, values), dtype=torch.float32, device=grad.device)
-    launch(
-        "gather_patch_embed.backward_weight", weight_kernel, (programs * splits,),
-        (
-            grad, pixels.memory, keep_idx, part, rows, columns, keep_idx.shape[1], height // h, width // w, tiles,
-            grad.stride(0), *pixels.strides,
-        ),
-        config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values,
-        PRECISION=precision(grad), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-    )  # fmt: skip
-    total = pixels.unorder(part.sum(0), weight.shape)
-    if pixels.memory.dtype == torch.uint8:
-        slope, offset = (value.view(-1, 1, 1, 1) for value in normalisation(mean, std, channels, grad.device))
-        total = total * slope - grad.sum(0, dtype=torch.float32).view(-1, 1, 1, 1, 1) * offset
-    return total.to(weight.dtype).contiguous()
-
-
-def video_gradient(grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor) -> Tensor:
-    """(M, D) -> (B, C, T, H, W): zero but for the indexed tubelets, laid out as `gradient_memory` says."""
-    columns, channels, t, h, w = weight.shape
-    rows, values = len(grad), channels * t * h * w
-    total = gradient_memory(video).zero_()
-    pixels = Pixels.of(total, (t, h, w))
-    assert pixels is not None
-    config = launch_config("gather_patch_embed.backward_video", grad, grad.dtype, **features(video, rows, columns))
-    launch(
-        "gather_patch_embed.backward_video", video_kernel,
-        (triton.cdiv(rows, config.block_m) * triton.cdiv(values, config.block_n),),
-        (
-            grad, pixels.order(weight.to(grad.dtype)), keep_idx, total, rows, columns, keep_idx.shape[1],
-            video.shape[3] // h, video.shape[4] // w, grad.stride(0), *pixels.strides,
-        ),
-        config, T=t, H=h, RUN=pixels.run, VECTOR=pixels.vector, K=values,
-        PRECISION=precision(grad), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-    )  # fmt: skip
-    return total
-
-
-def position_gradient(grad: Tensor, keep_idx: Tensor, pos_embed: Tensor) -> Tensor:
-    """(M, D) -> (L, D)."""
-    ascending, order = keep_idx.flatten().sort(stable=True)
-    positions = torch.arange(len(pos_embed) + 1, dtype=keep_idx.dtype, device=grad.device)
-    bounds = torch.searchsorted(ascending, positions, out_int32=True)
-    out = torch.empty(pos_embed.shape, dtype=pos_embed.dtype, device=grad.device)
-    config = launch_config("gather_patch_embed.backward_position", grad)
-    launch(
-        "gather_patch_embed.backward_position", position_kernel,
-        (len(pos_embed), triton.cdiv(grad.shape[1], config.block_n)),
-        (grad, order, bounds, out, grad.shape[1], grad.stride(0)),
-        config, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-    )  # fmt: skip
-    return out
 
 
 def backward(
@@ -183,23 +224,133 @@ def backward(
     mean: Channels,
     std: Channels,
     work: torch.dtype,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of video, weight, bias and pos_embed; an empty tensor for what is not needed."""
+    needs: Sequence[bool],
+) -> Run:
+    """Each gradient by launches of its own; one that is not needed is not computed."""
+    options = (mean, std, work)
     if grad.numel() == 0:
-        return tuple(memory.zero_() for memory in gradients(video, weight, pos_embed, needs))  # type: ignore[return-value]
-    results = list(gradients(video, weight, pos_embed, [False] * 4))
-    grad, keep_idx = as_rows(grad), keep_idx.contiguous()
-    # Products read the gradient many times, and the offset of uint8 pixels belongs to the same rounded values.
-    rounded = grad.to(work)
-    if needs[0]:
-        results[0] = video_gradient(rounded, video, keep_idx, weight)
-    if needs[1]:
-        t, h, w = weight.shape[2:]
-        pixels = pixels_of(video, (t, h, w))
-        results[1] = weight_gradient(rounded, pixels, keep_idx, weight, mean, std)
-    if needs[2]:
-        results[2] = grad.sum(0, dtype=torch.float32).to(weight.dtype)
-    if needs[3]:
-        results[3] = position_gradient(grad, keep_idx, pos_embed)
-    return tuple(results)  # type: ignore[return-value]
+        return lambda *operands: [
+            value if value is None else value.zero_() for value in gradients(*operands, *options, needs)
+        ]
+    stride, copied = rows(grad)
+    cast, index_copied = grad.dtype != work, not keep_idx.is_contiguous()
+    work_stride = grad.shape[2] if cast else stride
+    of_video = _video_gradient(work_stride, grad, video, keep_idx, weight, work) if needs[0] else None
+    of_weight = _weight_gradient(work_stride, grad, video, keep_idx, weight, *options) if needs[1] else None
+    of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
+    # The offset of uint8 pixels belongs to the rounded values that the product reads.
+    sums = needs[1] and video.dtype == torch.uint8
+
+    def run(
+        grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, pos_embed: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        results = grad_video, grad_weight, grad_bias, grad_pos = gradients(
+            grad, video, keep_idx, weight, pos_embed, *options, needs
+        )
+        if copied:
+            grad = grad.contiguous()
+        if index_copied:
+            keep_idx = keep_idx.contiguous()
+        # Products read the gradient many times.
+        rounded = grad.to(work, memory_format=torch.contiguous_format) if cast else grad
+        if of_video is not None:
+            of_video(rounded, keep_idx, weight, grad_video)
+        if grad_bias is not None:
+            torch.sum(grad, (0, 1), out=grad_bias)
+        if of_weight is not None:
+            grad_sum = None
+            if sums:
+                same = grad_bias is not None and rounded is grad and grad.dtype == torch.float32
+                grad_sum = grad_bias if same else rounded.sum((0, 1), dtype=torch.float32)
+            of_weight(rounded, video, keep_idx, grad_sum, grad_weight)
+        if of_positions is not None:
+            of_positions(grad, keep_idx, grad_pos)
+        return results
+
+    return run
+
+
+def _weight_gradient(
+    stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, mean: Channels, std: Channels,
+    work: torch.dtype,
+) -> Run:  # fmt: skip
+    """``run(grad, video, keep_idx, grad_sum, out)``: (M, D) -> (D, C, t, h, w)."""
+    columns, channels, t, h, w = weight.shape
+    count, values = keep_idx.numel(), channels * t * h * w
+    layout, copied = layout_of(video, (t, h, w))
+    choice = choose(
+        "gather_patch_embed_backward_weight", config_weight, grad, work,
+        pixel_bytes=video.element_size(), columns=columns,
+    )  # fmt: skip
+    tile = choice.config
+    programs = triton.cdiv(columns, tile.block_m) * triton.cdiv(values, tile.block_n)
+    row_tiles = triton.cdiv(count, tile.block_k)
+    tiles = triton.cdiv(row_tiles, max(1, WEIGHT_PROGRAMS // programs))
+    splits = triton.cdiv(row_tiles, tiles)
+    launch = Launch(
+        gather_patch_embed_backward_weight_kernel, (programs * splits,),
+        (count, columns, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w, tiles, stride, *layout.strides),
+        choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
+        PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+    sum_choice = choose("gather_patch_embed_backward_weight_sum", config_sum, grad)
+    block_n = min(sum_choice.config.block_n, block(columns * values))
+    slope, offset = normalisation(mean, std, channels)
+    add = Launch(
+        gather_patch_embed_backward_weight_sum_kernel, (triton.cdiv(columns * values, block_n),),
+        (splits, columns * values), sum_choice, SLOPE=slope, OFFSET=offset, CHANNELS_LAST=layout.channels_last,
+        C=channels, AREA=t * h * w, BLOCK_N=block_n,
+    )  # fmt: skip
+
+    def run(grad: Tensor, video: Tensor, keep_idx: Tensor, grad_sum: Tensor | None, out: Tensor) -> None:
+        part = torch.empty((splits, columns, values), dtype=torch.float32, device=grad.device)
+        if copied:
+            video = video.clone(memory_format=torch.contiguous_format)
+        launch(grad, video, keep_idx, part)
+        add(part, grad_sum, out)
+
+    return run
+
+
+def _video_gradient(
+    stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, work: torch.dtype
+) -> Run:
+    """``run(grad, keep_idx, weight, out)``: (M, D) -> (B, C, T, H, W), zero but for the indexed tubelets."""
+    columns, channels, t, h, w = weight.shape
+    count, values = keep_idx.numel(), channels * t * h * w
+    layout, copied = layout_of(gradient_memory(video), (t, h, w))
+    assert not copied
+    fold = fold_weight(weight, None, layout, work)
+    choice = choose("gather_patch_embed_backward_video", config_video, grad, work, rows=count)
+    tile = choice.config
+    launch = Launch(
+        gather_patch_embed_backward_video_kernel,
+        (triton.cdiv(count, tile.block_m) * triton.cdiv(values, tile.block_n),),
+        (count, columns, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w, stride, *layout.strides),
+        choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
+        PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+
+    def run(grad: Tensor, keep_idx: Tensor, weight: Tensor, out: Tensor) -> None:
+        if fold is not None:
+            weight, _ = fold(weight, None)
+        launch(grad, weight, keep_idx, out.zero_())
+
+    return run
+
+
+def _position_gradient(stride: int, grad: Tensor, keep_idx: Tensor, pos_embed: Tensor) -> Run:
+    """``run(grad, keep_idx, out)``: (M, D) -> (L, D)."""
+    count, columns = keep_idx.numel(), grad.shape[2]
+    choice = choose("gather_patch_embed_backward_position", config_position, grad)
+    tile = choice.config
+    launch = Launch(
+        gather_patch_embed_backward_position_kernel, (pos_embed.shape[0], triton.cdiv(columns, tile.block_n)),
+        (count, columns, stride, count.bit_length()), choice, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+    )  # fmt: skip
+
+    def run(grad: Tensor, keep_idx: Tensor, out: Tensor) -> None:
+        ascending, order = keep_idx.view(-1).sort(stable=True)
+        launch(grad, ascending, order, out)
+
+    return run

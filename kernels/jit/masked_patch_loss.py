@@ -1,4 +1,4 @@
-"""masked_patch_loss in Triton: one program makes the target of one dropped tubelet in registers, and nowhere else.
+"""masked_patch_loss in Triton: a program makes the target of one dropped tubelet, which never leaves its registers.
 
 P = t * h * w positions of C channels, in the order (t, h, w, C) of the pixels; statistics and sums in float32.
 """
@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_config import launch_config
-from .launch import as_rows, block, launch
+from .launch import Launch, LaunchConfig, block, choose, rows
+from .op import Op, Run
+from .tubelets import of_channel
 
 
 @triton.jit
@@ -44,9 +45,7 @@ def positions(
     o_video += (o_position % W).to(tl.int64) * stride_w
     p_channel = first + o_channel.to(tl.int64) * stride_c
     b_target = tl.load(p_channel[None, :] + o_video[:, None], mask=m_tile, other=0).to(tl.float32)
-    b_scale = tl.full((BLOCK_C,), SCALE[0], dtype=tl.float32)
-    for c in tl.static_range(1, C):
-        b_scale = tl.where(o_channel == c, SCALE[c], b_scale)
+    b_scale = of_channel(SCALE, o_channel, C)
     if NORMALIZE:
         # Seen from the first pixel a flat patch is exactly zero, and a shift of the channel is gone.
         b_first = tl.load(p_channel, mask=o_channel < C, other=0).to(tl.float32)
@@ -55,10 +54,7 @@ def positions(
         b_variance = tl.sum(b_target * b_target, axis=0) / (T * H * W - 1)
         b_target /= (tl.sqrt_rn(b_variance) + 1e-6)[None, :]
     else:
-        b_shift = tl.full((BLOCK_C,), SHIFT[0], dtype=tl.float32)
-        for c in tl.static_range(1, C):
-            b_shift = tl.where(o_channel == c, SHIFT[c], b_shift)
-        b_target = b_target * b_scale[None, :] + b_shift[None, :]
+        b_target = b_target * b_scale[None, :] + of_channel(SHIFT, o_channel, C)[None, :]
     return o_position[:, None] * C + o_channel[None, :], m_tile, b_target
 
 
@@ -89,13 +85,13 @@ def values(
 
 
 @triton.jit
-def kernel(
+def masked_patch_loss_kernel(
     pixels, video, drop_idx, grad, out, count, grid_h, grid_w, factor, pixel_stride, drop_stride_b, drop_stride_m,
     stride_b, stride_c, stride_t, stride_h, stride_w, SCALE: tl.constexpr, SHIFT: tl.constexpr, NORMALIZE: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sum of squared errors of a tubelet in its place of ``out``; with ``grad`` its gradient of the pixels."""
+    """A tubelet's part of the loss, to its slot in ``out``; with ``grad`` the gradient of its pixels."""
     row = tl.program_id(0)
     first = tubelet(
         video, drop_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
@@ -112,11 +108,51 @@ def kernel(
     b_pixel = tl.load(pixels + row.to(tl.int64) * pixel_stride + o_pixel, mask=m_pixel, other=0.0).to(tl.float32)
     b_error = tl.where(m_pixel, b_pixel - b_target, 0.0)
     if grad is None:
-        tl.store(out + row, tl.sum(b_error * b_error))
+        tl.store(out + row, tl.sum(b_error * b_error) * factor)
     else:
         b_error *= tl.load(grad).to(tl.float32) * factor
         p_out = out + row.to(tl.int64) * (T * H * W * C) + o_pixel
         tl.store(p_out, b_error.to(out.dtype.element_ty), mask=m_pixel)
+
+
+@triton.jit
+def masked_patch_loss_sum_kernel(part, out, count, BLOCK_N: tl.constexpr):
+    """One program adds up all parts, in a fixed order."""
+    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, count, BLOCK_N):
+        o_part = first + tl.arange(0, BLOCK_N)
+        b_sum += tl.load(part + o_part, mask=o_part < count, other=0.0)
+    tl.store(out, tl.sum(b_sum))
+
+
+def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, side_by_side: bool) -> LaunchConfig:
+    """Warps for a tubelet of so many ``values``."""
+    if values > 2048:
+        return LaunchConfig(1, num_warps=8, origin="no case of real size; compiled clean, not measured")
+    if arch == "sm_90" and values <= 1536:
+        time = "145 us, 4 warps took 210" if backward else "144 us, 4 warps took 210"
+        return LaunchConfig(1, num_warps=1, origin=f"H200, Triton 3.6, bc236cf: {time}; values not compared there yet")
+    if arch in ("sm_80", "sm_90", "sm_100") and backward and side_by_side and dtype == torch.float32:
+        return LaunchConfig(1, num_warps=8, origin="at most 61 registers; compiled clean, not measured")
+    return LaunchConfig(1, origin="at most 96 registers; compiled clean, not measured")
+
+
+def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
+    """``block_n`` parts at a time, by the only program."""
+    return LaunchConfig(1, 4096, num_warps=8, origin="16 values a thread; compiled clean, not measured")
+
+
+def outputs(
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    normalize: bool,
+) -> Tensor:
+    """A float32 scalar."""
+    return torch.empty((), dtype=torch.float32, device=pixels.device)
 
 
 def _launch(
@@ -124,15 +160,15 @@ def _launch(
     pixels: Tensor,
     video: Tensor,
     drop_idx: Tensor,
-    grad: Tensor | None,
-    out: Tensor,
-    patch: Sequence[int],
+    patch_size: Sequence[int],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     normalize: bool,
-) -> None:
-    channels, (t, h, w), count = video.shape[1], patch, drop_idx.shape[1]
-    rows = as_rows(pixels)
+    *,
+    backward: bool,
+) -> Launch:
+    channels, (t, h, w), count = video.shape[1], patch_size, drop_idx.shape[1]
+    pixel_stride, copied = rows(pixels)
     scale, shift = (1.0,) * channels, (0.0,) * channels
     if video.dtype == torch.uint8:
         scale = (1 / 255,) * channels
@@ -143,12 +179,13 @@ def _launch(
     if side_by_side:
         block_p = block(t * h * w * channels, block_c) // block_c
     stride_b, stride_c, stride_t, stride_h, stride_w = video.stride()
-    config = launch_config(name, pixels, values=t * h * w * channels, side_by_side=int(side_by_side))
-    launch(
-        name, kernel, (len(rows),),
-        (rows, video, drop_idx, grad, out, count, video.shape[3] // h, video.shape[4] // w, 2 / pixels.numel(),
-         rows.stride(0), *drop_idx.stride(), stride_b, stride_c, stride_t, stride_h, stride_w),
-        config, SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w,
+    features = dict(backward=backward, values=t * h * w * channels, side_by_side=side_by_side)
+    return Launch(
+        masked_patch_loss_kernel, (pixels.shape[0] * count,),
+        (count, video.shape[3] // h, video.shape[4] // w, (2 if backward else 1) / pixels.numel(),
+         pixel_stride, *drop_idx.stride(), stride_b, stride_c, stride_t, stride_h, stride_w),
+        choose(name, config, pixels, **features), (copied,),
+        SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w,
         BLOCK_P=block_p, BLOCK_C=block_c, SIDE_BY_SIDE=side_by_side,
     )  # fmt: skip
 
@@ -157,17 +194,42 @@ def forward(
     pixels: Tensor,
     video: Tensor,
     drop_idx: Tensor,
-    patch: Sequence[int],
+    patch_size: Sequence[int],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     normalize: bool,
-) -> Tensor:
-    """The mean squared error, a float32 scalar; shapes as in `mar_fast.kernels.masked_patch_loss`."""
+) -> Run:
+    """The mean squared error."""
+    options = (patch_size, mean, std, normalize)
     if pixels.numel() == 0:
-        return torch.zeros((), dtype=torch.float32, device=pixels.device)
-    part = torch.empty(pixels.shape[:2], dtype=torch.float32, device=pixels.device)
-    _launch("masked_patch_loss.forward", pixels, video, drop_idx, None, part, patch, mean, std, normalize)
-    return part.sum() / pixels.numel()
+        return lambda *tensors: outputs(*tensors, *options).zero_()
+    launch = _launch("masked_patch_loss_forward", pixels, video, drop_idx, *options, backward=False)
+    choice, count = choose("masked_patch_loss_sum", config_sum, pixels), pixels.shape[0] * pixels.shape[1]
+    add = Launch(masked_patch_loss_sum_kernel, (1,), (count,), choice, BLOCK_N=min(choice.config.block_n, block(count)))
+
+    def run(pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
+        out = outputs(pixels, video, drop_idx, *options)
+        part = torch.empty((count,), dtype=torch.float32, device=pixels.device)
+        launch(pixels, video, drop_idx, None, part)
+        add(part, out)
+        return out
+
+    return run
+
+
+def gradients(
+    grad: Tensor,
+    pixels: Tensor,
+    video: Tensor,
+    drop_idx: Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    normalize: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor]:
+    """Of pixels."""
+    return (torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device),)
 
 
 def backward(
@@ -175,13 +237,32 @@ def backward(
     pixels: Tensor,
     video: Tensor,
     drop_idx: Tensor,
-    patch: Sequence[int],
+    patch_size: Sequence[int],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     normalize: bool,
-) -> Tensor:
+    needs: Sequence[bool],
+) -> Run:
     """The gradient of pixels, from a target made once more; ``grad`` stays on the device."""
-    grad_pixels = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
-    if grad_pixels.numel() != 0:
-        _launch("masked_patch_loss.backward", pixels, video, drop_idx, grad, grad_pixels, patch, mean, std, normalize)
-    return grad_pixels
+    options = (patch_size, mean, std, normalize)
+    if pixels.numel() == 0:
+        return lambda *operands: gradients(*operands, *options, needs)
+    launch = _launch("masked_patch_loss_backward", pixels, video, drop_idx, *options, backward=True)
+
+    def run(grad: Tensor, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> tuple[Tensor]:
+        results = gradients(grad, pixels, video, drop_idx, *options, needs)
+        launch(pixels, video, drop_idx, grad, *results)
+        return results
+
+    return run
+
+
+masked_patch_loss = Op(
+    "masked_patch_loss",
+    outputs=outputs,
+    forward=forward,
+    gradients=gradients,
+    backward=backward,
+    saves=lambda tensors, outputs: tensors[:3],
+    differentiable=("pixels",),
+)

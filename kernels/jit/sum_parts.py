@@ -42,9 +42,11 @@ def sum_parts_kernel(
         store_sum(third, b_total, o_column, m_column)
 
 
-def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_m`` rows by ``block_n`` columns: few columns, so that there are enough programs."""
-    return LaunchConfig(128, 16, origin="compiled clean, not measured")
+def config(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
+    """``block_m`` rows by ``block_n`` columns."""
+    if rows <= 16:
+        return LaunchConfig(16, 256, origin="a few parts of something large; compiled clean, not measured")
+    return LaunchConfig(128, 16, origin="few columns, so that there are enough programs; compiled clean, not measured")
 
 
 def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Callable[..., None]:
@@ -56,7 +58,7 @@ def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Cal
         columns: Values of a result.
         results: At most 3.
     """
-    choice = choose("sum_parts", config, operand, torch.float32)
+    choice = choose("sum_parts", config, operand, torch.float32, rows=rows)
     tile = choice.config
     grid = (triton.cdiv(columns, tile.block_n), results)
     launch = Launch(sum_parts_kernel, grid, (rows, columns), choice, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)

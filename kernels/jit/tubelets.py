@@ -1,0 +1,220 @@
+"""How a clip lies in memory for gather_patch_embed, and the weight in the same order.
+
+A tubelet of K = C * t * h * w values is lines of neighbours in memory: loads of a thread run along a line, so that they
+are 16 bytes wide.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, LaunchConfig, block, choose
+
+Channels = Sequence[float] | None
+
+# uint8 pixels enter products as -128 .. 127, exact in every dtype, and near the mean: what is taken off for that is a
+# small difference, not one of large sums. The weight carries 64 / 255: beside 1 / 255 alone, small weights would have
+# too few digits left in float16. A power of two is taken out of the sum again without rounding.
+UINT8_CENTRE, UINT8_SCALE = 128, 64
+
+
+@triton.jit
+def tubelet_start(
+    index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line,
+    T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Flat index of each row's tubelet, and the offset of its first pixel. Rows beyond the last repeat that one."""
+    o_row = tl.minimum(o_row, rows - 1)
+    b_index = tl.load(index + o_row).to(tl.int32)
+    clip = (o_row // per_clip).to(tl.int64)
+    frame = (b_index // (grid_rows * grid_columns)).to(tl.int64) * T
+    line = (b_index // grid_columns % grid_rows).to(tl.int64) * H
+    column = (b_index % grid_columns).to(tl.int64)
+    return b_index, (clip * s_clip + frame * s_frame + line * s_line) * VECTOR + column * RUN
+
+
+@triton.jit
+def offset_in_tubelet(
+    o_k, s_channel, s_frame, s_line, T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Offset of the k-th value of a tubelet from its first; constexprs show Triton that RUN of them are neighbours."""
+    line = o_k // RUN
+    channel = (line // (T * H)).to(tl.int64)
+    frame = (line // H % T).to(tl.int64)
+    return (channel * s_channel + frame * s_frame + (line % H).to(tl.int64) * s_line) * VECTOR + o_k % RUN
+
+
+@triton.jit
+def centred(b_video, dtype: tl.constexpr):
+    """Pixels as a product takes them; see UINT8_CENTRE."""
+    if b_video.dtype == tl.uint8:
+        return (b_video ^ 128).to(tl.int8, bitcast=True).to(dtype)
+    return b_video.to(dtype)
+
+
+@triton.jit
+def of_channel(VALUES: tl.constexpr, o_channel, C: tl.constexpr):
+    """The number for each channel."""
+    b_value = tl.full(o_channel.shape, VALUES[0], dtype=tl.float32)
+    for c in tl.static_range(1, C):
+        b_value = tl.where(o_channel == c, VALUES[c], b_value)
+    return b_value
+
+
+@triton.jit
+def fold_weight_kernel(
+    weight, bias, folded, folded_bias, s_column, s_channel, s_frame, s_line, s_pixel, s_bias,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program writes one row of the (D, K) weight; with ``folded_bias`` for uint8 pixels, and the bias for it."""
+    column = tl.program_id(0).to(tl.int64)
+    b_offset = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, C * T * H * W, BLOCK_N):
+        o_k = first + tl.arange(0, BLOCK_N)
+        m_k = o_k < C * T * H * W
+        if CHANNELS_LAST:
+            o_channel, o_pixel = o_k % C, o_k // C
+        else:
+            o_channel, o_pixel = o_k // (T * H * W), o_k % (T * H * W)
+        o_weight = o_channel.to(tl.int64) * s_channel + (o_pixel // (H * W)).to(tl.int64) * s_frame
+        o_weight += (o_pixel // W % H).to(tl.int64) * s_line + (o_pixel % W).to(tl.int64) * s_pixel
+        b_weight = tl.load(weight + column * s_column + o_weight, mask=m_k, other=0.0).to(tl.float32)
+        if folded_bias is not None:
+            b_weight *= of_channel(SCALE, o_channel, C)
+        b_folded = b_weight.to(folded.dtype.element_ty)
+        tl.store(folded + column * (C * T * H * W) + o_k, b_folded, mask=m_k)
+        if folded_bias is not None:
+            # Of the rounded weight, so that its rounding meets normalised pixels and not their offset.
+            b_offset += b_folded.to(tl.float32) * of_channel(OFFSET, o_channel, C)
+    if folded_bias is not None:
+        tl.store(folded_bias + column, tl.load(bias + column * s_bias).to(tl.float32) - tl.sum(b_offset))
+
+
+class Layout(NamedTuple):
+    """A clip in memory: lines of ``run`` neighbours, in which ``vector`` values at a time are loaded.
+
+    Planar clips have the values of a tubelet in the order (c, t, y, x) and a line of w; channels-last clips have
+    (t, y, x, c) and a line of w * C. Strides are those of clip, channel, frame and line, in units of ``vector``: their
+    divisibility need not be known to be used.
+    """
+
+    channels_last: bool
+    run: int
+    vector: int
+    strides: tuple[int, ...]
+
+
+def memory_order(video: Tensor) -> str | None:
+    """ "planar" where W has stride 1, "channels-last" where C has and W follows; None for anything else."""
+    return _order(video.shape, video.stride())
+
+
+def _order(shape: Sequence[int], stride: Sequence[int]) -> str | None:
+    if stride[4] == 1 or shape[4] == 1:
+        return "planar"
+    return "channels-last" if stride[1] == 1 and stride[4] == shape[1] else None
+
+
+def gradient_memory(video: Tensor) -> Tensor:
+    """Memory for the clip's gradient: dense, in the clip's own order of dimensions where the kernels can write that."""
+    memory = torch.empty_like(video)
+    return memory if memory_order(memory) else torch.empty(video.shape, dtype=video.dtype, device=video.device)
+
+
+def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[Layout, bool]:
+    """The layout of a clip for the kernels, and whether it must first be copied to be contiguous."""
+    found = _layout(video.shape, video.stride(), video.element_size(), _aligned(video), patch_size)
+    if found is not None:
+        return found, False
+    _, channels, frames, height, width = video.shape
+    area = height * width
+    stride = (channels * frames * area, frames * area, area, width, 1)
+    found = _layout(video.shape, stride, video.element_size(), True, patch_size)
+    assert found is not None
+    return found, True
+
+
+def _aligned(video: Tensor) -> bool:
+    """To 16 bytes. Where there is no memory yet, what begins it will be."""
+    if type(video) in (Tensor, torch.nn.Parameter) and not video.is_meta:
+        return video.data_ptr() % 16 == 0
+    return video.storage_offset() * video.element_size() % 16 == 0
+
+
+def _layout(
+    shape: Sequence[int], stride: Sequence[int], element_size: int, aligned: bool, patch_size: Sequence[int]
+) -> Layout | None:
+    """None where a thread could not load neighbours at once, as in a misaligned crop."""
+    order = _order(shape, stride)
+    if order is None:
+        return None
+    channels_last = order == "channels-last"
+    # The stride of an extent of 1 says nothing.
+    clip, channel, frame, line = (step if extent > 1 else 0 for step, extent in zip(stride[:4], shape[:4], strict=True))
+    strides = (clip, 0 if channels_last else channel, frame, line)
+    run = patch_size[2] * shape[1] if channels_last else patch_size[2]
+    vector = 16 // element_size
+    while run % vector:
+        vector //= 2
+    if vector > 1 and (not aligned or any(step % vector for step in strides)):
+        return None
+    return Layout(channels_last, run, vector, tuple(step // vector for step in strides))
+
+
+def normalisation(mean: Channels, std: Channels, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """slope and offset of each channel: a normalised uint8 pixel is slope * (pixel - 128) - offset."""
+    mean, std = mean or [0.0] * channels, std or [1.0] * channels
+    slope = tuple(1 / (255 * spread) for spread in std)
+    return slope, tuple((centre - UINT8_CENTRE / 255) / spread for centre, spread in zip(mean, std, strict=True))
+
+
+def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
+    """``block_n`` values at a time of a row."""
+    return LaunchConfig(1, 2048, num_warps=8, origin="8 values a thread; compiled clean, not measured")
+
+
+def fold_weight(
+    weight: Tensor, bias: Tensor | None, layout: Layout, dtype: torch.dtype, mean: Channels = None, std: Channels = None
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None:
+    """A function of weight (D, C, t, h, w) and bias (D,): both as the product with such a clip takes them.
+
+    The weight is (D, K) in ``dtype``, its values in the clip's order. None where it is that already.
+
+    Args:
+        weight: The weight.
+        bias: Given for uint8 pixels alone, which are centred: the weight is w * 64 * slope then, and the bias float32.
+        layout: The clip's.
+        dtype: What the product works in.
+        mean: As in `mar_fast.kernels.gather_patch_embed`.
+        std: The same.
+    """
+    if bias is None and weight.dtype == dtype and not layout.channels_last and weight.is_contiguous():
+        return None
+    columns, channels, t, h, w = weight.shape
+    values = channels * t * h * w
+    slope, offset = normalisation(mean, std, channels)
+    choice = choose("fold_weight", config, weight)
+    launch = Launch(
+        fold_weight_kernel, (columns,), (*weight.stride(), 0 if bias is None else bias.stride(0)), choice,
+        SCALE=tuple(UINT8_SCALE * value for value in slope),
+        OFFSET=tuple(shift / (UINT8_SCALE * value) for shift, value in zip(offset, slope, strict=True)),
+        CHANNELS_LAST=layout.channels_last, C=channels, T=t, H=h, W=w,
+        BLOCK_N=min(choice.config.block_n, block(values)),
+    )  # fmt: skip
+    uint8 = bias is not None
+
+    def run(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        folded = torch.empty((columns, values), dtype=dtype, device=weight.device)
+        if not uint8:
+            launch(weight, None, folded, None)
+            return folded, bias
+        folded_bias = torch.empty((columns,), dtype=torch.float32, device=weight.device)
+        launch(weight, bias, folded, folded_bias)
+        return folded, folded_bias
+
+    return run

@@ -1,0 +1,84 @@
+"""torch.compile sees the kernels themselves, and copies no input for them; no GPU is needed."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from mar_fast.kernels import device
+
+if importlib.util.find_spec("triton") is None or device.INTERPRETING:
+    pytest.skip("needs a Triton that is not interpreted", allow_module_level=True)
+
+import triton
+from op_cases import OPS, call
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+
+from mar_fast.kernels.jit.launch import stubbed
+
+pytestmark = pytest.mark.compiles
+
+
+class StandIn:
+    """A driver that knows a target and launches nothing: without one inductor takes every operand for written."""
+
+    class Utils:
+        def load_binary(self, *arguments):
+            return 0, 0, 32, 0, 1024
+
+        def get_device_properties(self, index):
+            return dict(max_shared_mem=232448)
+
+        def unload_module(self, module):
+            pass
+
+    utils = Utils()
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: None
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, index=0):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def driver():
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(StandIn())
+    torch.compiler.reset()
+    yield
+    triton.runtime.driver._active = before
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_are_in_the_graph(name, driver):
+    """Forward and backward: launches and what allocates for them, no op that hides them and no clone of an operand."""
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    op, operands = call(name)
+    for value in operands.values():
+        if torch.is_tensor(value) and value.is_floating_point():
+            value.requires_grad_()
+    with stubbed():
+        outputs = torch.compile(op, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(**operands)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(out.sum() for out in outputs).backward()
+    assert len(graphs) == 2
+    for targets in graphs:
+        names = [str(target) for target in targets]
+        assert any("triton_kernel_wrapper" in target for target in names)
+        assert not any(target.startswith("mar_fast.") or "clone" in target for target in names), names
