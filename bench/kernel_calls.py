@@ -132,27 +132,26 @@ def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
     def one_frame(operands: Operands) -> Operands:
         return dict(pixels=operands["pixels"][..., :768].contiguous(), patch_size=(1, 16, 16))
 
+    def four_frames(operands: Operands) -> Operands:
+        return dict(pixels=operands["pixels"].repeat(1, 1, 2), patch_size=(4, 16, 16))
+
     changes = {"": lambda operands: {}, ", floating": floating, ", tubelets of one frame": one_frame}
     for dtype in FLOATS:
         case = op_cases.masked_patch_loss(device, dtype, CLIPS, VISIBLE)
         for more, change in changes.items():
             yield _call(case, more, change)
             yield _call(case, f"{more}, planar", lambda o, change=change: change(o) | _other_layout(o | change(o)))
+    yield _call(case, ", tubelets of four frames", four_frames)
 
 
 def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
-    for dtype in FLOATS:
-        yield _call(op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype))
-    for clips, width, pixels in (
-        (32, 768, torch.uint8),
-        (32, 768, BF16),
-        (1, 768, torch.uint8),
-        (4, 384, BF16),
-        (32, 384, BF16),
-    ):
+    kinds = ((32, 768, torch.uint8), (32, 768, BF16), (1, 768, torch.uint8), (4, 384, BF16), (32, 384, BF16))
+    for clips, width, pixels in kinds:
         case = op_cases.gather_patch_embed(device, BF16, clips, VISIBLE, width, pixels)
         yield from (_call(case, "", None, "pos_embed"), _call(case, ", other layout", _other_layout))
     yield _call(case, ", gradient of the clip", None, "video")
+    for dtype in FLOATS:
+        yield _call(op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype))
     call = _call(op_cases.gather_patch_embed(device, SINGLE, CLIPS, VISIBLE, 768, torch.uint8), ", autocast")
     yield replace(call, function=_autocast()(call.function))
 

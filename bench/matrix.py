@@ -6,7 +6,7 @@ No GPU is needed. Exit code 1 if anything does not compile, or has a fault on sm
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,17 +26,16 @@ class Entry:
     config: LaunchConfig
     calls: list[Call]
 
+    def names(self) -> set[str]:
+        """Its kernel, and the ops that launch it."""
+        return {self.code.kernel, *(call.op for call in self.calls)}
 
-def is_of(kernel: str, names: Sequence[str]) -> bool:
-    """Whether a kernel is one of the named ones, or of a named op; no names mean all."""
-    return not names or any(kernel == name or kernel.startswith(f"{name}_") for name in names)
 
-
-def check_names(names: Sequence[str], kernels: Sequence[str]) -> None:
-    """ValueError for a name that is neither an op nor one of the kernels."""
+def check_names(names: Sequence[str], known: Iterable[str]) -> None:
+    """ValueError for a name that is neither an op nor a kernel."""
     for name in names:
-        if not any(is_of(kernel, [name]) for kernel in kernels):
-            raise ValueError(f"--kernel: got {name!r}, expected an op or one of {', '.join(sorted(set(kernels)))}")
+        if name not in set(known):
+            raise ValueError(f"--kernel: got {name!r}, expected an op or a kernel of {', '.join(sorted(set(known)))}")
 
 
 def plan(
@@ -57,8 +56,8 @@ def plan(
                 entry = found.setdefault(repr(told), Entry(told, launch.choice.config, []))
                 if call not in entry.calls:
                     entry.calls.append(call)
-    check_names(kernels, [entry.code.kernel for entry in found.values()])
-    return [entry for entry in found.values() if is_of(entry.code.kernel, kernels)]
+    check_names(kernels, {name for entry in found.values() for name in entry.names()})
+    return [entry for entry in found.values() if not kernels or entry.names() & set(kernels)]
 
 
 def described(config: LaunchConfig) -> str:

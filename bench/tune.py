@@ -27,7 +27,7 @@ from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_cho
 
 from . import machine
 from .kernel_calls import calls
-from .matrix import check_names, described, is_of, print_table
+from .matrix import check_names, described, print_table
 
 FIRST_ROUNDS, FINALISTS, FINAL_ROUNDS = 7, 6, 60
 # Two results agree if they differ by no more than this share of the value, and of the largest value.
@@ -46,6 +46,10 @@ class Unit:
     def __str__(self) -> str:
         shape = [f"{name} {value}" for name, value in self.choice.shape.items()]
         return ", ".join([self.choice.kernel, self.choice.dtype, *shape])
+
+    def names(self) -> set[str]:
+        """Its kernel, and the ops that launch it."""
+        return {self.choice.kernel, *(calls("meta")[call].op for call, _ in self.runs)}
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,8 @@ def units(architecture: str, kernels: Sequence[str] = ()) -> list[Unit]:
             unit = Unit(launch.choice, ((place, launch.choice.kernel not in forward),))
             before = found.get(str(unit), unit)
             found[str(unit)] = replace(before, runs=tuple(dict.fromkeys(before.runs + unit.runs)))
-    check_names(kernels, [unit.choice.kernel for unit in found.values()])
-    return [unit for unit in found.values() if is_of(unit.choice.kernel, kernels)]
+    check_names(kernels, {name for unit in found.values() for name in unit.names()})
+    return [unit for unit in found.values() if not kernels or unit.names() & set(kernels)]
 
 
 def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:

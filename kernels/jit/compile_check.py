@@ -5,6 +5,7 @@ Triton's own compiler and assembler, so what is looked at here is what would run
 """
 
 import importlib
+import math
 import multiprocessing
 import re
 import subprocess
@@ -37,8 +38,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STRICT = ("sm_80", "sm_90", "sm_100")
 
 _TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
-_FLOAT32_DOT = re.compile(r"tt\.dot [^\n]*inputPrecision = (\w+) : tensor<[\dx]+xf32")
-_DOT = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ")
+# A product of float32: its precision, rows, summed values and columns.
+_FLOAT32_DOT = re.compile(
+    r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) (?:[^\n]*inputPrecision = (\w+))?"
+    r"[^\n]* : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)xf32[^\n]*?<\d+x(\d+)xf32"
+)
 # So laid out float32 was wrong on an H200 (Triton 3.6) by the size of one TF32 product; all three are there.
 _WRONG_LAYOUT = "wgmma.mma_async.sync.aligned.m64n8k8."
 # LDG.E.128, LDGSTS.E.BYPASS.LTC128B.128, LDG.E.U8.CONSTANT, LDG.E.ENL2.256; LTC128B is about the cache.
@@ -70,8 +74,8 @@ class Code:
 class Report:
     """What became of one launch on one target. ``loads`` counts global loads by their bytes a thread.
 
-    ``dots`` are the matrix products of the source, ``expected`` how many the compiler has to make of them (three of
-    TF32 for one of float32), ``products`` how many it made; ``single`` are products of float32 by one of TF32.
+    ``dots`` are the matrix products of the source, ``single`` those of float32 by one product of TF32. Where float32 is
+    multiplied by three of them, ``products`` are the multiply-adds that the compiler makes of one; else 0.
     """
 
     kernel: str
@@ -82,9 +86,8 @@ class Report:
     shared_bytes: int = 0
     tensor_core: int = 0
     dots: int = 0
-    expected: int = 0
-    products: int = 0
     single: int = 0
+    products: float = 0.0
     wrong_layout: int = 0
     loads: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -104,8 +107,8 @@ class Report:
             (local > 0, f"{self.spilled_bytes} bytes spilled, {self.stack_bytes} bytes of stack"),
             (self.shared_bytes > limit, f"{self.shared_bytes} bytes of shared memory, {limit} is the limit"),
             (self.dots > 0 and not self.tensor_core, "no tensor core instruction"),
-            (self.single > 0, f"{self.single} float32 products of one TF32 product each, three are needed"),
-            (self.products < self.expected, f"{self.products} products, {self.expected} are needed"),
+            (self.single > 0, f"{self.single} float32 products by one of TF32, three are needed"),
+            (self.products not in (0, 3), f"float32 products by {self.products:.2f} of TF32, three are needed"),
             (self.wrong_layout > 0, f"{self.wrong_layout} m64n8k8 wgmma, which are wrong for float32"),
             (self.target in STRICT and self.widest_load < 16, f"widest global load {self.widest_load} bytes"),
         )
@@ -134,8 +137,9 @@ def code(launch: Launch, tensors: Sequence[Tensor | None], target: str) -> Code:
     """What the compiler is told: types, constants, and which addresses and numbers are multiples of 16."""
     function, config = launch.kernel.fn, launch.choice.config
     values = dict(zip(launch.kernel.arg_names, (*tensors, *launch.numbers), strict=False)) | launch.constants
-    signature = {name: _kind(values[name]) for name in launch.kernel.arg_names}
-    signature |= dict.fromkeys(launch.constants, "constexpr")
+    signature = {
+        name: "constexpr" if name in launch.constants else _kind(values[name]) for name in launch.kernel.arg_names
+    }
     return Code(
         launch.choice.kernel, target, (function.__module__, function.__qualname__), signature,
         {name: values[name] for name, kind in signature.items() if kind == "constexpr"},
@@ -218,11 +222,17 @@ def each(work: Callable[[Any], Any], items: Sequence[Any], jobs: int) -> Iterato
 
 
 def _products(compiled: Any) -> dict[str, Any]:
-    """Matrix products in the source and in what the compiler made of it for the target, before instructions."""
-    precisions, dots = _FLOAT32_DOT.findall(compiled.asm["ttir"]), len(_DOT.findall(compiled.asm["ttir"]))
+    """Matrix products of the source, and of float32 what the compiler made of them, just before instructions.
+
+    By multiply-adds, as it may cut a product into several.
+    """
+    source, made = (_FLOAT32_DOT.findall(compiled.asm[stage]) for stage in ("ttir", "ttgir"))
+    multiplied = [sum(math.prod(map(int, sizes)) for _, *sizes in found) for found in (source, made)]
+    precisions = [precision for precision, *_ in source]
     return dict(
-        dots=dots, expected=dots + 2 * precisions.count("tf32x3"), products=len(_DOT.findall(compiled.asm["ttgir"])),
-        single=precisions.count("tf32"), shared_bytes=compiled.metadata.shared,
+        dots=compiled.asm["ttir"].count("tt.dot "), single=precisions.count("tf32"),
+        products=multiplied[1] / multiplied[0] if "tf32x3" in precisions else 0.0,
+        shared_bytes=compiled.metadata.shared,
     )  # fmt: skip
 
 
