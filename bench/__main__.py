@@ -11,7 +11,6 @@ from . import files, machine, session
 from .machine import DTYPES
 from .suites import SUITES
 
-
 # Commands with options of their own.
 COMMANDS = ("gpu", "host", "matrix", "tune")
 
@@ -24,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = importlib.import_module(f".{arguments[0]}", __package__)
         return int(command.main(arguments[1:]))
     parser = argparse.ArgumentParser(prog="python -m mar_fast.bench", description=__doc__)
-    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, or all; alone: {', '.join(COMMANDS)}")
+    parser.add_argument(
+        "suites", nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, or all; alone: {', '.join(COMMANDS)}"
+    )
     parser.add_argument("--out", type=Path, help="write the measurements there, as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace that file")
     parser.add_argument("--quick", action="store_true", help="few and small cases")

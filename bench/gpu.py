@@ -1,7 +1,7 @@
 """gpu: what ``make gpu`` measures: the shapes that decide, against the strongest peers, in a few minutes.
 
-One file of records for each suite, written as they come, and last a table: ours, the best peer, their ratio, the target,
-and the share of the machine's ceiling. ``--full`` runs the suites whole.
+One file of records for each suite, written as they come, and last a table: ours, the best peer, their ratio, the
+target, and the share of the machine's ceiling. ``--full`` runs the suites whole.
 """
 
 import argparse
@@ -22,8 +22,8 @@ COMPILED = "PyTorch SDPA, compiled"  # a minute each: where it decides
 SUITES = ("kernels", "encoder", "training")
 FULL = ("kernels", "encoder", "training", "waterfall", "scaling")
 
-# Times the best peer, microseconds of an H200, or the least share of the floor: (suite, case, mode, x) -> target. A case
-# is named by how its name begins.
+# Times the best peer, microseconds of an H200, or the least share of the floor, for (suite, case, mode, x). A case is
+# named by how its name begins.
 TARGETS = (
     ("encoder", "ViT-B, batch 32", "inference", 0.5, "1.28x"),
     ("encoder", "ViT-B, batch 32", "inference", 0.25, "1.28x"),
@@ -131,4 +131,3 @@ def main(arguments: list[str]) -> int:
         wrong += done.wrong
     print(table(everything), flush=True)
     return int(wrong > 0)
-

@@ -50,9 +50,7 @@ def add_layer_norm(
         if not takes_triton("add_layer_norm", stream):
             return eager_add_layer_norm(x, residual, weight, bias, eps, layer_scale, row_scale)
         options = (eps, working_dtype(stream, stream.dtype), x.dtype, False)
-        run = _plans.keep(
-            key, jit.add_layer_norm.plan(x, residual, weight, bias, layer_scale, row_scale, *options)
-        )
+        run = _plans.keep(key, jit.add_layer_norm.plan(x, residual, weight, bias, layer_scale, row_scale, *options))
     normed, new_residual = run(x, residual, weight, bias, layer_scale, row_scale)[:2]
     return normed, x if residual is None else new_residual
 

@@ -134,9 +134,9 @@ _held: list[Any] | None = None
 
 @contextmanager
 def held() -> Iterator[list[Any]]:
-    """Within this context results are served on any stream, and every one of them is put into the list that this yields.
+    """Within this context results are served on any stream, and put into the list that this yields.
 
-    For who captures a CUDA graph, after warm-up calls whose streams he waits for, and keeps the list with the graph.
+    For the capture of a CUDA graph, after warm-up calls that it waits for: the list is kept with the graph.
     """
     global _held
     before, _held = _held, []

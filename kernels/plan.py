@@ -8,11 +8,16 @@ them, a function of the tensors, under that key.
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch import is_autocast_enabled as autocast
+from torch import is_grad_enabled as grad_enabled
+from torch import is_inference_mode_enabled as inference_mode
+from torch._C import _are_functorch_transforms_active as transforms
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.nn import Parameter
 
 from . import device
@@ -26,25 +31,25 @@ LIMIT = 512
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation looks at calls, which no kernel takes part in."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transforms() or forward_ad._current_level >= 0
 
 
 def watched(*values: Any) -> bool:
     """Whether something else than the device looks at a call: a compiler, a dispatch mode, a tensor of another kind."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or dispatch_modes():
         return True
     return any(isinstance(value, Tensor) and type(value) not in (Tensor, Parameter) for value in values)
 
 
 def layout(value: Tensor) -> Key:
     """What a kernel is told of a tensor besides its address."""
-    return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15
+    return value.shape, value.is_contiguous() or value.stride(), value.dtype, value.device, value.data_ptr() & 15
 
 
 class Plans:
     """The plans of one op, by key."""
 
-    every: "weakref.WeakSet[Plans]" = weakref.WeakSet()
+    every: ClassVar["weakref.WeakSet[Plans]"] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self._kept: dict[Key, Run] = {}
@@ -55,25 +60,34 @@ class Plans:
 
     def find(self, *values: Any) -> tuple[Key | None, Run | None]:
         """The key of a call, and its plan if there is one. No key means that this call must not be planned."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed() or device.recording():
+        if torch.compiler.is_compiling() or dispatch_modes() or transforms() or forward_ad._current_level >= 0:
             return None, None
-        on = "cpu"
-        parts: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), device.forced()]
+        # What every call pays for: flat, and no calls that can be spared.
+        parts: list[Any] = [grad_enabled(), inference_mode(), device._forced, device._assumed]
+        where: torch.device | None = None
         for value in values:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
-                where = value.device
-                parts += (value.shape, value.stride(), value.dtype, where, value.data_ptr() & 15, value.requires_grad)
-                on = where.type
+                if where is None:
+                    where = value.device
+                    parts.append(where)
+                address = value.data_ptr()  # 0 without memory: on the device meta, whose number is that of a CPU
+                parts += (
+                    value.shape, value.is_contiguous() or value.stride(), value.dtype, value.get_device(),
+                    address and address & 15 | 16, value.requires_grad,
+                )  # fmt: skip
+            elif value is None:
+                parts.append(None)
             elif kind is tuple:
-                parts += (value, *map(type, value))  # (2, 3.0) == (2, 3)
+                parts += value, *map(type, value)  # (2, 3.0) == (2, 3)
             elif isinstance(value, Tensor):
                 return None, None
             else:
-                parts += (kind, value)  # 1 == 1.0 == True
-        if on not in device.AUTOCAST:
+                parts += kind, value  # 1 == 1.0 == True
+        if where is None or where.type not in device.AUTOCAST:
             return None, None
-        parts.append(torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else None)
+        if autocast(where.type):
+            parts.append(torch.get_autocast_dtype(where.type))
         key = tuple(parts)
         try:
             return key, self._kept.get(key)

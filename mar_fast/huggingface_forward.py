@@ -142,7 +142,7 @@ class _ForPreTraining(_Accelerated):
         caches = self._mar_fast.caches
         places = caches.table("decoder", table, pixel_values.device)
         x = scatter_tokens(features, mask.keep_idx, mask_token.flatten(), places)
-        x, residual = run_layers(decoder.decoder_layers, caches, "decoder", x, mask.drop_idx)
+        x, residual = run_layers(decoder.decoder_layers, caches, x, mask.drop_idx)
         logits = decoder.head(norm(decoder.norm, x, residual)[0])
         colours = config.num_channels == 3
         loss = masked_patch_loss(
@@ -264,7 +264,7 @@ def encode(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     caches = model._mar_fast.caches
     x, residual = _embed(model, caches, pixel_values, mask), None
     if untouched(model.encoder):
-        x, residual = run_layers(model.encoder.layer, caches, "encoder", x)
+        x, residual = run_layers(model.encoder.layer, caches, x)
     else:
         caches.warn_once("mar_fast: a changed or hooked encoder runs transformers' own code")
         x = model.encoder(x).last_hidden_state

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .kernels import linear_gelu
+from .kernels.derived import Derived
 from .layers import attend, attend_rows, norm, take
 
 # Where transformers keeps its VideoMAE, in every version 5.
@@ -26,14 +27,12 @@ Packed = tuple[Tensor, Tensor | None]
 class Caches:
     """What an accelerated module remembers between calls; a copy or a pickle of the module starts without it.
 
-    Packed weights are kept while gradients are off, in eval mode, and are made again when a source has other memory or
-    another version (after ``load_state_dict``, ``.to()`` and every other change that PyTorch counts) and after each
-    call with gradients, since fused optimizers count nothing. Writing through ``.data`` is not counted; `clear` runs at
-    every ``train()`` and ``eval()`` for that.
+    Packed weights are kept in eval mode, while gradients are off and their sources stay as they are: see `Derived`.
+    Writing through ``.data`` is not counted; `clear` runs at every ``train()`` and ``eval()`` for that.
     """
 
     def __init__(self) -> None:
-        self._packed: dict[str, tuple[list[Any], list[Tensor], Packed]] = {}
+        self._packed = Derived()
         self._tables: dict[tuple[str, torch.device], tuple[Tensor, int, Tensor]] = {}
         self._said: set[str] = set()
 
@@ -42,7 +41,7 @@ class Caches:
 
     def clear(self) -> None:
         """Forget all tensors."""
-        self._packed.clear()
+        self._packed.forget()
         self._tables.clear()
 
     def warn_once(self, message: str) -> None:
@@ -51,23 +50,12 @@ class Caches:
             self._said.add(message)
             warnings.warn(message, stacklevel=3)
 
-    def packed(self, name: str, attention: Any) -> Packed:
+    def packed(self, attention: Any) -> Packed:
         """The qkv weight (3 * D, D) and bias (3 * D,) of a VideoMAESelfAttention, differentiable in training."""
         sources = _sources(attention)
-        if torch.compiler.is_compiling():
-            return _pack(sources)
-        if attention.training or torch.is_grad_enabled():
-            # A step may follow, and fused optimizers change weights without counting it.
-            self._packed.pop(name, None)
-            return _pack(sources)
-        key = _fingerprint(sources)
-        found = self._packed.get(name)
-        if key is not None and found is not None and found[0] == key:
-            return found[2]
-        packed = _pack(sources)
-        if key is not None and type(packed[0]) is Tensor and not _shared(sources):
-            # Aliases keep the sources' memory from going to other tensors while its address stands for them.
-            self._packed[name] = key, [source.detach() for source in sources if source is not None], packed
+        if attention.training:
+            return _pack(*sources)
+        packed: Packed = self._packed.get(sources, None, _pack)
         return packed
 
     def table(self, name: str, source: Tensor, device: torch.device) -> Tensor:
@@ -92,7 +80,7 @@ def _sources(attention: Any) -> list[Tensor | None]:
     return [query.weight, key.weight, value.weight, *biases]
 
 
-def _pack(sources: list[Tensor | None]) -> Packed:
+def _pack(*sources: Tensor | None) -> Packed:
     weights, biases = [tensor for tensor in sources[:3] if tensor is not None], sources[3:]
     weight = torch.cat(weights)
     if all(bias is None for bias in biases):
@@ -101,22 +89,6 @@ def _pack(sources: list[Tensor | None]) -> Packed:
         part.new_zeros(part.shape[0]) if bias is None else bias for part, bias in zip(weights, biases, strict=True)
     ]
     return weight, torch.cat(filled)
-
-
-def _fingerprint(sources: list[Tensor | None]) -> list[Any] | None:
-    """What tells these tensors from changed ones; None where nothing does."""
-    tensors = [source for source in sources if source is not None]
-    if any(source.is_inference() for source in tensors):
-        return None  # they count no versions
-    try:
-        return [(x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors]
-    except RuntimeError:  # without memory of their own: fake tensors, those within vmap
-        return None
-
-
-def _shared(sources: list[Tensor | None]) -> bool:
-    """Whether another process may write to them, which is not counted in this one."""
-    return any(source is not None and source.device.type == "cpu" and source.is_shared() for source in sources)
 
 
 def own_forward(module: nn.Module) -> bool:
@@ -182,7 +154,7 @@ def why_own_code(layer: Any) -> str | None:
 
 
 def run_layer(
-    layer: Any, caches: Caches, name: str, x: Tensor, residual: Tensor | None, rows: Tensor | None
+    layer: Any, caches: Caches, x: Tensor, residual: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One VideoMAELayer on x (B, N, D), the last sub-layer's output, and its ``residual``; the new pair.
 
@@ -190,7 +162,7 @@ def run_layer(
     """
     y, residual = norm(layer.layernorm_before, x, residual)
     attention = layer.attention.attention
-    weight, bias = caches.packed(name, attention)
+    weight, bias = caches.packed(attention)
     heads, scale = attention.num_attention_heads, attention.scaling
     if rows is None:
         y = attend(y, weight, bias, heads, scale)
@@ -213,9 +185,7 @@ def _activated(part: Any, y: Tensor) -> Tensor:
     return act(F.linear(y, part.dense.weight, part.dense.bias))
 
 
-def run_layers(
-    layers: Any, caches: Caches, name: str, x: Tensor, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def run_layers(layers: Any, caches: Caches, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x (B, N, D) through all layers: the last sub-layer's output, and the residual that it is still to be added to.
 
     With ``rows`` (B, M) the last layer gives only these tokens.
@@ -229,7 +199,7 @@ def run_layers(
             x, residual = layer(total(x, residual)), None
             x = x if last is None else take(x, last)
             continue
-        run = partial(run_layer, layer, caches, f"{name}.{number}")
+        run = partial(run_layer, layer, caches)
         if layer.gradient_checkpointing and layer.training:
             x, residual = layer._gradient_checkpointing_func(run, x, residual, last)
         else:

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from .kernels import checks
+from .kernels import checks, derived
 
 Result = TypeVar("Result")
 Backend = Literal["inductor", "graph"]
@@ -195,7 +195,7 @@ def captured(run: Callable[[], Result], device: torch.device | None = None) -> C
     """``run`` recorded once as a CUDA graph; the function that is returned replays it on the current stream.
 
     The result stays where the graph wrote it, and the next replay writes over it. What ``run`` reads must be held by
-    the caller: the graph does not.
+    the caller: the graph does not. What was made of weights in the warm-up calls is held here.
 
     Args:
         run: Must not wait for the device.
@@ -213,7 +213,8 @@ def captured(run: Callable[[], Result], device: torch.device | None = None) -> C
         # or that is freed while it lives. The one that the graph makes is in its own memory.
         torch._C._cuda_clearCublasWorkspaces()
         # Other threads, a data loader's for one, may use the device meanwhile.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        recorded = torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        with recorded, derived.held() as kept:
             result = run()
         torch._C._cuda_clearCublasWorkspaces()
 
@@ -221,6 +222,7 @@ def captured(run: Callable[[], Result], device: torch.device | None = None) -> C
         graph.replay()
         return result
 
+    replay.kept = kept  # type: ignore[attr-defined]
     return replay
 
 

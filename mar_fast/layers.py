@@ -5,6 +5,7 @@ In comments: B clips, L tokens in the grid, N visible, M dropped, D width.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
+from .kernels.derived import Derived
 from .packed import Segments
 
 
@@ -97,12 +99,18 @@ class Attention(nn.Module):
         self.q_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.v_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        # Zeros that are there already: packing is one launch then.
+        self.k_bias = None if key_bias else Constant(partial(torch.zeros, width))
+        self._packed = Derived()
 
     def qkv_bias(self) -> Tensor:
-        """(3 * D,)."""
-        if self.q_bias is None or self.v_bias is None:
+        """(3 * D,), made once for calls without gradients."""
+        if self.q_bias is None or self.v_bias is None or self.k_bias is None:
             return self.qkv.bias
-        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        zeros = self.k_bias.value.to(self.q_bias.dtype)
+        return self._packed.get(
+            (self.q_bias, self.v_bias), None, lambda q_bias, v_bias: torch.cat((q_bias, zeros, v_bias))
+        )
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D); packed tokens (total, 1, D) attend within their ``segments``."""

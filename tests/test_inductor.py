@@ -74,7 +74,9 @@ def test_kernels_are_in_the_graph(name, driver):
         if torch.is_tensor(value) and value.is_floating_point():
             value.requires_grad_()
     with stubbed():
-        outputs = torch.compile(op, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(**operands)
+        outputs = torch.compile(op, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(
+            **operands
+        )
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         sum(out.sum() for out in outputs).backward()
     assert len(graphs) == 2

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, block, choose, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Results, Run
 from .sum_parts import sum_parts
 
@@ -159,12 +159,11 @@ def outputs(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """normed in ``dtype``, the new residual (None where it is x), and (B * N,) mean and 1 / deviation to be saved."""
-    shape, device = x.shape, x.device
-    normed = torch.empty(shape, dtype=dtype, device=device)
-    new_residual = None if residual is None else torch.empty(shape, dtype=residual.dtype, device=device)
+    normed = torch.empty_like(x, dtype=dtype, memory_format=DENSE)
+    new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
     if not save:
         return normed, new_residual, None, None  # type: ignore[return-value]
-    mean = torch.empty((shape[0] * shape[1],), dtype=torch.float32, device=device)
+    mean = torch.empty((x.shape[0] * x.shape[1],), dtype=torch.float32, device=x.device)
     return normed, new_residual, mean, torch.empty_like(mean)  # type: ignore[return-value]
 
 
@@ -254,11 +253,10 @@ def gradients(
 def _memory(
     wanted: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, vectors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    device = residual.device
-    of_x = torch.empty(residual.shape, dtype=x_dtype, device=device) if wanted[0] else None
-    of_residual = torch.empty(residual.shape, dtype=residual.dtype, device=device) if wanted[1] else None
+    of_x = torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if wanted[0] else None
+    of_residual = torch.empty_like(residual, memory_format=DENSE) if wanted[1] else None
     of_vectors = [
-        torch.empty(vector.shape, dtype=vector.dtype, device=device) if want and vector is not None else None
+        torch.empty_like(vector, memory_format=DENSE) if want and vector is not None else None
         for want, vector in zip(wanted[2:], vectors, strict=True)
     ]
     return [of_x, of_residual, *of_vectors]

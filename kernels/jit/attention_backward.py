@@ -27,7 +27,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import Launch, LaunchConfig, choose, scattered
+from .launch import DENSE, Launch, LaunchConfig, choose, scattered
 from .op import Run
 
 
@@ -270,7 +270,7 @@ _KEY_VALUE_FLOAT32 = {
         (32, LaunchConfig(32, 64, 32, 4, 1, False)),
         (64, LaunchConfig(32, 64, 32, 8, 1, False)),
         (96, LaunchConfig(16, 16, 32, 4, 1, False)),
-        (128, LaunchConfig(16, 64, 16, 8, 1, False)),
+        (128, LaunchConfig(32, 16, 32, 8, 1, False)),
     ),
     "sm_100": (
         (32, LaunchConfig(32, 64, 32, 4, 1, False)),
@@ -310,7 +310,7 @@ def gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor]:  # fmt: skip
     """Of qkv, contiguous."""
-    return (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
+    return (torch.empty_like(qkv, memory_format=DENSE),)
 
 
 def backward(
@@ -320,9 +320,7 @@ def backward(
     """The gradient of qkv, from those of out and lse: None for one that was not used."""
     launches = _launches(grad, grad_lse, qkv, None, qkv.shape[1], lse, scale)
 
-    def run(
-        grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor]:
+    def run(grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
         return (launches(grad, grad_lse, qkv, None, out, lse),)
 
     return run
@@ -362,7 +360,7 @@ def _launches(
 ) -> Run:
     """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many."""
     if qkv.numel() == 0:
-        return lambda grad, grad_lse, qkv, *rest: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        return lambda grad, grad_lse, qkv, *rest: torch.empty_like(qkv, memory_format=DENSE)
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
     clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -372,9 +370,7 @@ def _launches(
     grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
     numbers = (heads, *strides, *grad_strides, lse.shape[-1], 0, scale, scale * LOG2_E)
 
-    def launch(
-        name: str, kernel: Any, config: Any, own: str, other: str, copies: Sequence[bool]
-    ) -> Launch:
+    def launch(name: str, kernel: Any, config: Any, own: str, other: str, copies: Sequence[bool]) -> Launch:
         """Programs each own a tile of ``own`` and walk over tiles of ``other``."""
         choice = choose(name, config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
         tile = choice.config
@@ -404,8 +400,8 @@ def _launches(
         out: Tensor,
         lse: Tensor,
     ) -> Tensor:
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
+        dqkv = torch.empty_like(qkv, memory_format=DENSE)
+        delta = torch.empty_like(lse)
         if grad is None:
             grad = _zero(qkv)
         query(qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)

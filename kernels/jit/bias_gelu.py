@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, choose, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, choose, rows, scattered
 from .op import Op, Run
 from .sum_parts import sum_parts
 
@@ -59,6 +59,7 @@ def bias_gelu_backward_kernel(
     if bias_part is not None:
         tl.store(bias_part + program * columns + o_column, b_sum, mask=m_column)
 
+
 # Enough programs to fill a large GPU; each leaves one row of partial sums.
 ROW_PROGRAMS = 256
 
@@ -72,7 +73,7 @@ def config(arch: str, dtype: torch.dtype, *, backward: bool) -> LaunchConfig:
 
 def outputs(x: Tensor, bias: Tensor) -> Tensor:
     """(..., D) in x's dtype."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=DENSE)
 
 
 def forward(x: Tensor, bias: Tensor) -> Run:
@@ -99,8 +100,8 @@ def forward(x: Tensor, bias: Tensor) -> Run:
 def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
     """Of x, which is written in any case, and of bias."""
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(bias.shape, dtype=bias.dtype, device=x.device) if needs[1] else None,
+        torch.empty_like(x, memory_format=DENSE),
+        torch.empty_like(bias, memory_format=DENSE) if needs[1] else None,
     )
 
 

@@ -170,9 +170,9 @@ class Op:
     def _run_backward(
         self, planned: _Planned, operands: tuple[Tensor | None, ...], needs: list[bool], given: int
     ) -> list[Tensor | None]:
-        if operands[:given].count(None) == given:
+        if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
-        key = (*(None if value is None else plan.layout(value) for value in operands), *needs)
+        key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
         run = planned.backward.get(key)
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
@@ -225,7 +225,7 @@ class Op:
         def gradient(ctx: Any, *given: Tensor | None) -> Any:
             needs = [ctx.needs_input_grad[position] for position in self._positions]
             nothing: list[Tensor | None] = [None] * options
-            if given[:public].count(None) == public:
+            if all(value is None for value in given[:public]):
                 return (*[None] * tensors, *nothing)
             results = custom_backward(*given[:public], *ctx.saved_tensors, *ctx.options, needs)
             read = [result if result.numel() or result.ndim != 1 else None for result in results[:gradients]]
