@@ -149,9 +149,9 @@ def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
     for clips, width, pixels in kinds:
         case = op_cases.gather_patch_embed(device, BF16, clips, VISIBLE, width, pixels)
         yield from (_call(case, "", None, "pos_embed"), _call(case, ", other layout", _other_layout))
-    yield _call(case, ", gradient of the clip", None, "video")
     for dtype in FLOATS:
-        yield _call(op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype))
+        case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
+        yield from (_call(case), _call(case, ", gradient of the clip", None, "video"))
     call = _call(op_cases.gather_patch_embed(device, SINGLE, CLIPS, VISIBLE, 768, torch.uint8), ", autocast")
     yield replace(call, function=_autocast()(call.function))
 

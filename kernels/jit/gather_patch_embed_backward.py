@@ -114,6 +114,18 @@ def gather_patch_embed_backward_weight_sum_kernel(
 
 
 @triton.jit
+def first_not_below(ascending, count, value, halvings):
+    """How many of the sorted numbers are below ``value``. One at a time: vectors here would make scalar loads below."""
+    low, high = 0, count
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        m_open = low < high
+        below = tl.load(ascending + middle, mask=m_open, other=0).to(tl.int32) < value
+        low, high = tl.where(m_open & below, middle + 1, low), tl.where(m_open & (below == 0), middle, high)
+    return low
+
+
+@triton.jit
 def gather_patch_embed_backward_position_kernel(
     grad, ascending, order, out, rows, columns, s_grad, halvings, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -124,17 +136,8 @@ def gather_patch_embed_backward_position_kernel(
     position = tl.program_id(0)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
-    # Where this position and the next one begin among the sorted.
-    o_end = tl.arange(0, 2)
-    b_low, b_high = tl.zeros((2,), dtype=tl.int32), tl.zeros((2,), dtype=tl.int32) + rows
-    for _ in range(halvings):
-        m_open = b_low < b_high
-        b_middle = (b_low + b_high) // 2
-        b_index = tl.load(ascending + b_middle, mask=m_open, other=0).to(tl.int32)
-        m_below = m_open & (b_index < position + o_end)
-        b_high = tl.where(m_open & (b_index >= position + o_end), b_middle, b_high)
-        b_low = tl.where(m_below, b_middle + 1, b_low)
-    start, end = tl.sum(tl.where(o_end == 0, b_low, 0)), tl.sum(tl.where(o_end == 1, b_low, 0))
+    start = first_not_below(ascending, rows, position, halvings)
+    end = first_not_below(ascending, rows, position + 1, halvings)
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(start, end, BLOCK_M):
         o_order = first + tl.arange(0, BLOCK_M)
