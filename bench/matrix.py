@@ -26,16 +26,19 @@ class Entry:
     config: LaunchConfig
     calls: list[Call]
 
-    def names(self) -> set[str]:
-        """Its kernel, and the ops that launch it."""
-        return {self.code.kernel, *(call.op for call in self.calls)}
 
+def named(found: Iterable[Any], names: Sequence[str], names_of: Callable[[Any], set[str]]) -> list[Any]:
+    """What has one of the names, of kernels or ops; everything where no name is given.
 
-def check_names(names: Sequence[str], known: Iterable[str]) -> None:
-    """ValueError for a name that is neither an op nor a kernel."""
+    Raises:
+        ValueError: nothing has that name.
+    """
+    found, known = list(found), set[str]()
+    known.update(*map(names_of, found))
     for name in names:
-        if name not in set(known):
-            raise ValueError(f"--kernel: got {name!r}, expected an op or a kernel of {', '.join(sorted(set(known)))}")
+        if name not in known:
+            raise ValueError(f"--kernel: got {name!r}, expected an op or a kernel of {', '.join(sorted(known))}")
+    return [one for one in found if not names or names_of(one) & set(names)]
 
 
 def plan(
@@ -43,11 +46,7 @@ def plan(
     kernels: Sequence[str] = (),
     chosen: Callable[[Call, str], bool] = lambda call, target: True,
 ) -> list[Entry]:
-    """Everything that is to be compiled for some targets, of some kernels or ops, for the ``chosen`` calls.
-
-    Raises:
-        ValueError: there is no such kernel.
-    """
+    """Everything that is to be compiled for some targets, of some kernels or ops, for the ``chosen`` calls."""
     found: dict[str, Entry] = {}
     for call in calls("meta"):
         for target in (target for target in targets if chosen(call, target)):
@@ -56,8 +55,7 @@ def plan(
                 entry = found.setdefault(repr(told), Entry(told, launch.choice.config, []))
                 if call not in entry.calls:
                     entry.calls.append(call)
-    check_names(kernels, {name for entry in found.values() for name in entry.names()})
-    return [entry for entry in found.values() if not kernels or entry.names() & set(kernels)]
+    return named(found.values(), kernels, lambda entry: {entry.code.kernel, *(call.op for call in entry.calls)})
 
 
 def described(config: LaunchConfig) -> str:
@@ -68,22 +66,14 @@ def described(config: LaunchConfig) -> str:
     return ", ".join([*first, *(f"{name} {said}" for name, said in value.items())])
 
 
-def print_table(*rows: Sequence[Any]) -> None:
-    """Columns as wide as they need to be."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    for cells in rows:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
-COLUMNS = ("kernel", "target", "configuration", "registers", "local", "shared", "tensor core", "load", "s", "call")
-
-
-def row(entry: Entry, report: Report) -> tuple[Any, ...]:
+def line(entry: Entry, report: Report) -> str:
     """One line of the table."""
-    call = f"{entry.calls[0]}{f' and {len(entry.calls) - 1} more' if entry.calls[1:] else ''}"
-    numbers = (report.registers, report.stack_bytes + report.spilled_bytes, report.shared_bytes, report.tensor_core)
-    rest = (report.widest_load, round(report.seconds, 1), call)
-    return (report.kernel, report.target, described(entry.config), *numbers, *rest)
+    local, more = report.stack_bytes + report.spilled_bytes, len(entry.calls) - 1
+    return (
+        f"{report.kernel:38} {report.target:7} {described(entry.config):42} {report.registers:9} {local:5} "
+        f"{report.shared_bytes:6} {report.tensor_core:11} {report.widest_load:4} {report.seconds:4.1f}  "
+        f"{entry.calls[0]}{f' and {more} more' if more else ''}"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -98,25 +88,20 @@ def main(arguments: Sequence[str]) -> int:
         entries = plan(options.target or TARGETS, options.kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    rows, faults, failed = [], [], 0
+    lines, faults, failed = [], [], 0
     for place, report in check_all([entry.code for entry in entries], options.jobs):
-        entry = entries[place]
+        entry, found = entries[place], report.faults()
         if options.json:
-            more = {
-                "config": entry.config.options(),
-                "origin": entry.config.origin,
-                "calls": list(map(str, entry.calls)),
-            }
-            verdict = {"faults": report.faults(), "failed": report.failed, "triton": triton.__version__}
-            print(json.dumps(asdict(report) | more | verdict), flush=True)
-        rows.append(row(entry, report))
-        faults += [f"{report.kernel}, {entry.calls[0]}, {report.target}: {fault}" for fault in report.faults()]
+            more = dict(faults=found, failed=report.failed, calls=[*map(str, entry.calls)], triton=triton.__version__)
+            print(json.dumps(asdict(report) | asdict(entry.config) | more), flush=True)
+        lines.append(line(entry, report))
+        faults += [f"{report.kernel}, {entry.calls[0]}, {report.target}: {fault}" for fault in found]
         failed += report.failed
     if not options.json:
-        print_table(COLUMNS, *sorted(rows))
-        print(*faults, sep="\n")
+        print(f"{'kernel':38} {'target':7} {'configuration':42} registers local shared tensor core load    s  call")
+        print(*sorted(lines), *faults, sep="\n")
         print(
-            f"{len(rows)} compiled with Triton {triton.__version__}, {failed} failed. Local and shared memory and the "
+            f"{len(lines)} compiled with Triton {triton.__version__}, {failed} failed. Local and shared memory and the "
             f"widest load in bytes. On {', '.join(STRICT)} no fault is allowed, elsewhere everything must compile."
         )
     return int(failed > 0)

@@ -11,29 +11,29 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mar_fast.kernels import device
+from mar_fast.kernels import device, use_backend
 from mar_fast.kernels.jit.compile_check import Code, Report, check_all, code, recorded
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
 
-from . import machine
+from . import files, machine, timing
 from .kernel_calls import calls
-from .matrix import check_names, described, print_table
+from .matrix import described, named
+from .timing import Spread
 
 FIRST_ROUNDS, FINALISTS, FINAL_ROUNDS = 7, 6, 60
 # Two results agree if they differ by no more than this share of the value, and of the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# Cycles that the device waits before a timed run, so that the host has queued all its launches by then: about 1 ms.
-HEAD_START = 2_000_000
+Times = dict[LaunchConfig, list[Spread]]
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,12 @@ class Unit:
         shape = [f"{name} {value}" for name, value in self.choice.shape.items()]
         return ", ".join([self.choice.kernel, self.choice.dtype, *shape])
 
-    def names(self) -> set[str]:
-        """Its kernel, and the ops that launch it."""
-        return {self.choice.kernel, *(calls("meta")[call].op for call, _ in self.runs)}
-
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a unit: the winner is None where the choice in force stays. Seconds are medians, by run.
+    """What became of a unit: the winner is None where the choice in force stays; ``problem``: nothing could be tried.
 
-    ``problem`` says why nothing could be tried.
+    Seconds are medians, by run.
     """
 
     unit: Unit
@@ -67,74 +63,43 @@ class Result:
     dropped: Mapping[LaunchConfig, str] = field(default_factory=dict)
     problem: str = ""
 
-    @property
-    def gain(self) -> float:
-        """How many times as fast as before."""
-        return 1 / _ratio(self.after, self.before) if self.winner else 1.0
-
-
-class Machine(Protocol):
-    """What measures: `Gpu`, or a stand-in."""
-
-    architecture: str
-
-    def compile(self, codes: Sequence[Code]) -> Iterator[tuple[int, Report]]:
-        """The compiler's reports, in any order, with the place of each in ``codes``."""
-
-    def outcome(self, call: int, kernel: str, config: LaunchConfig) -> list[Tensor]:
-        """Outputs and gradients of a call with this configuration, in memory that held NaN before."""
-
-    def seconds(self, call: int, backward: bool, kernel: str, config: LaunchConfig) -> float:
-        """The device's time for the call's forward or backward pass."""
-
 
 class Gpu:
-    """The current GPU.
-
-    Raises:
-        RuntimeError: torch finds none.
-    """
+    """The current GPU; RuntimeError where torch finds none. Tests have a stand-in."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU here, expected one to measure on")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.architecture = device.architecture(torch.empty(0, device=self.device))
-        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self._flush = torch.empty(4 * cache, dtype=torch.uint8, device=self.device)
         self._call, self._operands = -1, dict[str, Any]()
 
     def compile(self, codes: Sequence[Code]) -> Iterator[tuple[int, Report]]:
-        """In several processes."""
+        """The compiler's reports, in any order, with the place of each."""
         return check_all(codes, os.cpu_count() or 1)
 
     def outcome(self, call: int, kernel: str, config: LaunchConfig) -> list[Tensor]:
-        """Without and with gradients; what a kernel leaves unwritten is NaN, which a block freed before might hide."""
-        operands, before = self._at(call), torch.are_deterministic_algorithms_enabled()
+        """Outputs and gradients of a call; what a kernel leaves unwritten is NaN, not what was there before."""
+        operands, one = self._at(call), calls("cuda")[call]
+        before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
         try:
-            with forced({kernel: config}):
-                alone = calls("cuda")[call].inference(operands)
-                outputs, backward = calls("cuda")[call].training(operands)
-                results = [*alone, *outputs, *backward()]
+            with use_backend("triton"), forced({kernel: config}):
+                alone, (outputs, backward) = one.inference(operands), one.training(operands)
+                results = [result.detach() for result in (*alone, *outputs, *backward())]
                 torch.cuda.synchronize(self.device)
+                return results
         finally:
             torch.use_deterministic_algorithms(before)
-        return [result.detach() for result in results]
 
     def seconds(self, call: int, backward: bool, kernel: str, config: LaunchConfig) -> float:
-        """By events, on a cold cache."""
+        """The device's time for a call's forward or backward pass."""
         operands, one = self._at(call), calls("cuda")[call]
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with forced({kernel: config}):
-            run = one.training(operands)[1] if backward else lambda: one.inference(operands)
-            self._flush.zero_()
-            torch.cuda._sleep(HEAD_START)
-            start.record()
-            run()
-            end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+        with use_backend("triton"), forced({kernel: config}):
+            for _ in range(2):  # the first one has its launches looked up
+                run = one.training(operands)[1] if backward else partial(one.inference, operands)
+                taken = timing.seconds(run, self.device)
+        return taken
 
     def _at(self, call: int) -> dict[str, Any]:
         """Its operands; those of the last call only are kept."""
@@ -145,25 +110,17 @@ class Gpu:
         return self._operands
 
 
-# What to try.
-
-
 def units(architecture: str, kernels: Sequence[str] = ()) -> list[Unit]:
-    """Everything that can be tuned, in the order of the calls.
-
-    Raises:
-        ValueError: there is no such kernel.
-    """
+    """Everything that can be tuned, of some kernels or ops, in the order of the calls."""
     found: dict[str, Unit] = {}
     for place, call in enumerate(calls("meta")):
-        alone = recorded(lambda call=call: call.inference(call.operands()), architecture)  # type: ignore[misc]
-        forward = {launch.choice.kernel for launch, _ in alone}
+        forward = {launch.choice.kernel for launch, _ in recorded(call.inference, architecture)}
         for launch, _ in recorded(call.everything, architecture):
             unit = Unit(launch.choice, ((place, launch.choice.kernel not in forward),))
             before = found.get(str(unit), unit)
             found[str(unit)] = replace(before, runs=tuple(dict.fromkeys(before.runs + unit.runs)))
-    check_names(kernels, {name for unit in found.values() for name in unit.names()})
-    return [unit for unit in found.values() if not kernels or unit.names() & set(kernels)]
+    ops = lambda unit: {unit.choice.kernel, *(calls("meta")[call].op for call, _ in unit.runs)}  # noqa: E731
+    return named(found.values(), kernels, ops)
 
 
 def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:
@@ -172,17 +129,19 @@ def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:
     All combinations of them, or, if ``quick``, one change at a time.
     """
     least, most = (16, 256) if config.block_k else (1, 4096)
-    choices: dict[str, list[int]] = {}
+    values: dict[str, list[int]] = {"num_warps": [2, 4, 8, 16]}
+    values |= {option.name: [False, True] for option in fields(config) if isinstance(option.default, bool)}
+    if config.num_stages > 1 or config.block_k:
+        values["num_stages"] = [1, 2, 3, 4, 5]
     for name in ("block_m", "block_n", "block_k"):
-        size = getattr(config, name)
-        choices[name] = [size, *(other for other in (size // 2, size * 2) if size and least <= other <= most)]
-    choices["num_warps"] = [2, 4, 8, 16]
-    choices["num_stages"] = [1, 2, 3, 4, 5] if config.num_stages > 1 or config.block_k else [config.num_stages]
-    choices |= {option.name: [False, True] for option in fields(config) if isinstance(option.default, bool)}
-    changes = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        if size := getattr(config, name):
+            values[name] = [size, *(other for other in (size // 2, size * 2) if least <= other <= most)]
+    # What is in force first: it stands for all that compile to the same.
+    values = {name: sorted(every, key=lambda one: one != getattr(config, name)) for name, every in values.items()}
+    changes = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     if quick:
-        changes = [{name: value} for name, values in choices.items() for value in values]
-    found = (replace(config, **change) for change in changes)  # type: ignore[arg-type]
+        changes = [{name: value} for name, every in values.items() for value in every]
+    found = [replace(config, **change) for change in changes]  # type: ignore[arg-type]
     return list(dict.fromkeys([config, *filter(_sensible, found)]))
 
 
@@ -191,25 +150,17 @@ def _sensible(config: LaunchConfig) -> bool:
     return not config.block_n or 4 <= config.block_m * config.block_n / (32 * config.num_warps) <= 256
 
 
-# What is fit to be timed.
-
-
 def codes_of(unit: Unit, config: LaunchConfig, architecture: str) -> list[Code]:
     """What a candidate compiles to in all calls of a unit."""
-    found, kernel = [], unit.choice.kernel
-    with forced({kernel: config}):
-        for place in dict.fromkeys(place for place, _ in unit.runs):
-            launches = recorded(calls("meta")[place].everything, architecture)
-            found += [code(*one, architecture) for one in launches if one[0].choice.kernel == kernel]
-    return found
+    with forced({unit.choice.kernel: config}):
+        every = [recorded(calls("meta")[call].everything, architecture) for call, _ in unit.runs]
+    return [code(*one, architecture) for found in every for one in found if one[0].choice.kernel == unit.choice.kernel]
 
 
 def compiled_clean(
-    unit: Unit, configs: Sequence[LaunchConfig], machine: Machine
+    unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu
 ) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
-    """The candidates that may be run, and why others may not; ``configs[0]`` is the one in force.
-
-    One that is the same code as another before it is left out: not every kernel reads every option.
+    """The candidates that may be run, each code once, and why others may not; ``configs[0]`` is the one in force.
 
     Raises:
         ArithmeticError: the configuration in force does not compile.
@@ -218,37 +169,32 @@ def compiled_clean(
     dropped: dict[LaunchConfig, str] = {}
     for config in configs:
         try:
-            of_config = codes_of(unit, config, machine.architecture)
-            codes.setdefault(repr(of_config), (config, of_config))
+            found = codes_of(unit, config, machine.architecture)
+            codes.setdefault(repr(found), (config, found))
         except Exception as error:  # a launcher may refuse a configuration
             dropped[config] = f"the launcher fails: {type(error).__name__}: {error}"
-    every = [(config, one) for config, of_config in codes.values() for one in of_config]
-    reports = dict(machine.compile([one for _, one in every]))
-    for place, (config, _) in enumerate(every):
-        if config == configs[0] and reports[place].error:
-            raise ArithmeticError(f"the configuration in force {reports[place].error}")
-        for fault in reports[place].faults() if config != configs[0] else ():
-            dropped.setdefault(config, fault)
+    every = [(config, one) for config, found in codes.values() for one in found]
+    for place, report in machine.compile([one for _, one in every]):
+        config = every[place][0]
+        if config == configs[0] and report.error:
+            raise ArithmeticError(f"the configuration in force {report.error}")
+        if config != configs[0] and report.faults():
+            dropped[config] = report.faults()[0]
     return [config for config, _ in codes.values() if config not in dropped], dropped
 
 
 def disagreement(got: Sequence[Tensor], want: Sequence[Tensor]) -> str:
     """In what way results are not those wanted; empty where they agree."""
-    if len(got) != len(want):
-        return f"{len(got)} results, not {len(want)}"
-    for number, (mine, theirs) in enumerate(zip(got, want, strict=True)):
-        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-            return f"result {number} is of another kind"
-        if not bool(mine.isfinite().all()):
-            return f"result {number} is not finite everywhere"
-        if mine.numel():
-            allowed = TOLERANCE[mine.dtype] * (theirs.abs() + theirs.abs().max())
-            if not bool(((mine - theirs).abs() <= allowed).all()):
-                return f"result {number} differs by more than rounding"
+    try:
+        for mine, theirs in zip(got, want, strict=True):
+            share = TOLERANCE[theirs.dtype]
+            torch.testing.assert_close(mine, theirs, rtol=share, atol=share * float(theirs.abs().max()))
+    except (AssertionError, ValueError) as error:
+        return "other results: " + " ".join(str(error).split())
     return ""
 
 
-def disagreeing(unit: Unit, configs: Sequence[LaunchConfig], machine: Machine) -> dict[LaunchConfig, str]:
+def disagreeing(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu) -> dict[LaunchConfig, str]:
     """Why candidates that compile may not be timed.
 
     Raises:
@@ -271,53 +217,36 @@ def disagreeing(unit: Unit, configs: Sequence[LaunchConfig], machine: Machine) -
     return dropped
 
 
-# Which one is fastest.
-
-
-def _race(
-    unit: Unit, configs: Sequence[LaunchConfig], machine: Machine, rounds: int
-) -> dict[LaunchConfig, list[list[float]]]:
-    """Time them in turn, so that a drift of the clock hits all alike: seconds by candidate and run."""
+def _race(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu, rounds: int) -> Times:
+    """Time them in turn, so that a drift of the clock hits all alike: by candidate and run."""
     times: dict[LaunchConfig, list[list[float]]] = {config: [[] for _ in unit.runs] for config in configs}
     for number, run in enumerate(unit.runs):
-        for turn in range(-2, rounds):  # two uncounted
+        for _ in range(rounds):
             for config in configs:
-                taken = machine.seconds(*run, unit.choice.kernel, config)
-                if turn >= 0:
-                    times[config][number].append(taken)
-    return times
+                times[config][number].append(machine.seconds(*run, unit.choice.kernel, config))
+    return {config: list(map(Spread.of, every)) for config, every in times.items()}
 
 
-def _medians(every: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(statistics.median(series) for series in every)
+def _ratio(ours: Sequence[Spread], theirs: Sequence[Spread]) -> float:
+    """Geometric mean of the ratios of medians."""
+    return math.exp(statistics.fmean(math.log(a.p50 / b.p50) for a, b in zip(ours, theirs, strict=True)))
 
 
-def _spread(series: Sequence[float]) -> tuple[float, float]:
-    """20th and 80th percentile."""
-    quantiles = statistics.quantiles(series, n=5, method="inclusive")
-    return quantiles[0], quantiles[3]
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Geometric mean of the ratios."""
-    return math.exp(statistics.fmean(math.log(a / b) for a, b in zip(ours, theirs, strict=True)))
-
-
-def choose(times: Mapping[LaunchConfig, Sequence[Sequence[float]]], in_force: LaunchConfig) -> LaunchConfig | None:
+def choose(times: Times, in_force: LaunchConfig) -> LaunchConfig | None:
     """The fastest candidate that beats the one in force beyond the spread; None where there is none.
 
     Its 80th percentile is below the other's 20th in some run, and in no run its 20th is above the other's 80th.
     """
-    base, ratios = list(map(_spread, times[in_force])), dict[LaunchConfig, float]()
+    ratios = {in_force: 1.0}
     for config, every in times.items():
-        runs = list(zip(map(_spread, every), base, strict=True))
-        if any(mine[1] < other[0] for mine, other in runs) and not any(mine[0] > other[1] for mine, other in runs):
-            ratios[config] = _ratio(_medians(every), _medians(times[in_force]))
-    best = min(ratios, key=ratios.__getitem__, default=None)
-    return best if best and ratios[best] < 1 else None
+        runs = list(zip(every, times[in_force], strict=True))
+        if any(mine.p80 < other.p20 for mine, other in runs) and not any(mine.p20 > other.p80 for mine, other in runs):
+            ratios[config] = _ratio(every, times[in_force])
+    best = min(ratios, key=ratios.__getitem__)
+    return best if best != in_force else None
 
 
-def tune_unit(unit: Unit, machine: Machine, quick: bool = False) -> Result:
+def tune_unit(unit: Unit, machine: Gpu, quick: bool = False) -> Result:
     """Find the best configuration for one unit."""
     in_force = unit.choice.config
     try:
@@ -326,58 +255,32 @@ def tune_unit(unit: Unit, machine: Machine, quick: bool = False) -> Result:
     except ArithmeticError as error:
         return Result(unit, problem=str(error))
     configs = [config for config in configs if config not in dropped]
-    first = {config: _medians(every) for config, every in _race(unit, configs, machine, FIRST_ROUNDS).items()}
-    order = sorted(configs[1:], key=lambda config: _ratio(first[config], first[in_force]))
-    times = _race(unit, [in_force, *order[:FINALISTS]], machine, FINAL_ROUNDS)
+    first = _race(unit, configs, machine, FIRST_ROUNDS)
+    best = sorted(configs[1:], key=lambda config: _ratio(first[config], first[in_force]))[:FINALISTS]
+    times = _race(unit, [in_force, *best], machine, FINAL_ROUNDS)
     winner = choose(times, in_force)
-    after = _medians(times[winner]) if winner else ()
-    return Result(unit, winner, _medians(times[in_force]), after, len(configs), dropped)
-
-
-# The file.
-
-
-def override(result: Result, said: str) -> dict[str, Any]:
-    """A winner as a row for exactly its shape, with what a reader needs to know about it."""
-    assert result.winner is not None
-    medians = [
-        f"{after * 1e6:.1f} us against {before * 1e6:.1f} us ({calls('meta')[call]}{', backward' if backward else ''})"
-        for after, before, (call, backward) in zip(result.after, result.before, result.unit.runs, strict=True)
-    ]
-    where = {name: [int(value), int(value)] for name, value in result.unit.choice.shape.items()}
-    row = {"dtypes": [result.unit.choice.dtype], "where": where, "config": result.winner.options()}
-    return row | {"origin": f"{said}: {'; '.join(medians)}"}
+    before, after = (tuple(one.p50 for one in times[config]) if config else () for config in (in_force, winner))
+    return Result(unit, winner, before, after, len(configs), dropped)
 
 
 def add_override(path: Path, architecture: str, kernel: str, row: dict[str, Any]) -> None:
-    """Put a row into the file, in place of one for the same dtypes and shape, and have the choices read again.
-
-    The file is written whole or not at all.
-
-    Raises:
-        ValueError: the file, or the row, is not as it should be.
-    """
+    """Put a row into the file, whole or not at all, in place of one for the same calls; choices are then read again."""
     content = json.loads(path.read_text()) if path.is_file() else {}
     rows = content.setdefault(architecture, {}).setdefault(kernel, [])
     rows[:] = [row, *(old for old in rows if any(old.get(key) != row[key] for key in ("dtypes", "where")))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".json")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
         read_overrides(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    files.write_whole(path, write)
     forget_choices()
 
 
 def tune(
-    machine: Machine, path: Path, said: str = "", kernels: Sequence[str] = (), quick: bool = False
+    machine: Gpu, path: Path, said: str = "", kernels: Sequence[str] = (), quick: bool = False
 ) -> Iterator[Result]:
-    """Tune, and write each winner to ``path`` as soon as it is known: an interrupt loses one unit.
+    """Tune, and write each winner to ``path`` as soon as it is known, with what is ``said`` of the measurement.
 
     Raises:
         ValueError: there is no such kernel, or ``path`` is there and is no such file.
@@ -387,19 +290,26 @@ def tune(
     for unit in units(machine.architecture, kernels):
         result = tune_unit(unit, machine, quick)
         if result.winner is not None:
-            add_override(path, machine.architecture, unit.choice.kernel, override(result, said))
+            medians = [
+                f"{after * 1e6:.1f} us against {before * 1e6:.1f} us ({calls('meta')[call]}{', backward' * backward})"
+                for after, before, (call, backward) in zip(result.after, result.before, unit.runs, strict=True)
+            ]
+            row = {
+                "dtypes": [unit.choice.dtype],
+                "where": {name: [int(value), int(value)] for name, value in unit.choice.shape.items()},
+                "config": result.winner.options(),
+                "origin": f"{said}: {'; '.join(medians)}",
+            }
+            add_override(path, machine.architecture, unit.choice.kernel, row)
         yield result
 
 
-COLUMNS = ("choice", "candidates", "before, us", "after, us", "gain", "configuration")
-
-
-def row(result: Result) -> tuple[str, ...]:
-    """One line of the table."""
+def line(result: Result) -> str:
+    """What is said of a result."""
     before, after = (" ".join(f"{s * 1e6:.1f}" for s in medians) for medians in (result.before, result.after))
-    outcome = described(result.winner) if result.winner else result.problem or "stays"
+    outcome = f"{after} us, {described(result.winner)}" if result.winner else result.problem or "stays"
     tried = f"{result.timed} of {result.timed + len(result.dropped)}"
-    return (str(result.unit), tried, before, after, f"{result.gain:.2f}x", outcome)
+    return f"{result.unit!s:80} {tried:>10} candidates, {before} us: {outcome}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -408,19 +318,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kernel", action="append", default=[], help="an op or a kernel; may be given again")
     parser.add_argument("--quick", action="store_true", help="fewer candidates: one change at a time")
     parser.add_argument("--out", type=Path, default=overrides_path(), help="the file to write")
-    options = parser.parse_args(arguments)
-    results: list[Result] = []
+    options, won = parser.parse_args(arguments), 0
     try:
         gpu = Gpu()
         about = machine.environment(gpu.device)
-        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "mar_fast", "commit"))
-        said = f"measured on {about['device']}, {versions}, {about['date']}"
+        said = "measured: " + ", ".join(f"{about[key]}" for key in ("device", "torch", "triton", "commit", "date"))
         for result in tune(gpu, options.out, said, options.kernel, options.quick):
-            results.append(result)
-            print(", ".join(row(result)), flush=True)
+            won += result.winner is not None
+            print(line(result), flush=True)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     finally:
-        print_table(COLUMNS, *map(row, results))
-        print(f"{sum(bool(result.winner) for result in results)} rows written: {options.out}")
+        print(f"{won} rows written: {options.out}")
     return 0

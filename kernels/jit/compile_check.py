@@ -30,10 +30,8 @@ from ..device import INTERPRETING, assumed_architecture
 from .launch import Launch, recording
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities).
-SHARED_LIMIT = {
-    "sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
-    "sm_103": 232448, "sm_110": 232448, "sm_120": 101376, "sm_121": 101376, "gfx942": 65536,
-}  # fmt: skip
+SHARED_LIMIT = {"sm_80": 166912, "sm_87": 166912, "gfx942": 65536}
+SHARED_LIMIT |= dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 232448)
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STRICT = ("sm_80", "sm_90", "sm_100")
 # Kernels whose loads need not be wide: it reads a weight, once for many calls, in another order.
@@ -104,20 +102,18 @@ class Report:
         """What is wrong with it: nothing for a kernel that may be run."""
         if self.error:
             return [self.error]
-        limit, local = SHARED_LIMIT.get(self.target, 65536), self.spilled_bytes + self.stack_bytes
-        found = (
-            (local > 0, f"{self.spilled_bytes} bytes spilled, {self.stack_bytes} bytes of stack"),
-            (self.shared_bytes > limit, f"{self.shared_bytes} bytes of shared memory, {limit} is the limit"),
-            (self.dots > 0 and not self.tensor_core, "no tensor core instruction"),
-            (self.single > 0, f"{self.single} float32 products by one of TF32, three are needed"),
-            (self.products not in (0, 3), f"float32 products by {self.products:.2f} of TF32, three are needed"),
-            (self.wrong_layout > 0, f"{self.wrong_layout} m64n8k8 wgmma, which are wrong for float32"),
-            (
-                self.target in STRICT and self.widest_load < 16 and self.kernel not in COLD,
-                f"widest global load {self.widest_load} bytes",
-            ),
-        )
-        return [text for is_so, text in found if is_so]
+        limit, wide = SHARED_LIMIT.get(self.target, 101376), self.target not in STRICT or self.kernel in COLD
+        found = {
+            f"{self.spilled_bytes} bytes spilled, {self.stack_bytes} bytes of stack": self.spilled_bytes
+            or self.stack_bytes,
+            f"{self.shared_bytes} bytes of shared memory, {limit} is the limit": self.shared_bytes > limit,
+            "no tensor core instruction": self.dots and not self.tensor_core,
+            f"{self.single} float32 products by one of TF32, three are needed": self.single,
+            f"float32 products by {self.products:.2f} of TF32, three are needed": self.products not in (0, 3),
+            f"{self.wrong_layout} m64n8k8 wgmma, which are wrong for float32": self.wrong_layout,
+            f"widest global load {self.widest_load} bytes": not wide and self.widest_load < 16,
+        }
+        return [text for text, is_so in found.items() if is_so]
 
     @property
     def failed(self) -> bool:
