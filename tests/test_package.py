@@ -49,9 +49,8 @@ def test_installed_wheel_works_outside_the_repository(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     code = """
 import torch, mar_fast
-from mar_fast.kernels import device, launch_config
+from mar_fast.kernels import device
 assert mar_fast.__file__.startswith(SITE) and device.__file__.startswith(SITE), (mar_fast.__file__, device.__file__)
-assert launch_config.rows("bias_gelu.forward", "sm_90")
 model = mar_fast.create_model("mar_vit_small", depth=1, num_classes=5).eval()
 print(model(torch.zeros(1, 3, 16, 224, 224)).logits.shape)
 """
