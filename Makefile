@@ -2,7 +2,8 @@
 # make test   set up, then run every check of the gate
 # make matrix compile every kernel for every GPU, with the pinned Triton and the oldest supported one; minutes
 # make oldest, make newest   the tests of torch.compile, export and fake tensors with other torch versions; 5 GB each
-# make gpu    on a machine with a GPU and its own torch and Triton: all kernel tests there, then measurements; no network
+# make gpu    on a machine with a GPU and its own torch and Triton: all kernel tests there, then what decides is measured,
+#             in minutes and without a network; FULL=1 measures everything
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 OUT := demo
 RESULTS := bench/results/gpu
 
-.PHONY: demo test lint types eager interpreter suites matrix oldest newest gpu sanitize clean
+.PHONY: demo test lint types eager interpreter suites matrix oldest newest gpu gpu-ops gpu-sizes sanitize clean
 
 demo: $(READY)
 	$(BIN)/mar-fast savings --out $(OUT) --force
@@ -70,15 +71,20 @@ build/%/.ready: setup.py pyproject.toml constraints.txt
 	touch $@
 
 # Its own Python, with -P: the repository's folder kernels/ must not be importable by that name. A red test ends it
-# before anything is measured.
+# before anything is measured. Half of the cores for each of the two test runs: they compile while they wait.
+PARALLEL = $(shell $(PYTHON) -c "import importlib.util as u, os; \
+	print(f'-n {max(1, os.cpu_count() // 2)} --dist worksteal' if u.find_spec('xdist') else '')")
+
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	MAR_FAST_TEST_DEVICE=cuda $(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py tests/test_op_rules.py
-	$(PYTHON) -P -m pytest -q -m gpu
-	mkdir -p $(RESULTS)
-	for suite in kernels encoder training waterfall scaling; do \
-		$(PYTHON) -P -m mar_fast.bench $$suite --force --out $(RESULTS)/$$suite.jsonl || exit 1; \
-	done
+	$(MAKE) --no-print-directory --output-sync=target -j2 gpu-ops gpu-sizes
+	$(PYTHON) -P -m mar_fast.bench gpu --force --out $(RESULTS) $(if $(FULL),--full)
+
+gpu-ops:
+	MAR_FAST_TEST_DEVICE=cuda $(PYTHON) -P -m pytest -q $(PARALLEL) -m triton_too tests/test_ops.py tests/test_op_rules.py
+
+gpu-sizes:
+	$(PYTHON) -P -m pytest -q $(PARALLEL) -m gpu
 
 # Memory errors and races of the kernels, on small cases; slow.
 sanitize:

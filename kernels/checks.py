@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
+_CPU = torch.device("cpu")
 _check_values_on_device = False
 _check_values_on_cpu = True
 
@@ -87,8 +88,9 @@ def may_read(value: Tensor) -> bool:
     """Whether the values of this tensor may be looked at here: never while compiling, on a GPU only on request."""
     if torch.compiler.is_compiling():
         return False
-    wanted = _check_values_on_device if value.device.type != "cpu" else _check_values_on_cpu
-    return wanted and value.device.type != "meta" and value.numel() != 0 and not is_fake(value)
+    device = value.device
+    wanted = _check_values_on_cpu if device == _CPU else _check_values_on_device
+    return wanted and device.type != "meta" and value.numel() != 0 and not is_fake(value)
 
 
 def index_range(argument: str, index: Tensor, length: int) -> None:

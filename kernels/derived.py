@@ -26,9 +26,8 @@ SOURCES, WAYS = 1024, 16
 
 
 class _Kept(NamedTuple):
-    state: tuple[Any, ...]
     stream: int | None
-    sources: tuple[Any, ...]  # weak references
+    sources: tuple[Any, ...]  # of each a weak reference, and what its state was
     aliases: tuple[Tensor | None, ...]
     result: Any
 
@@ -63,28 +62,30 @@ class Derived:
     def __reduce__(self) -> tuple[type["Derived"], tuple[()]]:
         return Derived, ()
 
-    def get(self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any]) -> Any:
+    def get(
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], *, planned: bool = False
+    ) -> Any:
         """``make(*sources)``, or what it gave the last time.
 
         Args:
             sources: All tensors that the result depends on; the first is not None.
             options: Everything else that it depends on, also which ``make`` it is.
             make: A function of the sources. With gradients on it is called every time, and differentiable if it is.
+            planned: Whether the options name dtype, shape and strides of every source, as a plan's key does: they are
+                not compared then.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            if not torch.compiler.is_compiling():
-                self.forget(sources[0])
+        if torch.compiler.is_compiling():
             return make(*sources)
-        state = _state(sources)
-        if state is None:
+        if plan.grad_enabled():
+            self.forget(sources[0])
+            return make(*sources)
+        if plan.dispatch_modes():
             return make(*sources)
         ways = self._kept.get(id(sources[0]))
         if ways is not None:
             kept = ways.get(options)
             if kept is not None:
-                if kept.state == state and all(
-                    weak is None or weak() is source for weak, source in zip(kept.sources, sources, strict=True)
-                ):
+                if _unchanged(kept.sources, sources):
                     if _held is not None:
                         _held.append(kept.result)
                         return kept.result
@@ -95,7 +96,7 @@ class Derived:
                     if kept.stream == _stream(sources[0]):
                         return kept.result
                 ways.pop(options, None)
-        return self._make(sources, options, make, state)
+        return self._make(sources, options, make, planned)
 
     def forget(self, source: Tensor | None = None) -> None:
         """Forget what came of this first source, or everything."""
@@ -105,9 +106,10 @@ class Derived:
             self._kept.pop(id(source), None)
 
     def _make(
-        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], state: tuple[Any, ...]
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
     ) -> Any:
-        if plan.transformed() or any(source is not None and _unkept(source) for source in sources):
+        states = [None if source is None else _state(source) for source in sources]
+        if () in states or plan.transformed():
             return make(*sources)
         with torch.inference_mode(False), torch.no_grad():  # what is kept is an ordinary tensor
             result = make(*sources)
@@ -119,13 +121,16 @@ class Derived:
             if derived is not None:
                 derived._kept.pop(first, None)
 
-        weak = tuple(None if source is None else weakref.ref(source, died) for source in sources)
+        known = tuple(
+            None if source is None else (weakref.ref(source, died), *state[:2], None if planned else state[2:])
+            for source, state in zip(sources, states, strict=True)
+        )
         if first not in self._kept and len(self._kept) >= SOURCES:
             self._kept.clear()
         ways = self._kept.setdefault(first, {})
         if len(ways) >= WAYS:
             ways.clear()
-        ways[options] = _Kept(state, _stream(sources[0]), weak, aliases, result)
+        ways[options] = _Kept(_stream(sources[0]), known, aliases, result)
         return result
 
 
@@ -151,28 +156,36 @@ def _stream(source: Tensor | None) -> int | None:
     return current_stream(source.get_device()) if source is not None and source.is_cuda else None
 
 
-def _state(sources: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """What tells these tensors from changed ones; None where nothing does."""
-    parts: list[Any] = []
+def _state(source: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from a changed one; () where nothing does.
+
+    Not its device: addresses are of one space for all of them, and the memory of this one is not given to others.
+    """
+    if type(source) not in (Tensor, Parameter):
+        return ()
     try:
-        for source in sources:
-            if source is None:
-                parts.append(None)
-                continue
-            kind = type(source)
-            if kind is not Parameter and kind is not Tensor:
-                return None
-            # Inference tensors have no version; some tensors of torch.func have no memory of their own.
-            parts += (source.data_ptr(), source._version, source.dtype, source.shape, source.stride(), source.device)
+        # Inference tensors have no version, and some tensors of torch.func no memory of their own.
+        state = source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
+        if source.is_cuda:
+            return () if torch.cuda.is_current_stream_capturing() else state  # written when the graph is replayed
+        return () if source.device.type == "cpu" and source.is_shared() else state  # another process may write
     except RuntimeError:
-        return None
-    return tuple(parts)
+        return ()
 
 
-def _unkept(source: Tensor) -> bool:
-    if source.is_cuda:
-        return torch.cuda.is_current_stream_capturing()
-    return source.device.type == "cpu" and source.is_shared()  # another process may write to it
+def _unchanged(known: Sequence[Any], sources: Sequence[Tensor | None]) -> bool:
+    """Whether these are the tensors of which that is known."""
+    for one, source in zip(known, sources, strict=True):
+        if one is None or source is None:
+            if one is not source:
+                return False
+            continue
+        weak, address, version, layout = one
+        if weak() is not source or source.data_ptr() != address or source._version != version:
+            return False
+        if layout is not None and layout != (source.dtype, source.shape, source.stride()):
+            return False
+    return True
 
 
 def forget() -> None:

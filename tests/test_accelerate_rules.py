@@ -179,7 +179,7 @@ def test_weights_are_packed_once_without_gradients(monkeypatch):
     fast.eval()
     packed = []
     original = mar_fast.huggingface_layers._pack
-    monkeypatch.setattr(mar_fast.huggingface_layers, "_pack", lambda sources: packed.append(1) or original(sources))
+    monkeypatch.setattr(mar_fast.huggingface_layers, "_pack", lambda *sources: packed.append(1) or original(*sources))
     for _ in range(3):
         fast(**arguments)
     assert len(packed) == len(fast.encoder.layer)

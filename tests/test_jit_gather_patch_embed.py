@@ -46,9 +46,9 @@ def tiles(*sizes):
     return {f"gather_patch_embed_{name}": LaunchConfig(*size) for name, size in zip(NAMES, sizes, strict=True)}
 
 
-LARGE = tiles((32, 128, 512), (128, 512, 32), (32, 512, 128), (16, 128, 0))
-SMALL = tiles((16, 16, 32), (32, 64, 16), (16, 64, 16), (2, 16, 0))
-FULL = tiles((16, 32, 64), (32, 64, 8), (16, 64, 32), (4, 32, 0))
+LARGE = tiles((32, 128, 512), (128, 512, 32), (32, 512, 128), (16, 128, 256))
+SMALL = tiles((16, 16, 32), (32, 64, 16), (16, 64, 16), (2, 16, 4))
+FULL = tiles((16, 32, 64), (32, 64, 8), (16, 64, 32), (4, 32, 2))
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ M = B * N visible tubelets, K = C * t * h * w values in each (see tubelets.py), 
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import triton
@@ -149,8 +148,9 @@ def forward(
     layout, copied = layout_of(video, (t, h, w))
     uint8 = video.dtype == torch.uint8
     fold = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
-    if fold is not None and kept is not None:
-        fold = partial(_keep, kept, fold, (uint8, layout.channels_last, *options))
+    way = ""
+    if kept is not None:  # looked up in every call, and a string knows its hash
+        way = str((uint8, layout.channels_last, *options, *((x.dtype, x.shape, x.stride()) for x in (weight, bias))))
     pos_stride, pos_copied = rows(pos_embed)
     choice = choose(
         "gather_patch_embed_forward", config, video, work,
@@ -170,19 +170,14 @@ def forward(
         out = outputs(video, keep_idx, weight, bias, pos_embed, *options)
         if copied:
             video = video.clone(memory_format=torch.contiguous_format)
-        if uint8:
-            weight, bias = fold(weight, bias)
-        elif fold is not None:
-            weight, _ = fold(weight, None)
+        if fold is not None:
+            sources = (weight, bias if uint8 else None)
+            folded = fold(*sources) if kept is None else kept.get(sources, way, fold, planned=True)
+            weight, bias = folded if uint8 else (folded[0], bias)
         launch(video, keep_idx, weight, bias, pos_embed, out)
         return out
 
     return run
-
-
-def _keep(kept: Derived, fold: Run, way: tuple[object, ...], *sources: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    folded: tuple[Tensor, Tensor | None] = kept.get(sources, way, fold)
-    return folded
 
 
 gather_patch_embed = Op(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, block, choose, precision, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, precision, rows
 from .op import Run
 from .tubelets import (
     Channels,
@@ -114,40 +114,32 @@ def gather_patch_embed_backward_weight_sum_kernel(
 
 
 @triton.jit
-def first_not_below(ascending, count, value, halvings):
-    """How many of the sorted numbers are below ``value``. One at a time: vectors here would make scalar loads below."""
-    low, high = 0, count
-    for _ in range(halvings):
-        middle = (low + high) // 2
-        m_open = low < high
-        below = tl.load(ascending + middle, mask=m_open, other=0).to(tl.int32) < value
-        low, high = tl.where(m_open & below, middle + 1, low), tl.where(m_open & (below == 0), middle, high)
-    return low
-
-
-@triton.jit
 def gather_patch_embed_backward_position_kernel(
-    grad, ascending, order, out, rows, columns, s_grad, halvings, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """One program adds up the rows of one position, in the order of the clips; none leave a zero.
-
-    ``ascending`` are the sorted indices, ``order`` the rows that they came from.
-    """
-    position = tl.program_id(0)
+    grad, index, out, batch, per_clip, length, columns, s_grad,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the rows of each position in its tile, clip by clip; a position without any gets zero."""
+    o_position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
-    start = first_not_below(ascending, rows, position, halvings)
-    end = first_not_below(ascending, rows, position + 1, halvings)
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(start, end, BLOCK_M):
-        o_order = first + tl.arange(0, BLOCK_M)
-        m_order = o_order < end
-        # [BLOCK_M, BLOCK_N]
-        o_row = tl.load(order + o_order, mask=m_order, other=0)
-        p_grad = grad + o_row[:, None] * s_grad + o_column[None, :]
-        b_sum += tl.load(p_grad, mask=m_order[:, None] & m_column[None, :], other=0.0).to(tl.float32)
-    p_out = out + position.to(tl.int64) * columns + o_column
-    tl.store(p_out, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=m_column)
+    for clip in range(batch):
+        for first in range(0, per_clip, BLOCK_K):
+            o_token = first + tl.arange(0, BLOCK_K)
+            b_index = tl.load(index + clip * per_clip + o_token, mask=o_token < per_clip, other=-1).to(tl.int32)
+            # [BLOCK_M, BLOCK_K]
+            m_here = o_position[:, None] == b_index[None, :]
+            b_token = tl.zeros((BLOCK_M,), dtype=tl.int32) + per_clip
+            # None for most tiles, once for the others; more often only where a clip has an index more than once.
+            for _ in range(tl.max(tl.sum(m_here.to(tl.int32), axis=1), axis=0)):
+                m_left = m_here & (o_token[None, :] < b_token[:, None])
+                b_token = tl.max(tl.where(m_left, o_token[None, :], -1), axis=1)
+                # [BLOCK_M, BLOCK_N]
+                p_grad = grad + (clip * per_clip + b_token).to(tl.int64)[:, None] * s_grad + o_column[None, :]
+                m_grad = (b_token >= 0)[:, None] & m_column[None, :]
+                b_sum += tl.load(p_grad, mask=m_grad, other=0.0).to(tl.float32)
+    p_out = out + o_position.to(tl.int64)[:, None] * columns + o_column[None, :]
+    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=(o_position < length)[:, None] & m_column[None, :])
 
 
 # Two for each multiprocessor of a large GPU. A number of our own, not the device's: so many parts are summed, and the
@@ -188,8 +180,8 @@ def config_video(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
 
 
 def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_m`` rows at a time by ``block_n`` columns."""
-    return LaunchConfig(16, 256, origin="16 values a thread; not measured")
+    """``block_m`` positions by ``block_n`` columns, ``block_k`` indices at a time."""
+    return LaunchConfig(8, 256, 256, origin="16 values a thread; compiled clean, not measured")
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
@@ -209,12 +201,11 @@ def gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Of video, weight, bias and pos_embed."""
-    dtype, device = weight.dtype, weight.device
     return (
         gradient_memory(video) if needs[0] else None,
-        torch.empty(weight.shape, dtype=dtype, device=device) if needs[1] else None,
-        torch.empty(weight.shape[:1], dtype=dtype, device=device) if needs[2] else None,
-        torch.empty(pos_embed.shape, dtype=pos_embed.dtype, device=device) if needs[3] else None,
+        torch.empty_like(weight, memory_format=DENSE) if needs[1] else None,
+        torch.empty(weight.shape[:1], dtype=weight.dtype, device=weight.device) if needs[2] else None,
+        torch.empty_like(pos_embed, memory_format=DENSE) if needs[3] else None,
     )
 
 
@@ -243,12 +234,13 @@ def backward(
     of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
     # The offset of uint8 pixels belongs to the rounded values that the product reads.
     sums = needs[1] and video.dtype == torch.uint8
+    written = (needs[0], needs[1], False, needs[3])  # the bias's is a sum of PyTorch's
 
     def run(
         grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, pos_embed: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        results = grad_video, grad_weight, grad_bias, grad_pos = gradients(
-            grad, video, keep_idx, weight, pos_embed, *options, needs
+        grad_video, grad_weight, grad_bias, grad_pos = gradients(
+            grad, video, keep_idx, weight, pos_embed, *options, written
         )
         if copied:
             grad = grad.contiguous()
@@ -258,8 +250,8 @@ def backward(
         rounded = grad.to(work, memory_format=torch.contiguous_format) if cast else grad
         if of_video is not None:
             of_video(rounded, keep_idx, weight, grad_video)
-        if grad_bias is not None:
-            torch.sum(grad, (0, 1), out=grad_bias)
+        if needs[2]:
+            grad_bias = grad.sum((0, 1))
         if of_weight is not None:
             grad_sum = None
             if sums:
@@ -268,7 +260,7 @@ def backward(
             of_weight(rounded, video, keep_idx, grad_sum, grad_weight)
         if of_positions is not None:
             of_positions(grad, keep_idx, grad_pos)
-        return results
+        return grad_video, grad_weight, grad_bias, grad_pos
 
     return run
 
@@ -344,16 +336,13 @@ def _video_gradient(
 
 def _position_gradient(stride: int, grad: Tensor, keep_idx: Tensor, pos_embed: Tensor) -> Run:
     """``run(grad, keep_idx, out)``: (M, D) -> (L, D)."""
-    count, columns = keep_idx.numel(), grad.shape[2]
+    (batch, per_clip), (length, columns) = keep_idx.shape, pos_embed.shape
     choice = choose("gather_patch_embed_backward_position", config_position, grad)
     tile = choice.config
     launch = Launch(
-        gather_patch_embed_backward_position_kernel, (pos_embed.shape[0], triton.cdiv(columns, tile.block_n)),
-        (count, columns, stride, count.bit_length()), choice, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        gather_patch_embed_backward_position_kernel,
+        (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n)),
+        (batch, per_clip, length, columns, stride), choice,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
-
-    def run(grad: Tensor, keep_idx: Tensor, out: Tensor) -> None:
-        ascending, order = keep_idx.view(-1).sort(stable=True)
-        launch(grad, ascending, order, out)
-
-    return run
+    return launch

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, block, choose, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
 from .sum_parts import sum_parts
 
@@ -165,8 +165,8 @@ def gradients(
     device = grad.device
     return (
         torch.empty((*keep_idx.shape, grad.shape[2]), dtype=grad.dtype, device=device) if needs[0] else None,
-        torch.empty(mask_token.shape, dtype=mask_token.dtype, device=device) if needs[1] else None,
-        torch.empty(pos_embed.shape, dtype=pos_embed.dtype, device=device) if needs[2] else None,
+        torch.empty_like(mask_token, memory_format=DENSE) if needs[1] else None,
+        torch.empty_like(pos_embed, memory_format=DENSE) if needs[2] else None,
     )
 
 
