@@ -55,7 +55,7 @@ matrix: $(READY) build/triton36
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
-# Triton 3.6 does not run in the interpreter with a newer numpy. torch itself asks for its own Triton.
+# Triton 3.6 does not interpret every kernel with numpy 2.4. Each torch brings its own Triton.
 TORCH_oldest := torch==2.11.* numpy<2.4
 TORCH_newest := torch==2.14.1
 

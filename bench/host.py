@@ -69,6 +69,8 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
     }  # fmt: skip
 
 
+WITH_GRADIENTS = ("with gradients", "forward and backward", "unit of both")
+
 # Operands that are data: weights, activations and predictions get gradients.
 NO_GRADIENT = ("video", "pos_embed")
 
@@ -87,8 +89,7 @@ def calls(device: torch.device) -> dict[str, dict[str, Call]]:
         seeds = [torch.ones_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
         def plain(op: Any = op, arguments: Any = arguments) -> object:
-            with torch.no_grad():
-                return op(**arguments)
+            return op(**arguments)
 
         def training(op: Any = op, leaves: Any = leaves) -> object:
             return op(**leaves)
@@ -109,8 +110,7 @@ def layer_norm(device: torch.device) -> tuple[Call, Call]:
     seed = torch.randn(1, 17, 96, device=device)
 
     def plain() -> object:
-        with torch.no_grad():
-            return F.layer_norm(x, (96,), weight, bias, 1e-6)
+        return F.layer_norm(x, (96,), weight, bias, 1e-6)
 
     def both() -> object:
         out = F.layer_norm(leaves[0], (96,), leaves[1], leaves[2], 1e-6)
@@ -136,16 +136,14 @@ def models(device: torch.device) -> dict[str, Call]:
     every = torch.arange(4, device=device)[None]
 
     def ours() -> object:
-        with torch.no_grad():
-            return model(clip)
+        return model(clip)
 
     def eager() -> object:
-        with torch.no_grad(), use_backend("eager"):
+        with use_backend("eager"):
             return model(clip)
 
     def other() -> object:
-        with torch.no_grad():
-            return plain(clip, every)
+        return plain(clip, every)
 
     return {"mar_fast": ours, "mar_fast, eager backend": eager, "PyTorch SDPA": other}
 
@@ -155,14 +153,14 @@ def interleaved(found: Mapping[str, Call], device: torch.device, rounds: int, re
     taken: dict[str, list[float]] = {name: [] for name in found}
     for number in range(-1, rounds):
         for name, call in found.items():
-            for _ in range(3):
-                call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(repeat):
+            with torch.set_grad_enabled(name in WITH_GRADIENTS):
                 call()
-            seconds = (time.perf_counter() - begin) / repeat
+                begin = time.perf_counter()
+                for _ in range(repeat):
+                    call()
+                seconds = (time.perf_counter() - begin) / repeat
             if number >= 0:
                 taken[name].append(seconds)
     return taken
@@ -195,6 +193,11 @@ def measure(device: torch.device, *, quick: bool = False) -> Figures:
             for mode in LIMITS:
                 base = times["unit of both" if mode == "backward" else "unit"]
                 found[name, mode] = Spread.of(times[mode]), _ratio(times[mode], base)
+        if on_gpu:
+            plain, both = layer_norm(device)
+            for mode, call in (("no gradients", plain), ("forward and backward", both)):
+                times = interleaved({mode: call, "unit": unit}, device, rounds, repeat)
+                found["F.layer_norm there", mode] = Spread.of(times[mode]), _ratio(times[mode], times["unit"])
         times = interleaved(models(device), device, rounds, 4)
         base_name = "PyTorch SDPA" if on_gpu else "mar_fast, eager backend"
         for name, values in times.items():
@@ -211,7 +214,7 @@ def table(figures: Figures, device: torch.device) -> str:
     """The figures as text."""
     lines = [f"{'what':36} {'mode':16} {'us':>8} {'ratio':>7} {'p20':>6} {'p80':>6} {'limit':>6}"]
     for (what, mode), (seconds, ratio) in figures.items():
-        limit = LIMITS[mode] if not what.startswith("model: ") else MODEL_LIMIT if what == "model: mar_fast" else None
+        limit = MODEL_LIMIT if what == "model: mar_fast" else None if what.startswith("model: ") else LIMITS.get(mode)
         said = "" if limit is None or device.type == "cuda" else f"{limit:g}"
         lines.append(
             f"{what:36} {mode:16} {seconds.p50 * 1e6:8.1f} {ratio.p50:7.2f} {ratio.p20:6.2f} {ratio.p80:6.2f} {said:>6}"

@@ -18,6 +18,7 @@ from torch import is_grad_enabled as grad_enabled
 from torch import is_inference_mode_enabled as inference_mode
 from torch._C import _are_functorch_transforms_active as transforms
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import is_functorch_wrapped_tensor as wrapped
 from torch.nn import Parameter
 
 from . import device
@@ -29,6 +30,11 @@ Key = tuple[Any, ...]
 LIMIT = 512
 
 
+def dual() -> bool:
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation looks at calls, which no kernel takes part in."""
     return transforms() or forward_ad._current_level >= 0
@@ -38,7 +44,8 @@ def watched(*values: Any) -> bool:
     """Whether something else than the device looks at a call: a compiler, a dispatch mode, a tensor of another kind."""
     if torch.compiler.is_compiling() or dispatch_modes():
         return True
-    return any(isinstance(value, Tensor) and type(value) not in (Tensor, Parameter) for value in values)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return any(type(value) not in (Tensor, Parameter) or wrapped(value) for value in tensors)
 
 
 def layout(value: Tensor) -> Key:
@@ -71,17 +78,20 @@ class Plans:
                 if where is None:
                     where = value.device
                     parts.append(where)
-                address = value.data_ptr()  # 0 without memory: on the device meta, whose number is that of a CPU
+                try:
+                    address = value.data_ptr()  # 0 on the device meta, whose number is that of a CPU
+                except RuntimeError:  # what is left of a transform of torch.func
+                    return None, None
                 parts += (
                     value.shape, value.is_contiguous() or value.stride(), value.dtype, value.get_device(),
                     address and address & 15 | 16, value.requires_grad,
                 )  # fmt: skip
             elif value is None:
                 parts.append(None)
-            elif kind is tuple:
-                parts += value, *map(type, value)  # (2, 3.0) == (2, 3)
             elif isinstance(value, Tensor):
                 return None, None
+            elif isinstance(value, tuple):
+                parts += kind, value, *map(type, value)  # (2, 3.0) == (2, 3)
             else:
                 parts += kind, value  # 1 == 1.0 == True
         if where is None or where.type not in device.AUTOCAST:

@@ -70,15 +70,15 @@ def attention_varlen(qkv, cu_seqlens, max_seqlen, *, scale=None):
     return torch.cat([qkv.new_zeros(0, qkv.shape[2] * qkv.shape[3]), *out])
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-6, gamma=None, drop_scale=None):
-    """The residual sum, and (sum - mean) / sqrt(biased variance + eps) * weight + bias."""
+def add_layer_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
+    """(sum - mean) / sqrt(biased variance + eps) * weight + bias, and the sum: of x alone without a residual."""
     total = x
-    if branch is not None:
-        scale = 1 if gamma is None else gamma
-        total = x + (scale if drop_scale is None else drop_scale[:, None, None] * scale) * branch
+    if residual is not None:
+        scale = 1 if layer_scale is None else layer_scale
+        total = residual + (scale if row_scale is None else row_scale[:, None, None] * scale) * x
     centred = total - total.mean(2, keepdim=True)
     variance = (centred * centred).mean(2, keepdim=True)
-    return total, centred / (variance + eps).sqrt() * weight + bias
+    return centred / (variance + eps).sqrt() * weight + bias, total
 
 
 def bias_gelu(x, bias):

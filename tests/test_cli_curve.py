@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from dataclasses import replace
 
 import matplotlib.image
@@ -12,7 +13,6 @@ from test_curve import PATHS, made
 
 import mar_fast
 from mar_fast.bench import records
-from mar_fast.kernels import eager
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,9 @@ def test_random_weights(run, monkeypatch):
 
 
 def test_a_wrong_model_makes_exit_code_1(mar, monkeypatch, tmp_path):
-    right = eager.attention
-    monkeypatch.setattr(eager, "attention", lambda qkv, scale: right(qkv, 1.05 * scale))
+    module = sys.modules["mar_fast.kernels.attention"]
+    right = module.eager_attention
+    monkeypatch.setattr(module, "eager_attention", lambda qkv, scale: right(qkv, 1.05 * scale))
     (tmp_path / "mar-fast-curve").mkdir()
     (tmp_path / "mar-fast-curve/curve.png").write_text("of a run before")
     code, out, err = mar(PATHS[0], "--keep", "0.5", "--force")

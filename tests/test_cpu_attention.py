@@ -6,7 +6,8 @@ import torch
 from helpers import relative
 
 from mar_fast import kernels
-from mar_fast.kernels import cpu_attention, eager
+from mar_fast.kernels import cpu_attention
+from mar_fast.kernels.attention import eager_attention
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_when_it_is_taken(monkeypatch):
 def test_under_autocast():
     qkv = packed(dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(eager.attention(qkv, 0.25), cpu_attention.attention(qkv.bfloat16(), 0.25))
+        assert torch.equal(eager_attention(qkv, 0.25), cpu_attention.attention(qkv.bfloat16(), 0.25))
 
 
 @pytest.mark.compiles

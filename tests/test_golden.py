@@ -9,7 +9,7 @@ from helpers import GOLDEN, golden_clip, golden_weights, normalised, relative, t
 
 import mar_fast
 from mar_fast import TokenMask, masking, reference
-from mar_fast.kernels.eager import gather_tubelets
+from mar_fast.kernels.gather_patch_embed import gather_tubelets
 
 BUILDS = {"reference": reference.MAR, "model": mar_fast.MAR}
 VALUES = 1e-6  # logits, features, labels
@@ -87,7 +87,7 @@ def test_kernel_target():
     pixels = out.pixels.detach().clone().requires_grad_()
     config = model.config
     mar_fast.kernels.masked_patch_loss(
-        pixels, video, mask.drop_idx, patch=config.patch, mean=config.mean, std=config.std
+        pixels, video, mask.drop_idx, patch_size=config.patch, mean=config.mean, std=config.std
     ).backward()
     target = (pixels - pixels.grad * pixels.numel() / 2).detach()
     assert relative(target[:, ::97, ::61], golden["labels_pixel"]) <= VALUES

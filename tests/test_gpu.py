@@ -63,12 +63,12 @@ def varlen_operands(dtype, lengths=(784, 1, 0, 392, 1568, 130), heads=12, size=6
 
 
 def norm_operands(dtype, visible, width=768, batch=4):
-    x, branch = (random(batch, visible, width, dtype=dtype) + 1 for _ in range(2))
-    weight, bias, gamma = (random(width, dtype=dtype) + 1 for _ in range(3))
-    # The gradient of drop_scale, a sum over a clip, is beyond float16's range.
+    x, residual = (random(batch, visible, width, dtype=dtype) + 1 for _ in range(2))
+    weight, bias, layer_scale = (random(width, dtype=dtype) + 1 for _ in range(3))
+    # The gradient of row_scale, a sum over a clip, is beyond float16's range.
     scale_dtype = torch.float32 if dtype == torch.float16 else dtype
-    drop_scale = torch.tensor([1.25, 0.0, 2.5, 1.0], device="cuda")[:batch].to(scale_dtype)
-    return dict(x=x, branch=branch, weight=weight, bias=bias, gamma=gamma, drop_scale=drop_scale)
+    row_scale = torch.tensor([1.25, 0.0, 2.5, 1.0], device="cuda")[:batch].to(scale_dtype)
+    return dict(x=x, residual=residual, weight=weight, bias=bias, layer_scale=layer_scale, row_scale=row_scale)
 
 
 def scatter_operands(dtype, visible, width=384, batch=4):
@@ -168,7 +168,7 @@ def test_scatter_tokens(visible, dtype):
 def test_masked_patch_loss(video, channels_last, dtype):
     """The gradient of one pixel among millions would be a few steps of float16's smallest number: it is scaled."""
     operands = loss_operands(dtype, 784, video, channels_last)
-    options = dict(patch=PATCH, no_gradient=("video",), floor=2, factor=2.0**20, **NORMALISE)
+    options = dict(patch_size=PATCH, no_gradient=("video",), floor=2, factor=2.0**20, **NORMALISE)
     check("masked_patch_loss", operands, **options)
 
 
@@ -177,7 +177,7 @@ CALLS = {
     "attention": (attention_operands, {}),
     "add_layer_norm": (norm_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
-    "masked_patch_loss": (loss_operands, dict(patch=PATCH, **NORMALISE)),
+    "masked_patch_loss": (loss_operands, dict(patch_size=PATCH, **NORMALISE)),
 }
 
 
@@ -231,7 +231,7 @@ def test_memory_of_gather_patch_embed():
 def test_memory_of_masked_patch_loss():
     """The gradient of pixels, and a few numbers for each tubelet: no target."""
     operands = loss_operands(torch.bfloat16, 784, batch=16)
-    run = functools.partial(oracle.outcome, on("triton", "masked_patch_loss", patch=PATCH, **NORMALISE), operands)
+    run = functools.partial(oracle.outcome, on("triton", "masked_patch_loss", patch_size=PATCH, **NORMALISE), operands)
     assert peak(run) < 1.1 * bytes_of(operands["pixels"])
 
 

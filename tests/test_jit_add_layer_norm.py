@@ -9,14 +9,14 @@ from op_cases import cropped, norm_operands, plain_norm, strided
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-PLAIN = ("gamma", "drop_scale")
-NAMES = ("x", "branch", "weight", "bias", "gamma", "drop_scale")
+PLAIN = ("layer_scale", "row_scale")
+NAMES = ("x", "residual", "weight", "bias", *PLAIN)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def _large_tiles():
 
 def tiles(rows):
     config = LaunchConfig(block_m=rows)
-    return forced({"add_layer_norm.forward": config, "add_layer_norm.backward": config})
+    return forced({"add_layer_norm_forward": config, "add_layer_norm_backward": config})
 
 
 def check(operands):
@@ -48,13 +48,13 @@ def leaves(operands, frozen=()):
 def test_widths(width, dtype):
     operands = norm_operands(dtype, 2, 5, width)
     if width == 1:  # the norm of a lone value is its bias, and the gradients that vanish have no digits
-        normed = kernels.add_layer_norm(**operands)[1]
+        normed = kernels.add_layer_norm(**operands)[0]
         assert torch.equal(normed, operands["bias"].expand_as(normed))
         return
     check(operands)
 
 
-@pytest.mark.parametrize("without", [(), PLAIN, ("branch", *PLAIN)], ids=str)
+@pytest.mark.parametrize("without", [(), PLAIN, ("residual", *PLAIN)], ids=str)
 @pytest.mark.parametrize(("rows", "programs"), [(1, 512), (2, 512), (4, 1), (4, 3), (16, 2), (64, 512)])
 def test_tiles(rows, programs, without, monkeypatch):
     """51 rows, of which no size of tile but 1 takes a whole number; one program walks several, the last not all."""
@@ -66,10 +66,10 @@ def test_tiles(rows, programs, without, monkeypatch):
 
 
 MIXED = {
-    "float16 branch of a float32 stream": dict(branch=torch.float16),
-    "float16 branch, float32 scales": dict(branch=torch.float16, x=torch.float32),
-    "float16 stream, float32 weights": dict(x=torch.float16, branch=torch.float16),
-    "float32 branch of a float16 stream": dict(x=torch.float16),
+    "float16 x, float32 residual": dict(x=torch.float16),
+    "float16 x and scales, float32 residual": dict.fromkeys(("x", *PLAIN), torch.float16),
+    "float16 x and residual, float32 weights": dict(x=torch.float16, residual=torch.float16),
+    "float32 x, float16 residual": dict(residual=torch.float16),
 }
 
 
@@ -77,44 +77,47 @@ MIXED = {
 @pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
 def test_dtypes_side_by_side(dtypes, without):
     operands = norm_operands(torch.float32, without=without)
-    operands |= {name: operands[name].to(dtype) for name, dtype in dtypes.items()}
+    operands |= {name: operands[name].to(dtype) for name, dtype in dtypes.items() if name not in without}
 
-    def plain(x, branch, weight, bias, gamma=None, drop_scale=None):
+    def plain(x, residual, weight, bias, layer_scale=None, row_scale=None):
         """In float32 but for what is rounded by its dtype."""
-        total, _ = plain_norm(x, branch, weight, bias, gamma=gamma, drop_scale=drop_scale)
-        total = total.to(x.dtype)
-        return total, plain_norm(total.float(), None, weight, bias)[1].to(x.dtype)
+        dtype = residual.dtype
+        x, residual = x.float(), residual.float()
+        _, total = plain_norm(x, residual, weight, bias, layer_scale=layer_scale, row_scale=row_scale)
+        total = total.to(dtype)
+        return plain_norm(total.float(), None, weight, bias)[0].to(dtype), total
 
     outputs = oracle.compare(kernels.add_layer_norm, oracle.add_layer_norm, plain, operands)
-    assert [out.dtype for out in outputs] == [operands["x"].dtype] * 2
+    assert [out.dtype for out in outputs] == [operands["residual"].dtype] * 2
 
 
 def test_the_norm_is_that_of_the_rounded_sum():
-    """As the next layer will see it: a branch far below the stream's precision leaves no trace in the norm."""
+    """As the next layer will see it: an x far below the residual's precision leaves no trace in the norm."""
     operands = norm_operands(torch.float16, without=PLAIN)
-    operands["x"] = torch.where(operands["x"] > 2, 1536, -1536).half()
-    total, normed = kernels.add_layer_norm(**operands | dict(branch=operands["branch"].clamp(-0.4, 0.4)))
-    assert torch.equal(total, operands["x"])
-    assert torch.equal(normed, kernels.add_layer_norm(**operands | dict(branch=None))[1])
+    stream = torch.where(operands["residual"] > 2, 1536, -1536).half()
+    small = operands["x"].clamp(-0.4, 0.4)
+    normed, residual = kernels.add_layer_norm(**operands | dict(x=small, residual=stream))
+    assert torch.equal(residual, stream)
+    assert torch.equal(normed, kernels.add_layer_norm(**operands | dict(x=stream, residual=None))[0])
 
 
 def test_the_norm_takes_autocasts_dtype():
-    """A float32 stream stays, its norm is made for the next product. One rounding more, and no other difference."""
+    """A float32 residual stays, its norm is made for the next product. One rounding more, and no other difference."""
     operands = norm_operands(torch.float32)
-    total, normed = kernels.add_layer_norm(**operands)
+    normed, residual = kernels.add_layer_norm(**operands)
     with torch.autocast("cpu", torch.float16):
-        cast_total, cast_normed = kernels.add_layer_norm(**operands)
-    assert torch.equal(cast_total, total)
+        cast_normed, cast_residual = kernels.add_layer_norm(**operands)
+    assert torch.equal(cast_residual, residual)
     assert torch.equal(cast_normed, normed.half())
 
 
 def test_a_large_mean():
     """Where E[x^2] - E[x]^2 would have no digits left. The mean itself has steps of 1/32, of a deviation of 64."""
     operands = norm_operands(torch.float32, without=PLAIN)
-    operands["x"] = (64 * torch.randn(3, 17, 33)).round() + 2.0**18
-    operands["branch"] = torch.zeros(3, 17, 33)
-    _, normed = kernels.add_layer_norm(**operands)
-    exact = oracle.add_layer_norm(*(operands[name].double() for name in NAMES[:4]))[1]
+    operands["residual"] = (64 * torch.randn(3, 17, 33)).round() + 2.0**18
+    operands["x"] = torch.zeros(3, 17, 33)
+    normed, _ = kernels.add_layer_norm(**operands)
+    exact = oracle.add_layer_norm(*(operands[name].double() for name in NAMES[:4]))[0]
     torch.testing.assert_close(normed, exact.float(), rtol=0, atol=1e-3)
 
 
@@ -152,9 +155,9 @@ LAYOUTS = [cropped, strided, rows_apart, tokens_first, width_first]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout):
     operands = norm_operands(torch.float32)
-    for name in ("x", "branch"):
+    for name in ("x", "residual"):
         operands[name] = layout(operands[name])
-    for name in ("weight", "bias", "gamma", "drop_scale"):
+    for name in ("weight", "bias", *PLAIN):
         operands[name] = strided(operands[name])
     check(operands)
 
@@ -172,7 +175,7 @@ def test_nothing_is_read_around_the_rows():
     """Beyond the last column lies NaN, in every operand that is not copied."""
     operands = norm_operands(torch.float32)
     seeds = [rows_apart(torch.randn(3, 17, 33)) for _ in range(2)]
-    apart = operands | {name: rows_apart(operands[name]) for name in ("x", "branch")}
+    apart = operands | {name: rows_apart(operands[name]) for name in ("x", "residual")}
     outputs, _, gradients = oracle.outcome(kernels.add_layer_norm, apart, seeds)
     clean, _, clean_gradients = oracle.outcome(kernels.add_layer_norm, operands, seeds)
     assert all(torch.equal(out, want) for out, want in zip(outputs, clean, strict=True))
@@ -182,7 +185,7 @@ def test_nothing_is_read_around_the_rows():
 # What is not wanted is not made.
 
 
-@pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
+@pytest.mark.parametrize("used", [0, 1], ids=["normed", "residual"])
 @pytest.mark.parametrize("without", [(), PLAIN], ids=str)
 def test_one_output_used(used, without):
     """The other's gradient is None. Without the norm its weight and bias have no gradient, as in plain PyTorch."""
@@ -192,32 +195,33 @@ def test_one_output_used(used, without):
 
     operands = norm_operands(torch.float32, without=without)
     functions = (functools.partial(only, f) for f in (kernels.add_layer_norm, oracle.add_layer_norm, plain_norm))
-    oracle.compare(*functions, operands, no_gradient=() if used else ("weight", "bias"))
+    oracle.compare(*functions, operands, no_gradient=("weight", "bias") if used else ())
 
 
-def test_without_a_branch():
-    """sum is x itself, and x gets the gradients of both."""
-    operands = leaves(norm_operands(torch.float32, without=("branch", *PLAIN)))
-    assert kernels.add_layer_norm(**operands)[0] is operands["x"]
+def test_without_a_residual():
+    """It is x itself, and x gets the gradients of both."""
+    operands = leaves(norm_operands(torch.float32, without=("residual", *PLAIN)))
+    assert kernels.add_layer_norm(**operands)[1] is operands["x"]
     check({name: operands[name] for name in NAMES})
 
 
 class Launches:
-    """What the launcher hands to its kernel, by the kernel's names."""
+    """What is handed to kernels, by their names for it."""
 
     def __init__(self, monkeypatch):
-        from mar_fast.kernels.jit import add_layer_norm as launcher
+        self.seen, launch = {}, Launch.__call__
 
-        self.seen, launch = {}, launcher.launch
+        def spy(made, *tensors):
+            arguments = zip(made.kernel.arg_names, (*tensors, *made.numbers), strict=False)
+            self.seen[made.choice.kernel] = dict(arguments) | made.constants
+            launch(made, *tensors)
 
-        def spy(name, kernel, grid, arguments, config, **constexprs):
-            self.seen[name] = dict(zip(kernel.arg_names, arguments, strict=False))
-            launch(name, kernel, grid, arguments, config, **constexprs)
-
-        monkeypatch.setattr(launcher, "launch", spy)
+        monkeypatch.setattr(Launch, "__call__", spy)
 
     def absent(self):
-        return {name for name, value in self.seen["add_layer_norm.backward"].items() if value is None}
+        """What backward does not read or write."""
+        arguments = self.seen["add_layer_norm_backward"]
+        return {name for name, value in arguments.items() if value is None or value is False}
 
 
 @pytest.mark.parametrize("frozen", NAMES)
@@ -232,36 +236,54 @@ def test_frozen(frozen, monkeypatch):
     torch.autograd.backward(kernels.add_layer_norm(**values), seeds)
     for name, value in values.items():
         assert value.grad is None if name == frozen else torch.equal(value.grad, every[name])
-    place = {"x": "grad_x", "branch": "grad_branch", "drop_scale": "drop_part"}.get(frozen, f"{frozen}_part")
-    assert launches.absent() == {place}
+    written = {"x": "grad_x", "residual": "grad_old_residual", "row_scale": "row_part"}
+    assert launches.absent() == {written.get(frozen, frozen.upper())}
 
 
-def test_an_unscaled_branch_costs_nothing(monkeypatch):
-    """Its gradient is that of x: the same memory. It is not kept for backward, and no part of it is read there."""
+def kept(normed):
+    """Addresses of what is saved for backward."""
+    return {value.data_ptr() for value in normed.grad_fn.saved_tensors if value is not None}
+
+
+def test_an_unscaled_x_costs_nothing(monkeypatch):
+    """Its gradient is that of the residual: the same memory. It is not kept for backward, and not read there."""
     launches = Launches(monkeypatch)
     values = leaves(norm_operands(torch.float32, without=PLAIN))
-    total, normed = kernels.add_layer_norm(**values)
-    saved = [value for value in normed.grad_fn.saved_tensors if value is not None]
-    assert not [value for value in saved if value.data_ptr() == values["branch"].data_ptr()]
-    of_x, of_branch = torch.autograd.grad((total.sum() + normed.square().sum()), (values["x"], values["branch"]))
-    assert of_x.data_ptr() == of_branch.data_ptr()
-    assert {"branch", "grad_branch", "gamma_part", "drop_part"} <= launches.absent()
+    normed, residual = kernels.add_layer_norm(**values)
+    assert values["x"].data_ptr() not in kept(normed)
+    of_x, of_residual = torch.autograd.grad(residual.sum() + normed.square().sum(), (values["x"], values["residual"]))
+    assert of_x.data_ptr() == of_residual.data_ptr()
+    assert launches.absent() == {"x", "layer_scale", "row_scale", "grad_x", "LAYER_SCALE", "row_part"}
 
 
-def test_a_scaled_branch_is_kept_only_for_the_scales():
-    values = leaves(norm_operands(torch.float32), frozen=("gamma", "drop_scale"))
-    _, normed = kernels.add_layer_norm(**values)
-    assert values["branch"].data_ptr() not in [v.data_ptr() for v in normed.grad_fn.saved_tensors if v is not None]
+def test_a_scaled_x_is_kept_only_for_the_scales():
+    values = leaves(norm_operands(torch.float32), frozen=PLAIN)
+    normed, _ = kernels.add_layer_norm(**values)
+    assert values["x"].data_ptr() not in kept(normed)
+    normed, _ = kernels.add_layer_norm(**leaves(norm_operands(torch.float32)))
+    assert normed.grad_fn.saved_tensors[5] is not None
 
 
-def test_only_the_branch_wants_a_gradient():
-    """The stream is frozen, the branch is not, and they would share one."""
+def test_without_gradients_nothing_is_written_for_them(monkeypatch):
+    """No mean and no deviation; with them both."""
+    launches = Launches(monkeypatch)
+    operands = norm_operands(torch.float32)
+    kernels.add_layer_norm(**operands)
+    seen = launches.seen["add_layer_norm_forward"]
+    assert {name for name, value in seen.items() if value is None} == {"statistics"}
+    kernels.add_layer_norm(**leaves(operands))
+    seen = launches.seen["add_layer_norm_forward"]
+    assert not [name for name, value in seen.items() if value is None]
+
+
+def test_only_x_wants_a_gradient():
+    """The residual is frozen, x is not, and they would share one."""
     operands = norm_operands(torch.float32, without=PLAIN)
     _, seeds, every = oracle.outcome(kernels.add_layer_norm, operands)
-    values = leaves(operands, ("x", "weight", "bias"))
+    values = leaves(operands, ("residual", "weight", "bias"))
     torch.autograd.backward(kernels.add_layer_norm(**values), seeds)
-    assert torch.equal(values["branch"].grad, every["branch"])
-    assert values["x"].grad is None and values["weight"].grad is None
+    assert torch.equal(values["x"].grad, every["x"])
+    assert values["residual"].grad is None and values["weight"].grad is None
 
 
 @every_dtype
@@ -288,22 +310,21 @@ def test_float64_is_left_to_pytorch(poisoned):
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    "case", [dict(), dict(without=PLAIN), dict(without=("branch", *PLAIN)), dict(count=0)], ids=str
+    "case", [dict(), dict(without=PLAIN), dict(without=("residual", *PLAIN)), dict(count=0)], ids=str
 )
 def test_opcheck(case):
     values = leaves(norm_operands(torch.float16, **case))
     arguments = [values[name] for name in NAMES]
-    arguments.insert(4, 1e-6)
     custom = torch.ops.mar_fast.add_layer_norm.default
-    torch.library.opcheck(custom, (*arguments, torch.float32, torch.float16))
+    torch.library.opcheck(custom, (*arguments, 1e-6, torch.float32, torch.float16, True))
 
 
 @pytest.mark.compiles
 @every_dtype
-@pytest.mark.parametrize("without", [(), PLAIN, ("branch", *PLAIN)], ids=str)
+@pytest.mark.parametrize("without", [(), PLAIN, ("residual", *PLAIN)], ids=str)
 def test_compiled(without, dtype):
-    def program(x, branch, weight, bias, gamma=None, drop_scale=None):
-        return kernels.add_layer_norm(x * 2, branch, weight, bias, gamma=gamma, drop_scale=drop_scale)
+    def program(x, residual, weight, bias, layer_scale=None, row_scale=None):
+        return kernels.add_layer_norm(x * 2, residual, weight, bias, layer_scale=layer_scale, row_scale=row_scale)
 
     torch.compiler.reset()
     operands = norm_operands(dtype, without=without)
@@ -320,17 +341,17 @@ def test_compiled_with_a_frozen_scale():
     torch.compiler.reset()
     operands, results = norm_operands(torch.float32), []
     for run in (kernels.add_layer_norm, torch.compile(kernels.add_layer_norm, fullgraph=True, backend="aot_eager")):
-        values = leaves(operands, ("drop_scale", "weight"))
-        total, normed = run(**values)
-        (total.square().sum() + normed.square().sum()).backward()
+        values = leaves(operands, ("row_scale", "weight"))
+        normed, residual = run(**values)
+        (residual.square().sum() + normed.square().sum()).backward()
         results.append([value.grad for value in values.values()])
     for one, other in zip(*results, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-def run_custom(x, branch, weight, bias, gamma, drop_scale):
-    arguments = (x, branch, weight, bias, 1e-6, gamma, drop_scale, x.dtype, branch.dtype)
-    return torch.ops.mar_fast.add_layer_norm(*arguments)
+def run_custom(x, residual, weight, bias, layer_scale, row_scale):
+    arguments = (x, residual, weight, bias, layer_scale, row_scale, 1e-6, residual.dtype, x.dtype, True)
+    return torch.ops.mar_fast.add_layer_norm(*arguments)[:2]
 
 
 @pytest.mark.parametrize("run", [kernels.add_layer_norm, run_custom], ids=["function", "custom op"])

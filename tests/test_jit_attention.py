@@ -11,11 +11,11 @@ from op_cases import attention_operands, cropped, strided, varlen_operands
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
-KERNELS = ("attention.forward", "attention.backward_query", "attention.backward_key_value")
+KERNELS = ("attention_forward", "attention_backward_query", "attention_backward_key_value")
 # As in test_ops.py: what a recomputed softmax loses in float32.
 FLOOR = 8
 
@@ -247,12 +247,12 @@ def calls(dtype):
 def test_opcheck(place, dtype):
     name, _, operands = next(itertools.islice(calls(dtype), place, None))
     operands["qkv"].requires_grad_()
-    torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, (*operands.values(), 0.3))
+    torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, (*operands.values(), 0.3, True))
 
 
 def test_all_of_the_log_sum_exp_is_written():
     """What pads its rows too, which the op cuts off: graphs are compared by all that they hold."""
-    _, lse = torch.ops.mar_fast.attention(attention_operands(torch.float32)["qkv"], 0.3)
+    _, lse = torch.ops.mar_fast.attention(attention_operands(torch.float32)["qkv"], 0.3, True)
     assert lse.shape == (2, 2, 32) and not lse.isnan().any()
 
 

@@ -7,7 +7,7 @@ from op_cases import cropped, gelu_operands, plain_gelu, strided
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.launch_config import launch_config
+from mar_fast.kernels.jit.launch import choose
 
 pytestmark = pytest.mark.interpreter
 
@@ -52,7 +52,8 @@ def test_backward_of_many_rows():
     """More tiles than programs as they are configured: two for each, but for the last."""
     from mar_fast.kernels.jit import bias_gelu as launcher
 
-    rows = launch_config("bias_gelu.backward", torch.empty(0)).block_m * launcher.ROW_PROGRAMS + 1
+    choice = choose("bias_gelu_backward", launcher.config, torch.empty(0), backward=True)
+    rows = choice.config.block_m * launcher.ROW_PROGRAMS + 1
     check(gelu_operands(torch.float32, (rows, 3)))
 
 

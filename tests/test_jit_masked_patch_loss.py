@@ -102,7 +102,9 @@ def test_single_value_patches():
     """Without normalisation a patch may be one value."""
     patch, grid = (1, 1, 1), (2, 3, 2)
     check(
-        operands_of(make_clip(1, torch.float32, "contiguous", patch, grid), patch, grid), patch_size=patch, normalize=False
+        operands_of(make_clip(1, torch.float32, "contiguous", patch, grid), patch, grid),
+        patch_size=patch,
+        normalize=False,
     )
 
 

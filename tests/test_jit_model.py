@@ -8,18 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mar_fast
 from mar_fast import cost, kernels, masking
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
 # The interpreter's time goes by the number of tiles. That tiles fit together is for the tests of each kernel to show.
 LARGE_TILES = {
-    **dict.fromkeys(("attention.forward", "attention.backward_query", "attention.backward_key_value"), (512, 512, 64)),
-    **dict.fromkeys(("add_layer_norm.forward", "add_layer_norm.backward"), (256, 0, 0)),
-    **dict.fromkeys(("bias_gelu.forward", "bias_gelu.backward"), (512, 512, 0)),
-    **dict.fromkeys(("scatter_tokens.forward", "scatter_tokens.backward"), (512, 512, 0)),
-    **dict.fromkeys(("masked_patch_loss.forward", "masked_patch_loss.backward"), (128, 0, 0)),
-    **dict.fromkeys(("gather_patch_embed.forward", "gather_patch_embed.backward_weight"), (512, 128, 512)),
+    **dict.fromkeys(("attention_forward", "attention_backward_query", "attention_backward_key_value"), (512, 512, 64)),
+    **dict.fromkeys(("add_layer_norm_forward", "add_layer_norm_backward"), (256, 0, 0)),
+    **dict.fromkeys(("bias_gelu_forward", "bias_gelu_backward"), (512, 512, 0)),
+    **dict.fromkeys(("scatter_tokens_forward", "scatter_tokens_backward"), (512, 512, 0)),
+    **dict.fromkeys(("masked_patch_loss_forward", "masked_patch_loss_backward"), (128, 0, 0)),
+    **dict.fromkeys(("gather_patch_embed_forward", "gather_patch_embed_backward_weight"), (512, 128, 512)),
 }
 
 

@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from op_cases import OPS, call
+from op_cases import DEVICE, OPS, call
+
+from mar_fast import kernels
 
 # Operands of an ordinary call: video (2, 3, 4, 21, 55) in tubelets of (2, 3, 5), 154 of them, 17 visible or dropped;
 # width 33; 2 heads of size 32; offsets 0, 5, 5, 17.
@@ -13,7 +15,7 @@ VALUE, TYPE = ValueError, TypeError
 HALF = torch.float16
 
 
-def zeros(*shape, dtype=torch.float32, device="cpu"):
+def zeros(*shape, dtype=torch.float32, device=None):
     return torch.zeros(*shape, dtype=dtype, device=device)
 
 
@@ -89,19 +91,20 @@ BAD = {
     "add_layer_norm": [
         (dict(x=zeros(17, 33)), VALUE, "x", "shape (17, 33)"),
         (dict(x=zeros(3, 17, 33).int()), TYPE, "x", "torch.int32"),
-        (dict(branch=zeros(3, 16, 33)), VALUE, "branch", "shape (3, 16, 33)"),
-        (dict(branch=zeros(1, 17, 33)), VALUE, "branch", "shape (1, 17, 33)"),  # nothing is broadcast
-        (dict(branch=zeros(3, 17, 33).bool()), TYPE, "branch", "torch.bool"),
+        (dict(x=None), TYPE, "x", "NoneType"),
+        (dict(residual=zeros(3, 16, 33)), VALUE, "residual", "shape (3, 16, 33)"),
+        (dict(residual=zeros(1, 17, 33)), VALUE, "residual", "shape (1, 17, 33)"),  # nothing is broadcast
+        (dict(residual=zeros(3, 17, 33).bool()), TYPE, "residual", "torch.bool"),
         (dict(weight=zeros(32)), VALUE, "weight", "shape (32,)"),
         (dict(weight=None), TYPE, "weight", "NoneType"),
         (dict(bias=zeros(1, 33)), VALUE, "bias", "shape (1, 33)"),
         (dict(bias=zeros(33, device="meta")), VALUE, "bias", "a tensor on meta"),
-        (dict(gamma=zeros(1)), VALUE, "gamma", "shape (1,)"),
-        (dict(gamma=0.1), TYPE, "gamma", "float"),
-        (dict(drop_scale=zeros(2)), VALUE, "drop_scale", "shape (2,)"),
-        (dict(drop_scale=zeros(3, 1, 1)), VALUE, "drop_scale", "shape (3, 1, 1)"),
-        (dict(branch=None, drop_scale=None), VALUE, "gamma", "a tensor"),
-        (dict(branch=None, gamma=None), VALUE, "drop_scale", "a tensor"),
+        (dict(layer_scale=zeros(1)), VALUE, "layer_scale", "shape (1,)"),
+        (dict(layer_scale=0.1), TYPE, "layer_scale", "float"),
+        (dict(row_scale=zeros(2)), VALUE, "row_scale", "shape (2,)"),
+        (dict(row_scale=zeros(3, 1, 1)), VALUE, "row_scale", "shape (3, 1, 1)"),
+        (dict(residual=None, row_scale=None), VALUE, "layer_scale", "a tensor"),
+        (dict(residual=None, layer_scale=None), VALUE, "row_scale", "a tensor"),
         (dict(eps=0.0), VALUE, "eps", "0.0"),
         (dict(eps=None), VALUE, "eps", "None"),
     ],
@@ -139,7 +142,7 @@ BAD = {
         (dict(pixels=zeros(2, 17, 90).int()), TYPE, "pixels", "torch.int32"),
         (dict(video=zeros(*CLIP[1:])), VALUE, "video", "shape (3, 4, 21, 55)"),
         (dict(video=zeros(2, 3, 4, 21, 56)), VALUE, "video", "width 56"),
-        (dict(video=zeros(*CLIP, device="meta")), VALUE, "pixels", "a tensor on cpu"),
+        (dict(video=zeros(*CLIP, device="meta")), VALUE, "pixels", f"a tensor on {DEVICE}"),
         (dict(drop_idx=index(rows=1)), VALUE, "drop_idx", "1 rows"),
         (dict(drop_idx=index((16, 999))), VALUE, "drop_idx", "values from 0 to 999"),
         (dict(drop_idx=index().half()), TYPE, "drop_idx", "torch.float16"),
@@ -155,8 +158,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "changes", "error", "argument", "got"), CASES)
 def test_bad_call(name, changes, error, argument, got):
+    """Also values of indices, which are read on a GPU only on request."""
     op, operands = call(name)
-    with pytest.raises(error, match=rf"^{argument}: got .*{re.escape(got)}.*, expected .+") as caught:
+    with (
+        kernels.debug_checks(),
+        pytest.raises(error, match=rf"^{argument}: got .*{re.escape(got)}.*, expected .+") as caught,
+    ):
         op(**{**operands, **changes})
     assert caught.type is error
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from helpers import relative
 from op_cases import (
+    DEVICE,
     GRID,
     MEAN,
+    ON_GPU,
     OPS,
     PATCH,
     STD,
@@ -80,32 +82,37 @@ def test_any_strides(name):
 @pytest.mark.parametrize("count", [0, 1])
 def test_masked_patch_loss_in_float64(count):
     """The loss has the precision of its operands if they are finer than float32."""
-    assert kernels.masked_patch_loss(**loss_operands(torch.float64, count=count), patch_size=PATCH).dtype == torch.float64
+    assert (
+        kernels.masked_patch_loss(**loss_operands(torch.float64, count=count), patch_size=PATCH).dtype == torch.float64
+    )
 
 
 AUTOCAST = {
     "gather_patch_embed": [torch.float32],  # the weight's
     "attention": [torch.bfloat16],
     "attention_varlen": [torch.bfloat16],
-    "add_layer_norm": [torch.float32, torch.bfloat16],  # the stream stays, the next matrix product is bfloat16
+    "add_layer_norm": [torch.bfloat16, torch.float32],  # the next matrix product is bfloat16, the residual stays
     "bias_gelu": [torch.float32],
     "scatter_tokens": [torch.float32],
     "masked_patch_loss": [torch.float32],
 }
 
 
+@pytest.mark.triton_too
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OPS)
-def test_autocast(name):
+def test_autocast(name, dtype):
     op, operands = call(name)
     clean, seeds, clean_gradients = oracle.outcome(op, operands)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, dtype):
         outputs, _, gradients = oracle.outcome(op, operands, seeds)
-    assert [out.dtype for out in outputs] == AUTOCAST[name]
+    assert [out.dtype for out in outputs] == [dtype if half == torch.bfloat16 else half for half in AUTOCAST[name]]
+    finest = 1e-4 if dtype == torch.bfloat16 else 1e-5
     for got, want in zip(outputs, clean, strict=True):
-        in_bf16 = name == "gather_patch_embed" or got.dtype == torch.bfloat16
-        assert 1e-4 < relative(got, want) < 1e-2 if in_bf16 else relative(got, want) < 1e-6
+        in_half = name == "gather_patch_embed" or got.dtype == dtype
+        assert finest < relative(got, want) < 1e-2 if in_half else relative(got, want) < 1e-6
     for key, gradient in gradients.items():
-        if gradient is not None:  # master weights: float32, computed in bfloat16
+        if gradient is not None:  # master weights: float32, computed in 16 bits
             assert gradient.dtype == torch.float32
             assert relative(gradient, clean_gradients[key]) < 1e-2
 
@@ -116,10 +123,11 @@ NO_TOKENS = {
 }
 
 
+@pytest.mark.triton_too
 @pytest.mark.parametrize("name", NO_TOKENS)
 def test_autocast_of_no_tokens(name):
     """The dtype does not depend on how many tokens there are."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert NO_TOKENS[name]().dtype == torch.bfloat16
 
 
@@ -177,6 +185,7 @@ def test_use_backend_knows_its_names():
     assert device._forced is None
 
 
+@pytest.mark.skipif(ON_GPU, reason="kernels are taken there")
 @pytest.mark.parametrize("name", OPS)
 def test_use_backend_eager(name):
     """Naming what is taken anyway on a CPU changes no bit."""
@@ -187,7 +196,7 @@ def test_use_backend_eager(name):
 
 
 @pytest.mark.skipif(not device.HAS_TRITON, reason="needs the package triton")
-@pytest.mark.skipif(device.INTERPRETING, reason="the interpreter runs all of them on a CPU")
+@pytest.mark.skipif(device.INTERPRETING or ON_GPU, reason="all of them run")
 @pytest.mark.parametrize("name", OPS)
 def test_use_backend_triton_that_cannot_run(name):
     op, operands = call(name)

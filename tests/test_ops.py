@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import (
+    ELEMENTWISE,
     MEAN,
+    ON_GPU,
     PATCH,
     STD,
     TOKENS,
@@ -62,15 +64,10 @@ def test_gather_patch_embed_of_plain_uint8():
     check("gather_patch_embed", plain_gather, operands)
 
 
-# A fused backward recomputes the softmax as exp(score - lse), off by a score's rounding, and forms differences that a
-# plain softmax gets exactly (zero, for a token alone): some eps of float32 remain. In 16 bits nothing of it shows.
-FUSED = {torch.float32: 8}
-
-
 @every_dtype
 @pytest.mark.parametrize("size", [32, 64, 80, 88, 96, 128])
 def test_attention_head_sizes(size, dtype):
-    (out,) = check("attention", None, attention_operands(dtype, size=size), floor=FUSED.get(dtype, 0.5))
+    (out,) = check("attention", None, attention_operands(dtype, size=size))
     assert (out.shape, out.dtype) == ((2, 17, 2 * size), dtype)
 
 
@@ -79,14 +76,14 @@ def test_attention_head_sizes(size, dtype):
 @pytest.mark.parametrize(("batch", "count", "heads"), [(2, 1, 3), (2, 98, 1), (1, 130, 2), (2, 0, 2), (0, 17, 2)])
 def test_attention(batch, count, heads, scale, dtype):
     operands = attention_operands(dtype, batch, count, heads)
-    (out,) = check("attention", None, operands, floor=FUSED.get(dtype, 0.5), scale=scale)
+    (out,) = check("attention", None, operands, scale=scale)
     assert out.shape == (batch, count, heads * 32)
     beside_lse, _ = kernels.attention(**operands, scale=scale, return_lse=True)
     assert torch.equal(beside_lse, kernels.attention(**operands, scale=scale))
 
 
 def test_attention_of_a_whole_clip():
-    check("attention", None, attention_operands(torch.float32, 1, 784, 1, 64), floor=FUSED[torch.float32])
+    check("attention", None, attention_operands(torch.float32, 1, 784, 1, 64))
 
 
 @every_dtype
@@ -99,7 +96,8 @@ def test_log_sum_exp(batch, count, scale, dtype):
         return module.attention(qkv, scale=scale, return_lse=True)[1]
 
     ours, naive = (functools.partial(lse, module) for module in (kernels, oracle))
-    (out,) = oracle.compare(ours, naive, lambda qkv: naive(qkv.float()), attention_operands(dtype, batch, count))
+    operands, floor = attention_operands(dtype, batch, count), 32 if ON_GPU else 0.5
+    (out,) = oracle.compare(ours, naive, lambda qkv: naive(qkv.float()), operands, floor=floor)
     assert (out.shape, out.dtype) == ((batch, 2, count), torch.float32)
 
 
@@ -117,7 +115,7 @@ LENGTHS = [(17,), (1, 1, 1), (0, 5, 0, 0, 17, 1, 0), (98, 130), (0, 0), ()]
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_attention_varlen(lengths, spare, dtype):
     operands = varlen_operands(dtype, lengths, spare, index=torch.int64 if spare else torch.int32)
-    (out,) = check("attention_varlen", None, operands, floor=FUSED.get(dtype, 0.5), scale=0.3 if spare else None)
+    (out,) = check("attention_varlen", None, operands, scale=0.3 if spare else None)
     assert (out.shape, out.dtype) == ((sum(lengths), 64), dtype)
 
 
@@ -125,7 +123,8 @@ def test_attention_varlen_is_attention_clip_by_clip():
     operands = varlen_operands(torch.float32, (98, 1, 0, 17), spare=3)
     together = kernels.attention_varlen(**operands)
     alone = [kernels.attention(part[None])[0] for part in operands["qkv"].split((98, 1, 0, 17))]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)  # the order of sums may differ
+    # The order of sums may differ; on a GPU tiles and so what is lost by products of TF32 do too.
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5 if ON_GPU else 1e-6)
 
 
 def test_attention_varlen_keeps_clips_apart():
@@ -140,10 +139,10 @@ def test_attention_varlen_keeps_clips_apart():
 
 
 NORM = [
-    dict(without=("branch", "gamma", "drop_scale")),
-    dict(without=("gamma", "drop_scale")),
-    dict(without=("gamma",)),
-    dict(without=("drop_scale",)),
+    dict(without=("residual", "layer_scale", "row_scale")),
+    dict(without=("layer_scale", "row_scale")),
+    dict(without=("layer_scale",)),
+    dict(without=("row_scale",)),
     dict(),
     dict(batch=2, count=1),
     dict(batch=2, count=130, width=257),
@@ -158,16 +157,16 @@ NORM = [
 @pytest.mark.parametrize("case", NORM, ids=str)
 def test_add_layer_norm(case, eps, dtype):
     operands = norm_operands(dtype, **case)
-    total, normed = check("add_layer_norm", plain_norm, operands, eps=eps)
-    assert (total.dtype, normed.dtype) == (dtype, dtype)
+    normed, residual = check("add_layer_norm", plain_norm, operands, eps=eps)
+    assert (normed.dtype, residual.dtype) == (dtype, dtype)
 
 
-def test_residual_stream_keeps_float32():
-    """A branch in bfloat16, as autocast makes it, is added to a float32 stream without rounding it."""
-    operands = norm_operands(torch.float32, without=("gamma", "drop_scale"))  # which would be float32 themselves
-    operands["branch"] = operands["branch"].bfloat16()
-    total, _ = check("add_layer_norm", plain_norm, operands)
-    assert total.dtype == torch.float32
+def test_residual_keeps_float32():
+    """An x in bfloat16, as autocast makes it, is added to a float32 residual without rounding it."""
+    operands = norm_operands(torch.float32, without=("layer_scale", "row_scale"))  # which would be float32 themselves
+    operands["x"] = operands["x"].bfloat16()
+    _, residual = check("add_layer_norm", plain_norm, operands)
+    assert residual.dtype == torch.float32
 
 
 @every_dtype
@@ -188,7 +187,8 @@ def test_linear_gelu():
     x, weight, bias = torch.randn(2, 17, 33), torch.randn(65, 33) / 5, torch.randn(65)
     got = kernels.linear_gelu(x, weight, bias)
     want = oracle.bias_gelu(x.double() @ weight.double().T, bias.double())
-    oracle.assert_as_good("linear_gelu", got, F.gelu(x @ weight.T + bias), want)
+    floor = ELEMENTWISE[torch.float32]
+    oracle.assert_as_good("linear_gelu", got, F.gelu(x @ weight.T + bias), want, floor=floor)
 
 
 @every_dtype
@@ -236,7 +236,7 @@ def test_masked_patch_loss_undoes_the_normalisation(video, normalize):
 
     ours = functools.partial(kernels.masked_patch_loss, mean=MEAN, std=STD, **options)
     naive = functools.partial(oracle.masked_patch_loss, mean=MEAN, std=STD, **options)
-    oracle.compare(ours, naive, plain, operands, no_gradient=("video",))
+    oracle.compare(ours, naive, plain, operands, no_gradient=("video",), floor=ELEMENTWISE[torch.float32])
 
 
 @pytest.mark.parametrize("contrast", [1e-4, 1e-6])

@@ -12,7 +12,7 @@ from test_jit_model import LARGE_TILES
 
 import mar_fast
 from mar_fast import TokenMask, masking, packed, reference
-from mar_fast.kernels.launch_config import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 GRID, TOKENS = (2, 4, 4), 32
 LENGTHS = {"mixed": (5, 32, 1, 17), "one clip": (13,), "one token each": (1, 1, 1), "all tokens": (32, 32)}
@@ -128,16 +128,21 @@ def assert_as_alone(mask, video, dtype, **overrides):
         if "norm" in name:
             own_error[name] = max(own_error[name], relative(batch[name], batch_truth[name]))
     assert set(ours) == set(theirs) == set(truth)
+    floor = FLOOR[dtype]
+    if video.is_cuda and dtype == torch.float32:
+        # As in test_gpu.py: a softmax made anew from its log-sum-exp, and three TF32 products, in each layer that a
+        # gradient passes. It shows in the query biases, sums over all tokens that nearly cancel.
+        floor = 32 * torch.finfo(dtype).eps
     largest = max(float(value.norm()) for value in truth.values())
     for name, want in truth.items():
         assert ours[name].shape == want.shape
         if want.norm() == 0:  # the query bias, where there is only one key
-            assert ours[name].norm() <= FLOOR[dtype] * largest, name
+            assert ours[name].norm() <= floor * largest, name
             continue
         # The error of a few numbers may be small by luck: what went into them counts too.
         few = want.numel() <= len(truth["logits"][0])
         compared = [name, *(key for key in ("logits", "pixels") if few and key in truth)]
-        allowed = 2 * max(own_error[key] for key in compared) + FLOOR[dtype]
+        allowed = 2 * max(own_error[key] for key in compared) + floor
         assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
 
 
@@ -198,7 +203,7 @@ def test_drop_path_is_one_draw_for_a_clip():
     mask = ragged(LENGTHS["mixed"])
     segments = packed.Segments.of(mask)
     block = build(mar_fast.MAR, drop_path=0.5).encoder.blocks[1]
-    drawn = torch.stack([block.drop_scale(torch.empty(mask.total_visible, 1, 96), segments) for _ in range(400)])
+    drawn = torch.stack([block.row_scale(torch.empty(mask.total_visible, 1, 96), segments) for _ in range(400)])
     for begin, end in zip(mask.cu_seqlens[:-1], mask.cu_seqlens[1:], strict=True):
         assert (drawn[:, begin:end] == drawn[:, begin : begin + 1]).all()
         assert sorted(drawn[:, begin].unique().tolist()) == [0.0, 2.0]

@@ -83,8 +83,9 @@ def test_named_files_and_commands_exist():
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert {name for name in re.findall(r"^mar-fast (\w+)", README, re.MULTILINE)} == commands
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert targets == ["demo", "test", "gpu", "sanitize", "matrix"]
-    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+    assert targets == ["demo", "test", "gpu", "sanitize", "matrix", "oldest"]
+    rules = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^(\w+ )*{target}\b.*:", rules, re.MULTILINE) for target in [*targets, "newest"])
 
 
 @pytest.mark.parametrize(("letter", "size"), [("B", "base"), ("L", "large")])

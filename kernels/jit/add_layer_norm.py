@@ -14,7 +14,7 @@ from .sum_parts import sum_parts
 
 @triton.jit
 def add_layer_norm_forward_kernel(
-    x, residual, weight, bias, layer_scale, row_scale, normed, new_residual, mean, rstd,
+    x, residual, weight, bias, layer_scale, row_scale, normed, new_residual, statistics,
     rows, columns, count, x_stride, residual_stride, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -38,10 +38,11 @@ def add_layer_norm_forward_kernel(
         b_x = b_sum.to(tl.float32)
     b_mean = tl.sum(b_x, axis=1) / columns
     b_centred = tl.where(m_column[None, :], b_x - b_mean[:, None], 0.0)
-    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / columns + eps)
-    if mean is not None:
-        tl.store(mean + o_row, b_mean, mask=m_row)
-        tl.store(rstd + o_row, b_rstd, mask=m_row)
+    # inductor hands floats over as float64
+    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / columns + tl.cast(eps, tl.float32))
+    if statistics is not None:
+        tl.store(statistics + o_row, b_mean, mask=m_row)
+        tl.store(statistics + rows + o_row, b_rstd, mask=m_row)
     b_weight = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_bias = tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_normed = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
@@ -50,7 +51,7 @@ def add_layer_norm_forward_kernel(
 
 @triton.jit
 def add_layer_norm_backward_kernel(
-    residual, mean, rstd, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+    residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
     grad_x, grad_old_residual, part, row_part,
     rows, columns, count, residual_stride, x_stride, grad_normed_stride, grad_residual_stride, tiles,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAYER_SCALE: tl.constexpr,
@@ -84,8 +85,8 @@ def add_layer_norm_backward_kernel(
             b_normed = tl.load(p_normed, mask=m_tile, other=0.0).to(tl.float32)
             p_residual = residual + o_row[:, None] * residual_stride + o_column[None, :]
             b_residual = tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
-            b_mean = tl.load(mean + o_row, mask=m_row, other=0.0)[:, None]
-            b_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)[:, None]
+            b_mean = tl.load(statistics + o_row, mask=m_row, other=0.0)[:, None]
+            b_rstd = tl.load(statistics + rows + o_row, mask=m_row, other=0.0)[:, None]
             # Not zero beyond the last column, but there it only meets gradients that are.
             b_unit = (b_residual - b_mean) * b_rstd
             if WEIGHT:
@@ -112,16 +113,17 @@ def add_layer_norm_backward_kernel(
         if grad_x is not None:
             b_x = b_grad * b_layer if layer_scale is not None else b_grad
             tl.store(grad_x + o_out, b_x.to(grad_x.dtype.element_ty), mask=m_tile)
-    p_part = part + program * columns + o_column
-    between = tl.num_programs(0).to(tl.int64) * columns
-    if WEIGHT:
-        tl.store(p_part, b_weight_sum, mask=m_column)
-        p_part += between
-    if BIAS:
-        tl.store(p_part, b_bias_sum, mask=m_column)
-        p_part += between
-    if LAYER_SCALE:
-        tl.store(p_part, b_layer_sum, mask=m_column)
+    if part is not None:
+        p_part = part + program * columns + o_column
+        between = tl.num_programs(0).to(tl.int64) * columns
+        if WEIGHT:
+            tl.store(p_part, b_weight_sum, mask=m_column)
+            p_part += between
+        if BIAS:
+            tl.store(p_part, b_bias_sum, mask=m_column)
+            p_part += between
+        if LAYER_SCALE:
+            tl.store(p_part, b_layer_sum, mask=m_column)
 
 
 # Enough programs to fill a large GPU; each leaves one row of partial sums.
@@ -133,8 +135,8 @@ def config_forward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig
     if width > 2048:
         return LaunchConfig(1, num_warps=16)
     if arch in ("sm_80", "sm_90", "sm_100"):
-        # 4 warps for two rows of 1280 have 8 bytes of stack on sm_90.
-        return LaunchConfig(8 if width <= 512 else 4) if width <= 1024 else LaunchConfig(2, num_warps=8)
+        # More rows have 8 bytes of stack with some dtypes, by one version of Triton or the other.
+        return LaunchConfig(8 if width <= 512 else 4 if width <= 768 else 2 if width <= 1024 else 1)
     return LaunchConfig(2)
 
 
@@ -158,14 +160,14 @@ def outputs(
     dtype: torch.dtype,
     x_dtype: torch.dtype,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """normed in ``dtype``, the new residual (None where it is x), and (B * N,) mean and 1 / deviation to be saved."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """normed in ``dtype``, the new residual (None where it is x), and (2, B * N) mean and 1 / deviation to be saved."""
     normed = torch.empty_like(x, dtype=dtype, memory_format=DENSE)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
     if not save:
-        return normed, new_residual, None, None  # type: ignore[return-value]
-    mean = torch.empty((x.shape[0] * x.shape[1],), dtype=torch.float32, device=x.device)
-    return normed, new_residual, mean, torch.empty_like(mean)  # type: ignore[return-value]
+        return normed, new_residual, None  # type: ignore[return-value]
+    statistics = torch.empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32, device=x.device)
+    return normed, new_residual, statistics  # type: ignore[return-value]
 
 
 def forward(
@@ -195,7 +197,7 @@ def forward(
         BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
     )  # fmt: skip
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         results = outputs(*tensors, *options)  # type: ignore[arg-type]
         launch(*tensors, *results)
         return results
@@ -206,9 +208,11 @@ def forward(
 def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
     """x is needed for the gradients of what scales it only."""
     x, residual, weight, bias, layer_scale, row_scale = tensors[:6]
-    scaled = any(scale is not None and scale.requires_grad for scale in (layer_scale, row_scale))
+    scaled = (layer_scale is not None and layer_scale.requires_grad) or (
+        row_scale is not None and row_scale.requires_grad
+    )
     normalised = x if residual is None else results[1]
-    return normalised, *results[2:], weight, bias, x if scaled else None, layer_scale, row_scale
+    return normalised, results[2], weight, bias, x if scaled else None, layer_scale, row_scale
 
 
 def _wanted(
@@ -233,8 +237,7 @@ def gradients(
     grad_normed: Tensor | None,
     grad_residual: Tensor | None,
     residual: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     weight: Tensor,
     bias: Tensor,
     x: Tensor | None,
@@ -267,8 +270,7 @@ def backward(
     grad_normed: Tensor | None,
     grad_residual: Tensor | None,
     residual: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     weight: Tensor,
     bias: Tensor,
     x: Tensor | None,
@@ -285,7 +287,7 @@ def backward(
     wanted = _wanted(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     if residual.numel() == 0:
         empty = gradients(
-            grad_normed, grad_residual, residual, mean, rstd, weight, bias, x, layer_scale, row_scale,
+            grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale,
             eps, dtype, x_dtype, save, needs,
         )  # fmt: skip
         return lambda *operands: [None if value is None else torch.zeros_like(value) for value in empty]
@@ -300,7 +302,7 @@ def backward(
         add_layer_norm_backward_kernel, (programs,),
         (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles), choice,
         (
-            copied, False, False, scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
+            copied, scattered(statistics), scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
             normed_copied, grad_copied,
         ),
         WEIGHT=wanted[2], BIAS=wanted[3], LAYER_SCALE=wanted[4],
@@ -313,8 +315,7 @@ def backward(
         grad_normed: Tensor | None,
         grad_residual: Tensor | None,
         residual: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        statistics: Tensor,
         weight: Tensor,
         bias: Tensor,
         x: Tensor | None,
@@ -326,7 +327,7 @@ def backward(
         part = torch.empty((results, programs, columns), dtype=torch.float32, device=device) if results else None
         row_part = torch.empty((batch, count), dtype=torch.float32, device=device) if wanted[5] else None
         launch(
-            residual, mean, rstd, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+            residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
             *written[:2], part, row_part,
         )  # fmt: skip
         if total is not None:

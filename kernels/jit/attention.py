@@ -116,6 +116,7 @@ def attention_forward_kernel(
     """
     tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
     row_stride = row_stride * VEC
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # inductor hands floats over as float64
     start = tile * BLOCK_M
     if start < length:
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
@@ -294,4 +295,5 @@ attention_varlen = Op(
     public=2,
     flops=(flops.attention_varlen, flops.attention_varlen_backward),
     raw_flops=True,
+    opaque=("forward", "backward"),
 )

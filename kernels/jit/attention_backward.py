@@ -72,6 +72,8 @@ def attention_backward_query_kernel(
     start = tile * BLOCK_M
     if start < length:
         row_stride, grad_row_stride = row_stride * VEC, grad_row_stride * GRAD_VEC
+        # inductor hands floats over as float64
+        scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
         query = qkv + (base + head * (head_stride * VEC))
         key = query + part_stride * VEC
@@ -164,6 +166,8 @@ def attention_backward_key_value_kernel(
     start = tile * BLOCK_N
     if start < length:
         row_stride, grad_row_stride = row_stride * VEC, grad_row_stride * GRAD_VEC
+        # inductor hands floats over as float64
+        scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
         query = qkv + (base + head * (head_stride * VEC))
         key = query + part_stride * VEC + tl.cast(start, tl.int64) * row_stride
@@ -318,7 +322,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Run:  # fmt: skip
     """The gradient of qkv, from those of out and lse: None for one that was not used."""
-    launches = _launches(grad, grad_lse, qkv, None, qkv.shape[1], lse, scale)
+    launches = _launches(grad, grad_lse, qkv, None, out, lse, qkv.shape[1], scale)
 
     def run(grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
         return (launches(grad, grad_lse, qkv, None, out, lse),)
@@ -339,7 +343,7 @@ def backward_varlen(
     max_seqlen: int, scale: float, save: bool, needs: Sequence[bool],
 ) -> Run:  # fmt: skip
     """The same for ragged clips."""
-    launches = _launches(grad, grad_lse, qkv, cu_seqlens, max_seqlen, lse, scale)
+    launches = _launches(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
 
     def run(
         grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor
@@ -354,11 +358,15 @@ def _launches(
     grad_lse: Tensor | None,
     qkv: Tensor,
     cu_seqlens: Tensor | None,
-    tokens: int,
+    out: Tensor,
     lse: Tensor,
+    tokens: int,
     scale: float,
 ) -> Run:
-    """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many."""
+    """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many.
+
+    Any of what was saved may have come back with other strides, from hooks on saved tensors.
+    """
     if qkv.numel() == 0:
         return lambda grad, grad_lse, qkv, *rest: torch.empty_like(qkv, memory_format=DENSE)
     ragged = cu_seqlens is not None
@@ -385,11 +393,11 @@ def _launches(
     copies = (copied, scattered(cu_seqlens))
     query = launch(
         "attention_backward_query", attention_backward_query_kernel, config_query, "block_m", "block_n",
-        (*copies, False, grad_copied, False, scattered(grad_lse)),
+        (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse)),
     )  # fmt: skip
     key_value = launch(
         "attention_backward_key_value", attention_backward_key_value_kernel, config_key_value, "block_n", "block_m",
-        (*copies, grad_copied),
+        (*copies, grad_copied, scattered(lse)),
     )  # fmt: skip
 
     def run(

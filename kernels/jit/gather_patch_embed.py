@@ -189,4 +189,5 @@ gather_patch_embed = Op(
     saves=lambda tensors, outputs: (*tensors[:3], tensors[4]),
     differentiable=("video", "weight", "bias", "pos_embed"),
     flops=(flops.gather_patch_embed, flops.gather_patch_embed_backward),
+    opaque=("backward",),
 )

@@ -115,29 +115,28 @@ def gather_patch_embed_backward_weight_sum_kernel(
 
 @triton.jit
 def gather_patch_embed_backward_position_kernel(
-    grad, index, out, batch, per_clip, length, columns, s_grad,
+    grad, index, out, rows, length, columns, s_grad,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows of each position in its tile, clip by clip; a position without any gets zero."""
+    """One program adds up the rows of each position in its tile; a position without any gets zero."""
     o_position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for clip in range(batch):
-        for first in range(0, per_clip, BLOCK_K):
-            o_token = first + tl.arange(0, BLOCK_K)
-            b_index = tl.load(index + clip * per_clip + o_token, mask=o_token < per_clip, other=-1).to(tl.int32)
-            # [BLOCK_M, BLOCK_K]
-            m_here = o_position[:, None] == b_index[None, :]
-            b_token = tl.zeros((BLOCK_M,), dtype=tl.int32) + per_clip
-            # None for most tiles, once for the others; more often only where a clip has an index more than once.
-            for _ in range(tl.max(tl.sum(m_here.to(tl.int32), axis=1), axis=0)):
-                m_left = m_here & (o_token[None, :] < b_token[:, None])
-                b_token = tl.max(tl.where(m_left, o_token[None, :], -1), axis=1)
-                # [BLOCK_M, BLOCK_N]
-                p_grad = grad + (clip * per_clip + b_token).to(tl.int64)[:, None] * s_grad + o_column[None, :]
-                m_grad = (b_token >= 0)[:, None] & m_column[None, :]
-                b_sum += tl.load(p_grad, mask=m_grad, other=0.0).to(tl.float32)
+    for first in range(0, rows, BLOCK_K):
+        o_row = first + tl.arange(0, BLOCK_K)
+        b_index = tl.load(index + o_row, mask=o_row < rows, other=-1).to(tl.int32)
+        # [BLOCK_M, BLOCK_K]
+        m_here = o_position[:, None] == b_index[None, :]
+        b_row = tl.zeros((BLOCK_M,), dtype=tl.int32) + rows
+        # Never for most blocks, and as often as there are clips in a block where those are small; the last row first.
+        for _ in range(tl.max(tl.sum(m_here.to(tl.int32), axis=1), axis=0)):
+            m_left = m_here & (o_row[None, :] < b_row[:, None])
+            b_row = tl.max(tl.where(m_left, o_row[None, :], -1), axis=1)
+            # [BLOCK_M, BLOCK_N]
+            p_grad = grad + b_row.to(tl.int64)[:, None] * s_grad + o_column[None, :]
+            m_grad = (b_row >= 0)[:, None] & m_column[None, :]
+            b_sum += tl.load(p_grad, mask=m_grad, other=0.0).to(tl.float32)
     p_out = out + o_position.to(tl.int64)[:, None] * columns + o_column[None, :]
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=(o_position < length)[:, None] & m_column[None, :])
 
@@ -167,7 +166,7 @@ def config_weight(arch: str, dtype: torch.dtype, *, pixel_bytes: int, columns: i
     return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, origin=origin)
 
 
-def config_video(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
+def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
     """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. Not measured."""
     if arch not in TUNED:
         block_m = 64 if dtype == torch.float32 else 128
@@ -176,12 +175,14 @@ def config_video(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
     if dtype == torch.float32:
         block_n = 64 if arch == "sm_80" else 128
         return LaunchConfig(128, block_n, 32, num_warps=8, num_stages=3, origin=origin)
-    return LaunchConfig(128, 256 if rows > 4096 else 128, 64, num_warps=8, num_stages=3, origin=origin)
+    # Pixels of 32 bits leave no registers for wide tiles.
+    block_n = 256 if rows > 4096 and pixel_bytes <= 2 else 128
+    return LaunchConfig(128, block_n, 64, num_warps=8, num_stages=3, origin=origin)
 
 
 def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
     """``block_m`` positions by ``block_n`` columns, ``block_k`` indices at a time."""
-    return LaunchConfig(8, 256, 256, origin="16 values a thread; compiled clean, not measured")
+    return LaunchConfig(8, 256, 256, num_warps=8, origin="at most 63 registers; compiled clean, not measured")
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
@@ -316,7 +317,9 @@ def _video_gradient(
     layout, copied = layout_of(gradient_memory(video), (t, h, w))
     assert not copied
     fold = fold_weight(weight, None, layout, work)
-    choice = choose("gather_patch_embed_backward_video", config_video, grad, work, rows=count)
+    choice = choose(
+        "gather_patch_embed_backward_video", config_video, grad, work, pixel_bytes=video.element_size(), rows=count
+    )
     tile = choice.config
     launch = Launch(
         gather_patch_embed_backward_video_kernel,
@@ -336,13 +339,13 @@ def _video_gradient(
 
 def _position_gradient(stride: int, grad: Tensor, keep_idx: Tensor, pos_embed: Tensor) -> Run:
     """``run(grad, keep_idx, out)``: (M, D) -> (L, D)."""
-    (batch, per_clip), (length, columns) = keep_idx.shape, pos_embed.shape
+    length, columns = pos_embed.shape
     choice = choose("gather_patch_embed_backward_position", config_position, grad)
     tile = choice.config
     launch = Launch(
         gather_patch_embed_backward_position_kernel,
         (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n)),
-        (batch, per_clip, length, columns, stride), choice,
+        (keep_idx.numel(), length, columns, stride), choice,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
     return launch

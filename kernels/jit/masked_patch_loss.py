@@ -106,6 +106,7 @@ def masked_patch_loss_kernel(
             first, stride_c, stride_t, stride_h, stride_w, SCALE, SHIFT, NORMALIZE, C, T, H, W, BLOCK_P, BLOCK_C
         )
     b_pixel = tl.load(pixels + row.to(tl.int64) * pixel_stride + o_pixel, mask=m_pixel, other=0.0).to(tl.float32)
+    factor = tl.cast(factor, tl.float32)  # inductor hands floats over as float64
     b_error = tl.where(m_pixel, b_pixel - b_target, 0.0)
     if grad is None:
         tl.store(out + row, tl.sum(b_error * b_error) * factor)
@@ -267,4 +268,5 @@ masked_patch_loss = Op(
     backward=backward,
     saves=lambda tensors, outputs: tensors[:3],
     differentiable=("pixels",),
+    opaque=("backward",),
 )

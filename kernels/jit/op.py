@@ -68,6 +68,7 @@ class Op:
         finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
         flops: Sequence[Callable[..., int] | None] = (None, None),
         raw_flops: bool = False,
+        opaque: Sequence[str] = (),
     ) -> None:
         """Declare an op.
 
@@ -90,6 +91,8 @@ class Op:
             finish: Rearranges backward's results, for gradients that share memory: outputs of an op may not.
             flops: Formulas of forward and backward for PyTorch's flop counter.
             raw_flops: Whether these take tensors, not shapes.
+            opaque: "forward", "backward": what inductor is not shown. It would take a tensor of indices for written
+                where these say at which address something is stored.
 
         The op is once differentiable: a second derivative raises.
         """
@@ -102,7 +105,7 @@ class Op:
         self._positions = [self._names.index(parameter) for parameter in differentiable]
         self._saving = self._names[-1] == "save"
         self.function = self._autograd_function()
-        self.custom, self._custom_backward = self._library_ops(outputs, len(differentiable))
+        self.custom, self._custom_backward = self._library_ops(outputs, len(differentiable), opaque)
         for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
             if formula is not None:
                 register_flop_formula(getattr(torch.ops.mar_fast, op), get_raw=raw_flops)(formula)
@@ -122,18 +125,22 @@ class Op:
         )
         if self._saving and training:
             options = (*options[:-1], True)
+        if not torch.compiler.is_compiling() and plan.transformed():
+            raise self._untransformed()
         if plan.watched(*tensors):
             return lambda *tensors: self.custom(*tensors, *options)
-        if plan.transformed():
-            raise RuntimeError(
-                f"{self.name}: got a call under torch.func (vmap, grad, jvp, ...) or forward-mode differentiation, "
-                "which no kernel takes part in; expected autograd, or use_backend('eager')"
-            )
         forward = self.forward(*tensors, *options)
         if not training:
             return forward
-        apply, planned = self.function.apply, _Planned(forward, options)
+        # Without what Function.apply asks first: torch.func is not at work, or there would be no plan.
+        apply, planned = super(torch.autograd.Function, self.function).apply, _Planned(forward, options)
         return lambda *tensors: apply(planned, *tensors)
+
+    def _untransformed(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name}: got a call under torch.func (vmap, grad, jvp, ...) or forward-mode differentiation, "
+            "which no kernel takes part in; expected autograd, or use_backend('eager')"
+        )
 
     def opaque(self, *inputs: Any) -> Any:
         """The forward pass planned and run at once: what the library's op does."""
@@ -172,7 +179,12 @@ class Op:
     ) -> list[Tensor | None]:
         if all(value is None for value in operands[:given]):  # count() would compare tensors
             return [None] * self._tensors
-        key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+        if plan.transformed():
+            raise self._untransformed()
+        try:
+            key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+        except RuntimeError as error:  # without memory: gradients in a batch, of is_grads_batched
+            raise self._untransformed() from error
         run = planned.backward.get(key)
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
@@ -188,16 +200,28 @@ class Op:
             every[position] = result if needed else None
         return every
 
-    def _library_ops(self, outputs: Callable[..., Any], gradients: int) -> tuple[Any, Any]:
+    def _library_ops(self, outputs: Callable[..., Any], gradients: int, opaque: Sequence[str]) -> tuple[Any, Any]:
         tensors, public = self._tensors, self.public
 
+        def with_tangents_an_error() -> None:
+            # A library's op loses them in silence.
+            if plan.dual():
+                raise self._untransformed()
+
         def forward(*inputs: Any) -> Any:
+            with_tangents_an_error()
             return self.opaque(*inputs)
 
+        def forward_fake(*inputs: Any) -> Any:
+            with_tangents_an_error()
+            return _filled(outputs(*inputs))
+
         def backward(*inputs: Any) -> tuple[Tensor, ...]:
+            with_tangents_an_error()
             return _filled(tuple(self._backward(*inputs)(*inputs[: -1 - options])))
 
         def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+            with_tangents_an_error()
             return _filled(tuple(self._gradients(*inputs)))
 
         signature = inspect.signature(outputs)
@@ -211,10 +235,13 @@ class Op:
             [inspect.Parameter(name, positional, annotation=kind) for name, kind in zip(saved, kinds, strict=True)],
             return_annotation=tuple[(Tensor,) * gradients] if gradients > 1 else tuple[Tensor, Tensor],
         )
-        declare = torch.library.custom_op if INTERPRETING else torch.library.triton_op
-        custom = declare(f"{LIBRARY}::{self.name}", forward, mutates_args=())
-        custom_backward = declare(f"{LIBRARY}::{self.name}_backward", backward, mutates_args=())
-        custom.register_fake(lambda *inputs: _filled(outputs(*inputs)))
+        custom, custom_backward = (
+            (torch.library.custom_op if INTERPRETING or which in opaque else torch.library.triton_op)(
+                f"{LIBRARY}::{self.name}{'' if which == 'forward' else '_backward'}", run, mutates_args=()
+            )
+            for which, run in (("forward", forward), ("backward", backward))
+        )
+        custom.register_fake(forward_fake)
         custom_backward.register_fake(backward_fake)
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -225,10 +252,13 @@ class Op:
         def gradient(ctx: Any, *given: Tensor | None) -> Any:
             needs = [ctx.needs_input_grad[position] for position in self._positions]
             nothing: list[Tensor | None] = [None] * options
-            if all(value is None for value in given[:public]):
+            given = given[:public]
+            if public > 1:  # the empty tensor in place of an output that is left out may have been used all the same
+                given = tuple(map(_read, given))
+            if all(value is None for value in given):
                 return (*[None] * tensors, *nothing)
-            results = custom_backward(*given[:public], *ctx.saved_tensors, *ctx.options, needs)
-            read = [result if result.numel() or result.ndim != 1 else None for result in results[:gradients]]
+            results = custom_backward(*given, *ctx.saved_tensors, *ctx.options, needs)
+            read = [_read(result) for result in results[:gradients]]
             return (*self._placed(read, needs), *nothing)
 
         custom.register_autograd(gradient, setup_context=save)
@@ -242,3 +272,8 @@ def _filled(results: Any) -> Any:
     like = next(result for result in results if result is not None)
     filled = tuple(like.new_empty((0,)) if result is None else result for result in results)
     return filled if len(filled) > 1 else (*filled, like.new_empty((0,)))
+
+
+def _read(result: Tensor | None) -> Tensor | None:
+    """None again for an empty tensor in its place."""
+    return None if result is None or (result.ndim == 1 and not result.numel()) else result

@@ -216,4 +216,5 @@ scatter_tokens = Op(
     backward=backward,
     saves=lambda tensors, outputs: tensors[1:],
     differentiable=("visible", "mask_token", "pos_embed"),
+    opaque=("backward",),
 )

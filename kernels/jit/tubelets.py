@@ -77,17 +77,16 @@ def fold_weight_kernel(
     for first in range(0, C * T * H * W, BLOCK_N):
         o_k = first + tl.arange(0, BLOCK_N)
         m_k = o_k < C * T * H * W
-        if CHANNELS_LAST:
-            o_channel, o_pixel = o_k % C, o_k // C
-        else:
-            o_channel, o_pixel = o_k // (T * H * W), o_k % (T * H * W)
-        o_weight = o_channel.to(tl.int64) * s_channel + (o_pixel // (H * W)).to(tl.int64) * s_frame
-        o_weight += (o_pixel // W % H).to(tl.int64) * s_line + (o_pixel % W).to(tl.int64) * s_pixel
+        # Loads run along the lines of the weight, whatever the order of the clip.
+        o_channel, o_line, o_x = o_k // (T * H * W), o_k // W % (T * H), o_k % W
+        o_weight = o_channel.to(tl.int64) * s_channel + (o_line // H).to(tl.int64) * s_frame
+        o_weight += (o_line % H).to(tl.int64) * s_line + o_x.to(tl.int64) * s_pixel
         b_weight = tl.load(weight + column * s_column + o_weight, mask=m_k, other=0.0).to(tl.float32)
         if folded_bias is not None:
             b_weight *= of_channel(SCALE, o_channel, C)
         b_folded = b_weight.to(folded.dtype.element_ty)
-        tl.store(folded + column * (C * T * H * W) + o_k, b_folded, mask=m_k)
+        o_folded = o_k % (T * H * W) * C + o_channel if CHANNELS_LAST else o_k
+        tl.store(folded + column * (C * T * H * W) + o_folded, b_folded, mask=m_k)
         if folded_bias is not None:
             # Of the rounded weight, so that its rounding meets normalised pixels and not their offset.
             b_offset += b_folded.to(tl.float32) * of_channel(OFFSET, o_channel, C)

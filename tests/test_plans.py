@@ -1,0 +1,625 @@
+"""Plans never serve a wrong call: what is another call has another plan, or none. TRITON_INTERPRET=1."""
+
+import gc
+import json
+import os
+from collections import namedtuple
+
+import oracle
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from op_cases import cropped, strided
+from plan_cases import (
+    CALLS,
+    CONFIGS,
+    PATCH,
+    assert_planned_as_unplanned,
+    assert_same,
+    every_op,
+    misaligned,
+    outcome,
+    small_call,
+    tensors,
+    unplanned,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mar_fast import kernels
+from mar_fast.kernels import checks, device, plan
+from mar_fast.kernels.jit import launch
+from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
+from mar_fast.kernels.plan import Plans
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def _few_tiles():
+    with forced(CONFIGS):
+        yield
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A list of all launches that are worked out."""
+    launches, initialise = [], Launch.__init__
+
+    def spy(self, *arguments, **constants):
+        initialise(self, *arguments, **constants)
+        launches.append(self)
+
+    monkeypatch.setattr(Launch, "__init__", spy)
+    return launches
+
+
+def floating(operands):
+    return [key for key, value in operands.items() if torch.is_tensor(value) and value.is_floating_point()]
+
+
+# That there are plans at all.
+
+
+@every_op
+def test_a_second_call_works_nothing_out(name, made):
+    """Neither forward nor backward; without plans both do each time."""
+    op, operands = small_call(name)
+    for run in (lambda: outcome(op, operands), lambda: op(**operands)):
+        run()
+        assert made
+        made.clear()
+        run()
+        assert not made
+    with unplanned():
+        for run in (lambda: outcome(op, operands), lambda: op(**operands)):
+            run()
+            assert made
+            made.clear()
+
+
+# The key: each tensor's layout.
+
+
+def other_dtype(value):
+    return value.half()
+
+
+CHANGES = {"strided": strided, "cropped": cropped, "misaligned": misaligned, "other dtype": other_dtype}
+
+
+def changed_calls(name, change):
+    """An ordinary call, and calls that each change one tensor of it, where the op takes that."""
+    op, operands = small_call(name)
+    calls = [(op, operands)]
+    for key, value in operands.items():
+        if not torch.is_tensor(value):
+            continue
+        one_dtype = not value.is_floating_point() or (name == "gather_patch_embed" and key in ("weight", "bias"))
+        if CHANGES[change] is other_dtype and one_dtype:
+            continue
+        calls.append((op, operands | {key: CHANGES[change](value)}))
+    return calls
+
+
+@pytest.fixture
+def nothing_runs(poisoned):
+    """For a test that launches nothing."""
+    yield
+    assert not poisoned.allocated
+    poisoned.allocated = None
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@every_op
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_key_tells_layouts_apart(name, change):
+    """Also where an interpreted kernel would not care."""
+    plans = Plans()
+    keys = [plans.find(*operands.values())[0] for _, operands in changed_calls(name, change)]
+    assert None not in keys and len(set(keys)) == len(keys)
+
+
+@every_op
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_layout_of_each_tensor(name, change):
+    assert_planned_as_unplanned(name, changed_calls(name, change))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_the_key_tells_devices_apart():
+    """There is only one device here: it is in the key, in that of gradients too; a call on meta tensors has no key."""
+    x = torch.randn(3, 4)
+    key, _ = Plans().find(x)
+    assert x.device in key and x.device in plan.layout(x)
+    assert plan.layout(x) != plan.layout(x.to("meta"))
+    assert Plans().find(x, x)[0] != Plans().find(x, x.to("meta"))[0]
+    assert Plans().find(x.to("meta"))[0] is None
+
+
+@every_op
+def test_meta_tensors_after_a_planned_call(name):
+    op, operands = small_call(name)
+    op(**operands)
+    abstract = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in operands.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_forced", None)
+        assert all(out.is_meta for out in tensors(op(**abstract)))
+    (first, *_), rest = [key for key, value in operands.items() if torch.is_tensor(value)], operands
+    for key, value in abstract.items():
+        if torch.is_tensor(value) and key != first:
+            with pytest.raises(ValueError, match=r"on (meta|cpu)"):
+                op(**rest | {key: value})
+
+
+# The key: modes.
+
+MODES = {
+    "grad": lambda: torch.enable_grad(),
+    "no_grad": lambda: torch.no_grad(),
+    "inference_mode": lambda: torch.inference_mode(),
+    "grad within inference_mode": lambda: torch.inference_mode(False),
+    "autocast float16": lambda: torch.autocast("cpu", torch.float16),
+    "autocast bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast off": lambda: torch.autocast("cpu", enabled=False),
+}
+
+
+@every_op
+def test_modes_one_after_the_other(name):
+    """Outputs are those of this mode: dtype, whether they require gradients, whether they are inference tensors."""
+    op, operands = small_call(name)
+    leaves = {key: value.requires_grad_() if key in floating(operands) else value for key, value in operands.items()}
+    sequence = [*MODES, *reversed(MODES), "grad"]
+    with unplanned():
+        want = {}
+        for mode in MODES:
+            with MODES[mode]():
+                want[mode] = tensors(op(**leaves))
+    for mode in sequence:
+        with MODES[mode]():
+            got = tensors(op(**leaves))
+        assert_same(got, want[mode], mode)
+    assert not want["no_grad"][0].requires_grad and want["grad"][0].requires_grad
+    assert want["inference_mode"][0].is_inference()
+
+
+@every_op
+def test_who_requires_gradients(name):
+    """One tensor at a time, all, none: each time exactly these have one."""
+    op, operands = small_call(name)
+    names = floating(operands)
+    _, seeds, every = oracle.outcome(op, operands)
+    for _ in range(2):
+        for wanted in ([], *([key] for key in names), names):
+            leaves = {k: v.detach().requires_grad_(k in wanted) if k in names else v for k, v in operands.items()}
+            outputs = tensors(op(**leaves))
+            pairs = [(out, seed) for out, seed in zip(outputs, seeds, strict=True) if out.requires_grad]
+            if name == "masked_patch_loss":
+                assert bool(pairs) == ("pixels" in wanted)
+            else:
+                assert bool(pairs) == bool(wanted)
+            if pairs:
+                torch.autograd.backward(*zip(*pairs, strict=True))
+            for key in names:
+                gradient = leaves[key].grad
+                if key in wanted and every[key] is not None:
+                    assert torch.equal(gradient, every[key])
+                else:
+                    assert gradient is None
+
+
+@every_op
+def test_autocast_toggled_with_gradients(name):
+    op, operands = small_call(name)
+
+    def cast(**rest):
+        with torch.autocast("cpu", torch.float16):
+            return op(**rest)
+
+    assert_planned_as_unplanned(name, [(op, operands), (cast, operands)])
+
+
+# The key: options.
+
+Triple = namedtuple("Triple", "t h w")
+
+
+def options_of(name):
+    """Options that are equal, or nearly, but of another type or value."""
+    return {
+        "attention": [dict(scale=s) for s in (None, 1.0, 1, True, 0.25)] + [dict(return_lse=r) for r in (True, 1, 0)],
+        "attention_varlen": [dict(max_seqlen=m) for m in (12, 13)] + [dict(scale=s) for s in (None, 1, 1.0, True)],
+        "add_layer_norm": [dict(eps=e) for e in (1, 1.0, True, 1e-6)],
+        "gather_patch_embed": [
+            dict(mean=m, std=s)
+            for m, s in (
+                (None, None),
+                ((0, 1, 0), (1, 1, 1)),
+                ((0.0, 1.0, 0.0), (1.0, 1.0, True)),
+                ([0, 1, 0], [1, 1, 2]),
+            )
+        ],
+        "masked_patch_loss": [dict(normalize=n) for n in (True, 1, False, 0)]
+        + [dict(patch_size=PATCH), dict(patch_size=Triple(*PATCH)), dict(mean=(0, 1, 0), std=(1, 2, 1))],
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "attention_varlen", "add_layer_norm", "gather_patch_embed", "masked_patch_loss"]
+)
+def test_options(name):
+    op, operands = small_call(name)
+    assert_planned_as_unplanned(name, [(op, operands | options) for options in options_of(name)])
+
+
+BAD_OPTIONS = [
+    ("attention_varlen", dict(max_seqlen=12), dict(max_seqlen=12.0), "max_seqlen"),
+    ("attention_varlen", dict(scale=1), dict(scale="1"), "scale"),
+    ("attention", dict(scale=1.0), dict(scale=-1.0), "scale"),
+    ("add_layer_norm", dict(eps=1.0), dict(eps=0), "eps"),
+    ("masked_patch_loss", dict(patch_size=PATCH), dict(patch_size=(2, 3.0, 5)), "patch_size"),
+    ("masked_patch_loss", dict(patch_size=PATCH), dict(patch_size=[2, 3, 5]), "patch_size"),
+    ("masked_patch_loss", dict(patch_size=Triple(*PATCH)), dict(patch_size=Triple(2, 3.0, 5)), "patch_size"),
+    ("gather_patch_embed", {}, dict(mean=None), "mean and std"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "good", "bad", "argument"), BAD_OPTIONS)
+def test_a_bad_option_that_is_equal_to_a_planned_one(name, good, bad, argument):
+    op, operands = small_call(name)
+    for _ in range(2):
+        op(**operands | good)
+        with pytest.raises(ValueError, match=rf"^{argument}: got "):
+            op(**operands | bad)
+
+
+# Values.
+
+
+def bad_values():
+    index, offsets = torch.tensor([[0, 1, 12]] * 2), torch.tensor([0, 5, 4, 12])
+    yield "gather_patch_embed", dict(keep_idx=index.int()), "keep_idx: got values from 0 to 12"
+    yield "gather_patch_embed", dict(keep_idx=index.clamp(max=1).int()), "keep_idx: got rows with repeated"
+    yield "scatter_tokens", dict(keep_idx=index.int()), "keep_idx: got values from 0 to 12"
+    yield "scatter_tokens", dict(keep_idx=index.clamp(max=11).flip(1).int()), "keep_idx: got rows that are not strictly"
+    yield "masked_patch_loss", dict(drop_idx=-index.int()), "drop_idx: got values from -12 to 0"
+    yield "attention_varlen", dict(cu_seqlens=offsets.int()), "cu_seqlens: got offsets from 0 to 12"
+    yield "attention_varlen", dict(cu_seqlens=torch.tensor([0, 0, 0, 11]).int()), "cu_seqlens: got offsets from 0 to 11"
+    yield "attention_varlen", dict(cu_seqlens=torch.tensor([0, 0, 12, 12]).int(), max_seqlen=11), "max_seqlen: got 11"
+
+
+@pytest.mark.parametrize(("name", "bad", "message"), bad_values())
+def test_bad_values_in_a_planned_call(name, bad, message, made):
+    """They are looked at on a CPU each time. The good call of before is of the same key."""
+    op, operands = small_call(name)
+    operands |= {key: value for key, value in bad.items() if not torch.is_tensor(value)}
+    bad = {key: value for key, value in bad.items() if torch.is_tensor(value)}
+    for key, value in bad.items():
+        assert plan.layout(value)[:4] == plan.layout(operands[key])[:4]
+    good = outcome(op, operands)
+    made.clear()
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        op(**operands | bad)
+    assert_same(outcome(op, operands, good[1])[0], good[0])
+    assert not made
+
+
+@every_op
+def test_other_values_under_the_same_key(name, made):
+    """Nothing of a tensor's values is kept, nor what was folded from them after they changed."""
+    op, operands = small_call(name)
+    for wrap in (torch.enable_grad, torch.no_grad):
+        with wrap():
+            op(**operands)
+            made.clear()
+            with torch.no_grad():
+                for value in (operands[key] for key in floating(operands)):
+                    value.copy_(torch.randn(value.shape))
+            got = tensors(op(**operands))
+            assert not made
+            with unplanned():
+                assert_same(got, tensors(op(**operands)))
+
+
+# Launch choices.
+
+
+def chosen(made):
+    return {entry.choice.kernel: entry.choice.config.block_m for entry in made}
+
+
+def test_overrides_read_again(made, monkeypatch, tmp_path):
+    """The plans of before are gone with the choices of before, backward's too."""
+    op, operands = small_call("bias_gelu")
+    file = tmp_path / "mine.json"
+    monkeypatch.setenv("MAR_FAST_CONFIGS", str(file))
+    launch.forget_choices()
+    try:
+        outcome(op, operands)
+        before = chosen(made)
+        for block_m in (64, 32):
+            row = dict(config=dict(block_m=block_m, block_n=32), origin="a test")
+            content = {"interpreter": {"bias_gelu_forward": [row], "bias_gelu_backward": [row]}}
+            file.write_text(json.dumps(content))
+            made.clear()
+            outcome(op, operands)
+            assert not made  # as is said: only when they are forgotten
+            launch.forget_choices()
+            outcome(op, operands)
+            assert chosen(made) == before | dict.fromkeys(("bias_gelu_forward", "bias_gelu_backward"), block_m)
+    finally:
+        monkeypatch.undo()
+        launch.forget_choices()
+
+
+def test_forced_configurations(made):
+    op, operands = small_call("add_layer_norm")
+    want, seeds = outcome(op, operands)
+    before = chosen(made)
+    names = ("add_layer_norm_forward", "add_layer_norm_backward")
+    for rows in (16, 8):
+        made.clear()
+        with forced(dict.fromkeys(names, LaunchConfig(rows))):
+            outcome(op, operands, seeds)
+            assert chosen(made) == before | dict.fromkeys(names, rows)
+    made.clear()
+    assert_same(outcome(op, operands, seeds)[0], want)
+    assert chosen(made) == before
+
+
+@every_op
+def test_backends_one_after_the_other(name, poisoned):
+    op, operands = small_call(name)
+    results = {}
+    for _ in range(2):
+        for backend in ("triton", "eager"):
+            with kernels.use_backend(backend):
+                poisoned.allocated = 0
+                got, seeds = outcome(op, operands, results.get(backend, (None, None))[1])
+                assert bool(poisoned.allocated) == (backend == "triton")
+                assert_same(got, results.setdefault(backend, (got, seeds))[0])
+    poisoned.allocated = 1
+
+
+# Something else looks on.
+
+
+@every_op
+def test_fake_tensors_after_a_planned_call(name, poisoned):
+    op, operands = small_call(name)
+    real, _ = outcome(op, operands)
+    poisoned.allocated = 0
+    mode = FakeTensorMode()
+    fakes = {key: mode.from_tensor(value) if torch.is_tensor(value) else value for key, value in operands.items()}
+    with mode:
+        got, _ = outcome(op, fakes)
+    assert all(
+        (one is None) == (other is None) and (one is None or (one.shape, one.dtype) == (other.shape, other.dtype))
+        for one, other in zip(got, real, strict=True)
+    )
+    assert not poisoned.allocated
+    poisoned.allocated = 1
+
+
+@every_op
+def test_traced_after_a_planned_call(name):
+    """A trace has the op, not what it did, and no fake result is kept for a real call."""
+    op, operands = small_call(name)
+    want = tensors(op(**operands))
+    with checks.unread():  # which no trace takes
+        graph = make_fx(lambda inputs: op(**inputs))(operands)
+    assert [node for node in graph.graph.nodes if str(node.target) == f"mar_fast.{name}.default"]
+    assert_same(tensors(graph(operands)), want)
+    assert_same(tensors(op(**operands)), want)
+
+
+class Labelled(torch.Tensor):
+    """A tensor of another kind."""
+
+
+@every_op
+def test_another_kind_of_tensor_after_a_planned_call(name, poisoned):
+    op, operands = small_call(name)
+    want = tensors(op(**operands))
+    for key in floating(operands):
+        got = tensors(op(**operands | {key: operands[key].as_subclass(Labelled)}))
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x),
+}
+
+
+@every_op
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(name, transform, poisoned):
+    """A clear error, before and after a planned call; never a wrong or missing derivative."""
+    op, operands = small_call(name)
+    key = "pixels" if name == "masked_patch_loss" else floating(operands)[0]
+
+    def of_one(x):
+        return tensors(op(**operands | {key: x}))[0]
+
+    for _ in range(2):
+        expected = rf"^{name}: got a call under torch.func .* expected autograd, or use_backend\('eager'\)"
+        with checks.unread(), pytest.raises(RuntimeError, match=expected):
+            TRANSFORMS[transform](of_one, operands[key])
+        op(**operands)
+    with kernels.use_backend("eager"):
+        if transform in ("grad", "vjp"):
+            TRANSFORMS[transform](of_one, operands[key])
+
+
+@every_op
+def test_forward_mode(name):
+    """A dual tensor is an error on this path, for each operand, and no tangent is lost in silence."""
+    op, operands = small_call(name)
+    for key in floating(operands):
+        for _ in range(2):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(operands[key], torch.ones_like(operands[key]))
+                with pytest.raises(RuntimeError, match=rf"^{name}: .*forward-mode"):
+                    op(**operands | {key: dual})
+            op(**operands)
+
+
+@every_op
+def test_batched_gradients(name):
+    """vmap over the backward pass of a planned call."""
+    op, operands = small_call(name)
+    leaves = {key: value.requires_grad_() if key in floating(operands) else value for key, value in operands.items()}
+    wanted = [leaves[key] for key in floating(operands) if (name, key) != ("masked_patch_loss", "video")]
+    for _ in range(2):
+        out = tensors(op(**leaves))[0]
+        with pytest.raises(RuntimeError, match=rf"^{name}: .*vmap"):
+            torch.autograd.grad(out, wanted, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
+        torch.autograd.grad(tensors(op(**leaves))[0].sum(), wanted)
+
+
+# What comes back from autograd.
+
+
+def packed(layout):
+    return torch.autograd.graph.saved_tensors_hooks(layout, lambda kept: kept)
+
+
+@every_op
+@pytest.mark.parametrize("layout", [strided, misaligned, cropped])
+def test_saved_tensors_in_another_layout(name, layout):
+    """As hooks that offload or compress them may give them back: all of them, inputs and outputs."""
+    op, operands = small_call(name)
+    want, seeds = outcome(op, operands)
+
+    def saved_elsewhere(**rest):
+        with packed(lambda value: layout(value) if value.numel() else value):
+            return op(**rest)
+
+    for _ in range(2):
+        got, _ = outcome(saved_elsewhere, operands, seeds)
+        assert_same(got, want)
+        assert_same(outcome(op, operands, seeds)[0], want)
+
+
+@every_op
+def test_gradients_in_another_layout(name):
+    """Those of one planned call: contiguous, strided, expanded, of no memory of their own."""
+    op, operands = small_call(name)
+    outputs, seeds, _ = oracle.outcome(op, operands)
+    ones = [torch.ones_like(out) for out in outputs]
+    for layout in (torch.clone, strided, misaligned, cropped, torch.clone):
+        laid = [layout(seed) if seed.ndim else seed for seed in seeds]
+        with unplanned():
+            want, _ = outcome(op, operands, [seed.contiguous() for seed in seeds])
+        assert_same(outcome(op, operands, laid)[0], want)
+    expanded = [torch.ones((), dtype=out.dtype).expand(out.shape) for out in outputs]
+    assert_same(outcome(op, operands, expanded)[0], outcome(op, operands, ones)[0])
+
+
+def test_outputs_used_one_at_a_time():
+    """An unused output has no gradient: this is another backward pass of the same plan."""
+    calls = {
+        "add_layer_norm": small_call("add_layer_norm"),
+        "attention": (lambda qkv: kernels.attention(qkv, return_lse=True), small_call("attention")[1]),
+    }
+    for name, (op, operands) in calls.items():
+        for used in (slice(0, 1), slice(1, 2), slice(0, 2), slice(1, 2), slice(0, 1)):
+
+            def some(op=op, used=used, **rest):
+                return op(**rest)[used]
+
+            with unplanned():
+                want, seeds = outcome(some, operands)
+            assert_same(outcome(some, operands, seeds)[0], want, f"{name}, {used}")
+
+
+# Memory.
+
+
+@every_op
+def test_their_number_is_bounded(name, monkeypatch):
+    """Under shapes that change with every call, and under layouts of gradients that do."""
+    assert 16 <= plan.LIMIT <= 4096
+    monkeypatch.setattr(plan, "LIMIT", 3)
+    for count in range(1, 9):
+        op, operands = small_call(name, count=count)
+        with unplanned():
+            want, seeds = outcome(op, operands)
+        assert_same(outcome(op, operands, seeds)[0], want)
+        assert all(len(plans) <= 3 for plans in Plans.every)
+    op, operands = small_call("bias_gelu")
+    x = operands["x"].requires_grad_()
+    for step in range(8):
+        seed = torch.ones(*x.shape[:-1], x.shape[-1] + step)[..., : x.shape[-1]]
+        out = op(**operands)
+        out.backward(seed)
+        assert len(out.grad_fn.planned.backward) == min(step + 1, 3) or step >= 3
+        assert len(out.grad_fn.planned.backward) <= 3
+
+
+@every_op
+def test_a_plan_keeps_no_tensor(name):
+    """Neither operands nor results nor gradients are held by what is kept."""
+    op, operands = small_call(name)
+    for mode in (torch.float16, torch.bfloat16):  # with casts, and everything that is imported by the way
+        with torch.autocast("cpu", mode):
+            outcome(op, operands)
+    del op, operands
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(value, torch.Tensor) for value in gc.get_objects())
+
+    plan.forget()
+    before = alive()
+    for change in (torch.clone, strided):
+        op, operands = small_call(name)
+        operands = {key: change(value) if torch.is_tensor(value) else value for key, value in operands.items()}
+        outcome(op, operands)
+        with torch.autocast("cpu", torch.float16):
+            outcome(op, operands)
+        op(**operands)
+        del op, operands
+    assert any(len(plans) for plans in Plans.every)
+    assert alive() <= before
+
+
+def test_forgotten_everywhere():
+    for name in CALLS:
+        op, operands = small_call(name)
+        op(**operands)
+    assert sum(len(plans) > 0 for plans in Plans.every) >= len(CALLS)
+    plan.forget()
+    assert not any(len(plans) for plans in Plans.every)
+
+
+# Processes.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@every_op
+def test_fork(name):
+    """A child begins without plans, and its calls give the same; the parent's go on."""
+    op, operands = small_call(name)
+    want, seeds = outcome(op, operands)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            begun = not any(len(plans) for plans in Plans.every)
+            assert_same(outcome(op, operands, seeds)[0], want)
+            assert_same(outcome(op, operands, seeds)[0], want)
+            code = 0 if begun else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert any(len(plans) for plans in Plans.every)
+    assert_same(outcome(op, operands, seeds)[0], want)
