@@ -117,6 +117,10 @@ def _elementwise(device: torch.device) -> Iterator[Call]:
     yield _call(case, ", no residual", lambda operands: dict(residual=None))
 
 
+def _planar(change: Change, operands: Operands) -> Operands:
+    return change(operands) | _other_layout(operands | change(operands))
+
+
 def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
     changes: dict[str, Change] = {
         "": lambda o: {},
@@ -128,7 +132,7 @@ def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
         case = op_cases.masked_patch_loss(device, dtype, CLIPS, VISIBLE)
         for more, change in changes.items():
             yield _call(case, more, change)
-            yield _call(case, f"{more}, planar", lambda o, change=change: change(o) | _other_layout(o | change(o)))
+            yield _call(case, f"{more}, planar", functools.partial(_planar, change))
 
 
 def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
