@@ -188,13 +188,18 @@ def test_product_that_the_compiler_loses(monkeypatch, target):
     ],
 )
 def test_layout_that_was_wrong_on_hardware(kernel, config, size):
-    """float32 heads of 80, 88 and 128, as they were launched when an H200 gave results wrong by 2e-4."""
+    """float32 heads of 80, 88 and 128, as launched when an H200 gave results wrong by 2e-4, and as launched now."""
     wanted = re.compile(rf"attention, .* heads of {size}, float32")
     (call,) = [call for call in kernel_calls.calls("meta") if wanted.fullmatch(str(call))]
+    now = recorded(call.everything, "sm_90")
     with forced({kernel: config}):
-        launches = recorded(call.everything, "sm_90")
-    report = next(check(code(*one, "sm_90")) for one in launches if one[0].choice.kernel == kernel)
-    assert report.failed and re.fullmatch(r"\d+ m64n8k8 wgmma, which are wrong for float32", report.faults()[0])
+        then = recorded(call.everything, "sm_90")
+    then, now = (
+        next(check(code(*one, "sm_90")) for one in launches if one[0].choice.kernel == kernel)
+        for launches in (then, now)
+    )
+    assert then.failed and re.fullmatch(r"\d+ m64n8k8 wgmma, which are wrong for float32", then.faults()[0])
+    assert not now.faults() and now.products == 3
 
 
 def test_too_few_warps_spill():

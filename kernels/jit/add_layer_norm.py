@@ -136,7 +136,8 @@ def config_forward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig
         return LaunchConfig(1, num_warps=16)
     if arch in ("sm_80", "sm_90", "sm_100"):
         # More rows have 8 bytes of stack with some dtypes, by one version of Triton or the other.
-        return LaunchConfig(8 if width <= 512 else 4 if width <= 768 else 2 if width <= 1024 else 1)
+        four = width <= 768 and arch != "sm_80"
+        return LaunchConfig(8 if width <= 512 else 4 if four else 2 if width <= 1024 else 1)
     return LaunchConfig(2)
 
 
