@@ -167,8 +167,8 @@ _FLOAT32 = {
     "sm_90": (
         (32, LaunchConfig(64, 64, 32, 8, 1, False)),
         (64, LaunchConfig(64, 32, 32, 4, 1)),
-        # Not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as the left operand
-        # of the second product they give an error of 2e-4, or garbage (Triton 3.6). The compile check refuses it.
+        # Not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as left operand of
+        # the second product they give an error of 2e-4, or garbage (Triton 3.6). The compile check refuses it.
         (95, LaunchConfig(64, 16, 32, 4, 1, False)),
         (96, LaunchConfig(64, 16, 32, 4, 1)),
         (128, LaunchConfig(128, 32, 32, 8, 1, False)),
