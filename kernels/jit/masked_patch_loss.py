@@ -182,12 +182,12 @@ def _launch(
     if side_by_side:
         block_p = block(t * h * w * channels, block_c) // block_c
     stride_b, stride_c, stride_t, stride_h, stride_w = video.stride()
-    features = dict(backward=backward, values=t * h * w * channels, side_by_side=side_by_side)
     return Launch(
         masked_patch_loss_kernel, (pixels.shape[0] * count,),
         (count, video.shape[3] // h, video.shape[4] // w, (2 if backward else 1) / pixels.numel(),
          pixel_stride, *drop_idx.stride(), stride_b, stride_c, stride_t, stride_h, stride_w),
-        choose(name, config, pixels, **features), (copied,),
+        choose(name, config, pixels, backward=backward, values=t * h * w * channels, side_by_side=side_by_side),
+        (copied,),
         SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w,
         BLOCK_P=block_p, BLOCK_C=block_c, SIDE_BY_SIDE=side_by_side,
     )  # fmt: skip
