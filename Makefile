@@ -49,8 +49,8 @@ interpreter: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -m "interpreter or triton_too"
 
 matrix: $(READY) build/triton36
-	$(BIN)/pytest -q tests/test_compile_matrix.py -m "matrix or not matrix"
-	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/pytest -q tests/test_compile_matrix.py -m "matrix or not matrix"
+	$(BIN)/pytest -q tests/test_compile_check.py -m "matrix or not matrix"
+	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/pytest -q tests/test_compile_check.py -m "matrix or not matrix"
 
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

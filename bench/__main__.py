@@ -12,7 +12,7 @@ from .machine import DTYPES
 from .suites import SUITES
 
 # Commands with options of their own.
-COMMANDS = ("host", "gpu")
+COMMANDS = ("gpu", "host", "matrix", "tune")
 
 
 def main(arguments: list[str] | None = None) -> int:

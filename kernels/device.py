@@ -95,7 +95,7 @@ def architecture(operand: Tensor) -> str:
 
 def working_dtype(operand: Tensor, default: torch.dtype) -> torch.dtype:
     """The dtype that matrix products on this device work in: autocast's where it is on, else ``default``."""
-    kind = operand.device.type
+    kind = "cuda" if operand.is_meta and recording() else operand.device.type
     if kind in AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return default

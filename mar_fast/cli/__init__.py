@@ -15,12 +15,10 @@ from .cost import cost
 from .curve import curve
 from .evaluate import evaluate
 from .inspect import inspect
-from .kernels import kernels
 from .masks import masks
 from .reconstruct import reconstruct
 from .report import report
 from .savings import savings
-from .tune import tune
 from .verify import verify
 
 app = typer.Typer(
@@ -38,8 +36,6 @@ app.command()(cost)
 app.command()(classify)
 app.command("eval")(evaluate)
 app.command()(curve)
-app.command()(kernels)
-app.command()(tune)
 app.command()(report)
 app.command()(inspect)
 app.command()(convert)
@@ -65,6 +61,9 @@ def main() -> None:
     """Entry point: what a user can mend is one line on stderr, not a traceback."""
     show_warnings()
     try:
+        if sys.argv[1:2] in (["kernels"], ["tune"]):
+            moved = {"kernels": "matrix", "tune": "tune"}[sys.argv[1]]
+            raise ValueError(f"command: got {sys.argv[1]!r}, which is now: python -m mar_fast.bench {moved}")
         app()
     except USER_ERRORS as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import MARConfig
 from ..files import may_write
-from ..kernels import device
 from ..video import read_clip
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -60,19 +59,6 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
-
-
-def need_triton() -> None:
-    """Check that there is a Triton to compile with.
-
-    Raises:
-        ModuleNotFoundError: there is none.
-        ValueError: kernels are interpreted in this process.
-    """
-    if not device.HAS_TRITON:
-        raise ModuleNotFoundError("triton: not installed, expected it for this command: pip install triton (on Linux)")
-    if device.INTERPRETING:
-        raise ValueError("TRITON_INTERPRET: got 1, under which nothing is compiled; expected it not to be set")
 
 
 def check_png(out: Path, force: bool) -> None:
