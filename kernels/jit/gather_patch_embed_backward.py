@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, precision, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, precision, rows
 from .op import Run
 from .tubelets import (
     Channels,
@@ -289,6 +289,7 @@ def _weight_gradient(
         choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
         PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
+    parts = like((splits, columns, values), torch.float32, grad.device)
     sum_choice = choose("gather_patch_embed_backward_weight_sum", config_sum, grad)
     block_n = min(sum_choice.config.block_n, block(columns * values))
     slope, offset = normalisation(mean, std, channels)
@@ -299,7 +300,7 @@ def _weight_gradient(
     )  # fmt: skip
 
     def run(grad: Tensor, video: Tensor, keep_idx: Tensor, grad_sum: Tensor | None, out: Tensor) -> None:
-        part = torch.empty((splits, columns, values), dtype=torch.float32, device=grad.device)
+        part = torch.empty_like(parts, memory_format=DENSE)
         if copied:
             video = video.clone(memory_format=torch.contiguous_format)
         launch(grad, video, keep_idx, part)
@@ -331,7 +332,7 @@ def _video_gradient(
 
     def run(grad: Tensor, keep_idx: Tensor, weight: Tensor, out: Tensor) -> None:
         if fold is not None:
-            weight, _ = fold(weight, None)
+            weight, _ = fold(weight)
         launch(grad, weight, keep_idx, out.zero_())
 
     return run

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows
 from .op import Op, Run
 from .tubelets import of_channel
 
@@ -210,9 +210,10 @@ def forward(
     choice, count = choose("masked_patch_loss_sum", config_sum, pixels), pixels.shape[0] * pixels.shape[1]
     add = Launch(masked_patch_loss_sum_kernel, (1,), (count,), choice, BLOCK_N=min(choice.config.block_n, block(count)))
 
+    loss, parts = (like(shape, torch.float32, pixels.device) for shape in ((), (count,)))
+
     def run(pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
-        out = outputs(pixels, video, drop_idx, *options)
-        part = torch.empty((count,), dtype=torch.float32, device=pixels.device)
+        out, part = torch.empty_like(loss), torch.empty_like(parts, memory_format=DENSE)
         launch(pixels, video, drop_idx, None, part)
         add(part, out)
         return out
