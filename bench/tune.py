@@ -276,13 +276,13 @@ def tune(machine: Gpu, path: Path, said: str, kernels: Sequence[str] = (), quick
     if path.is_file():
         read_overrides(path)
     for unit in units(machine.architecture, kernels):
-        if tune_unit(unit, machine, quick).winner:
+        if winner := tune_unit(unit, machine, quick).winner:
             medians = [
                 f"{after * 1e6:.1f} us against {before * 1e6:.1f} us ({calls('meta')[call]}{', backward' * backward})"
                 for after, before, (call, backward) in zip(unit.after, unit.before, unit.runs, strict=True)
             ]
             where = {name: [int(value), int(value)] for name, value in unit.choice.shape.items()}
-            row = {"dtypes": [unit.choice.dtype], "where": where, "config": unit.winner.options()}
+            row = {"dtypes": [unit.choice.dtype], "where": where, "config": winner.options()}
             row["origin"] = f"{said}: {'; '.join(medians)}"
             add_override(path, machine.architecture, unit.choice.kernel, row)
         yield unit
