@@ -77,7 +77,7 @@ NO_GRADIENT = ("video", "pos_embed")
 
 def calls(device: torch.device) -> dict[str, dict[str, Call]]:
     """{op: {mode: call}}: without gradients, with them, and the backward pass through the engine after a forward."""
-    made = {}
+    made: dict[str, dict[str, Call]] = {}
     for name, (op, arguments) in operands(device).items():
         leaves = {
             key: value.detach().requires_grad_(value.is_floating_point() and key not in NO_GRADIENT)
@@ -194,8 +194,7 @@ def measure(device: torch.device, *, quick: bool = False) -> Figures:
                 base = times["unit of both" if mode == "backward" else "unit"]
                 found[name, mode] = Spread.of(times[mode]), _ratio(times[mode], base)
         if on_gpu:
-            plain, both = layer_norm(device)
-            for mode, call in (("no gradients", plain), ("forward and backward", both)):
+            for mode, call in zip(("no gradients", "forward and backward"), layer_norm(device), strict=True):
                 times = interleaved({mode: call, "unit": unit}, device, rounds, repeat)
                 found["F.layer_norm there", mode] = Spread.of(times[mode]), _ratio(times[mode], times["unit"])
         times = interleaved(models(device), device, rounds, 4)

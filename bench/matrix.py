@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import triton
-
-from mar_fast.kernels.jit.compile_check import STRICT, TARGETS, Code, Report, check_all, code, recorded
+from mar_fast.kernels.jit.compile_check import STRICT, TARGETS, TRITON, Code, Report, check_all, code, recorded
 from mar_fast.kernels.jit.launch import LaunchConfig
 
 from .kernel_calls import Call, calls
@@ -92,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     for place, report in check_all([entry.code for entry in entries], options.jobs):
         entry, found = entries[place], report.faults()
         if options.json:
-            more = dict(faults=found, failed=report.failed, calls=[*map(str, entry.calls)], triton=triton.__version__)
+            more = dict(faults=found, failed=report.failed, calls=[*map(str, entry.calls)], triton=TRITON)
             print(json.dumps(asdict(report) | asdict(entry.config) | more), flush=True)
         lines.append(line(entry, report))
         faults += [f"{report.kernel}, {entry.calls[0]}, {report.target}: {fault}" for fault in found]
@@ -101,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{'kernel':38} {'target':7} {'configuration':42} registers local shared tensor core load    s  call")
         print(*sorted(lines), *faults, sep="\n")
         print(
-            f"{len(lines)} compiled with Triton {triton.__version__}, {failed} failed. Local and shared memory and the "
+            f"{len(lines)} compiled with Triton {TRITON}, {failed} failed. Local and shared memory and the "
             f"widest load in bytes. On {', '.join(STRICT)} no fault is allowed, elsewhere everything must compile."
         )
     return int(failed > 0)

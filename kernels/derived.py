@@ -122,7 +122,9 @@ class Derived:
                 derived._kept.pop(first, None)
 
         known = tuple(
-            None if source is None else (weakref.ref(source, died), *state[:2], None if planned else state[2:])
+            None
+            if source is None or state is None
+            else (weakref.ref(source, died), *state[:2], None if planned else state[2:])
             for source, state in zip(sources, states, strict=True)
         )
         if first not in self._kept and len(self._kept) >= SOURCES:

@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -205,6 +206,32 @@ def test_ids_and_memory_that_are_used_again(made):
         weight.data = torch.randn(5, 7)
         get(cache, made, weight)
     assert made.calls == 100 and len(cache) == 1
+
+
+def test_memory_is_held_until_the_next_look(made):
+    """Else another tensor could come to lie at the address that stands for it."""
+    cache, weight, array = Derived(), weights(), np.ones((5, 7), dtype=np.float32)
+    weight.data, memory = torch.from_numpy(array), weakref.ref(array)
+    get(cache, made, weight)
+    weight.data = torch.zeros(1)
+    del array
+    gc.collect()
+    assert memory() is not None
+    get(cache, made, weight)
+    assert memory() is None
+
+
+def test_two_tensors_on_one_memory(made):
+    """Each counts its own versions, so that one may stand where the other did with the same number."""
+    cache, weight, first = Derived(), weights(), weights(5)
+    with torch.no_grad():
+        first.mul_(2)
+        get(cache, made, weight, first)
+        second = nn.Parameter(first.data)
+        second.mul_(2)
+    assert (second.data_ptr(), second._version) == (first.data_ptr(), first._version)
+    get(cache, made, weight, second)
+    assert made.calls == 2
 
 
 def test_a_cache_that_dies_before_its_weights(made):

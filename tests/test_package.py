@@ -1,5 +1,7 @@
 """The package as users get it: installed elsewhere, without triton, one op at a time."""
 
+import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -36,7 +38,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"mar_fast", next(top for top in tops if top.endswith(".dist-info"))}
-    for needed in ("py.typed", "kernels/jit/bias_gelu.py", "bench/savings.py"):
+    for needed in ("py.typed", "kernels/plan.py", "kernels/jit/bias_gelu.py", "bench/savings.py"):
         assert f"mar_fast/{needed}" in names
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     for extra in ("test", "plot", "demo", "hf", "xformers", "flash-attn"):
@@ -50,7 +52,9 @@ def test_installed_wheel_works_outside_the_repository(wheel, tmp_path):
     code = """
 import torch, mar_fast
 from mar_fast.kernels import device
+from mar_fast.kernels.jit import bias_gelu
 assert mar_fast.__file__.startswith(SITE) and device.__file__.startswith(SITE), (mar_fast.__file__, device.__file__)
+assert bias_gelu.config("sm_90", torch.bfloat16, backward=False).origin
 model = mar_fast.create_model("mar_vit_small", depth=1, num_classes=5).eval()
 print(model(torch.zeros(1, 3, 16, 224, 224)).logits.shape)
 """
@@ -155,6 +159,63 @@ def test_public_names_exist():
 
     assert all(getattr(mar_fast, name) is not None for name in mar_fast.__all__)
     assert set(mar_fast.__all__) <= set(dir(mar_fast))
+
+
+def test_triton_is_imported_by_kernels_jit_alone():
+    """Inside a function too."""
+    command = ["git", "grep", "-nE", r"^\s*(from|import) triton", "--", "kernels", "mar_fast", "bench"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines and all(line.startswith("kernels/jit/") for line in lines)
+
+
+def modules(folder):
+    """{dotted name: file}."""
+    files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in (ROOT / folder).rglob("*.py")}
+    return {name.removesuffix(".__init__"): file for name, file in files.items()}
+
+
+def at_import(body):
+    """The import statements that run when a module is imported: not those in functions, nor for type checkers."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from at_import(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for part in ("body", "orelse", "finalbody", "handlers"):
+                yield from at_import(getattr(node, part, []) if not isinstance(node, ast.Expr) else [])
+
+
+def needs(name, file, known):
+    """Which modules of ``known`` a module imports."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in at_import(ast.parse(file.read_text()).body):
+        if isinstance(node, ast.Import):
+            found = [alias.name.replace("mar_fast.kernels", "kernels") for alias in node.names]
+        else:
+            above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            # A name is a module of the package, or something that its __init__ has.
+            found = [f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module for alias in node.names]
+        yield from (other for other in found if other in known and other != name)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "bench", "mar_fast"])
+def test_no_circle_of_imports(folder):
+    known = modules(folder)
+    graph = {name: set(needs(name, file, known)) for name, file in known.items()}
+    assert sum(map(len, graph.values())) > len(graph) / 2  # it does see them
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_a_circle_of_imports_is_found(tmp_path):
+    file = tmp_path / "b.py"
+    file.write_text(
+        "try:\n    from .a import x\nexcept ImportError:\n    import os\n\ndef f():\n    from .c import y\n"
+    )
+    assert list(needs("p.b", file, {"p", "p.a", "p.b", "p.c"})) == ["p.a"]
+    with pytest.raises(graphlib.CycleError, match="nodes are in a cycle"):
+        graphlib.TopologicalSorter({"p.a": {"p.b"}, "p.b": {"p.a"}}).prepare()
 
 
 def imports(folder):

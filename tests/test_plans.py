@@ -170,26 +170,28 @@ def test_modes_one_after_the_other(name):
     """Outputs are those of this mode: dtype, whether they require gradients, whether they are inference tensors."""
     op, operands = small_call(name)
     leaves = {key: value.requires_grad_() if key in floating(operands) else value for key, value in operands.items()}
-    sequence = [*MODES, *reversed(MODES), "grad"]
     with unplanned():
         want = {}
         for mode in MODES:
             with MODES[mode]():
                 want[mode] = tensors(op(**leaves))
-    for mode in sequence:
-        with MODES[mode]():
-            got = tensors(op(**leaves))
-        assert_same(got, want[mode], mode)
+    for first in MODES:
+        plan.forget()
+        for mode in (first, *MODES, first):
+            with MODES[mode]():
+                got = tensors(op(**leaves))
+            assert_same(got, want[mode], f"{mode} after {first}")
     assert not want["no_grad"][0].requires_grad and want["grad"][0].requires_grad
     assert want["inference_mode"][0].is_inference()
 
 
 @every_op
 def test_who_requires_gradients(name):
-    """One tensor at a time, all, none: each time exactly these have one."""
+    """None, one tensor at a time, all: each time exactly these have one."""
     op, operands = small_call(name)
     names = floating(operands)
     _, seeds, every = oracle.outcome(op, operands)
+    plan.forget()
     for _ in range(2):
         for wanted in ([], *([key] for key in names), names):
             leaves = {k: v.detach().requires_grad_(k in wanted) if k in names else v for k, v in operands.items()}
@@ -298,9 +300,11 @@ def test_bad_values_in_a_planned_call(name, bad, message, made):
     for key, value in bad.items():
         assert plan.layout(value)[:4] == plan.layout(operands[key])[:4]
     good = outcome(op, operands)
+    op(**operands)
     made.clear()
-    with pytest.raises(ValueError, match=rf"^{message}"):
-        op(**operands | bad)
+    for call in (op, lambda **rest: outcome(op, rest)):
+        with pytest.raises(ValueError, match=rf"^{message}"):
+            call(**operands | bad)
     assert_same(outcome(op, operands, good[1])[0], good[0])
     assert not made
 
@@ -470,6 +474,30 @@ def test_forward_mode(name):
                 with pytest.raises(RuntimeError, match=rf"^{name}: .*forward-mode"):
                     op(**operands | {key: dual})
             op(**operands)
+
+
+@pytest.mark.compiles
+@every_op
+def test_tangents_of_the_library_op(name, poisoned):
+    """As it is in graphs: PyTorch leaves tangents out there without a word, so it is an error here."""
+    op, operands = small_call(name)
+    key = "pixels" if name == "masked_patch_loss" else floating(operands)[0]
+    x = operands[key]
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: tensors(op(**operands | {key: x}))[0], (x,), (torch.ones_like(x),))[1]
+
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=rf"{name}: got a call under torch.func"):
+        torch.compile(tangent, backend="aot_eager")(x)
+    poisoned.allocated = None
+
+
+def test_tangents_of_the_library_op_itself():
+    _, operands = small_call("bias_gelu")
+    kernels.bias_gelu(**operands)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^bias_gelu: .*forward-mode"):
+        torch.ops.mar_fast.bias_gelu(forward_ad.make_dual(operands["x"], operands["x"]), operands["bias"])
 
 
 @every_op

@@ -34,6 +34,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_87": 166912, "gfx942": 65536}
 SHARED_LIMIT |= dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 232448)
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STRICT = ("sm_80", "sm_90", "sm_100")
+TRITON = triton.__version__
 # Kernels whose loads need not be wide: it reads a weight, once for many calls, in another order.
 COLD = ("fold_weight",)
 

@@ -160,8 +160,8 @@ def config_weight(arch: str, dtype: torch.dtype, *, pixel_bytes: int, columns: i
     if dtype == torch.float32:
         block_m = 64 if arch == "sm_80" else 128
         return LaunchConfig(block_m, 128, 32, num_warps=8, origin="at most 210 registers; compiled clean, not measured")
-    # With uint8 pixels sm_80 has no registers for wide tiles.
-    wide = columns > 512 and (arch != "sm_80" or pixel_bytes > 1)
+    # sm_80 has registers for wide tiles beside pixels of 16 bits alone.
+    wide = columns > 512 and (arch != "sm_80" or pixel_bytes == 2)
     origin = "at most 244 registers; compiled clean, not measured"
     return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, origin=origin)
 

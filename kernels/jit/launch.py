@@ -21,19 +21,18 @@ from torch._library.triton import is_wrap_triton_enabled
 from .. import checks, device, plan
 from ..device import architecture
 
-try:
-    from torch._C import _cuda_getCurrentRawStream as current_stream
-    from torch._C import _cuda_getDevice as current_device
-except ImportError:  # PyTorch without CUDA
 
-    def current_stream(index: int) -> int:  # type: ignore[misc]
-        """No stream."""
-        return 0
+def _no_stream(index: int) -> int:
+    return 0
 
-    def current_device() -> int:  # type: ignore[misc]
-        """No device."""
-        return -1
 
+def _no_device() -> int:
+    return -1
+
+
+# Where PyTorch was built without CUDA there are neither.
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_device)
 
 # Outputs are allocated by torch.empty_like where they can be: it takes a third of torch.empty's time.
 DENSE = torch.contiguous_format
@@ -205,15 +204,16 @@ def stubbed() -> Iterator[None]:
 
     Values of indices are not looked at either, as on a GPU.
     """
-    global _stubbed
+    global _stubbed, current_device, current_stream
     plan.forget()
-    before, _stubbed = (_stubbed, device.INTERPRETING), True
-    device.INTERPRETING = True
+    before = _stubbed, device.INTERPRETING, current_device, current_stream
+    _stubbed, device.INTERPRETING = True, True
+    current_device, current_stream = _no_device, _no_stream  # the real ones look for a driver
     try:
         with checks.unread():
             yield
     finally:
-        _stubbed, device.INTERPRETING = before
+        _stubbed, device.INTERPRETING, current_device, current_stream = before
         plan.forget()
 
 

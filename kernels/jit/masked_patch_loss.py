@@ -132,7 +132,7 @@ def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, side_b
         return LaunchConfig(1, num_warps=8, origin="no case of real size; compiled clean, not measured")
     if arch == "sm_90" and values <= 1536:
         time = "145 us, 4 warps took 210" if backward else "144 us, 4 warps took 210"
-        return LaunchConfig(1, num_warps=1, origin=f"H200, Triton 3.6, bc236cf: {time}; values not compared there yet")
+        return LaunchConfig(1, num_warps=1, origin=f"H200, Triton 3.6, bc236cf: {time}; compared at 663e046")
     if arch in ("sm_80", "sm_90", "sm_100") and backward and side_by_side and dtype == torch.float32:
         return LaunchConfig(1, num_warps=8, origin="at most 61 registers; compiled clean, not measured")
     # Tubelets of one frame are 768 values: with 4 warps no thread has 16 bytes of them to load.
@@ -182,12 +182,12 @@ def _launch(
     if side_by_side:
         block_p = block(t * h * w * channels, block_c) // block_c
     stride_b, stride_c, stride_t, stride_h, stride_w = video.stride()
-    features = dict(backward=backward, values=t * h * w * channels, side_by_side=side_by_side)
     return Launch(
         masked_patch_loss_kernel, (pixels.shape[0] * count,),
         (count, video.shape[3] // h, video.shape[4] // w, (2 if backward else 1) / pixels.numel(),
          pixel_stride, *drop_idx.stride(), stride_b, stride_c, stride_t, stride_h, stride_w),
-        choose(name, config, pixels, **features), (copied,),
+        choose(name, config, pixels, backward=backward, values=t * h * w * channels, side_by_side=side_by_side),
+        (copied,),
         SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w,
         BLOCK_P=block_p, BLOCK_C=block_c, SIDE_BY_SIDE=side_by_side,
     )  # fmt: skip

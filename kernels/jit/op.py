@@ -133,7 +133,8 @@ class Op:
         if not training:
             return forward
         # Without what Function.apply asks first: torch.func is not at work, or there would be no plan.
-        apply, planned = super(torch.autograd.Function, self.function).apply, _Planned(forward, options)
+        apply: Any = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
+        planned = _Planned(forward, options)
         return lambda *tensors: apply(planned, *tensors)
 
     def _untransformed(self) -> RuntimeError:
@@ -233,8 +234,10 @@ class Op:
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         backward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(name, positional, annotation=kind) for name, kind in zip(saved, kinds, strict=True)],
-            return_annotation=tuple[(Tensor,) * gradients] if gradients > 1 else tuple[Tensor, Tensor],
+            return_annotation=tuple[(Tensor,) * max(gradients, 2)],  # type: ignore[misc]
         )
+        custom: Any
+        custom_backward: Any
         custom, custom_backward = (
             (torch.library.custom_op if INTERPRETING or which in opaque else torch.library.triton_op)(
                 f"{LIBRARY}::{self.name}{'' if which == 'forward' else '_backward'}", run, mutates_args=()
