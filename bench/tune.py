@@ -11,7 +11,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
@@ -36,32 +36,25 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 Times = dict[LaunchConfig, list[Spread]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unit:
-    """One choice, and the calls that make it: by their place, and whether in their backward pass."""
+    """One choice, and the calls that make it: by their place, and whether in their backward pass; what became of it.
+
+    No winner: the choice in force stays. Seconds are medians, by run. ``problem`` says why nothing could be tried.
+    """
 
     choice: Choice
     runs: tuple[tuple[int, bool], ...]
-
-    def __str__(self) -> str:
-        shape = [f"{name} {value}" for name, value in self.choice.shape.items()]
-        return ", ".join([self.choice.kernel, self.choice.dtype, *shape])
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a unit: the winner is None where the choice in force stays; ``problem``: nothing could be tried.
-
-    Seconds are medians, by run.
-    """
-
-    unit: Unit
     winner: LaunchConfig | None = None
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
     timed: int = 0
-    dropped: Mapping[LaunchConfig, str] = field(default_factory=dict)
+    dropped: dict[LaunchConfig, str] = field(default_factory=dict)
     problem: str = ""
+
+    def __str__(self) -> str:
+        shape = [f"{name} {value}" for name, value in self.choice.shape.items()]
+        return ", ".join([self.choice.kernel, self.choice.dtype, *shape])
 
 
 class Gpu:
@@ -116,11 +109,12 @@ def units(architecture: str, kernels: Sequence[str] = ()) -> list[Unit]:
     for place, call in enumerate(calls("meta")):
         forward = {launch.choice.kernel for launch, _ in recorded(call.inference, architecture)}
         for launch, _ in recorded(call.everything, architecture):
-            unit = Unit(launch.choice, ((place, launch.choice.kernel not in forward),))
-            before = found.get(str(unit), unit)
-            found[str(unit)] = replace(before, runs=tuple(dict.fromkeys(before.runs + unit.runs)))
-    ops = lambda unit: {unit.choice.kernel, *(calls("meta")[call].op for call, _ in unit.runs)}  # noqa: E731
-    return named(found.values(), kernels, ops)
+            new = Unit(launch.choice, ())
+            unit, run = found.setdefault(str(new), new), (place, launch.choice.kernel not in forward)
+            unit.runs = tuple(dict.fromkeys((*unit.runs, run)))
+    return named(
+        found.values(), kernels, lambda unit: {unit.choice.kernel, *(calls("meta")[i].op for i, _ in unit.runs)}
+    )
 
 
 def candidates(config: LaunchConfig, quick: bool = False) -> list[LaunchConfig]:
@@ -150,37 +144,34 @@ def _sensible(config: LaunchConfig) -> bool:
     return not config.block_n or 4 <= config.block_m * config.block_n / (32 * config.num_warps) <= 256
 
 
-def codes_of(unit: Unit, config: LaunchConfig, architecture: str) -> list[Code]:
-    """What a candidate compiles to in all calls of a unit."""
-    with forced({unit.choice.kernel: config}):
-        every = [recorded(calls("meta")[call].everything, architecture) for call, _ in unit.runs]
-    return [code(*one, architecture) for found in every for one in found if one[0].choice.kernel == unit.choice.kernel]
-
-
-def compiled_clean(
-    unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu
-) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
-    """The candidates that may be run, each code once, and why others may not; ``configs[0]`` is the one in force.
+def compiled_clean(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu) -> list[LaunchConfig]:
+    """The candidates that may be run, each code once; ``configs[0]`` is the one in force.
 
     Raises:
         ArithmeticError: the configuration in force does not compile.
     """
-    codes: dict[str, tuple[LaunchConfig, list[Code]]] = {}
-    dropped: dict[LaunchConfig, str] = {}
+    kernel, codes = unit.choice.kernel, dict[str, tuple[LaunchConfig, list[Code]]]()
     for config in configs:
         try:
-            found = codes_of(unit, config, machine.architecture)
-            codes.setdefault(repr(found), (config, found))
+            with forced({kernel: config}):
+                launches = [
+                    one
+                    for call, _ in unit.runs
+                    for one in recorded(calls("meta")[call].everything, machine.architecture)
+                ]
         except Exception as error:  # a launcher may refuse a configuration
-            dropped[config] = f"the launcher fails: {type(error).__name__}: {error}"
+            unit.dropped[config] = f"the launcher fails: {type(error).__name__}: {error}"
+        else:
+            found = [code(*one, machine.architecture) for one in launches if one[0].choice.kernel == kernel]
+            codes.setdefault(repr(found), (config, found))
     every = [(config, one) for config, found in codes.values() for one in found]
     for place, report in machine.compile([one for _, one in every]):
         config = every[place][0]
         if config == configs[0] and report.error:
             raise ArithmeticError(f"the configuration in force {report.error}")
         if config != configs[0] and report.faults():
-            dropped[config] = report.faults()[0]
-    return [config for config, _ in codes.values() if config not in dropped], dropped
+            unit.dropped[config] = report.faults()[0]
+    return [config for config, _ in codes.values() if config not in unit.dropped]
 
 
 def disagreement(got: Sequence[Tensor], want: Sequence[Tensor]) -> str:
@@ -194,18 +185,17 @@ def disagreement(got: Sequence[Tensor], want: Sequence[Tensor]) -> str:
     return ""
 
 
-def disagreeing(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu) -> dict[LaunchConfig, str]:
-    """Why candidates that compile may not be timed.
+def agreeing(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu) -> list[LaunchConfig]:
+    """The candidates that may be timed.
 
     Raises:
         ArithmeticError: the results of the configuration in force are not finite.
     """
-    dropped: dict[LaunchConfig, str] = {}
     for call in dict.fromkeys(call for call, _ in unit.runs):
         want = machine.outcome(call, unit.choice.kernel, configs[0])
         if not all(bool(result.isfinite().all()) for result in want):
             raise ArithmeticError("results of the configuration in force are not finite")
-        for config in [config for config in configs[1:] if config not in dropped]:
+        for config in [config for config in configs[1:] if config not in unit.dropped]:
             try:
                 reason = disagreement(machine.outcome(call, unit.choice.kernel, config), want)
             except torch.cuda.OutOfMemoryError:
@@ -213,8 +203,8 @@ def disagreeing(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu) -> di
             except Exception as error:  # the driver may refuse what the compiler took
                 reason = f"does not run: {type(error).__name__}: {error}"
             if reason:
-                dropped[config] = reason
-    return dropped
+                unit.dropped[config] = reason
+    return [config for config in configs if config not in unit.dropped]
 
 
 def _race(unit: Unit, configs: Sequence[LaunchConfig], machine: Gpu, rounds: int) -> Times:
@@ -246,21 +236,21 @@ def choose(times: Times, in_force: LaunchConfig) -> LaunchConfig | None:
     return best if best != in_force else None
 
 
-def tune_unit(unit: Unit, machine: Gpu, quick: bool = False) -> Result:
-    """Find the best configuration for one unit."""
+def tune_unit(unit: Unit, machine: Gpu, quick: bool = False) -> Unit:
+    """Find the best configuration for one unit, which is returned."""
     in_force = unit.choice.config
     try:
-        configs, dropped = compiled_clean(unit, candidates(in_force, quick), machine)
-        dropped |= disagreeing(unit, configs, machine)
+        configs = agreeing(unit, compiled_clean(unit, candidates(in_force, quick), machine), machine)
     except ArithmeticError as error:
-        return Result(unit, problem=str(error))
-    configs = [config for config in configs if config not in dropped]
-    first = _race(unit, configs, machine, FIRST_ROUNDS)
+        unit.problem = str(error)
+        return unit
+    first, unit.timed = _race(unit, configs, machine, FIRST_ROUNDS), len(configs)
     best = sorted(configs[1:], key=lambda config: _ratio(first[config], first[in_force]))[:FINALISTS]
     times = _race(unit, [in_force, *best], machine, FINAL_ROUNDS)
-    winner = choose(times, in_force)
-    before, after = (tuple(one.p50 for one in times[config]) if config else () for config in (in_force, winner))
-    return Result(unit, winner, before, after, len(configs), dropped)
+    unit.winner = choose(times, in_force)
+    unit.before = tuple(one.p50 for one in times[in_force])
+    unit.after = tuple(one.p50 for one in times[unit.winner or in_force])
+    return unit
 
 
 def add_override(path: Path, architecture: str, kernel: str, row: dict[str, Any]) -> None:
@@ -277,9 +267,7 @@ def add_override(path: Path, architecture: str, kernel: str, row: dict[str, Any]
     forget_choices()
 
 
-def tune(
-    machine: Gpu, path: Path, said: str = "", kernels: Sequence[str] = (), quick: bool = False
-) -> Iterator[Result]:
+def tune(machine: Gpu, path: Path, said: str, kernels: Sequence[str] = (), quick: bool = False) -> Iterator[Unit]:
     """Tune, and write each winner to ``path`` as soon as it is known, with what is ``said`` of the measurement.
 
     Raises:
@@ -288,28 +276,16 @@ def tune(
     if path.is_file():
         read_overrides(path)
     for unit in units(machine.architecture, kernels):
-        result = tune_unit(unit, machine, quick)
-        if result.winner is not None:
+        if winner := tune_unit(unit, machine, quick).winner:
             medians = [
                 f"{after * 1e6:.1f} us against {before * 1e6:.1f} us ({calls('meta')[call]}{', backward' * backward})"
-                for after, before, (call, backward) in zip(result.after, result.before, unit.runs, strict=True)
+                for after, before, (call, backward) in zip(unit.after, unit.before, unit.runs, strict=True)
             ]
-            row = {
-                "dtypes": [unit.choice.dtype],
-                "where": {name: [int(value), int(value)] for name, value in unit.choice.shape.items()},
-                "config": result.winner.options(),
-                "origin": f"{said}: {'; '.join(medians)}",
-            }
+            where = {name: [int(value), int(value)] for name, value in unit.choice.shape.items()}
+            row = {"dtypes": [unit.choice.dtype], "where": where, "config": winner.options()}
+            row["origin"] = f"{said}: {'; '.join(medians)}"
             add_override(path, machine.architecture, unit.choice.kernel, row)
-        yield result
-
-
-def line(result: Result) -> str:
-    """What is said of a result."""
-    before, after = (" ".join(f"{s * 1e6:.1f}" for s in medians) for medians in (result.before, result.after))
-    outcome = f"{after} us, {described(result.winner)}" if result.winner else result.problem or "stays"
-    tried = f"{result.timed} of {result.timed + len(result.dropped)}"
-    return f"{result.unit!s:80} {tried:>10} candidates, {before} us: {outcome}"
+        yield unit
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -323,9 +299,12 @@ def main(arguments: Sequence[str]) -> int:
         gpu = Gpu()
         about = machine.environment(gpu.device)
         said = "measured: " + ", ".join(f"{about[key]}" for key in ("device", "torch", "triton", "commit", "date"))
-        for result in tune(gpu, options.out, said, options.kernel, options.quick):
-            won += result.winner is not None
-            print(line(result), flush=True)
+        for unit in tune(gpu, options.out, said, options.kernel, options.quick):
+            won += unit.winner is not None
+            before, after = (" ".join(f"{s * 1e6:.1f}" for s in medians) for medians in (unit.before, unit.after))
+            outcome = f"{after} us, {described(unit.winner)}" if unit.winner else unit.problem or "stays"
+            tried = f"{unit.timed} of {unit.timed + len(unit.dropped)}"
+            print(f"{unit!s:80} {tried:>10} candidates, {before} us: {outcome}", flush=True)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     finally:

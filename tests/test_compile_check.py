@@ -147,14 +147,30 @@ def test_good_product(target):
     report = product(GOOD, target)
     assert not report.faults() and report.dots == 1 and report.tensor_core > 0
     assert report.widest_load == 16 and report.registers > 32
+    if target.startswith("sm_"):
+        report = product(SMALL, target, torch.float32, "tf32x3")
+        assert not report.faults() and (report.dots, report.products) == (1, 3)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_float32_needs_three_products(target):
-    right, lossy = (product(SMALL, target, torch.float32, precision) for precision in ("tf32x3", "tf32"))
-    assert not right.faults() and (right.dots, right.products) == (1, 3)
-    assert lossy.faults() == ["1 float32 products by one of TF32, three are needed"]
-    assert lossy.failed == (target in STRICT)
+@pytest.mark.parametrize(
+    ("fault", "config", "target", "options"),
+    [
+        (r"\d+ bytes spilled, [1-9]\d* bytes of stack", LaunchConfig(256, 128, 32, 2, 2), "sm_80", ()),
+        (r"\d+ bytes of shared memory, \d+ is the limit", LaunchConfig(128, 256, 128, 8, 4), "sm_80", ()),
+        (r"\d+ bytes of shared memory, \d+ is the limit", LaunchConfig(128, 256, 128, 8, 4), "sm_120", ()),
+        ("no tensor core instruction", LaunchConfig(64, 64, 16, 8), "sm_90", (torch.float32, "ieee")),
+        ("does not compile: .*", replace(GOOD, block_m=8, block_k=8), "sm_90", ()),
+        *(
+            ("1 float32 products by one of TF32, three are needed", SMALL, target, (torch.float32, "tf32"))
+            for target in TARGETS[:4]
+        ),
+    ],
+)
+def test_bad_product(fault, config, target, options):
+    """Too few warps, too large tiles, multiply-adds, blocks that no instruction has, one product of TF32."""
+    report = product(config, target, *options)
+    assert any(re.fullmatch(fault, found, re.DOTALL) for found in report.faults()), report
+    assert report.failed == (target in STRICT)
 
 
 @pytest.mark.parametrize("target", STRICT)
@@ -200,30 +216,6 @@ def test_layout_that_was_wrong_on_hardware(kernel, config, size):
     )
     assert then.failed and re.fullmatch(r"\d+ m64n8k8 wgmma, which are wrong for float32", then.faults()[0])
     assert not now.faults() and now.products == 3
-
-
-def test_too_few_warps_spill():
-    report = product(LaunchConfig(256, 128, 32, num_warps=2, num_stages=2), "sm_80")
-    assert report.stack_bytes + report.spilled_bytes > 0 and report.failed
-    assert re.search(r"\d+ bytes spilled, [1-9]\d* bytes of stack", report.faults()[0])
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
-def test_too_much_shared_memory(target):
-    report = product(LaunchConfig(128, 256, 128, num_warps=8, num_stages=4), target)
-    assert any("bytes of shared memory" in fault for fault in report.faults())
-    assert report.failed == (target in STRICT)
-
-
-def test_no_tensor_core_instruction():
-    """float32 operands at full precision: plain multiply-adds."""
-    report = product(LaunchConfig(64, 64, 16, num_warps=8), dtype=torch.float32, precision="ieee")
-    assert report.tensor_core == 0 and "no tensor core instruction" in report.faults() and report.failed
-
-
-def test_what_does_not_compile_is_said():
-    report = product(replace(GOOD, block_m=8, block_k=8))
-    assert report.failed and report.faults()[0].startswith("does not compile: ")
 
 
 def gelu(stride, start=0, config=None):
@@ -286,17 +278,20 @@ def test_command(first_call, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_compiler_that_ends_its_process(monkeypatch):
-    """Only the item that does it is lost."""
-    items = ["1", "__import__('os')._exit(1)", "3"]
-    assert dict(compile_check.each(eval, items, jobs=2)) == {0: 1, 1: None, 2: 3}
-    monkeypatch.setattr(compile_check, "each", lambda work, items, jobs: [(0, None)])
-    ((_, report),) = compile_check.check_all([SimpleNamespace(kernel="k", target="sm_120")], 1)
-    assert report.failed and report.faults() == ["does not compile: the compiler ended its process"]
+class EndsItsProcess:
+    """Where it is unpickled."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
 
 
-def test_processes_give_the_same(first_call):
+def test_processes(first_call):
+    """They give what this one gives; if the compiler ends one, only the code that does it is lost."""
     codes = [entry.code for entry in matrix.plan(["sm_90", "gfx942"], ["bias_gelu_forward"])]
-    here, there = (dict(compile_check.check_all(codes, jobs)) for jobs in (0, 1))
-    assert len(here) == 2
-    assert all(replace(here[place], seconds=0) == replace(there[place], seconds=0) for place in range(2))
+    here = dict(compile_check.check_all(codes, jobs=0))
+    bad = replace(codes[0], kernel="bad", constants={"BLOCK_M": EndsItsProcess()})
+    there = dict(compile_check.check_all([codes[0], bad, codes[1]], jobs=2))
+    assert there[1].failed and there[1].faults() == ["does not compile: the compiler ended its process"]
+    assert len(here) == 2 and len(there) == 3
+    for mine, other in ((here[0], there[0]), (here[1], there[2])):
+        assert replace(mine, seconds=0) == replace(other, seconds=0)

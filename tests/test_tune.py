@@ -128,10 +128,9 @@ def test_options_that_a_kernel_does_not_read():
     """They make no further candidate; and the launch that is compiled is the candidate's."""
     config = in_force()
     others = [replace(config, block_k=64), replace(config, num_warps=8), replace(config, resident=not config.resident)]
-    kept, dropped = tune.compiled_clean(unit(), [config, *others], StandIn())
-    assert kept == [config, others[1]] and not dropped
-    for code in tune.codes_of(unit(), LaunchConfig(32, 64, num_warps=2), ARCHITECTURE):
-        assert code.constants == dict(BLOCK_M=32, BLOCK_N=64) and code.options["num_warps"] == 2
+    one, machine = unit(), StandIn()
+    assert tune.compiled_clean(one, [config, *others], machine) == [config, others[1]] and not one.dropped
+    assert set(machine.compiled) == {config, others[1]}
 
 
 # What becomes of a planted candidate.
@@ -175,9 +174,10 @@ def test_the_compiler_and_launchers_drop_candidates():
     """Not a stand-in's word: too large a tile for its warps spills, a tiny one makes narrow loads, one is refused."""
     machine = StandIn()
     machine.compile = lambda codes: compile_check.check_all(codes, jobs=0)
+    one, good = unit(), [in_force(), near(in_force())]
     huge, tiny, refused = LaunchConfig(64, 512), LaunchConfig(4, 32, num_warps=1), LaunchConfig(0, 32)
-    kept, dropped = tune.compiled_clean(unit(), [in_force(), near(in_force()), huge, tiny, refused], machine)
-    assert kept == [in_force(), near(in_force())]
+    assert tune.compiled_clean(one, [*good, huge, tiny, refused], machine) == good
+    dropped = one.dropped
     assert "bytes of stack" in dropped[huge] and "widest global load" in dropped[tiny]
     assert dropped[refused].startswith("the launcher fails: ZeroDivisionError")
 
@@ -247,7 +247,7 @@ def test_choice(times, winner):
 
 def test_winner_is_written_read_and_goes_first(path):
     winner, before = near(in_force()), in_force()
-    assert [result.winner for result in run(StandIn(speed={winner: 0.5e-3}), path)] == [winner] * 3  # dtypes
+    assert [unit.winner for unit in run(StandIn(speed={winner: 0.5e-3}), path)] == [winner] * 3  # dtypes
     rows = json.loads(path.read_text())[ARCHITECTURE][KERNEL]
     assert sorted(row["dtypes"] for row in rows) == [["bfloat16"], ["float16"], ["float32"]]
     assert all(row["where"] == {"backward": [0, 0]} for row in rows)

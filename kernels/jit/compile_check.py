@@ -60,7 +60,7 @@ _POINTER = {
 
 @dataclass(frozen=True)
 class Code:
-    """Everything that the compiler is told of a launch: two with the same ``repr`` compile to the same code."""
+    """What the compiler is told of a launch: two with the same ``repr`` compile to the same code."""
 
     kernel: str
     target: str
@@ -73,10 +73,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one launch on one target. ``loads`` counts global loads by their bytes a thread.
+    """What became of one launch on one target.
 
-    ``dots`` are the matrix products of the source, ``single`` those of float32 by one product of TF32. Where float32 is
-    multiplied by three of them, ``products`` are the multiply-adds that the compiler makes of one; else 0.
+    ``dots`` are the matrix products of the source, ``single`` those of float32 by one of TF32; ``products`` is how many
+    of TF32 the compiler made of one of float32, where it is multiplied so. ``loads``: how many, by bytes a thread.
     """
 
     kernel: str
@@ -189,37 +189,28 @@ def check(code: Code) -> Report:
 
 
 def check_all(codes: Sequence[Code], jobs: int) -> Iterator[tuple[int, Report]]:
-    """Check them in ``jobs`` processes (0: in this one): (place, report) as they are done."""
-    lost = "does not compile: the compiler ended its process"
-    for place, report in each(check, codes, jobs):
-        yield place, report or Report(codes[place].kernel, codes[place].target, error=lost)
+    """Check them in ``jobs`` processes (0: in this one): (place, report) as they are done.
 
-
-def each(work: Callable[[Any], Any], items: Sequence[Any], jobs: int) -> Iterator[tuple[int, Any]]:
-    """``work`` on every item: (its place, result) as they are done, None for an item that ends its process.
-
-    The compiler is C++ and may do that; then the items are done one at a time, so that the one that does it is known.
+    The compiler is C++ and may end its process; then they are done one at a time, so that the culprit is known.
     """
     if not jobs:
-        yield from enumerate(map(work, items))
+        yield from enumerate(map(check, codes))
         return
-    context = multiprocessing.get_context("spawn")
-    pending = dict(enumerate(items))
+    pending = dict(enumerate(codes))
     while pending:
-        with ProcessPoolExecutor(min(jobs, len(pending)), mp_context=context) as pool:
-            futures = {pool.submit(work, item): place for place, item in pending.items()}
+        with ProcessPoolExecutor(min(jobs, len(pending)), mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(check, code): place for place, code in pending.items()}
             try:
                 for future in as_completed(futures):
                     with suppress(BrokenProcessPool):
-                        result = future.result()
+                        report = future.result()
                         del pending[futures[future]]
-                        yield futures[future], result
+                        yield futures[future], report
             finally:
                 pool.shutdown(cancel_futures=True)
         if pending and jobs == 1:  # done in order, so it was the first of these
-            place = min(pending)
-            del pending[place]
-            yield place, None
+            lost = pending.pop(place := min(pending))
+            yield place, Report(lost.kernel, lost.target, error="does not compile: the compiler ended its process")
         jobs = 1
 
 

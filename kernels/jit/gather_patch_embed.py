@@ -4,6 +4,7 @@ M = B * N visible tubelets, K = C * t * h * w values in each (see tubelets.py), 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -124,25 +125,16 @@ def outputs(
     return torch.empty((*keep_idx.shape, weight.shape[0]), dtype=weight.dtype, device=weight.device)
 
 
-def forward(
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    work: torch.dtype,
-    kept: Derived | None = None,
-) -> Run:
-    """Embedded tubelets; the product works in ``work``.
+def forward(*inputs: Any, kept: Derived | None = None) -> Run:
+    """Embedded tubelets, for the inputs of `outputs`.
 
     Args:
-        video: This and the others as in `mar_fast.kernels.gather_patch_embed`.
+        *inputs: The product works in ``work``, the last one.
         kept: Where the weight as the product takes it is kept between calls; None if it must be made in each.
     """
-    columns, channels, t, h, w = weight.shape
-    options, count = (mean, std, work), keep_idx.numel()
+    (video, keep_idx, weight, bias, pos_embed), options = inputs[:5], inputs[5:]
+    (columns, channels, t, h, w), (mean, std, work) = weight.shape, options
+    count = keep_idx.numel()
     if count * columns == 0:
         return lambda *tensors: outputs(*tensors, *options)
     layout, copied = layout_of(video, (t, h, w))

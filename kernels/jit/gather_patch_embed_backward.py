@@ -1,6 +1,7 @@
 """gather_patch_embed in Triton, backward. Letters as in the forward: M visible tubelets of K values, D columns."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -210,19 +211,10 @@ def gradients(
     )
 
 
-def backward(
-    grad: Tensor,
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-    needs: Sequence[bool],
-) -> Run:
-    """Each gradient by launches of its own; one that is not needed is not computed."""
-    options = (mean, std, work)
+def backward(*inputs: Any) -> Run:
+    """Each gradient by launches of its own, for the inputs of `gradients`; one that is not needed is not computed."""
+    (grad, video, keep_idx, weight, pos_embed), options, needs = inputs[:5], inputs[5:8], inputs[8]
+    work = options[2]
     if grad.numel() == 0:
         return lambda *operands: [
             value if value is None else value.zero_() for value in gradients(*operands, *options, needs)

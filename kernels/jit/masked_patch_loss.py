@@ -4,6 +4,7 @@ P = t * h * w positions of C channels, in the order (t, h, w, C) of the pixels; 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -193,17 +194,9 @@ def _launch(
     )  # fmt: skip
 
 
-def forward(
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-) -> Run:
-    """The mean squared error."""
-    options = (patch_size, mean, std, normalize)
+def forward(*inputs: Any) -> Run:
+    """The mean squared error, for the inputs of `outputs`."""
+    (pixels, video, drop_idx), options = inputs[:3], inputs[3:]
     if pixels.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options).zero_()
     launch = _launch("masked_patch_loss_forward", pixels, video, drop_idx, *options, backward=False)
@@ -236,25 +229,15 @@ def gradients(
     return (torch.empty_like(pixels, memory_format=DENSE),)
 
 
-def backward(
-    grad: Tensor,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    needs: Sequence[bool],
-) -> Run:
-    """The gradient of pixels, from a target made once more; ``grad`` stays on the device."""
-    options = (patch_size, mean, std, normalize)
+def backward(*inputs: Any) -> Run:
+    """From a target made once more, for the inputs of `gradients`; ``grad`` stays on the device."""
+    (pixels, video, drop_idx), options = inputs[1:4], inputs[4:]
     if pixels.numel() == 0:
-        return lambda *operands: gradients(*operands, *options, needs)
-    launch = _launch("masked_patch_loss_backward", pixels, video, drop_idx, *options, backward=True)
+        return lambda *operands: gradients(*operands, *options)
+    launch = _launch("masked_patch_loss_backward", pixels, video, drop_idx, *options[:-1], backward=True)
 
     def run(grad: Tensor, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> tuple[Tensor]:
-        results = gradients(grad, pixels, video, drop_idx, *options, needs)
+        results = gradients(grad, pixels, video, drop_idx, *options)
         launch(pixels, video, drop_idx, grad, *results)
         return results
 
