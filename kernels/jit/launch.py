@@ -335,8 +335,14 @@ def scattered(vector: Tensor | None) -> bool:
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What ``torch.empty_like(..., memory_format=DENSE)`` makes such a tensor of: one value that is never read."""
-    return torch.empty((), dtype=dtype, device=device).expand(shape)
+    """What ``torch.empty_like(..., memory_format=DENSE)`` makes such a tensor of: one value, which is never read.
+
+    A plan may keep it, as it may keep no other tensor.
+    """
+    value = torch.empty((), dtype=dtype, device=device)
+    template = value.expand(shape)
+    value.is_template = template.is_template = True  # type: ignore[attr-defined]
+    return template
 
 
 def precision(operand: Tensor) -> str:
