@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,15 @@ except ImportError:  # PyTorch without CUDA
 SOURCES, WAYS = 1024, 16
 
 
-class _Kept(NamedTuple):
-    stream: int | None
-    sources: tuple[Any, ...]  # of each a weak reference, and what its state was
-    aliases: tuple[Tensor | None, ...]
-    result: Any
+class _Kept:
+    """One result: of each source a weak reference, its address, version, and its layout where that is compared."""
+
+    __slots__ = ("__weakref__", "aliases", "result", "sources", "stream")
+
+    def __init__(
+        self, stream: int | None, sources: tuple[Any, ...], aliases: tuple[Tensor | None, ...], result: Any
+    ) -> None:
+        self.stream, self.sources, self.aliases, self.result = stream, sources, aliases, result
 
 
 class Derived:
@@ -62,25 +66,27 @@ class Derived:
     def __reduce__(self) -> tuple[type["Derived"], tuple[()]]:
         return Derived, ()
 
-    def get(
-        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], *, planned: bool = False
-    ) -> Any:
+    def get(self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any]) -> Any:
         """``make(*sources)``, or what it gave the last time.
 
         Args:
             sources: All tensors that the result depends on; the first is not None.
             options: Everything else that it depends on, also which ``make`` it is.
             make: A function of the sources. With gradients on it is called every time, and differentiable if it is.
-            planned: Whether the options name dtype, shape and strides of every source, as a plan's key does: they are
-                not compared then.
         """
         if torch.compiler.is_compiling():
             return make(*sources)
+        return self._get(sources, options, make, False)[0]
+
+    def _get(
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
+    ) -> tuple[Any, _Kept | None]:
+        """The result, and where it is kept if it is."""
         if plan.grad_enabled():
             self.forget(sources[0])
-            return make(*sources)
+            return make(*sources), None
         if plan.dispatch_modes():
-            return make(*sources)
+            return make(*sources), None
         ways = self._kept.get(id(sources[0]))
         if ways is not None:
             kept = ways.get(options)
@@ -88,13 +94,11 @@ class Derived:
                 if _unchanged(kept.sources, sources):
                     if _held is not None:
                         _held.append(kept.result)
-                        return kept.result
-                    if kept.stream is None:
-                        return kept.result
+                        return kept.result, None
+                    if _served(kept.stream, sources[0]):
+                        return kept.result, kept
                     if torch.cuda.is_current_stream_capturing():
-                        return make(*sources)
-                    if kept.stream == _stream(sources[0]):
-                        return kept.result
+                        return make(*sources), None
                 ways.pop(options, None)
         return self._make(sources, options, make, planned)
 
@@ -107,10 +111,10 @@ class Derived:
 
     def _make(
         self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
-    ) -> Any:
+    ) -> tuple[Any, _Kept | None]:
         states = [None if source is None else _state(source) for source in sources]
         if () in states or plan.transformed():
-            return make(*sources)
+            return make(*sources), None
         with torch.inference_mode(False), torch.no_grad():  # what is kept is an ordinary tensor
             result = make(*sources)
             aliases = tuple(None if source is None else source.detach() for source in sources)
@@ -124,7 +128,7 @@ class Derived:
         known = tuple(
             None
             if source is None or state is None
-            else (weakref.ref(source, died), *state[:2], None if planned else state[2:])
+            else (weakref.ref(source, died), *state[:2], *(() if planned else state[2:]))
             for source, state in zip(sources, states, strict=True)
         )
         if first not in self._kept and len(self._kept) >= SOURCES:
@@ -132,7 +136,40 @@ class Derived:
         ways = self._kept.setdefault(first, {})
         if len(ways) >= WAYS:
             ways.clear()
-        ways[options] = _Kept(_stream(sources[0]), known, aliases, result)
+        kept = ways[options] = _Kept(_stream(sources[0]), known, aliases, result)
+        return result, kept
+
+
+class Slot:
+    """`Derived.get` for a plan, whose key says what layouts its sources have: they are not compared."""
+
+    __slots__ = ("_derived", "_last", "_make", "_options")
+
+    def __init__(self, derived: Derived, options: Hashable, make: Callable[..., Any], *sources: Tensor) -> None:
+        """See `Derived.get`.
+
+        Args:
+            derived: The cache.
+            options: As there.
+            make: As there.
+            *sources: Some with the layouts that all others have, too.
+        """
+        layouts = tuple((source.dtype, source.shape, source.stride()) for source in sources)
+        self._derived, self._options, self._make = derived, (options, layouts), make
+        self._last: Callable[[], _Kept | None] = lambda: None
+
+    def __call__(self, *sources: Tensor) -> Any:
+        """``make(*sources)``, or what it gave the last time."""
+        kept = self._last()  # only as long as it is kept there
+        if kept is not None and _held is None and (kept.stream is None or _served(kept.stream, sources[0])):
+            for (weak, address, version), source in zip(kept.sources, sources, strict=True):
+                if weak() is not source or source.data_ptr() != address or source._version != version:
+                    break
+            else:
+                return kept.result
+        result, kept = self._derived._get(sources, self._options, self._make, True)
+        if kept is not None:
+            self._last = weakref.ref(kept)
         return result
 
 
@@ -151,6 +188,11 @@ def held() -> Iterator[list[Any]]:
         yield _held
     finally:
         _held = before
+
+
+def _served(stream: int | None, source: Tensor | None) -> bool:
+    """Whether what was made on a stream may be read now."""
+    return stream is None or (stream == _stream(source) and not torch.cuda.is_current_stream_capturing())
 
 
 def _stream(source: Tensor | None) -> int | None:
@@ -182,10 +224,10 @@ def _unchanged(known: Sequence[Any], sources: Sequence[Tensor | None]) -> bool:
             if one is not source:
                 return False
             continue
-        weak, address, version, layout = one
+        weak, address, version, *layout = one
         if weak() is not source or source.data_ptr() != address or source._version != version:
             return False
-        if layout is not None and layout != (source.dtype, source.shape, source.stride()):
+        if layout and layout != [source.dtype, source.shape, source.stride()]:
             return False
     return True
 

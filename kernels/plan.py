@@ -5,6 +5,7 @@ launch choice, the grid, the compiled kernel) is the same for two calls with the
 them, a function of the tensors, under that key.
 """
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,25 @@ Key = tuple[Any, ...]
 
 # Plans of one op. Shapes that change with every call must not fill the memory; to begin again costs what one call did.
 LIMIT = 512
+
+
+# Tuples among the options, by identity, with what stands for them in keys: to hash them in every call takes longer.
+# They are held, so that no other one comes by such an identity.
+_tuples: dict[int, tuple[tuple[Any, ...], int]] = {}
+_names: dict[Key, int] = {}
+_count = itertools.count()
+
+
+def _named(value: tuple[Any, ...]) -> Any:
+    """A number that equal tuples share whose parts are of equal types: (2, 3.0) == (2, 3)."""
+    if not all(type(part) in (int, float, bool, str) for part in value):
+        return type(value), value, *map(type, value)
+    if len(_tuples) >= LIMIT:
+        _tuples.clear()
+        _names.clear()  # numbers are never used again: calls are planned anew
+    number = _names.setdefault((type(value), value, *map(type, value)), next(_count))
+    _tuples[id(value)] = value, number
+    return number
 
 
 def dual() -> bool:
@@ -91,13 +111,15 @@ class Plans:
             elif isinstance(value, Tensor):
                 return None, None
             elif isinstance(value, tuple):
-                parts += kind, value, *map(type, value)  # (2, 3.0) == (2, 3)
+                known = _tuples.get(id(value))
+                parts.append(known[1] if known is not None and known[0] is value else _named(value))
             else:
                 parts += kind, value  # 1 == 1.0 == True
-        if where is None or where.type not in device.AUTOCAST:
+        on = None if where is None else where.type
+        if on is None or on not in device.AUTOCAST:
             return None, None
-        if autocast(where.type):
-            parts.append(torch.get_autocast_dtype(where.type))
+        if autocast(on):
+            parts.append(torch.get_autocast_dtype(on))
         key = tuple(parts)
         try:
             return key, self._kept.get(key)

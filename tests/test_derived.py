@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mar_fast.kernels import derived
-from mar_fast.kernels.derived import Derived
+from mar_fast.kernels.derived import Derived, Slot
 
 
 class Doubling:
@@ -32,10 +32,10 @@ def made():
     return Doubling()
 
 
-def get(cache, made, *sources, options=None, **how):
+def get(cache, made, *sources, options=None):
     """Without gradients, and right in any case."""
     with torch.no_grad():
-        result = cache.get(sources, options, made, **how)
+        result = cache.get(sources, options, made)
         assert torch.equal(result, sum(2 * source.float().sum() for source in sources if source is not None))
     return result
 
@@ -369,19 +369,54 @@ def test_two_devices(made):
     assert made.calls == 3
 
 
-def test_planned(made):
-    """Layouts that the options name are not compared; all else is."""
-    cache, weight = Derived(), weights()
-    first = get(cache, made, weight, options=weight.stride(), planned=True)
+def test_slot(made):
+    """For one layout, which is not compared; all else is, and another slot of the same way finds the same."""
+    cache, weight, bias = Derived(), weights(), weights(5)
+
+    def through(slot):
+        with torch.no_grad():
+            result = slot(weight, bias)
+        assert torch.equal(result, 2 * weight.detach().sum() + 2 * bias.detach().sum())
+        return result
+
+    slot = Slot(cache, "a", made, weight, bias)
+    first = through(slot)
+    assert through(slot) is first and through(Slot(cache, "a", made, weight, bias)) is first
+    through(Slot(cache, "b", made, weight, bias))
     weight.data = weight.data.T
-    second = get(cache, made, weight, options=weight.stride(), planned=True)
-    assert second is not first and made.calls == 2
+    assert through(Slot(cache, "a", made, weight, bias)) is not first
+    weight.data = weight.data.T
+    assert made.calls == 3
+    calls = 3
+    for change in (
+        lambda: weight.mul_(3),
+        lambda: bias.mul_(3),
+        lambda: setattr(weight, "data", torch.randn(5, 7)),
+        cache.forget,
+        lambda: cache.forget(weight),
+        derived.forget,
+    ):
+        through(slot)
+        with torch.no_grad():
+            change()
+        calls += 1 if made.calls == calls else 2
+        through(slot)
+        assert through(slot) is through(slot) and made.calls == calls, change
+
+
+def test_a_slot_keeps_nothing_alive(made):
+    cache, weight = Derived(), weights()
+    slot = Slot(cache, None, made, weight)
     with torch.no_grad():
-        weight.mul_(3)
-    get(cache, made, weight, options=weight.stride(), planned=True)
-    weight.data = torch.randn(7, 5)
-    get(cache, made, weight, options=weight.stride(), planned=True)
-    assert made.calls == 4
+        result = weakref.ref(slot(weight))
+    del weight
+    gc.collect()
+    assert result() is None
+    for _ in range(50):
+        weight = weights()
+        with torch.no_grad():
+            assert torch.equal(slot(weight), 2 * weight.sum())
+        del weight
 
 
 def test_threads():

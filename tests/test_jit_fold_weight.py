@@ -89,7 +89,7 @@ def test_for_float_pixels(shape, memory):
                 same = dtype == work and weight.is_contiguous() and not found.channels_last
                 assert (fold is None) == same
                 if fold is not None:
-                    folded, _ = fold(weight, None)
+                    folded, _ = fold(weight)
                     assert torch.equal(folded, in_order(weight.to(work), found.channels_last))
 
 

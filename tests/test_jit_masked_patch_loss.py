@@ -246,6 +246,10 @@ def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
             sizes.append(torch.Size(shape).numel())
             return torch_.empty(shape, **options)
 
+        def empty_like(self, tensor, **options):
+            sizes.append(tensor.numel())
+            return torch_.empty_like(tensor, **options)
+
     monkeypatch.setattr(launcher, "torch", Sizes())
     operands = operands_of(make_clip(2, torch.uint8, **REAL), **REAL)
     operands["pixels"].requires_grad_()

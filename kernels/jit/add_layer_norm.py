@@ -1,6 +1,7 @@
 """add_layer_norm in Triton: rows of D columns, a row whole in one program; statistics and sums in float32."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -171,21 +172,10 @@ def outputs(
     return normed, new_residual, statistics  # type: ignore[return-value]
 
 
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    save: bool,
-) -> Run:
-    """Sum and norm in one pass."""
-    batch, count, columns = x.shape
-    options = (eps, dtype, x_dtype, save)
+def forward(*inputs: Any) -> Run:
+    """Sum and norm in one pass, for the inputs of `outputs`."""
+    (x, residual, weight, bias, layer_scale, row_scale), options = inputs[:6], inputs[6:]
+    (batch, count, columns), eps = x.shape, options[0]
     if x.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options)
     x_stride, x_copied = rows(x)
@@ -198,8 +188,8 @@ def forward(
         BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
     )  # fmt: skip
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        results = outputs(*tensors, *options)  # type: ignore[arg-type]
+    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results = outputs(*tensors, *options)
         launch(*tensors, *results)
         return results
 
@@ -267,33 +257,16 @@ def _memory(
     return [of_x, of_residual, *of_vectors]
 
 
-def backward(
-    grad_normed: Tensor | None,
-    grad_residual: Tensor | None,
-    residual: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    save: bool,
-    needs: Sequence[bool],
-) -> Run:
-    """All gradients in one pass; ``residual`` is what was normalised."""
+def backward(*inputs: Any) -> Run:
+    """All gradients in one pass, for the inputs of `gradients`."""
+    (grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale), options = (
+        inputs[:9], inputs[9:],
+    )  # fmt: skip
     batch, count, columns = residual.shape
-    wanted = _wanted(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
+    wanted, x_dtype = _wanted(grad_normed, residual, layer_scale, row_scale, options[2], options[4]), options[2]
     if residual.numel() == 0:
-        empty = gradients(
-            grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale,
-            eps, dtype, x_dtype, save, needs,
-        )  # fmt: skip
-        return lambda *operands: [None if value is None else torch.zeros_like(value) for value in empty]
-    operands = (residual, x, grad_normed, grad_residual)
-    laid = [(0, False) if value is None else rows(value) for value in operands]
+        return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]
+    laid = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
     (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = laid
     choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
     row_tiles = triton.cdiv(batch * count, choice.config.block_m)
@@ -312,17 +285,8 @@ def backward(
     results = sum(wanted[2:5])
     total = sum_parts(residual, programs, columns, results) if results else None
 
-    def run(
-        grad_normed: Tensor | None,
-        grad_residual: Tensor | None,
-        residual: Tensor,
-        statistics: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        x: Tensor | None,
-        layer_scale: Tensor | None,
-        row_scale: Tensor | None,
-    ) -> list[Tensor | None]:
+    def run(*operands: Any) -> list[Tensor | None]:
+        grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale = operands
         device = residual.device
         written = _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
         part = torch.empty((results, programs, columns), dtype=torch.float32, device=device) if results else None

@@ -4,6 +4,7 @@ M = B * N visible tubelets, K = C * t * h * w values in each (see tubelets.py), 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import flops
-from ..derived import Derived
+from ..derived import Derived, Slot
 from .gather_patch_embed_backward import backward, gradients
-from .launch import Launch, LaunchConfig, choose, precision, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, choose, like, precision, rows, scattered
 from .op import Op, Run
 from .tubelets import UINT8_SCALE, centred, fold_weight, layout_of, offset_in_tubelet, tubelet_start
 
@@ -124,34 +125,25 @@ def outputs(
     return torch.empty((*keep_idx.shape, weight.shape[0]), dtype=weight.dtype, device=weight.device)
 
 
-def forward(
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    work: torch.dtype,
-    kept: Derived | None = None,
-) -> Run:
-    """Embedded tubelets; the product works in ``work``.
+def forward(*inputs: Any, kept: Derived | None = None) -> Run:
+    """Embedded tubelets, for the inputs of `outputs`.
 
     Args:
-        video: This and the others as in `mar_fast.kernels.gather_patch_embed`.
+        *inputs: The product works in ``work``, the last one.
         kept: Where the weight as the product takes it is kept between calls; None if it must be made in each.
     """
-    columns, channels, t, h, w = weight.shape
-    options, count = (mean, std, work), keep_idx.numel()
+    (video, keep_idx, weight, bias, pos_embed), options = inputs[:5], inputs[5:]
+    (columns, channels, t, h, w), (mean, std, work) = weight.shape, options
+    count = keep_idx.numel()
     if count * columns == 0:
         return lambda *tensors: outputs(*tensors, *options)
     layout, copied = layout_of(video, (t, h, w))
     uint8 = video.dtype == torch.uint8
-    fold = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
-    way = ""
-    if kept is not None:  # looked up in every call, and a string knows its hash
-        way = str((uint8, layout.channels_last, *options, *((x.dtype, x.shape, x.stride()) for x in (weight, bias))))
+    fold: Any = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
+    if fold is not None and kept is not None:
+        fold = Slot(kept, (uint8, layout.channels_last, *options), fold, *((weight, bias) if uint8 else (weight,)))
     pos_stride, pos_copied = rows(pos_embed)
+    template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
     choice = choose(
         "gather_patch_embed_forward", config, video, work,
         pixel_bytes=video.element_size(), rows=count, columns=columns,
@@ -167,13 +159,13 @@ def forward(
     )  # fmt: skip
 
     def run(video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor) -> Tensor:
-        out = outputs(video, keep_idx, weight, bias, pos_embed, *options)
+        out = torch.empty_like(template, memory_format=DENSE)
         if copied:
             video = video.clone(memory_format=torch.contiguous_format)
-        if fold is not None:
-            sources = (weight, bias if uint8 else None)
-            folded = fold(*sources) if kept is None else kept.get(sources, way, fold, planned=True)
-            weight, bias = folded if uint8 else (folded[0], bias)
+        if uint8:
+            weight, bias = fold(weight, bias)
+        elif fold is not None:
+            weight, _ = fold(weight)
         launch(video, keep_idx, weight, bias, pos_embed, out)
         return out
 

@@ -1,13 +1,14 @@
 """gather_patch_embed in Triton, backward. Letters as in the forward: M visible tubelets of K values, D columns."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, precision, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, precision, rows
 from .op import Run
 from .tubelets import (
     Channels,
@@ -210,19 +211,10 @@ def gradients(
     )
 
 
-def backward(
-    grad: Tensor,
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    pos_embed: Tensor,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-    needs: Sequence[bool],
-) -> Run:
-    """Each gradient by launches of its own; one that is not needed is not computed."""
-    options = (mean, std, work)
+def backward(*inputs: Any) -> Run:
+    """Each gradient by launches of its own, for the inputs of `gradients`; one that is not needed is not computed."""
+    (grad, video, keep_idx, weight, pos_embed), options, needs = inputs[:5], inputs[5:8], inputs[8]
+    work = options[2]
     if grad.numel() == 0:
         return lambda *operands: [
             value if value is None else value.zero_() for value in gradients(*operands, *options, needs)
@@ -289,6 +281,7 @@ def _weight_gradient(
         choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
         PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
+    parts = like((splits, columns, values), torch.float32, grad.device)
     sum_choice = choose("gather_patch_embed_backward_weight_sum", config_sum, grad)
     block_n = min(sum_choice.config.block_n, block(columns * values))
     slope, offset = normalisation(mean, std, channels)
@@ -299,7 +292,7 @@ def _weight_gradient(
     )  # fmt: skip
 
     def run(grad: Tensor, video: Tensor, keep_idx: Tensor, grad_sum: Tensor | None, out: Tensor) -> None:
-        part = torch.empty((splits, columns, values), dtype=torch.float32, device=grad.device)
+        part = torch.empty_like(parts, memory_format=DENSE)
         if copied:
             video = video.clone(memory_format=torch.contiguous_format)
         launch(grad, video, keep_idx, part)
@@ -331,7 +324,7 @@ def _video_gradient(
 
     def run(grad: Tensor, keep_idx: Tensor, weight: Tensor, out: Tensor) -> None:
         if fold is not None:
-            weight, _ = fold(weight, None)
+            weight, _ = fold(weight)
         launch(grad, weight, keep_idx, out.zero_())
 
     return run

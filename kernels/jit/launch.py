@@ -334,6 +334,11 @@ def scattered(vector: Tensor | None) -> bool:
     return vector is not None and not vector.is_contiguous()
 
 
+def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ``torch.empty_like(..., memory_format=DENSE)`` makes such a tensor of: one value that is never read."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
+
+
 def precision(operand: Tensor) -> str:
     """How the tensor cores multiply float32 without losing its precision: by parts on NVIDIA's, as it is on AMD's."""
     return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"

@@ -4,13 +4,14 @@ P = t * h * w positions of C channels, in the order (t, h, w, C) of the pixels; 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows
 from .op import Op, Run
 from .tubelets import of_channel
 
@@ -193,26 +194,19 @@ def _launch(
     )  # fmt: skip
 
 
-def forward(
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-) -> Run:
-    """The mean squared error."""
-    options = (patch_size, mean, std, normalize)
+def forward(*inputs: Any) -> Run:
+    """The mean squared error, for the inputs of `outputs`."""
+    (pixels, video, drop_idx), options = inputs[:3], inputs[3:]
     if pixels.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options).zero_()
     launch = _launch("masked_patch_loss_forward", pixels, video, drop_idx, *options, backward=False)
     choice, count = choose("masked_patch_loss_sum", config_sum, pixels), pixels.shape[0] * pixels.shape[1]
     add = Launch(masked_patch_loss_sum_kernel, (1,), (count,), choice, BLOCK_N=min(choice.config.block_n, block(count)))
 
+    loss, parts = (like(shape, torch.float32, pixels.device) for shape in ((), (count,)))
+
     def run(pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
-        out = outputs(pixels, video, drop_idx, *options)
-        part = torch.empty((count,), dtype=torch.float32, device=pixels.device)
+        out, part = torch.empty_like(loss), torch.empty_like(parts, memory_format=DENSE)
         launch(pixels, video, drop_idx, None, part)
         add(part, out)
         return out
@@ -235,25 +229,15 @@ def gradients(
     return (torch.empty_like(pixels, memory_format=DENSE),)
 
 
-def backward(
-    grad: Tensor,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    needs: Sequence[bool],
-) -> Run:
-    """The gradient of pixels, from a target made once more; ``grad`` stays on the device."""
-    options = (patch_size, mean, std, normalize)
+def backward(*inputs: Any) -> Run:
+    """From a target made once more, for the inputs of `gradients`; ``grad`` stays on the device."""
+    (pixels, video, drop_idx), options = inputs[1:4], inputs[4:]
     if pixels.numel() == 0:
-        return lambda *operands: gradients(*operands, *options, needs)
-    launch = _launch("masked_patch_loss_backward", pixels, video, drop_idx, *options, backward=True)
+        return lambda *operands: gradients(*operands, *options)
+    launch = _launch("masked_patch_loss_backward", pixels, video, drop_idx, *options[:-1], backward=True)
 
     def run(grad: Tensor, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> tuple[Tensor]:
-        results = gradients(grad, pixels, video, drop_idx, *options, needs)
+        results = gradients(grad, pixels, video, drop_idx, *options)
         launch(pixels, video, drop_idx, grad, *results)
         return results
 

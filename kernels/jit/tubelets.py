@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, LaunchConfig, block, choose
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like
 
 Channels = Sequence[float] | None
 
@@ -179,8 +179,8 @@ def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 def fold_weight(
     weight: Tensor, bias: Tensor | None, layout: Layout, dtype: torch.dtype, mean: Channels = None, std: Channels = None
-) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None:
-    """A function of weight (D, C, t, h, w) and bias (D,): both as the product with such a clip takes them.
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """A function of weight (D, C, t, h, w), and bias (D,) if given: both as the product with such a clip takes them.
 
     The weight is (D, K) in ``dtype``, its values in the clip's order. None where it is that already.
 
@@ -205,14 +205,20 @@ def fold_weight(
         CHANNELS_LAST=layout.channels_last, C=channels, T=t, H=h, W=w,
         BLOCK_N=min(choice.config.block_n, block(values)),
     )  # fmt: skip
-    uint8 = bias is not None
+    made = like((columns, values), dtype, weight.device)
+    if bias is None:
 
-    def run(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        folded = torch.empty((columns, values), dtype=dtype, device=weight.device)
-        if not uint8:
+        def order(weight: Tensor) -> tuple[Tensor, None]:
+            folded = torch.empty_like(made, memory_format=DENSE)
             launch(weight, None, folded, None)
-            return folded, bias
-        folded_bias = torch.empty((columns,), dtype=torch.float32, device=weight.device)
+            return folded, None
+
+        return order
+    made_bias = like((columns,), torch.float32, weight.device)
+
+    def run(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        folded = torch.empty_like(made, memory_format=DENSE)
+        folded_bias = torch.empty_like(made_bias, memory_format=DENSE)
         launch(weight, bias, folded, folded_bias)
         return folded, folded_bias
 
