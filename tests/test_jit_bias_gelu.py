@@ -7,7 +7,7 @@ from op_cases import cropped, gelu_operands, plain_gelu, strided
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.jit.launch import choose
+from mar_fast.kernels.jit.launch import LaunchConfig, choose, forced
 
 pytestmark = pytest.mark.interpreter
 
@@ -39,6 +39,9 @@ def test_nothing(shape, dtype):
     assert check(gelu_operands(dtype, shape)).shape == shape
 
 
+DTYPES_OF_SUMS = (torch.float32, torch.float16, torch.float64)
+
+
 @pytest.mark.parametrize("programs", [1, 2, 4])
 def test_backward_walks_several_tiles(programs, monkeypatch):
     """130 rows are 9 tiles of 16: 9, 5 and 3 a program, the last program's not all full."""
@@ -55,6 +58,20 @@ def test_backward_of_many_rows():
     choice = choose("bias_gelu_backward", launcher.config, torch.empty(0), backward=True)
     rows = choice.config.block_m * launcher.ROW_PROGRAMS + 1
     check(gelu_operands(torch.float32, (rows, 3)))
+
+
+@pytest.mark.parametrize("results", [1, 2, 3])
+@pytest.mark.parametrize("tile", [(128, 16), (16, 256), (4, 8)])  # the first is a GPU's
+def test_sums_of_parts(tile, results, poisoned):
+    """Whole numbers, which no order of sums rounds; 130 rows and 33 columns are no whole number of tiles."""
+    from mar_fast.kernels.jit.sum_parts import sum_parts
+
+    part = torch.randint(-8, 9, (results, 130, 33)).float()
+    out = [torch.full((33,), torch.nan, dtype=dtype) for dtype in DTYPES_OF_SUMS[:results]]
+    with forced({"sum_parts": LaunchConfig(*tile)}):
+        sum_parts(part, 130, 33, results)(part, *out)
+    assert all(torch.equal(got, want.to(got.dtype)) for got, want in zip(out, part.sum(1), strict=True))
+    poisoned.allocated = None
 
 
 def test_bias_of_another_dtype():

@@ -188,7 +188,7 @@ def forward(*inputs: Any) -> Run:
         BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
     )  # fmt: skip
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         results = outputs(*tensors, *options)
         launch(*tensors, *results)
         return results

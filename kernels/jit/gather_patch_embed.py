@@ -139,7 +139,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
         return lambda *tensors: outputs(*tensors, *options)
     layout, copied = layout_of(video, (t, h, w))
     uint8 = video.dtype == torch.uint8
-    fold = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
+    fold: Any = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
     if fold is not None and kept is not None:
         fold = Slot(kept, (uint8, layout.channels_last, *options), fold, *((weight, bias) if uint8 else (weight,)))
     pos_stride, pos_copied = rows(pos_embed)
