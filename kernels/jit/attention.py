@@ -140,48 +140,31 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-# block_m queries, block_n keys, block_k the widest column tile.
+# See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and whether queries stay in registers.
+#
+# float32 on sm_90 is not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as the
+# left operand of the second product they give an error of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
 _HALF = {
-    "sm_80": (
-        (64, LaunchConfig(128, 128, 128, 8, 3)),
-        (80, LaunchConfig(128, 64, 128, 8, 3)),
-        (96, LaunchConfig(128, 64, 128, 8, 2)),
-        (128, LaunchConfig(128, 64, 64, 8, 2)),
-    ),
-    "sm_90": (
-        (64, LaunchConfig(128, 128, 128, 8, 3)),
-        (96, LaunchConfig(128, 128, 128, 8, 2)),
-        (128, LaunchConfig(128, 64, 128, 8, 3)),
-    ),
-    "sm_100": ((64, LaunchConfig(128, 128, 128, 8, 3)), (128, LaunchConfig(128, 128, 128, 8, 2))),
-    "": ((128, LaunchConfig(64, 64, 64, 4, 1)),),
-}
+    "sm_80": {64: (128, 128, 128, 8, 3), 80: (128, 64, 128, 8, 3), 96: (128, 64, 128, 8, 2), 128: (128, 64, 64, 8, 2)},
+    "sm_90": {64: (128, 128, 128, 8, 3), 96: (128, 128, 128, 8, 2), 128: (128, 64, 128, 8, 3)},
+    "sm_100": {64: (128, 128, 128, 8, 3), 128: (128, 128, 128, 8, 2)},
+    "": {128: (64, 64, 64, 4, 1)},
+}  # fmt: skip
 _FLOAT32 = {
-    "sm_80": (
-        (32, LaunchConfig(64, 64, 32, 8, 1, False)),
-        (64, LaunchConfig(64, 32, 32, 4, 1)),
-        (95, LaunchConfig(32, 16, 32, 4, 1)),
-        (96, LaunchConfig(64, 16, 32, 4, 1)),
-        (128, LaunchConfig(32, 16, 32, 4, 1, False)),
-    ),
-    "sm_90": (
-        (32, LaunchConfig(64, 64, 32, 8, 1, False)),
-        (64, LaunchConfig(64, 32, 32, 4, 1)),
-        # Not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as left operand of
-        # the second product they give an error of 2e-4, or garbage (Triton 3.6). The compile check refuses it.
-        (95, LaunchConfig(64, 16, 32, 4, 1, False)),
-        (96, LaunchConfig(64, 16, 32, 4, 1)),
-        (128, LaunchConfig(128, 32, 32, 8, 1, False)),
-    ),
-    "sm_100": (
-        (32, LaunchConfig(64, 64, 32, 8, 1, False)),
-        (64, LaunchConfig(64, 32, 32, 4, 1)),
-        (95, LaunchConfig(16, 16, 32, 4, 1, False)),
-        (96, LaunchConfig(64, 32, 32, 4, 1, False)),
-        (128, LaunchConfig(16, 16, 64, 8, 1, False)),
-    ),
-    "": ((128, LaunchConfig(32, 32, 32, 4, 1, False)),),
-}
+    "sm_80": {
+        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
+        128: (32, 16, 32, 4, 1, False),
+    },
+    "sm_90": {
+        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (64, 16, 32, 4, 1, False), 96: (64, 16, 32, 4, 1),
+        128: (128, 32, 32, 8, 1, False),
+    },
+    "sm_100": {
+        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (16, 16, 32, 4, 1, False),
+        96: (64, 32, 32, 4, 1, False), 128: (16, 16, 64, 8, 1, False),
+    },
+    "": {128: (32, 32, 32, 4, 1, False)},
+}  # fmt: skip
 _MEASURED = "H200, Triton 3.6, bc236cf: 198 us at 784 tokens, 8 warps took 268; values compared there at 663e046"
 
 

@@ -206,84 +206,49 @@ def attention_backward_key_value_kernel(
         store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
-# block_m queries, block_n keys, block_k the widest column tile.
+# See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and what stays in registers.
 _QUERY_HALF = {
-    "sm_80": ((64, LaunchConfig(128, 64, 128, 8, 3)), (128, LaunchConfig(128, 32, 64, 8, 2))),
-    "sm_90": ((64, LaunchConfig(128, 64, 128, 8, 3)), (128, LaunchConfig(128, 64, 128, 8, 2))),
-    "sm_100": (
-        (64, LaunchConfig(128, 64, 128, 8, 3)),
-        (80, LaunchConfig(128, 64, 128, 8, 2)),
-        (95, LaunchConfig(64, 64, 128, 4, 2)),
-        (96, LaunchConfig(128, 32, 128, 8, 2)),
-        (128, LaunchConfig(128, 64, 128, 8, 2)),
-    ),
-    "": ((128, LaunchConfig(64, 32, 64, 4, 1)),),
-}
+    "sm_80": {64: (128, 64, 128, 8, 3), 128: (128, 32, 64, 8, 2)},
+    "sm_90": {64: (128, 64, 128, 8, 3), 128: (128, 64, 128, 8, 2)},
+    "sm_100": {
+        64: (128, 64, 128, 8, 3), 80: (128, 64, 128, 8, 2), 95: (64, 64, 128, 4, 2), 96: (128, 32, 128, 8, 2),
+        128: (128, 64, 128, 8, 2),
+    },
+    "": {128: (64, 32, 64, 4, 1)},
+}  # fmt: skip
 _QUERY_FLOAT32 = {
-    "sm_80": (
-        (32, LaunchConfig(64, 32, 32, 4, 1)),
-        (64, LaunchConfig(64, 16, 32, 4, 1, False)),
-        (95, LaunchConfig(64, 16, 32, 8, 1, False)),
-        (128, LaunchConfig(64, 32, 32, 4, 1, False)),
-    ),
-    "sm_90": (
-        (32, LaunchConfig(64, 32, 32, 4, 1)),
-        (64, LaunchConfig(64, 32, 32, 4, 1, False)),
-        (128, LaunchConfig(64, 16, 32, 4, 1, False)),
-    ),
-    "sm_100": (
-        (32, LaunchConfig(64, 32, 32, 4, 1)),
-        (96, LaunchConfig(64, 16, 32, 4, 1, False)),
-        (128, LaunchConfig(64, 16, 32, 8, 1, False)),
-    ),
-    "": ((128, LaunchConfig(32, 32, 32, 4, 1, False)),),
-}
+    "sm_80": {
+        32: (64, 32, 32, 4, 1), 64: (64, 16, 32, 4, 1, False), 95: (64, 16, 32, 8, 1, False),
+        128: (64, 32, 32, 4, 1, False),
+    },
+    "sm_90": {32: (64, 32, 32, 4, 1), 64: (64, 32, 32, 4, 1, False), 128: (64, 16, 32, 4, 1, False)},
+    "sm_100": {32: (64, 32, 32, 4, 1), 96: (64, 16, 32, 4, 1, False), 128: (64, 16, 32, 8, 1, False)},
+    "": {128: (32, 32, 32, 4, 1, False)},
+}  # fmt: skip
 _KEY_VALUE_HALF = {
-    "sm_80": (
-        (32, LaunchConfig(64, 128, 128, 8, 3)),
-        (64, LaunchConfig(32, 128, 64, 8, 3)),
-        (80, LaunchConfig(16, 64, 64, 4, 2)),
-        (96, LaunchConfig(16, 128, 128, 8, 2)),
-        (128, LaunchConfig(16, 64, 32, 4, 2, False)),
-    ),
-    "sm_90": (
-        (64, LaunchConfig(64, 128, 128, 8, 3)),
-        (80, LaunchConfig(64, 128, 128, 8, 2)),
-        (128, LaunchConfig(64, 64, 128, 8, 2)),
-    ),
-    "sm_100": (
-        (64, LaunchConfig(64, 128, 128, 8, 3)),
-        (80, LaunchConfig(64, 64, 128, 8, 2)),
-        (95, LaunchConfig(32, 64, 128, 4, 2)),
-        (128, LaunchConfig(64, 64, 128, 8, 2)),
-    ),
-    "": (
-        (32, LaunchConfig(32, 64, 32, 4, 1)),
-        (64, LaunchConfig(32, 128, 64, 8, 1)),
-        (128, LaunchConfig(16, 32, 32, 4, 1, False)),
-    ),
-}
+    "sm_80": {
+        32: (64, 128, 128, 8, 3), 64: (32, 128, 64, 8, 3), 80: (16, 64, 64, 4, 2), 96: (16, 128, 128, 8, 2),
+        128: (16, 64, 32, 4, 2, False),
+    },
+    "sm_90": {64: (64, 128, 128, 8, 3), 80: (64, 128, 128, 8, 2), 128: (64, 64, 128, 8, 2)},
+    "sm_100": {64: (64, 128, 128, 8, 3), 80: (64, 64, 128, 8, 2), 95: (32, 64, 128, 4, 2), 128: (64, 64, 128, 8, 2)},
+    "": {32: (32, 64, 32, 4, 1), 64: (32, 128, 64, 8, 1), 128: (16, 32, 32, 4, 1, False)},
+}  # fmt: skip
 _KEY_VALUE_FLOAT32 = {
-    "sm_80": (
-        (32, LaunchConfig(32, 64, 32, 8, 1, False)),
-        (64, LaunchConfig(16, 32, 32, 8, 1, False)),
-        (95, LaunchConfig(32, 16, 32, 4, 1, False)),
-        (128, LaunchConfig(16, 16, 32, 4, 1, False)),
-    ),
-    "sm_90": (
-        (32, LaunchConfig(32, 64, 32, 4, 1, False)),
-        (64, LaunchConfig(32, 64, 32, 8, 1, False)),
-        (96, LaunchConfig(16, 16, 32, 4, 1, False)),
-        (128, LaunchConfig(32, 16, 32, 8, 1, False)),
-    ),
-    "sm_100": (
-        (32, LaunchConfig(32, 64, 32, 4, 1, False)),
-        (64, LaunchConfig(32, 64, 32, 8, 1, False)),
-        (80, LaunchConfig(32, 16, 32, 4, 1, False)),
-        (128, LaunchConfig(16, 16, 64, 8, 1, False)),
-    ),
-    "": ((128, LaunchConfig(32, 32, 32, 4, 1, False)),),
-}
+    "sm_80": {
+        32: (32, 64, 32, 8, 1, False), 64: (16, 32, 32, 8, 1, False), 95: (32, 16, 32, 4, 1, False),
+        128: (16, 16, 32, 4, 1, False),
+    },
+    "sm_90": {
+        32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 96: (16, 16, 32, 4, 1, False),
+        128: (32, 16, 32, 8, 1, False),
+    },
+    "sm_100": {
+        32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 80: (32, 16, 32, 4, 1, False),
+        128: (16, 16, 64, 8, 1, False),
+    },
+    "": {128: (32, 32, 32, 4, 1, False)},
+}  # fmt: skip
 _MEASURED = "H200, Triton 3.6, bc236cf: {} at 784 tokens, 674 us before; values compared there at 663e046"
 
 

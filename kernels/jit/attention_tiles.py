@@ -4,7 +4,7 @@ A head is worked on as a tuple of column tiles, each a power of two wide: 80 is 
 also need fewer registers at a time, which float32 and older architectures are short of.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -215,10 +215,11 @@ def lse_row(tokens: int) -> int:
     return (tokens + 15) // 16 * 16
 
 
-# Head sizes up to this one, and their configuration.
-Rows = Sequence[tuple[int, LaunchConfig]]
+# By architecture ("" is any other one): {head sizes up to: block_m, block_n, block_k, num_warps, num_stages, resident}.
+Table = Mapping[str, Mapping[int, tuple[Any, ...]]]
 
 
-def by_head_dim(table: Mapping[str, Rows], arch: str, head_dim: int) -> LaunchConfig:
-    """The row of a table {architecture: rows} for a head size; "" is any other architecture."""
-    return next(config for limit, config in table.get(arch, table[""]) if head_dim <= limit)
+def by_head_dim(table: Table, arch: str, head_dim: int) -> LaunchConfig:
+    """The row of a table for a head size."""
+    row = next(row for limit, row in table.get(arch, table[""]).items() if head_dim <= limit)
+    return LaunchConfig(*row, origin="compiled clean by Triton 3.6 and 3.9, not measured")

@@ -339,10 +339,7 @@ def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tens
 
     A plan may keep it, as it may keep no other tensor.
     """
-    value = torch.empty((), dtype=dtype, device=device)
-    template = value.expand(shape)
-    value.is_template = template.is_template = True  # type: ignore[attr-defined]
-    return template
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def precision(operand: Tensor) -> str:
