@@ -68,11 +68,6 @@ def watched(*values: Any) -> bool:
     return any(type(value) not in (Tensor, Parameter) or wrapped(value) for value in tensors)
 
 
-def layout(value: Tensor) -> Key:
-    """What a kernel is told of a tensor besides its address."""
-    return value.shape, value.is_contiguous() or value.stride(), value.dtype, value.device, value.data_ptr() & 15
-
-
 class Plans:
     """The plans of one op, by key."""
 

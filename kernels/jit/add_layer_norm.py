@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
 from .sum_parts import sum_parts
 
@@ -248,13 +248,15 @@ def gradients(
 def _memory(
     wanted: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, vectors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    of_x = torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if wanted[0] else None
-    of_residual = torch.empty_like(residual, memory_format=DENSE) if wanted[1] else None
-    of_vectors = [
-        torch.empty_like(vector, memory_format=DENSE) if want and vector is not None else None
-        for want, vector in zip(wanted[2:], vectors, strict=True)
+    weight, bias, layer_scale, row_scale = vectors
+    return [
+        torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if wanted[0] else None,
+        torch.empty_like(residual, memory_format=DENSE) if wanted[1] else None,
+        torch.empty_like(weight) if wanted[2] else None,
+        torch.empty_like(bias) if wanted[3] else None,
+        torch.empty_like(layer_scale) if wanted[4] else None,
+        torch.empty_like(row_scale) if wanted[5] else None,
     ]
-    return [of_x, of_residual, *of_vectors]
 
 
 def backward(*inputs: Any) -> Run:
@@ -284,20 +286,24 @@ def backward(*inputs: Any) -> Run:
     )  # fmt: skip
     results = sum(wanted[2:5])
     total = sum_parts(residual, programs, columns, results) if results else None
+    parts = like((results, programs, columns), torch.float32, residual.device)
 
     def run(*operands: Any) -> list[Tensor | None]:
         grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale = operands
-        device = residual.device
         written = _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
-        part = torch.empty((results, programs, columns), dtype=torch.float32, device=device) if results else None
-        row_part = torch.empty((batch, count), dtype=torch.float32, device=device) if wanted[5] else None
+        of_x, of_residual, of_weight, of_bias, of_layer_scale, _ = written
+        part = None if total is None else torch.empty_like(parts, memory_format=DENSE)
+        row_part = torch.empty((batch, count), dtype=torch.float32, device=residual.device) if wanted[5] else None
         launch(
             residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
-            *written[:2], part, row_part,
+            of_x, of_residual, part, row_part,
         )  # fmt: skip
         if total is not None:
-            total(part, *[value for value in written[2:5] if value is not None])
-        if row_part is not None and row_scale is not None:
+            if of_layer_scale is None and results == 2:
+                total(part, of_weight, of_bias)
+            else:
+                total(part, *[value for value in written[2:5] if value is not None])
+        if row_part is not None:
             written[5] = row_part.sum(1).to(row_scale.dtype)
         return written
 

@@ -162,7 +162,8 @@ class Op:
 
             @staticmethod
             def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-                needs = [ctx.needs_input_grad[position + 1] for position in op._positions]
+                needed = ctx.needs_input_grad
+                needs = [needed[position + 1] for position in op._positions]
                 operands = (*gradients, *ctx.saved_tensors)
                 if not torch.is_grad_enabled():
                     return (None, *op._run_backward(ctx.planned, operands, needs, len(gradients)))
@@ -178,19 +179,28 @@ class Op:
     def _run_backward(
         self, planned: _Planned, operands: tuple[Tensor | None, ...], needs: list[bool], given: int
     ) -> list[Tensor | None]:
-        if all(value is None for value in operands[:given]):  # count() would compare tensors
+        for gradient in operands[:given]:
+            if gradient is not None:
+                break
+        else:
             return [None] * self._tensors
         if plan.transformed():
             raise self._untransformed()
+        # Sizes, dtypes and devices are those of the forward pass: autograd sees to that.
+        key: list[Any] = needs.copy()
         try:
-            key = (*[None if value is None else plan.layout(value) for value in operands], *needs)
+            for value in operands:
+                if value is None:
+                    key.append(None)
+                else:
+                    key += value.is_contiguous() or value.stride(), value.data_ptr() & 15
         except RuntimeError as error:  # without memory: gradients in a batch, of is_grads_batched
             raise self._untransformed() from error
-        run = planned.backward.get(key)
+        run = planned.backward.get(laid := tuple(key))
         if run is None:
             if len(planned.backward) >= plan.LIMIT:
                 planned.backward.clear()
-            run = planned.backward[key] = self._backward(*operands, *planned.options, needs)
+            run = planned.backward[laid] = self._backward(*operands, *planned.options, needs)
         return self._placed(run(*operands), needs)
 
     def _placed(self, results: Results, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -198,7 +208,8 @@ class Op:
         results = self._finish(list(results)) if self._finish else results
         every: list[Tensor | None] = [None] * self._tensors
         for position, needed, result in zip(self._positions, needs, results, strict=True):
-            every[position] = result if needed else None
+            if needed:
+                every[position] = result
         return every
 
     def _library_ops(self, outputs: Callable[..., Any], gradients: int, opaque: Sequence[str]) -> tuple[Any, Any]:
