@@ -246,7 +246,7 @@ def gradients(
 
 
 def _memory(
-    wanted: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, vectors: Sequence[Tensor | None]
+    wanted: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, vectors: Sequence[Any]
 ) -> list[Tensor | None]:
     weight, bias, layer_scale, row_scale = vectors
     return [

@@ -14,6 +14,7 @@ from .. import flops
 from . import attention_backward
 from .attention_tiles import (
     LOG2_E,
+    Table,
     add_product,
     add_product_of_loaded,
     addresses,
@@ -144,13 +145,13 @@ def attention_forward_kernel(
 #
 # float32 on sm_90 is not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as the
 # left operand of the second product they give an error of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
-_HALF = {
+_HALF: Table = {
     "sm_80": {64: (128, 128, 128, 8, 3), 80: (128, 64, 128, 8, 3), 96: (128, 64, 128, 8, 2), 128: (128, 64, 64, 8, 2)},
     "sm_90": {64: (128, 128, 128, 8, 3), 96: (128, 128, 128, 8, 2), 128: (128, 64, 128, 8, 3)},
     "sm_100": {64: (128, 128, 128, 8, 3), 128: (128, 128, 128, 8, 2)},
     "": {128: (64, 64, 64, 4, 1)},
 }  # fmt: skip
-_FLOAT32 = {
+_FLOAT32: Table = {
     "sm_80": {
         32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
         128: (32, 16, 32, 4, 1, False),

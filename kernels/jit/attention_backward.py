@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attention_tiles import (
     LOG2_E,
+    Table,
     add_product,
     add_product_of_loaded,
     addresses,
@@ -207,7 +208,7 @@ def attention_backward_key_value_kernel(
 
 
 # See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and what stays in registers.
-_QUERY_HALF = {
+_QUERY_HALF: Table = {
     "sm_80": {64: (128, 64, 128, 8, 3), 128: (128, 32, 64, 8, 2)},
     "sm_90": {64: (128, 64, 128, 8, 3), 128: (128, 64, 128, 8, 2)},
     "sm_100": {
@@ -216,7 +217,7 @@ _QUERY_HALF = {
     },
     "": {128: (64, 32, 64, 4, 1)},
 }  # fmt: skip
-_QUERY_FLOAT32 = {
+_QUERY_FLOAT32: Table = {
     "sm_80": {
         32: (64, 32, 32, 4, 1), 64: (64, 16, 32, 4, 1, False), 95: (64, 16, 32, 8, 1, False),
         128: (64, 32, 32, 4, 1, False),
@@ -225,7 +226,7 @@ _QUERY_FLOAT32 = {
     "sm_100": {32: (64, 32, 32, 4, 1), 96: (64, 16, 32, 4, 1, False), 128: (64, 16, 32, 8, 1, False)},
     "": {128: (32, 32, 32, 4, 1, False)},
 }  # fmt: skip
-_KEY_VALUE_HALF = {
+_KEY_VALUE_HALF: Table = {
     "sm_80": {
         32: (64, 128, 128, 8, 3), 64: (32, 128, 64, 8, 3), 80: (16, 64, 64, 4, 2), 96: (16, 128, 128, 8, 2),
         128: (16, 64, 32, 4, 2, False),
@@ -234,7 +235,7 @@ _KEY_VALUE_HALF = {
     "sm_100": {64: (64, 128, 128, 8, 3), 80: (64, 64, 128, 8, 2), 95: (32, 64, 128, 4, 2), 128: (64, 64, 128, 8, 2)},
     "": {32: (32, 64, 32, 4, 1), 64: (32, 128, 64, 8, 1), 128: (16, 32, 32, 4, 1, False)},
 }  # fmt: skip
-_KEY_VALUE_FLOAT32 = {
+_KEY_VALUE_FLOAT32: Table = {
     "sm_80": {
         32: (32, 64, 32, 8, 1, False), 64: (16, 32, 32, 8, 1, False), 95: (32, 16, 32, 4, 1, False),
         128: (16, 16, 32, 4, 1, False),

@@ -4,7 +4,8 @@ A head is worked on as a tuple of column tiles, each a power of two wide: 80 is 
 also need fewer registers at a time, which float32 and older architectures are short of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -216,10 +217,10 @@ def lse_row(tokens: int) -> int:
 
 
 # By architecture ("" is any other one): {head sizes up to: block_m, block_n, block_k, num_warps, num_stages, resident}.
-Table = Mapping[str, Mapping[int, tuple[Any, ...]]]
+Table = Mapping[str, Mapping[int, Sequence[Any]]]
 
 
 def by_head_dim(table: Table, arch: str, head_dim: int) -> LaunchConfig:
     """The row of a table for a head size."""
     row = next(row for limit, row in table.get(arch, table[""]).items() if head_dim <= limit)
-    return LaunchConfig(*row, origin="compiled clean by Triton 3.6 and 3.9, not measured")
+    return replace(LaunchConfig(*row), origin="compiled clean by Triton 3.6 and 3.9, not measured")
