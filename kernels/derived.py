@@ -12,15 +12,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import plan
 
-try:
-    from torch._C import _cuda_getCurrentRawStream as current_stream
-except ImportError:  # PyTorch without CUDA
-
-    def current_stream(index: int) -> int:  # type: ignore[misc]
-        """No stream."""
-        return 0
-
-
 # First sources of one cache, and ways of one first source: only what never comes again can be so many.
 SOURCES, WAYS = 1024, 16
 
@@ -197,7 +188,9 @@ def _served(stream: int | None, source: Tensor | None) -> bool:
 
 def _stream(source: Tensor | None) -> int | None:
     """The current stream of a source on a GPU."""
-    return current_stream(source.get_device()) if source is not None and source.is_cuda else None
+    if source is None or not source.is_cuda:
+        return None
+    return torch._C._cuda_getCurrentRawStream(source.get_device())
 
 
 def _state(source: Tensor) -> tuple[Any, ...]:
