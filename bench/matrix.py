@@ -82,6 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile; 0: this one")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each, and no table")
     options = parser.parse_args(arguments)
+    if options.jobs < 0:
+        parser.error(f"--jobs: got {options.jobs}, expected a number of processes, or 0")
     try:
         entries = plan(options.target or TARGETS, options.kernel)
     except (ValueError, RuntimeError) as error:

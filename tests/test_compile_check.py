@@ -271,12 +271,13 @@ def test_command(first_call, capsys):
         assert __main__.main([*arguments, "--json"]) == 1
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert line["failed"] and line["block_n"] == 64 and line["calls"] == [str(first_call)]
-    for wrong, words in (
-        ("--kernel", "expected an op or a kernel of bias_gelu, bias_gelu_b"),
-        ("--target", "choose from"),
+    for wrong, value, words in (
+        ("--kernel", "bias", "expected an op or a kernel of bias_gelu, bias_gelu_b"),
+        ("--target", "bias", "choose from"),
+        ("--jobs", "-1", "--jobs: got -1, expected a number of processes, or 0"),
     ):
         with pytest.raises(SystemExit):
-            __main__.main(["matrix", wrong, "bias"])
+            __main__.main(["matrix", wrong, value])
         assert words in capsys.readouterr().err
 
 
