@@ -211,11 +211,6 @@ def measure(device: torch.device, *, quick: bool = False) -> Figures:
     return found
 
 
-def median_ratio(figures: Figures, what: str, mode: str) -> float:
-    """The median ratio of one figure."""
-    return figures[what, mode][1].p50
-
-
 def table(figures: Figures, device: torch.device) -> str:
     """The figures as text."""
     lines = [f"{'what':36} {'mode':16} {'us':>8} {'ratio':>7} {'p20':>6} {'p80':>6} {'limit':>6}"]

@@ -30,6 +30,11 @@ def _few(operands, index, count):
     return operands | {index: torch.stack(rows).to(operands[index].dtype)}
 
 
+def floating(operands):
+    """The names of the operands that can have a gradient."""
+    return [key for key, value in operands.items() if torch.is_tensor(value) and value.is_floating_point()]
+
+
 def scatter(dtype, count=3):
     operands = _few(scatter_operands(dtype, 2, count, 9), "keep_idx", 12)
     return operands | dict(pos_embed=operands["pos_embed"][:12].clone())

@@ -13,6 +13,7 @@ from plan_cases import (
     CONFIGS,
     assert_same,
     every_op,
+    floating,
     misaligned,
     outcome,
     small_call,
@@ -24,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mar_fast import kernels
 from mar_fast.kernels import checks, plan
-from mar_fast.kernels.jit.launch import Launch, forced
+from mar_fast.kernels.jit.launch import forced
 from mar_fast.kernels.plan import Plans
 
 pytestmark = pytest.mark.interpreter
@@ -34,23 +35,6 @@ pytestmark = pytest.mark.interpreter
 def _few_tiles():
     with forced(CONFIGS):
         yield
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """A list of all launches that are worked out."""
-    launches, initialise = [], Launch.__init__
-
-    def spy(self, *arguments, **constants):
-        initialise(self, *arguments, **constants)
-        launches.append(self)
-
-    monkeypatch.setattr(Launch, "__init__", spy)
-    return launches
-
-
-def floating(operands):
-    return [key for key, value in operands.items() if torch.is_tensor(value) and value.is_floating_point()]
 
 
 # Something else looks on.

@@ -13,6 +13,7 @@ from plan_cases import (
     assert_planned_as_unplanned,
     assert_same,
     every_op,
+    floating,
     misaligned,
     outcome,
     small_call,
@@ -46,10 +47,6 @@ def made(monkeypatch):
 
     monkeypatch.setattr(Launch, "__init__", spy)
     return launches
-
-
-def floating(operands):
-    return [key for key, value in operands.items() if torch.is_tensor(value) and value.is_floating_point()]
 
 
 # That there are plans at all.

@@ -52,7 +52,7 @@ class _Planned:
 
 
 class Op:
-    """An op as `declare` makes it; ``torch.ops.mar_fast.<name>`` and ``<name>_backward`` come with it."""
+    """An op with Triton kernels; ``torch.ops.mar_fast.<name>`` and ``<name>_backward`` come with it."""
 
     def __init__(
         self,
