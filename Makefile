@@ -32,11 +32,11 @@ lint: $(READY)
 
 # Type-checked as installed: mypy does not see the mapped folders kernels/ and bench/ in an editable install.
 types: $(READY)
-	rm -rf build/types && mkdir -p build/types
+	rm -rf build/types build/lib && mkdir -p build/types
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p mar_fast
 
-SUITES := tests/test_suites.py tests/test_dropin_suite.py
+SUITES := tests/bench/test_suites.py tests/bench/test_dropin_suite.py
 
 eager: $(READY)
 	$(BIN)/pytest -q $(addprefix --ignore=,$(SUITES))
@@ -49,8 +49,8 @@ interpreter: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -m "interpreter or triton_too"
 
 matrix: $(READY) build/triton36
-	$(BIN)/pytest -q tests/test_compile_check.py -m "matrix or not matrix"
-	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/pytest -q tests/test_compile_check.py -m "matrix or not matrix"
+	$(BIN)/pytest -q tests/kernels/test_compile_check.py -m "matrix or not matrix"
+	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/pytest -q tests/kernels/test_compile_check.py -m "matrix or not matrix"
 
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
@@ -81,7 +81,7 @@ gpu:
 	$(PYTHON) -P -m mar_fast.bench gpu --force --out $(RESULTS) $(if $(FULL),--full)
 
 gpu-ops:
-	MAR_FAST_TEST_DEVICE=cuda $(PYTHON) -P -m pytest -q $(PARALLEL) -m triton_too tests/test_ops.py tests/test_op_rules.py
+	MAR_FAST_TEST_DEVICE=cuda $(PYTHON) -P -m pytest -q $(PARALLEL) -m triton_too tests/kernels/test_ops.py tests/kernels/test_op_rules.py
 
 gpu-sizes:
 	$(PYTHON) -P -m pytest -q $(PARALLEL) -m gpu
@@ -89,9 +89,9 @@ gpu-sizes:
 # Memory errors and races of the kernels, on small cases; slow.
 sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 MAR_FAST_TEST_DEVICE=cuda compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py -k "17 or 33"
+		$(PYTHON) -P -m pytest -q -m triton_too tests/kernels/test_ops.py -k "17 or 33"
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 MAR_FAST_TEST_DEVICE=cuda compute-sanitizer --tool racecheck --error-exitcode 1 \
-		$(PYTHON) -P -m pytest -q -m triton_too tests/test_ops.py -k "attention_head_sizes and float16"
+		$(PYTHON) -P -m pytest -q -m triton_too tests/kernels/test_ops.py -k "attention_head_sizes and float16"
 
 clean:
 	rm -rf $(VENV) build $(OUT) *.egg-info

@@ -5,10 +5,11 @@ import importlib
 import sys
 from pathlib import Path
 
+from mar_fast import files, machine
 from mar_fast.config import SIZES
+from mar_fast.machine import DTYPES
 
-from . import files, machine, session
-from .machine import DTYPES
+from . import session
 from .suites import SUITES
 
 # Commands with options of their own.

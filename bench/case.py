@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .machine import short_name
+from mar_fast.machine import short_name
 
 
 @dataclass(frozen=True)

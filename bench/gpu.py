@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from . import files, host, machine, records, rows, runner, session
+from mar_fast import files, machine
+
+from . import host, records, rows, runner, session
 from .case import Case
 
 # Peers of the short run: the plainest good one, the fastest known, and each of them once more in a CUDA graph.

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mar_fast import kernels
+from mar_fast import files, kernels, machine
 from mar_fast.config import MARConfig
 from mar_fast.kernels import use_backend
 from mar_fast.kernels.jit.launch import stubbed
 from mar_fast.model import MAR
+from mar_fast.timing import Spread
 
-from . import files, machine, records
+from . import records
 from .plain import PlainMAR
-from .timing import Spread
 
 Call = Callable[[], object]
 # What a call of an op may cost, in units, and its backward in times F.layer_norm's own forward and backward.
@@ -129,8 +129,8 @@ def layer_norm(device: torch.device) -> tuple[Call, Call]:
 def small_model() -> MAR:
     """ViT-B's depth and nothing else of it: width 32, one head, 4 tokens."""
     config = MARConfig(
-        width=32, num_heads=1, bridge_width=32, bridge_heads=1, num_frames=2, image_size=(32, 32), mask_ratio=0.0,
-        decoder_depth=0, num_classes=10,
+        embed_dim=32, num_heads=1, bridge_embed_dim=32, bridge_num_heads=1, num_frames=2, image_size=(32, 32),
+        mask_ratio=0.0, decoder_depth=0, num_classes=10,
     )  # fmt: skip
     return MAR(config).eval()
 

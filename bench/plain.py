@@ -40,7 +40,7 @@ def tubelets(clip: Tensor, index: Tensor, patch: tuple[int, int, int], channels_
 def patch_loss(pixels: Tensor, clip: Tensor, index: Tensor, config: MARConfig) -> Tensor:
     """Mean squared error to the normalised pixels of the indexed tubelets of a normalised clip, all written out."""
     mean, std = (torch.tensor(value, device=clip.device).view(-1, 1, 1, 1) for value in (config.mean, config.std))
-    target = tubelets(clip.float() * std + mean, index, config.patch, channels_last=True)
+    target = tubelets(clip.float() * std + mean, index, config.patch_size, channels_last=True)
     target = target.unflatten(2, (-1, config.channels))  # (B, M, t * h * w, C)
     deviation = target.var(dim=2, unbiased=True, keepdim=True).sqrt()
     target = (target - target.mean(dim=2, keepdim=True)) / (deviation + 1e-6)
@@ -88,7 +88,7 @@ class PlainMAR(nn.Module):
         """Normalised (B, C, T, H, W), (B, N) int64 -> logits (B, classes), features (B, N, D)."""
         encoder: Any = self.encoder
         proj = encoder.patch_embed["proj"]
-        patches = tubelets(clip.to(proj.weight.dtype), keep_idx, self.config.patch, channels_last=False)
+        patches = tubelets(clip.to(proj.weight.dtype), keep_idx, self.config.patch_size, channels_last=False)
         x = F.linear(patches, proj.weight.flatten(1), proj.bias)
         x = (x + self.table[keep_idx]).to(proj.weight.dtype)
         for block in encoder.blocks:

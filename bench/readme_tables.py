@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mar_fast.files import write_whole
+
 from . import rows
-from .files import write_whole
 from .records import Record
 from .report import table
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .files import write_whole
-from .timing import Spread
+from mar_fast.files import write_whole
+from mar_fast.timing import Spread
 
 OURS = "mar_fast"
 # All steps and stages of these suites run this project's code, whatever they are called.

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import files, plot, rows
+from mar_fast import files
+from mar_fast.eval import plot
+
+from . import rows
 from .records import Record
 from .report_plots import KEEP_RATIO_SUITES, Picture, pictures
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mar_fast.eval.plot import legend_below, new_figure, save, time_scale
+
 from . import rows
-from .plot import new_figure, save
 from .records import Record
-from .report_style import Look, heading, legend_below, time_scale
+from .report_style import Look, heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,19 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mar_fast.eval.plot import MARKERS, OTHERS, OURS
+
 from . import rows
 from .records import Record
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS = "#0072B2"
-# Okabe and Ito's colours, told apart with every kind of colour vision (jfly.uni-koeln.de/color), without the yellow,
-# which is too light on white; blue is for mar_fast.
-OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
-MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", ":")
 # Of the same colour where there are more providers than colours.
 HATCHES = ("", "///", "...")
@@ -64,26 +59,6 @@ def origin(record: Record) -> str:
     return f"{record.device}, torch {record.torch}{commit}"
 
 
-def legend_below(figure: "Figure", axes: "Iterable[Axes]") -> None:
-    """One legend for all axes, outside of them: however long the names are, nothing is covered."""
-    entries: dict[str, Artist] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    longest = max(map(len, entries), default=1)
-    columns = max(1, min(4, len(entries), int(figure.get_figwidth() * 13 / (longest + 8))))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
-
-
 def slug(*words: str) -> str:
     """Words as a file name: lower case, letters and digits, the rest as hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower().replace("%", "percent")).strip("-.")
-
-
-def time_scale(seconds: Iterable[float]) -> tuple[float, str]:
-    """The factor and unit in which the largest of some times has at least one digit before the point."""
-    largest = max(seconds, default=1.0)
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if largest * factor >= 1:
-            return factor, unit
-    return 1e6, "us"

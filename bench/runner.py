@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import machine
+from mar_fast import machine
+from mar_fast.timing import Spread, interleaved
+
 from .case import Candidate, Case, Prepared, Setting
 from .records import Record, is_ours
-from .timing import Spread, interleaved
 
 Step = Callable[[str, float], None]
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from mar_fast import machine
 from mar_fast.kernels import checks
 
-from . import machine, records, runner
+from . import records, runner
 from .case import Case, Setting
 from .suites import SUITES
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mar_fast.bench import machine, runner
+from mar_fast import machine
+from mar_fast.bench import runner
 from mar_fast.bench.case import Setting
 from mar_fast.bench.records import is_ours
 from mar_fast.bench.suites import SUITES, flops

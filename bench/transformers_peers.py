@@ -36,21 +36,22 @@ def build(job: Job, kind: str = CLASSIFICATION) -> Any:
     """
     transformers = importlib.import_module("transformers")
     config = job.config
-    if config.patch[1] != config.patch[2]:
-        raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch[1:]}")
+    if config.patch_size[1] != config.patch_size[2]:
+        raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch_size[1:]}")
     decoder = {}
     if kind == PRE_TRAINING:
         decoder = dict(
-            decoder_num_hidden_layers=config.decoder_depth, decoder_hidden_size=config.decoder_width,
-            decoder_num_attention_heads=config.decoder_heads, decoder_intermediate_size=4 * config.decoder_width,
+            decoder_num_hidden_layers=config.decoder_depth, decoder_hidden_size=config.decoder_embed_dim,
+            decoder_num_attention_heads=config.decoder_num_heads,
+            decoder_intermediate_size=4 * config.decoder_embed_dim,
         )  # fmt: skip
     torch.manual_seed(0)
     model = getattr(transformers, kind)(
         transformers.VideoMAEConfig(
-            image_size=config.image_size, num_frames=config.num_frames, patch_size=config.patch[1],
-            tubelet_size=config.patch[0], num_channels=config.channels, hidden_size=config.width,
+            image_size=config.image_size, num_frames=config.num_frames, patch_size=config.patch_size[1],
+            tubelet_size=config.patch_size[0], num_channels=config.channels, hidden_size=config.embed_dim,
             num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
-            intermediate_size=round(config.width * config.mlp_ratio), num_labels=config.num_classes,
+            intermediate_size=round(config.embed_dim * config.mlp_ratio), num_labels=config.num_classes,
             layer_norm_eps=config.encoder_eps, attn_implementation="sdpa", **decoder,
         )
     )  # fmt: skip

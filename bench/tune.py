@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mar_fast import files, machine, timing
 from mar_fast.kernels import device, use_backend
 from mar_fast.kernels.jit.compile_check import Code, Report, check_all, code, recorded
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
+from mar_fast.timing import Spread
 
-from . import files, machine, timing
 from .kernel_calls import calls
 from .matrix import described, named
-from .timing import Spread
 
 FIRST_ROUNDS, FINALISTS, FINAL_ROUNDS = 7, 6, 60
 # Two results agree if they differ by no more than this share of the value, and of the largest value.

@@ -6,18 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import (
-        annotations,
-        checkpoint,
-        cost,
-        ensemble,
-        evaluation,
-        kernels,
-        masking,
-        reconstruction,
-        reference,
-        video,
-    )
+    from . import checkpoint, cost, data, eval, kernels, masking, reference
     from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
     from .huggingface import accelerate, patch_transformers, register_attention, restore
@@ -49,10 +38,7 @@ _HOME = {
     "restore": "huggingface",
     "save_checkpoint": "checkpoint",
 }
-_MODULES = (
-    "annotations", "checkpoint", "cost", "ensemble", "evaluation", "kernels", "masking", "reconstruction", "reference",
-    "video",
-)  # fmt: skip
+_MODULES = ("checkpoint", "cost", "data", "eval", "kernels", "masking", "reference")
 
 __all__ = [
     "MAR",
@@ -63,14 +49,13 @@ __all__ = [
     "RaggedMask",
     "TokenMask",
     "accelerate",
-    "annotations",
     "checkpoint",
     "compile_for_inference",
     "cost",
     "create_model",
+    "data",
     "debug_checks",
-    "ensemble",
-    "evaluation",
+    "eval",
     "from_pretrained",
     "kernels",
     "list_models",
@@ -78,12 +63,10 @@ __all__ = [
     "masking",
     "named_config",
     "patch_transformers",
-    "reconstruction",
     "reference",
     "register_attention",
     "restore",
     "save_checkpoint",
-    "video",
 ]
 
 

@@ -22,7 +22,7 @@ class MARConfig:
     num_frames: int = 16
     image_size: tuple[int, int] = (224, 224)
     channels: int = 3
-    patch: tuple[int, int, int] = (2, 16, 16)
+    patch_size: tuple[int, int, int] = (2, 16, 16)
     """The tubelet (t, h, w)."""
     position_grid: tuple[int, int, int] | None = None
     """The grid that position tables are made for, then interpolated trilinearly to the model's own; None is its own.
@@ -36,7 +36,7 @@ class MARConfig:
     cell: tuple[int, int, int] = (1, 2, 2)
 
     # Encoder
-    width: int = 768
+    embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
@@ -44,15 +44,15 @@ class MARConfig:
     final_norm: bool = True
     """A LayerNorm on the visible tokens after the last block; VideoMAE's mean-pooling classifiers have none."""
     final_norm_eps: float = 1e-6
-    drop_path: float = 0.0
+    drop_path_rate: float = 0.0
     """Stochastic depth of the encoder's last block; it grows linearly from 0 (arXiv 1603.09382)."""
 
     # Classifier
     classifier: Literal["bridging", "linear"] | None = "bridging"
     num_classes: int = 400
-    bridge_width: int = 512
+    bridge_embed_dim: int = 512
     bridge_depth: int = 2
-    bridge_heads: int = 4
+    bridge_num_heads: int = 4
     bridge_mlp_ratio: float = 4.0
     bridge_eps: float = 1e-6
     bridge_dropout: float = 0.0
@@ -62,13 +62,13 @@ class MARConfig:
     """Before the linear layer to the classes."""
 
     # Pixel decoder; depth 0 means none
-    decoder_width: int = 384
+    decoder_embed_dim: int = 384
     decoder_depth: int = 4
-    decoder_heads: int = 6
+    decoder_num_heads: int = 6
     decoder_mlp_ratio: float = 4.0
     decoder_eps: float = 1e-6
     decoder_norm_eps: float = 1e-6
-    normalize_target: bool = True
+    norm_pix_loss: bool = True
 
     # Accepted only as 0: the attention ops have no dropout
     attention_dropout: float = 0.0
@@ -76,9 +76,9 @@ class MARConfig:
     """Recompute each block in backward instead of keeping its activations."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch", "cell", "mean", "std"):
+        for name in ("image_size", "patch_size", "cell", "mean", "std"):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
-        sizes = {"image_size": 2, "patch": 3, "cell": 3}
+        sizes = {"image_size": 2, "patch_size": 3, "cell": 3}
         if self.position_grid is not None:
             object.__setattr__(self, "position_grid", _as_tuple("position_grid", self.position_grid))
             sizes["position_grid"] = 3
@@ -105,14 +105,17 @@ class MARConfig:
         if self.classifier not in ("bridging", "linear", None):
             raise checks.bad("classifier", repr(self.classifier), "'bridging', 'linear' or None")
         for width, heads in (
-            ("width", "num_heads"),
-            ("bridge_width", "bridge_heads"),
-            ("decoder_width", "decoder_heads"),
+            ("embed_dim", "num_heads"),
+            ("bridge_embed_dim", "bridge_num_heads"),
+            ("decoder_embed_dim", "decoder_num_heads"),
         ):
             if getattr(self, width) % getattr(self, heads):
                 raise checks.bad(heads, getattr(self, heads), f"a divisor of {width} {getattr(self, width)}")
         for name, extent, step in zip(
-            ("num_frames", "image_size", "image_size"), (self.num_frames, *self.image_size), self.patch, strict=True
+            ("num_frames", "image_size", "image_size"),
+            (self.num_frames, *self.image_size),
+            self.patch_size,
+            strict=True,
         ):
             if extent % step:
                 raise checks.bad(name, extent, f"a multiple of the patch's {step}")
@@ -123,7 +126,7 @@ class MARConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Tubelets along time, height and width."""
-        t, h, w = self.patch
+        t, h, w = self.patch_size
         return self.num_frames // t, self.image_size[0] // h, self.image_size[1] // w
 
     @property
@@ -142,14 +145,14 @@ class MARConfig:
     @property
     def patch_values(self) -> int:
         """Values in a tubelet: t * h * w * C."""
-        return math.prod(self.patch) * self.channels
+        return math.prod(self.patch_size) * self.channels
 
 
 _COUNTS = (
-    "num_frames", "channels", "width", "depth", "num_heads", "num_classes",
-    "bridge_width", "bridge_depth", "bridge_heads", "decoder_width", "decoder_heads",
+    "num_frames", "channels", "embed_dim", "depth", "num_heads", "num_classes",
+    "bridge_embed_dim", "bridge_depth", "bridge_num_heads", "decoder_embed_dim", "decoder_num_heads",
 )  # fmt: skip
-_RATES = ("mask_ratio", "drop_path", "bridge_dropout", "head_dropout", "attention_dropout")
+_RATES = ("mask_ratio", "drop_path_rate", "bridge_dropout", "head_dropout", "attention_dropout")
 _POSITIVE = (
     "mlp_ratio", "bridge_mlp_ratio", "decoder_mlp_ratio",
     "encoder_eps", "final_norm_eps", "bridge_eps", "classifier_norm_eps", "decoder_eps", "decoder_norm_eps",
@@ -190,18 +193,18 @@ def check_cell(cell: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
 # Encoders are VideoMAE's (arXiv 2203.12602) and, for giant, VideoMAE v2's (arXiv 2303.16727). Pixel decoders of base
 # and large are MAR's; those of the others are the pre-training decoders of the same papers.
 _SIZES: dict[str, dict[str, Any]] = {
-    "small": dict(width=384, depth=12, num_heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3),
-    "base": dict(width=768, depth=12, num_heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6),
-    "large": dict(width=1024, depth=24, num_heads=16, decoder_width=512, decoder_depth=12, decoder_heads=8),
-    "huge": dict(width=1280, depth=32, num_heads=16, decoder_width=640, decoder_depth=12, decoder_heads=10),
+    "small": dict(embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3),
+    "base": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=12, decoder_num_heads=8),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16, decoder_embed_dim=640, decoder_depth=12, decoder_num_heads=10),
     "giant": dict(
-        width=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, patch=(2, 14, 14),
-        decoder_width=512, decoder_depth=4, decoder_heads=8,
+        embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, patch_size=(2, 14, 14),
+        decoder_embed_dim=512, decoder_depth=4, decoder_num_heads=8,
     ),
 }  # fmt: skip
 
 # Decoder depth is an option of pre-training; width alone names a decoder of the same papers.
-_DECODER_HEADS = {size["decoder_width"]: size["decoder_heads"] for size in _SIZES.values()}
+_DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in _SIZES.values()}
 
 # A dense VideoMAE classifier: mean pooling and its own norm instead of the encoder's last one, no decoder.
 _DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)
@@ -238,14 +241,14 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
     return replace(MARConfig(), **{**_SIZES[size], **(_DENSE if family == "videomae" else {}), **overrides})
 
 
-def known_heads(width: int, depth: int) -> int | None:
+def known_heads(embed_dim: int, depth: int) -> int | None:
     """Heads of the named encoder of this width and depth; None where there is none."""
     for size in _SIZES.values():
-        if (size["width"], size["depth"]) == (width, depth):
+        if (size["embed_dim"], size["depth"]) == (embed_dim, depth):
             return int(size["num_heads"])
     return None
 
 
-def known_decoder_heads(width: int) -> int | None:
+def known_decoder_heads(embed_dim: int) -> int | None:
     """Heads of the named pixel decoders of this width; None where there is none."""
-    return _DECODER_HEADS.get(width)
+    return _DECODER_HEADS.get(embed_dim)

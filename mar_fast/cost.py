@@ -175,7 +175,7 @@ class _Counter:
             yield _sum(f"{name}.norms", *norms)
 
     def encoder(self, config: MARConfig) -> list[Part]:
-        visible, width = self.visible, config.width
+        visible, width = self.visible, config.embed_dim
         embedded = config.num_tokens if self.original else visible
         patch = self.linear("encoder.patch_embed", embedded, config.patch_values, width)
         pixels = self.batch * embedded * config.patch_values
@@ -185,28 +185,28 @@ class _Counter:
         return _merge([patch, *blocks, self.norms("encoder.norms", visible, width, int(config.final_norm))])
 
     def classifier(self, config: MARConfig) -> list[Part]:
-        visible, width, blocks = self.visible, config.width, list[Part]()
+        visible, width, blocks = self.visible, config.embed_dim, list[Part]()
         if config.classifier is None:
             return []
         if config.classifier == "bridging":
-            width = config.bridge_width
+            width = config.bridge_embed_dim
             hidden = round(width * config.bridge_mlp_ratio)
-            shape = (visible, width, config.bridge_heads, hidden, config.bridge_depth)
-            blocks = [self.linear("classifier.proj_in", visible, config.width, width, bias=False)]
+            shape = (visible, width, config.bridge_num_heads, hidden, config.bridge_depth)
+            blocks = [self.linear("classifier.proj_in", visible, config.embed_dim, width, bias=False)]
             blocks += self.blocks("classifier", *shape, key_bias=True)
         blocks.append(self.norms("classifier.norms", 1, width, 1))
         return _merge([*blocks, self.linear("classifier.head", 1, width, config.num_classes)])
 
     def decoder(self, config: MARConfig) -> list[Part]:
-        tokens, width = config.num_tokens, config.decoder_width
+        tokens, width = config.num_tokens, config.decoder_embed_dim
         dropped = tokens - self.visible
         rows = tokens if self.original else dropped
         hidden = round(width * config.decoder_mlp_ratio)
-        shape = (tokens, width, config.decoder_heads, hidden, config.decoder_depth)
+        shape = (tokens, width, config.decoder_num_heads, hidden, config.decoder_depth)
         loss_bytes = self.batch * rows * config.patch_values * (self.pixel + self.value)
         token = Part("decoder.scatter", width, 0, self.batch * (self.visible + tokens) * width * self.value)
         return _merge([
-            self.linear("decoder.proj_in", self.visible, config.width, width, bias=False),
+            self.linear("decoder.proj_in", self.visible, config.embed_dim, width, bias=False),
             token,
             *self.blocks("decoder", *shape, rows=rows),
             self.norms("decoder.norms", rows, width, 1),

@@ -82,7 +82,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(config.channels, config.width, kernel_size=config.patch, stride=config.patch)
+        self.proj = nn.Conv3d(
+            config.channels, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
 
 
 class Encoder(nn.Module):
@@ -92,11 +94,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, config.width))
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
-        shape = (config.width, config.num_heads, config.mlp_ratio, config.encoder_eps)
+        self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, config.embed_dim))
+        rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
+        shape = (config.embed_dim, config.num_heads, config.mlp_ratio, config.encoder_eps)
         self.blocks = nn.ModuleList(Block(*shape, drop_path=rate) for rate in rates)
-        self.norm = nn.LayerNorm(config.width, eps=config.final_norm_eps) if config.final_norm else None
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.final_norm_eps) if config.final_norm else None
 
     def forward(self, video: Tensor, keep_idx: Tensor) -> Tensor:
         """(B, C, T, H, W), (B, N) -> (B, N, D)."""
@@ -105,7 +107,7 @@ class Encoder(nn.Module):
     def forward_packed(self, clips: OneClip, keep_idx: Tensor, segments: Segments) -> Tensor:
         """Visible tokens (total,) of all clips -> (total, 1, D)."""
         position, (_, rows, columns) = self.pos_embed.value, self.config.grid
-        tokens = clips.video.shape[2] // self.config.patch[0] * rows * columns
+        tokens = clips.video.shape[2] // self.config.patch_size[0] * rows * columns
         # Indices into one long clip say nothing of places in a grid, so positions are added here.
         nowhere = torch.zeros_like(position[:1]).expand(tokens, -1)
         x = self._embed(clips.video, clips.places(keep_idx, segments.clip_idx), nowhere)[0]
@@ -132,9 +134,9 @@ class PixelDecoder(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.decoder_width
+        width = config.decoder_embed_dim
         self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, width))
-        shape = (width, config.decoder_heads, config.decoder_mlp_ratio, config.decoder_eps)
+        shape = (width, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
         self.head = nn.Linear(width, config.patch_values)
@@ -174,9 +176,9 @@ class BridgingClassifier(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.bridge_width
-        self.proj = nn.Linear(config.width, width, bias=False)
-        shape = (width, config.bridge_heads, config.bridge_mlp_ratio, config.bridge_eps)
+        width = config.bridge_embed_dim
+        self.proj = nn.Linear(config.embed_dim, width, bias=False)
+        shape = (width, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
         extra: dict[str, Any] = dict(dropout=config.bridge_dropout, key_bias=True)
         self.blocks = nn.ModuleList(Block(*shape, **extra) for _ in range(config.bridge_depth))
         self.norm = nn.LayerNorm(width, eps=config.classifier_norm_eps)
@@ -197,8 +199,8 @@ class LinearClassifier(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.width, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(config.width, config.num_classes)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.classifier_norm_eps)
+        self.head = nn.Linear(config.embed_dim, config.num_classes)
 
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D), or packed (total, 1, D) with their ``segments`` -> (B, classes)."""
@@ -233,8 +235,8 @@ class MAR(nn.Module):
         self.decoder: PixelDecoder | None = None
         if config.decoder_depth:
             self.decoder = PixelDecoder(config)
-            self.encoder_to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
+            self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
         # The test mask is the same for every clip, so it is made once.
         self.test_keep_idx = Constant(partial(_test_indices, config, "keep_idx"))
         self.test_drop_idx = Constant(partial(_test_indices, config, "drop_idx"))
@@ -298,7 +300,7 @@ class MAR(nn.Module):
 
     def _forward_ragged(self, video: Tensor, mask: RaggedMask, reconstruct: bool) -> MAROutput:
         self._check_mask(video, mask)
-        segments, clips = Segments.of(mask), OneClip.of(video, self.config.patch)
+        segments, clips = Segments.of(mask), OneClip.of(video, self.config.patch_size)
         features = self.encoder.forward_packed(clips, mask.keep_idx, segments)
         logits = None if self.classifier is None else self.classifier(features, segments)
         flat = features.flatten(0, 1)
@@ -318,7 +320,7 @@ class MAR(nn.Module):
         config = self.config
         return masked_patch_loss(
             pixels, video, drop_idx,
-            patch_size=config.patch, mean=config.mean, std=config.std, normalize=config.normalize_target,
+            patch_size=config.patch_size, mean=config.mean, std=config.std, normalize=config.norm_pix_loss,
         )  # fmt: skip
 
     def _indices(

@@ -152,18 +152,18 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        conv = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
+        conv = nn.Conv3d(config.channels, config.embed_dim, config.patch_size, stride=config.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         # Not a buffer: .bfloat16() would round it.
-        self.table = resized_table(config, config.width)
+        self.table = resized_table(config, config.embed_dim)
         self.blocks = nn.ModuleList(
             Block(
-                config.width, config.num_heads, config.mlp_ratio, config.encoder_eps,
-                drop_path=config.drop_path * i / max(config.depth - 1, 1),
+                config.embed_dim, config.num_heads, config.mlp_ratio, config.encoder_eps,
+                drop_path=config.drop_path_rate * i / max(config.depth - 1, 1),
             )
             for i in range(config.depth)
         )  # fmt: skip
-        self.norm = nn.LayerNorm(config.width, eps=config.final_norm_eps) if config.final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.final_norm_eps) if config.final_norm else nn.Identity()
 
     def forward(self, clip: Tensor, masked: Tensor) -> Tensor:
         """Normalised (B, C, T, H, W), (B, L) bool -> (B, N, D)."""
@@ -180,9 +180,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        width = config.decoder_width
+        width = config.decoder_embed_dim
         self.table = resized_table(config, width)
-        shape = (width, config.decoder_heads, config.decoder_mlp_ratio, config.decoder_eps)
+        shape = (width, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
         self.head = nn.Linear(width, config.patch_values)
@@ -202,11 +202,11 @@ class Classifier(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        width = config.width
+        width = config.embed_dim
         if config.classifier == "bridging":
-            width = config.bridge_width
-            self.proj = nn.Linear(config.width, width, bias=False)
-            shape = (width, config.bridge_heads, config.bridge_mlp_ratio, config.bridge_eps)
+            width = config.bridge_embed_dim
+            self.proj = nn.Linear(config.embed_dim, width, bias=False)
+            shape = (width, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
             self.blocks = nn.ModuleList(
                 Block(*shape, dropout=config.bridge_dropout, key_bias=True) for _ in range(config.bridge_depth)
             )
@@ -225,11 +225,11 @@ class Classifier(nn.Module):
 
 def patch_targets(pixels: Tensor, config: MARConfig) -> Tensor:
     """Clip in [0, 1] (B, C, T, H, W) -> (B, L, t * h * w * C), each tubelet and channel normalised."""
-    (t, h, w), (frames, height, width) = config.patch, config.grid
+    (t, h, w), (frames, height, width) = config.patch_size, config.grid
     b, c = pixels.shape[:2]
     tubes = pixels.reshape(b, c, frames, t, height, h, width, w).permute(0, 2, 4, 6, 3, 5, 7, 1)
     tubes = tubes.reshape(b, config.num_tokens, t * h * w, c)
-    if config.normalize_target:
+    if config.norm_pix_loss:
         deviation = tubes.var(dim=2, unbiased=True, keepdim=True).sqrt()
         tubes = (tubes - tubes.mean(dim=2, keepdim=True)) / (deviation + 1e-6)
     return tubes.reshape(b, config.num_tokens, -1)
@@ -245,8 +245,8 @@ class MAR(nn.Module):
         self.classifier = Classifier(config) if config.classifier else None
         self.decoder = Decoder(config) if config.decoder_depth else None
         if self.decoder is not None:
-            self.encoder_to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
-            self.mask_token = nn.Parameter(torch.randn(1, 1, config.decoder_width) * 0.02)
+            self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
+            self.mask_token = nn.Parameter(torch.randn(1, 1, config.decoder_embed_dim) * 0.02)
 
     def forward(
         self,

@@ -22,29 +22,6 @@ if importlib.util.find_spec("hypothesis"):
     settings.register_profile("repo", deadline=None, max_examples=60)
     settings.load_profile("repo")
 
-# A machine that only tests kernels may be without these.
-NEEDS = {
-    "test_checkpoint.py": "safetensors",
-    "test_checkpoint_damage.py": "safetensors",
-    "test_checkpoint_huggingface.py": "safetensors",
-    "test_checkpoint_position.py": "safetensors",
-    "test_checkpoint_repair.py": "safetensors",
-    "test_checkpoint_write.py": "safetensors",
-    "test_cli.py": "matplotlib",
-    "test_cli_answers.py": "av",
-    "test_cli_checkpoint.py": "typer",
-    "test_cli_curve.py": "av",
-    "test_cli_reconstruct.py": "av",
-    "test_content_mask.py": "hypothesis",
-    "test_curve.py": "av",
-    "test_ensemble.py": "hypothesis",
-    "test_masking.py": "hypothesis",
-    "test_readme.py": "av",
-    "test_video.py": "av",
-    "test_views.py": "av",
-}
-collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
-
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = os.environ.get("MAR_FAST_TEST_DEVICE") == "cuda"
 if ON_GPU:

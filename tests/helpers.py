@@ -20,14 +20,14 @@ def relative(got, want) -> float:
 
 def tiny_config(**overrides):
     """The model of the golden data."""
-    return named_config("mar_vit_base", **{**dict(width=96, depth=2, num_heads=3, num_classes=174), **overrides})
+    return named_config("mar_vit_base", **{**dict(embed_dim=96, depth=2, num_heads=3, num_classes=174), **overrides})
 
 
 def small_config(**overrides):
     """A clip of 4 frames of 64 x 64 in 2 x 4 x 4 tokens: fast enough for gradients in float64."""
     small = dict(
-        num_frames=4, image_size=(64, 64), width=96, depth=2, num_heads=3, num_classes=11,
-        bridge_width=64, bridge_heads=2, decoder_width=48, decoder_depth=2, decoder_heads=3,
+        num_frames=4, image_size=(64, 64), embed_dim=96, depth=2, num_heads=3, num_classes=11,
+        bridge_embed_dim=64, bridge_num_heads=2, decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=3,
     )  # fmt: skip
     return named_config("mar_vit_base", **{**small, **overrides})
 

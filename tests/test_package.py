@@ -38,7 +38,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"mar_fast", next(top for top in tops if top.endswith(".dist-info"))}
-    for needed in ("py.typed", "kernels/plan.py", "kernels/jit/bias_gelu.py", "bench/savings.py"):
+    for needed in ("py.typed", "kernels/plan.py", "kernels/jit/bias_gelu.py", "bench/runner.py", "eval/savings.py"):
         assert f"mar_fast/{needed}" in names
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     for extra in ("test", "plot", "demo", "hf", "xformers", "flash-attn"):
@@ -134,8 +134,8 @@ import transformers
 import torch, mar_fast
 size = dict(image_size=32, num_frames=2, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
 config = mar_fast.named_config(
-    "mar_vit_small", num_frames=2, image_size=(32, 32), width=24, num_heads=2, depth=1,
-    bridge_width=16, bridge_heads=2, bridge_depth=1, decoder_depth=0,
+    "mar_vit_small", num_frames=2, image_size=(32, 32), embed_dim=24, num_heads=2, depth=1,
+    bridge_embed_dim=16, bridge_num_heads=2, bridge_depth=1, decoder_depth=0,
 )
 model, video = mar_fast.MAR(config).eval(), torch.randn(2, 3, 2, 32, 32)
 def compiled():

@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("av")
+
 import torch
 from helpers import tiny_config
 
 import mar_fast
 from mar_fast import cli, cost, create_model, named_config
-from mar_fast.bench.files import sample_clip
+from mar_fast.data import sample_clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,7 +37,7 @@ def test_python_example_runs():
 @pytest.mark.real_clip
 def test_views_example_runs():
     """It goes on where the first example ends; here with a small model."""
-    names = {"mar_fast": mar_fast, "video": mar_fast.video, "model": mar_fast.MAR(tiny_config(depth=1)).eval()}
+    names = {"mar_fast": mar_fast, "data": mar_fast.data, "model": mar_fast.MAR(tiny_config(depth=1)).eval()}
     exec(example("read_views").replace('"bikes.mp4"', repr(str(sample_clip()))), names)
     assert names["views"].shape == (6, 3, 16, 224, 224) and names["scores"].shape == (174,)
 

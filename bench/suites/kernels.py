@@ -14,9 +14,10 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from mar_fast.inference import captured
+
 from ..case import Candidate, Case, Floor, Prepared, Setting
 from ..op_cases import OpCase, Operands, Provider, op_cases
-from ..timing import captured
 
 # What a provider's result may differ from float64: some roundings of the dtype. TF32 is let pass in float32. On a CPU
 # PyTorch sums LayerNorm's gradients of weight and bias in bfloat16, which alone is off by 3e-2.

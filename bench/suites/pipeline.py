@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 import mar_fast
-from mar_fast import video
+from mar_fast.data import sample_clip, video
 
 from ..case import Candidate, Case, Prepared, Setting
-from ..files import sample_clip
 from ..jobs import Job, truth
 from ..runner import Finding, Outcome
 from .common import ABSOLUTE_BOUND, LETTERS, model_config

@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 
 from mar_fast import MARConfig
+from mar_fast.machine import short_name
 
 from ..case import Candidate, Case, Setting
 from ..jobs import Job, truth
-from ..machine import short_name
 from ..peers import YARDSTICK, original, ours
 from ..records import OURS
 from ..runner import Finding, Outcome

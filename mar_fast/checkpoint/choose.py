@@ -15,10 +15,10 @@ Position = Literal["formula", "interpolate"]
 POSITIONS = ("formula", "interpolate")
 
 # Fields that the checkpoint fixes: by shapes and, for heads, by its configuration.
-_FIXED = ("width", "channels", "patch", "depth", "mlp_ratio", "num_heads")
+_FIXED = ("embed_dim", "channels", "patch_size", "depth", "mlp_ratio", "num_heads")
 _PARTS = {
-    "classifier": ("num_classes", "bridge_width", "bridge_depth", "bridge_heads", "bridge_mlp_ratio"),
-    "decoder": ("decoder_width", "decoder_heads", "decoder_mlp_ratio"),
+    "classifier": ("num_classes", "bridge_embed_dim", "bridge_depth", "bridge_num_heads", "bridge_mlp_ratio"),
+    "decoder": ("decoder_embed_dim", "decoder_num_heads", "decoder_mlp_ratio"),
 }
 _BESIDES = {
     "classifier": ("classifier_norm_eps", "bridge_eps", "mask_ratio"),
@@ -157,9 +157,9 @@ def _reads_token_0(layout: Layout, checkpoint: Checkpoint, facts: Facts) -> bool
 
 def _need_heads(checkpoint: Checkpoint, values: dict[str, Any], fresh: dict[str, str]) -> None:
     for name, width, depth, part in (
-        ("num_heads", "width", "depth", "encoder"),
-        ("decoder_heads", "decoder_width", "decoder_depth", "decoder"),
-        ("bridge_heads", "bridge_width", "bridge_depth", "classifier"),
+        ("num_heads", "embed_dim", "depth", "encoder"),
+        ("decoder_num_heads", "decoder_embed_dim", "decoder_depth", "decoder"),
+        ("bridge_num_heads", "bridge_embed_dim", "bridge_depth", "classifier"),
     ):
         there = part != "classifier" or values["classifier"] == "bridging"
         if there and values.get(depth) and part not in fresh and name not in values:
@@ -176,7 +176,7 @@ def _position(
     values: Mapping[str, Any],
 ) -> tuple[Any, tuple[str, ...]]:
     """The grid that position tables are made for, None for the model's own, and what there is to say about it."""
-    patch = values["patch"]
+    patch = values["patch_size"]
     frames, size = facts.value("num_frames"), tuple(facts.value("image_size"))
     same = values["num_frames"] == frames and _agree(values["image_size"], size)
     new = _grid(values["num_frames"], values["image_size"], patch)
@@ -240,7 +240,7 @@ def _relevant(config: MARConfig) -> set[str]:
         names -= {"num_classes", "classifier_norm_eps", "head_dropout"}
     if not config.decoder_depth:
         names -= {name for name in names if name.startswith("decoder_") and name != "decoder_depth"}
-        names -= {"normalize_target"}
+        names -= {"norm_pix_loss"}
     if not config.final_norm:
         names -= {"final_norm_eps"}
     return names

@@ -60,7 +60,7 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
     Raises:
         ValueError: the two do not take the same clips.
     """
-    for name in ("num_frames", "image_size", "channels", "patch"):
+    for name in ("num_frames", "image_size", "channels", "patch_size"):
         want, got = getattr(first.config, name), getattr(second.config, name)
         if got != want:
             raise checks.bad(f"second, {name}", got, f"{want}, as first")

@@ -109,7 +109,7 @@ def _from_shapes(facts: Facts, checkpoint: Checkpoint, layout: Layout, overrides
 
     width, channels, *patch = shape("encoder.patch_embed.proj.weight", 5)
     origin = "shape of " + layout.theirs("encoder.patch_embed.proj.weight")[0]
-    facts.state(origin, width=width, channels=channels, patch=tuple(patch))
+    facts.state(origin, embed_dim=width, channels=channels, patch_size=tuple(patch))
     facts.state("blocks in the file", **blocks("encoder", "", width))
     kind = layout.classifier
     if layout.key == "mar_fast":
@@ -124,13 +124,13 @@ def _from_shapes(facts: Facts, checkpoint: Checkpoint, layout: Layout, overrides
         facts.state(f"shape of {head}", num_classes=shape("classifier.head.weight", 2)[0])
     if keeps_classifier and kind == "bridging":
         bridge = shape("classifier.proj.weight", 2)[0]
-        facts.state(f"shape of {layout.theirs('classifier.proj.weight')[0]}", bridge_width=bridge)
+        facts.state(f"shape of {layout.theirs('classifier.proj.weight')[0]}", bridge_embed_dim=bridge)
         facts.state("blocks in the file", **blocks("classifier", "bridge_", bridge))
     if layout.has("decoder", names) and overrides.get("decoder_depth") == 0:
         facts.state("entries in the file", decoder_depth=layout.depth("decoder", names))
     elif layout.has("decoder", names):
         decoder = shape("encoder_to_decoder.weight", 2)[0]
-        facts.state("shape of encoder_to_decoder.weight", decoder_width=decoder)
+        facts.state("shape of encoder_to_decoder.weight", decoder_embed_dim=decoder)
         facts.state("blocks in the file", **blocks("decoder", "decoder_", decoder))
     else:
         facts.state("entries in the file", decoder_depth=0)
@@ -151,7 +151,7 @@ def _has_classifier(layout: Layout, names: Mapping[str, Tensor]) -> bool:
 def _from_args(facts: Facts, args: dict[str, Any]) -> None:
     """VideoMAE's files keep the arguments of the training run."""
     frames, size = args.get("num_frames"), args.get("input_size")
-    t, h, w = facts.value("patch")
+    t, h, w = facts.value("patch_size")
     if isinstance(frames, int) and frames > 0 and frames % t == 0:
         facts.state("args in the file", num_frames=frames)
     if isinstance(size, int) and size > 0 and size % h == size % w == 0:
@@ -177,11 +177,14 @@ def _from_mar_entries(facts: Facts, checkpoint: Checkpoint) -> None:
 
 
 def _heads(facts: Facts) -> None:
-    width, depth, decoder_width = facts.value("width"), facts.value("depth"), facts.value("decoder_width")
+    width, depth, decoder_embed_dim = facts.value("embed_dim"), facts.value("depth"), facts.value("decoder_embed_dim")
     known = {
         "num_heads": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
-        "decoder_heads": (known_decoder_heads(decoder_width), f"the known decoder that is {decoder_width} wide"),
-        "bridge_heads": (BRIDGE_HEADS.get(facts.value("bridge_width")), "the bridging classifier of the paper"),
+        "decoder_num_heads": (
+            known_decoder_heads(decoder_embed_dim),
+            f"the known decoder that is {decoder_embed_dim} wide",
+        ),
+        "bridge_num_heads": (BRIDGE_HEADS.get(facts.value("bridge_embed_dim")), "the bridging classifier of the paper"),
     }
     for name, (heads, origin) in known.items():
         if heads and name not in facts:

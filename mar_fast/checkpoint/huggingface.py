@@ -51,7 +51,7 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
         raise checks.bad(checkpoint.where, f"the tensors of a {layout.title}", f"those of {kinds[0]}, by config.json")
 
     said = _said(where, config)
-    for name in ("width", "channels", "patch", "depth", "mlp_ratio", *_DECODER_FIELDS):
+    for name in ("embed_dim", "channels", "patch_size", "depth", "mlp_ratio", *_DECODER_FIELDS):
         # Of a decoder that the caller leaves out, the shapes have not been looked at.
         is_part = name not in _DECODER_FIELDS or (facts.value("decoder_depth") and name in facts)
         if is_part and said[name] != facts.value(name):
@@ -66,7 +66,9 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
         **dict.fromkeys(("encoder_eps", *final, *decoder), config["layer_norm_eps"]),
     )
     if decoder:
-        facts.state("config.json", decoder_heads=said["decoder_heads"], normalize_target=bool(config["norm_pix_loss"]))
+        facts.state(
+            "config.json", decoder_num_heads=said["decoder_num_heads"], norm_pix_loss=bool(config["norm_pix_loss"])
+        )
     facts.grid_known = True
     processor = checkpoint.configs.get("preprocessor_config.json", {})
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
@@ -74,11 +76,11 @@ def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
             facts.state("preprocessor_config.json", **{name: tuple(processor[key])})
 
 
-_DECODER_FIELDS = ("decoder_width", "decoder_depth", "decoder_mlp_ratio")
+_DECODER_FIELDS = ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")
 _KEYS = {
-    "width": "hidden_size", "channels": "num_channels", "patch": "tubelet_size and patch_size",
+    "embed_dim": "hidden_size", "channels": "num_channels", "patch_size": "tubelet_size and patch_size",
     "depth": "num_hidden_layers", "mlp_ratio": "intermediate_size / hidden_size",
-    "decoder_width": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
     "decoder_mlp_ratio": "decoder_intermediate_size / decoder_hidden_size",
 }  # fmt: skip
 
@@ -87,17 +89,17 @@ def _said(where: str, config: dict[str, Any]) -> dict[str, Any]:
     """Our fields, as config.json has them."""
     try:
         return {
-            "width": config["hidden_size"],
+            "embed_dim": config["hidden_size"],
             "channels": config["num_channels"],
-            "patch": (int(config["tubelet_size"]), *_pair(config["patch_size"])),
+            "patch_size": (int(config["tubelet_size"]), *_pair(config["patch_size"])),
             "depth": config["num_hidden_layers"],
             "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
             "num_heads": config["num_attention_heads"],
             "num_frames": config["num_frames"],
             "image_size": _pair(config["image_size"]),
-            "decoder_width": config["decoder_hidden_size"],
+            "decoder_embed_dim": config["decoder_hidden_size"],
             "decoder_depth": config["decoder_num_hidden_layers"],
-            "decoder_heads": config["decoder_num_attention_heads"],
+            "decoder_num_heads": config["decoder_num_attention_heads"],
             "decoder_mlp_ratio": config["decoder_intermediate_size"] / config["decoder_hidden_size"],
         }
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -143,8 +145,8 @@ def kind_for(config: MARConfig) -> str:
     for field, matters in shared.items():
         if matters and getattr(config, field) != config.encoder_eps:
             raise refuse(field, f"{config.encoder_eps}, as encoder_eps: transformers has one layer_norm_eps for both")
-    if config.decoder_depth and config.patch[1] != config.patch[2]:
-        raise refuse("patch", "a square one: transformers' pixel decoder takes no other")
+    if config.decoder_depth and config.patch_size[1] != config.patch_size[2]:
+        raise refuse("patch_size", "a square one: transformers' pixel decoder takes no other")
     if config.classifier:
         return "VideoMAEForVideoClassification"
     return "VideoMAEForPreTraining" if config.decoder_depth else "VideoMAEModel"
@@ -173,7 +175,7 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
         dtype: Of the weights, "float32" for example.
         labels: Names of the classes.
     """
-    t, height, width = config.patch
+    t, height, width = config.patch_size
     content: dict[str, Any] = {
         "architectures": [kind_for(config)],
         "model_type": "videomae",
@@ -183,10 +185,10 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
         "num_channels": config.channels,
         "num_frames": config.num_frames,
         "tubelet_size": t,
-        "hidden_size": config.width,
+        "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
-        "intermediate_size": round(config.width * config.mlp_ratio),
+        "intermediate_size": round(config.embed_dim * config.mlp_ratio),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -194,14 +196,14 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
         "qv_bias": True,
         "qkv_bias": True,  # the same, as earlier versions of transformers call it
         "use_mean_pooling": not config.final_norm,
-        "norm_pix_loss": config.normalize_target,
+        "norm_pix_loss": config.norm_pix_loss,
     }
     if config.decoder_depth:
         content |= {
-            "decoder_hidden_size": config.decoder_width,
+            "decoder_hidden_size": config.decoder_embed_dim,
             "decoder_num_hidden_layers": config.decoder_depth,
-            "decoder_num_attention_heads": config.decoder_heads,
-            "decoder_intermediate_size": round(config.decoder_width * config.decoder_mlp_ratio),
+            "decoder_num_attention_heads": config.decoder_num_heads,
+            "decoder_intermediate_size": round(config.decoder_embed_dim * config.decoder_mlp_ratio),
         }
     if config.classifier:
         names = labels or _unnamed(config)

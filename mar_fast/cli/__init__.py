@@ -12,13 +12,13 @@ from .classify import classify
 from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors, show_warnings
 from .convert import convert
 from .cost import cost
-from .curve import curve
 from .evaluate import evaluate
 from .inspect import inspect
 from .masks import masks
 from .reconstruct import reconstruct
 from .report import report
 from .savings import savings
+from .tradeoff import tradeoff
 from .verify import verify
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ app.command()(reconstruct)
 app.command()(cost)
 app.command()(classify)
 app.command("eval")(evaluate)
-app.command()(curve)
+app.command()(tradeoff)
 app.command()(report)
 app.command()(inspect)
 app.command()(convert)

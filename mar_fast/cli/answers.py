@@ -1,4 +1,4 @@
-"""What classify, eval and curve share: options, the model from a checkpoint, the views of a video."""
+"""What classify, eval and tradeoff share: options, the model from a checkpoint, the views of a video."""
 
 import re
 from collections.abc import Callable
@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from .. import MAR, MARConfig
-from ..annotations import read_labels
-from ..bench import machine
+from .. import MAR, MARConfig, machine
+from ..data import read_views
+from ..data.annotations import read_labels
 from ..kernels import checks
-from ..video import read_views
 
 Precision = StrEnum("Precision", ["fp32", "bf16", "fp16"])
 SamplingName = StrEnum("SamplingName", ["stride", "uniform"])

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from .. import files, machine
 from ..bench import compare as comparison
-from ..bench import files, machine, session
+from ..bench import session
 from ..bench.suites import SUITES
 from .common import CHECK_FAILED, INTERRUPTED, Device, Dtype, Size, errors, progress, results
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..evaluation import classify as classify_views
+from ..eval import classify as classify_views
 from .answers import (
     Labels,
     Precision,

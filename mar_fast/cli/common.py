@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .. import MARConfig
+from ..data import read_clip
 from ..files import may_write
-from ..video import read_clip
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)

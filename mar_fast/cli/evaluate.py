@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..annotations import FORMATS, read_annotations, read_labels
-from ..bench import accuracy
+from ..data.annotations import FORMATS, read_annotations, read_labels
+from ..eval import accuracy
 from ..kernels import checks
 from .answers import Precision, SamplingName, Short, ShortName, Stride, load, parse_views, reader
 from .common import CHECK_FAILED, Device, errors, print_json, progress, results

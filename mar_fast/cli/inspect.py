@@ -38,12 +38,12 @@ def inspect(
     for name in ("part", "width", "blocks", "heads", "parameters, M"):
         table.add_column(name, justify="left" if name == "part" else "right")
     sizes = {
-        "encoder": (config.width, config.depth, config.num_heads),
-        "classifier": (config.bridge_width, config.bridge_depth, config.bridge_heads),
-        "decoder": (config.decoder_width, config.decoder_depth, config.decoder_heads),
+        "encoder": (config.embed_dim, config.depth, config.num_heads),
+        "classifier": (config.bridge_embed_dim, config.bridge_depth, config.bridge_num_heads),
+        "decoder": (config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads),
     }
     if config.classifier == "linear":
-        sizes["classifier"] = (config.width, 0, 0)
+        sizes["classifier"] = (config.embed_dim, 0, 0)
     for part, count in parts.items():
         label = f"{config.classifier} classifier, {config.num_classes} classes" if part == "classifier" else part
         shown = (str(size) if size else "" for size in sizes[part])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import named_config
-from ..bench import files
+from ..data import sample_clip
 from .common import check_png, clip_for, print_json, progress, results
 from .mask_kinds import Kind, by_content, check_seed, drawn
 
@@ -23,13 +23,13 @@ def masks(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts and the visible indices.")] = False,
 ) -> None:
     """Draw a mask over a clip's frames (16 frames of 224 x 224, patches of 2 x 16 x 16)."""
-    from ..bench import plot
+    from ..eval import plot
 
     check_seed(seed)
     check_png(out, force)
     config = named_config("mar_vit_base")
     mask = drawn(kind, config, ratio, seed, train)
-    path = clip if clip is not None else files.sample_clip()
+    path = clip if clip is not None else sample_clip()
     with progress() as step:
         step(f"reading {path.name}", 0.1)
         video = clip_for(path, config, stride)

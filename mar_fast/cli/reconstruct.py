@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..bench import machine
+from .. import machine
+from ..eval import reconstruct as fill
 from ..kernels import checks
-from ..reconstruction import reconstruct as fill
 from .answers import Precision
 from .common import Device, check_png, clip_for, print_json, progress, results
 from .loading import Given, ModelKey, Position, load
@@ -47,7 +47,7 @@ def reconstruct(
 
     A decoder predicts patches without their mean and contrast; the picture says where these come from.
     """
-    from ..bench import plot
+    from ..eval import plot
 
     check_seed(seed)
     check_png(out, force)
@@ -57,7 +57,7 @@ def reconstruct(
     if model.decoder is None:
         accepted = "one from pre-training, or from MAR's training; a fine-tuned classifier has none"
         raise checks.bad("--checkpoint", f"{checkpoint!r}, without a pixel decoder", accepted)
-    if ground_truth_statistics and not config.normalize_target:
+    if ground_truth_statistics and not config.norm_pix_loss:
         raise checks.bad("--ground-truth-statistics", "it with a decoder that predicts pixels", "neither: none needed")
     if frames is not None and not 1 <= frames <= config.grid[0]:
         raise checks.bad("--frames", frames, f"1 to {config.grid[0]}, the tubelets of a clip in time")
@@ -72,7 +72,7 @@ def reconstruct(
         step("reconstructing", 0.3)
         where = next(model.parameters()).device
         filled = fill(model, clip[None].to(where), mask.to(where), ground_truth_statistics=ground_truth_statistics)
-        source = "ground truth" if ground_truth_statistics else "visible" if config.normalize_target else "predicted"
+        source = "ground truth" if ground_truth_statistics else "visible" if config.norm_pix_loss else "predicted"
         seen = f"{mask.num_visible} of {mask.num_tokens} patches visible"
         title = f"{video.name}, {kind} masking, {ratio:.0%}: {seen}, reconstruction loss {filled.loss:.4f}"
         step("drawing", 0.7)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..bench import files, machine
-from ..bench.savings import FP32_BOUND, Savings, measure, model_config
+from .. import files, machine
+from ..data import sample_clip
+from ..eval.savings import FP32_BOUND, Savings, measure, model_config
 from .common import CHECK_FAILED, Device, Dtype, Size, clip_for, errors, ms, print_json, progress, results
 
 
@@ -26,12 +27,12 @@ def savings(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Time a dense ViT against MAR at 50 % and 75 % masking, checked against the reference first."""
-    from ..bench import plot
+    from ..eval import plot
 
     written = [out / "results.json", out / "results.png"]
     files.may_write(written, force)
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
-    path = clip if clip is not None else files.sample_clip()
+    path = clip if clip is not None else sample_clip()
     video = clip_for(path, model_config(model, "dense"), stride)
     where = machine.device(device)
     with progress() as step:

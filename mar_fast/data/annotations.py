@@ -1,0 +1,302 @@
+"""Lists of labelled videos, in the formats that data sets come with, and files of class names."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..kernels import checks
+
+# What each format is, as it is told to the user.
+FORMATS = {
+    "list": "lines of a path and a label number from 0, with a space or comma between them",
+    "kinetics": "Kinetics, a csv with the columns label, youtube_id, time_start, time_end",
+    "ssv2": "Something-Something v2, JSON entries with id and template",
+    "ucf101": "UCF101, lines of Class/file.avi, in training lists with a number from 1",
+    "hmdb51": "HMDB51, a file for each class with lines of name.avi and 0, 1 or 2, which is test",
+}
+EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov")
+
+_LIST_LINE = re.compile(r"(.*[^\s,])\s*[,\s]\s*(\d+)")
+_UCF101_LINE = re.compile(r"([^/]+)/(.+\.avi)(?:\s+(\d+))?", re.IGNORECASE)
+_UCF101_NAME = re.compile(r"(\w+)/v_\1_g\d+_c\d+\.avi(\s+\d+)?", re.IGNORECASE)
+_HMDB51_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
+_HMDB51_LINE = re.compile(r"(.+\.avi)\s+([012])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A labelled video: its name in the list, where it should be, its class counted from 0, where the list has it."""
+
+    name: str
+    path: Path
+    label: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The samples of a list, its format (a key of `FORMATS`), and the number of named classes; None without names."""
+
+    format: str
+    samples: tuple[Sample, ...]
+    classes: int | None
+
+
+def read_annotations(
+    path: Path, *, root: Path | None = None, labels: Sequence[str] | None = None, format: str = "auto", split: int = 1
+) -> Annotations:
+    """Read a list of labelled videos.
+
+    Args:
+        path: The list; for HMDB51 the folder of split files, or the file of one class.
+        root: The folder that the videos' names are relative to; None is the list's own.
+        labels: The names of the classes, for formats that have names and not numbers (kinetics, ssv2, ucf101).
+            ucf101 finds classInd.txt beside the list by itself; hmdb51 takes its classes in alphabetical order.
+        format: A key of `FORMATS`, or "auto", which tells by the names and the first line.
+        split: Which split of HMDB51, 1 to 3; only for a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that does not fit; the message names file and line.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise checks.bad("format", repr(format), "auto, " + ", ".join(FORMATS))
+    if not path.exists():
+        raise FileNotFoundError(f"list: got {str(path)!r}, expected an existing list of videos")
+    folder = path if path.is_dir() else path.parent
+    text = "" if path.is_dir() else _text(path)
+    if format == "auto":
+        format = "hmdb51" if path.is_dir() or _HMDB51_FILE.fullmatch(path.name) else _detect(text)
+    if path.is_dir() and format != "hmdb51":
+        raise checks.bad("list", f"{str(path)!r}, a folder", f"a file, for the format {format}")
+    base = root if root is not None else folder
+    if format == "hmdb51":
+        files = _hmdb51_files(path, split)
+        labels = labels or [action for action, _ in files]
+        samples = list(_hmdb51([file for file in files if path in (folder, file[1])], base, labels))
+    else:
+        if format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
+            labels = read_labels(folder / "classInd.txt")
+        samples = list(_READERS[format](path, text, base, labels))
+    if not samples:
+        raise ValueError(f"{path}: got no video, expected {FORMATS[format]}")
+    seen: dict[str, str] = {}
+    for sample in samples:
+        if sample.name in seen:
+            raise ValueError(f"{sample.place}: got {sample.name!r} again, after {seen[sample.name]}, expected it once")
+        seen[sample.name] = sample.place
+    return Annotations(format, tuple(samples), None if labels is None else len(labels))
+
+
+def read_labels(path: Path) -> list[str]:
+    """The names of the classes, in the order of their numbers.
+
+    Args:
+        path: Text with a name in each line, or with a number and a name where numbers count from 0 or 1 (UCF101's
+            classInd.txt); or JSON: a list of names, or an object from number to name or from name to number
+            (Something-Something's labels), numbers from 0.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: something that is no name or number, or numbers with gaps.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"labels: got {str(path)!r}, expected an existing file of class names")
+    text = _text(path)
+    if text.lstrip()[:1] in ("{", "["):
+        names = _json_labels(path, _json(path, text))
+    else:
+        lines = text.rstrip().splitlines()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise ValueError(f"{path}, line {number}: got an empty line, expected the name of a class")
+        names = _numbered([line.strip() for line in lines])
+    if not names:
+        raise ValueError(f"{path}: got no class, expected a name in each line or JSON")
+    return names
+
+
+def _numbered(lines: list[str]) -> list[str]:
+    """Take away numbers that count the lines."""
+    for first in (0, 1):
+        prefixes = [f"{number} " for number in range(first, first + len(lines))]
+        if all(line.startswith(prefix) for line, prefix in zip(lines, prefixes, strict=True)):
+            return [line.removeprefix(prefix) for line, prefix in zip(lines, prefixes, strict=True)]
+    return lines
+
+
+def _json_labels(path: Path, content: object) -> list[str]:
+    if isinstance(content, list):
+        pairs = list(enumerate(content))
+    else:
+        assert isinstance(content, dict)
+        by_number = all(key.isdecimal() for key in content)
+        pairs = [(key, value) if by_number else (value, key) for key, value in content.items()]
+    names: dict[int, str] = {}
+    for number, name in pairs:
+        if not str(number).isdecimal() or not isinstance(name, str) or int(number) in names:
+            got = f"number {number!r} for {name!r}"
+            raise ValueError(
+                f"{path}: got {got}, expected a name for each number, or a number of its own for each name"
+            )
+        names[int(number)] = name
+    if sorted(names) != list(range(len(names))):
+        missing = next(number for number in range(len(names)) if number not in names)
+        raise ValueError(f"{path}: got {len(names)} classes without number {missing}, expected numbers from 0, no gaps")
+    return [names[number] for number in range(len(names))]
+
+
+def _detect(text: str) -> str:
+    """The format of a file that holds this."""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if first.startswith("["):
+        return "ssv2"
+    if "youtube_id" in first.split(","):
+        return "kinetics"
+    if _UCF101_NAME.fullmatch(first) or (_UCF101_LINE.fullmatch(first) and not _LIST_LINE.fullmatch(first)):
+        return "ucf101"
+    return "list"
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """The lines that are not empty, each with its place."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line.strip()
+
+
+def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+    for place, line in _lines(path, text):
+        found = _LIST_LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"{place}: got {line[:80]!r}, expected a path and a label number from 0")
+        name = found[1]
+        if len(name) > 1 and name[0] == name[-1] == '"':
+            name = name[1:-1].replace('""', '"')
+        yield Sample(name, root / name, int(found[2]), place)
+
+
+def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+    """Files are named by YouTube id and times, in the root, a folder of the class or one of the split."""
+    numbers = _numbers("kinetics", labels)
+    rows = csv.DictReader(text.splitlines())
+    for column in ("label", "youtube_id", "time_start", "time_end"):
+        if column not in (rows.fieldnames or ()):
+            raise ValueError(
+                f"{path}, line 1: got no column {column}, expected label, youtube_id, time_start, time_end"
+            )
+    for row in rows:
+        place = f"{path}, line {rows.line_num}"
+        start, end = row["time_start"] or "", row["time_end"] or ""
+        if not row["youtube_id"] or not start.isdecimal() or not end.isdecimal():
+            raise ValueError(f"{place}: got {','.join(map(str, row.values()))!r}, expected an id and whole seconds")
+        name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
+        folders = ("", row["label"], row.get("split") or "")
+        yield Sample(
+            name, _find(root, [f"{folder}/{name}" if folder else name for folder in folders]),
+            _number(numbers, row["label"], place), place,
+        )  # fmt: skip
+
+
+def _ssv2(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+    numbers = _numbers("ssv2", labels)
+    content = _json(path, text)
+    for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
+        place = f"{path}, entry {number}"
+        named = isinstance(entry, dict) and ("template" in entry or "label" in entry)
+        if not named or not isinstance(entry.get("id"), str | int):
+            raise ValueError(f"{place}: got {str(entry)[:80]}, expected an object with id and template or label")
+        # The names of the classes are the templates without their brackets.
+        label = str(entry.get("template", entry.get("label"))).replace("[", "").replace("]", "")
+        name = str(entry["id"])
+        yield Sample(name, _find(root, [name]), _number(numbers, label, place), place)
+
+
+def _ucf101(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+    numbers = _numbers("ucf101", labels)
+    for place, line in _lines(path, text):
+        found = _UCF101_LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"{place}: got {line[:80]!r}, expected Class/file.avi, with or without a number from 1")
+        label = _number(numbers, found[1], place)
+        if found[3] is not None and int(found[3]) != label + 1:
+            raise ValueError(
+                f"{place}: got number {found[3]}, expected {label + 1}, that of {found[1]}, counted from 1"
+            )
+        name = f"{found[1]}/{found[2]}"
+        yield Sample(name, root / name, label, place)
+
+
+def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
+    """The classes of HMDB51 in alphabetical order, each with its file; ``path`` is the folder or one of the files."""
+    folder = path
+    if path.is_file():
+        found = _HMDB51_FILE.fullmatch(path.name)
+        if found is None:
+            raise checks.bad("list", repr(path.name), "<class>_test_split<number>.txt, or a folder of such files")
+        folder, split = path.parent, int(found[2])
+    ending = f"_test_split{split}.txt"
+    files = sorted((file.name.removesuffix(ending), file) for file in folder.glob(f"*{ending}"))
+    if not files:
+        raise FileNotFoundError(f"list: got {str(folder)!r} without files *{ending}, expected HMDB51's split files")
+    return files
+
+
+def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]) -> Iterator[Sample]:
+    numbers = _numbers("hmdb51", labels)
+    for action, file in files:
+        for place, line in _lines(file, _text(file)):
+            row = _HMDB51_LINE.fullmatch(line)
+            if row is None:
+                raise ValueError(f"{place}: got {line[:80]!r}, expected name.avi and 0, 1 or 2")
+            if row[2] == "2":
+                name = f"{action}/{row[1]}"
+                yield Sample(name, root / name, _number(numbers, action, place), place)
+
+
+_READERS: dict[str, Callable[[Path, str, Path, Sequence[str] | None], Iterator[Sample]]] = {
+    "list": _list, "kinetics": _kinetics, "ssv2": _ssv2, "ucf101": _ucf101,
+}  # fmt: skip
+
+
+def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
+    """From the name of a class to its number."""
+    if labels is None:
+        raise checks.bad("labels", "none", f"a file of class names, since lists of {format} name classes by words")
+    numbers: dict[str, int] = {}
+    for number, name in enumerate(labels):
+        if name in numbers:
+            raise checks.bad(
+                "labels", f"{name!r} for classes {numbers[name]} and {number}", "a name for one class each"
+            )
+        numbers[name] = number
+    return numbers
+
+
+def _number(numbers: dict[str, int], label: str | None, place: str) -> int:
+    if label not in numbers:
+        raise ValueError(f"{place}: got class {label!r}, expected one of the {len(numbers)} names of the labels")
+    return numbers[label]
+
+
+def _find(root: Path, names: list[str]) -> Path:
+    """The first of these that exists, with any of the usual extensions; if none does, the first, to be missed."""
+    candidates = [root / f"{name}{extension}" for name in names for extension in EXTENSIONS]
+    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: got bytes that are no text ({error.reason}), expected text in UTF-8") from error
+
+
+def _json(path: Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: got broken JSON ({error.msg}), expected JSON") from error

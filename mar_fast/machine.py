@@ -1,0 +1,181 @@
+"""The machine at hand: its device, its matrix-product rate, its peak memory, and what identifies a measurement."""
+
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .kernels import checks
+from .timing import interleaved
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """ "bf16" for torch.bfloat16, and so on."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def device(name: str = "auto") -> torch.device:
+    """The device to run on: "cpu", "cuda", or "auto" for the GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" on a machine without one.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch finds no GPU here; expected 'cpu' or 'auto'")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def matmul_rates(device: torch.device, dtypes: tuple[str, ...], budget: float = 4.0) -> dict[str, float]:
+    """Measured FLOP/s of a large square matrix product, by dtype: random operands, median, interleaved."""
+    side = 8192 if device.type == "cuda" else 2048
+    runs: dict[str, Callable[[], object]] = {}
+    for name in dtypes:
+        left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
+        runs[name] = _product(left, right)
+    spreads = interleaved(runs, device, budget=budget, min_rounds=5, max_rounds=30)
+    return {name: 2 * side**3 / spread.p50 for name, spread in spreads.items()}
+
+
+def copy_rate(device: torch.device, budget: float = 2.0) -> float:
+    """Measured bytes per second of a large copy, those read and those written counted."""
+    size = (1024 if device.type == "cuda" else 256) * 2**20
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    spread = interleaved({"copy": lambda: target.copy_(source)}, device, budget=budget, min_rounds=5, max_rounds=30)
+    return 2 * size / spread["copy"].p50
+
+
+def _product(left: Tensor, right: Tensor) -> Callable[[], object]:
+    return lambda: left @ right
+
+
+def choose_dtype(device: torch.device, rates: dict[str, float]) -> tuple[str, str]:
+    """The dtype to run in and, in words, why: bf16 where its matrix products are clearly faster."""
+    gain = rates["bf16"] / rates["fp32"]
+    reason = f"bf16 matrix products run {gain:.1f}x as fast as fp32 ones on this {device.type.upper()}"
+    return ("bf16" if gain > 1.5 else "fp32"), reason
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that ``run`` needs beyond what is held before it: allocator peak on a GPU, resident growth on a CPU.
+
+    None where the system cannot tell (no Linux).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # Hand freed memory back first, or run would reuse it unseen; then let the high-water mark start anew.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        run()
+        return max(_status_bytes("VmHWM") - before, 0)
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a reader needs to repeat a measurement."""
+    return {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "clocks": _clocks(device),
+        "mar_fast": importlib.metadata.version("mar-fast"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within this context PyTorch computes with ``count`` threads; None leaves its own choice.
+
+    Raises:
+        ValueError: not a whole number, 1 or more.
+    """
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise checks.bad("threads", repr(count), "a whole number, 1 or more")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return f"{name}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _clocks(device: torch.device) -> str:
+    """Clocks and power limit of a GPU as its driver gives them; empty where there is no such tool."""
+    if device.type != "cuda":
+        return ""
+    wanted = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f"{wanted}: {answer.stdout.strip()}" if answer.returncode == 0 else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout this file is in, with a mark if it was changed; empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        answer = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return answer.stdout.strip() if tracked.returncode == 0 and answer.returncode == 0 else ""

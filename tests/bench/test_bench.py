@@ -1,0 +1,144 @@
+"""The measuring tools: known costs come out right, results reach the disk whole."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mar_fast import files, kernels, machine
+from mar_fast.bench import records, runner
+from mar_fast.bench.case import Setting
+from mar_fast.bench.op_cases import OpCase
+from mar_fast.bench.suites.kernels import kernel_case
+from mar_fast.timing import Spread, interleaved
+
+CPU = torch.device("cpu")
+
+
+def test_known_durations_come_out_right():
+    spreads = interleaved(
+        {"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.02)}, CPU, budget=0.3, min_rounds=5
+    )
+    assert spreads["short"].p20 >= 0.005 and spreads["long"].p20 >= 0.02
+    assert 2 < spreads["long"].p50 / spreads["short"].p50 < 4.5
+    assert 5 <= spreads["short"].n == spreads["long"].n <= 13
+
+
+def test_candidates_take_turns_after_a_warm_up():
+    calls = []
+    shares = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    spreads = interleaved(runs, CPU, budget=1e-9, min_rounds=3, on_round=shares.append)
+    assert calls == ["a", "a", "b", "b", "c", "c", *"abc" * 3]
+    assert spreads["a"].n == 3 and shares == [1.0] * 3
+    calls.clear()
+    interleaved(runs, CPU, budget=60, min_rounds=1, max_rounds=4)
+    assert len(calls) == 6 + 12
+
+
+def test_spread_is_of_percentiles():
+    values = list(np.random.default_rng(0).permutation(np.arange(101.0)))
+    assert Spread.of(values) == Spread(20.0, 50.0, 80.0, 101)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
+
+
+def test_peak_memory_sees_what_comes_and_goes():
+    def run():
+        block = torch.ones(64, 1024, 1024)  # 256 MiB, gone at the end
+        return float(block[0, 0, 0])
+
+    peak = machine.peak_memory(run, CPU)
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 250 * 2**20 < peak < 300 * 2**20  # the kernel counts resident pages in batches
+    assert machine.peak_memory(lambda: None, CPU) < 8 * 2**20  # the block before does not count
+
+
+def test_matmul_rate_and_dtype_choice():
+    rates = machine.matmul_rates(CPU, ("fp32",), budget=0.1)
+    assert rates["fp32"] > 1e9
+    assert machine.choose_dtype(CPU, {"fp32": 1e9, "bf16": 4e9})[0] == "bf16"
+    assert machine.choose_dtype(CPU, {"fp32": 1e9, "bf16": 0.2e9})[0] == "fp32"
+    assert "4.0x as fast" in machine.choose_dtype(CPU, {"fp32": 1e9, "bf16": 4e9})[1]
+
+
+def test_environment_identifies_the_run():
+    env = machine.environment(CPU)
+    assert env["torch"] == torch.__version__ and env["threads"] == torch.get_num_threads()
+    assert env["commit"] and "cores" in env["device"] and env["date"].startswith("20")
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_only_what_runs_and_is_right_gets_a_time(mode):
+    def silent(x, bias):
+        raise NotImplementedError
+
+    def small(x, bias):
+        if len(x) > 2:
+            raise MemoryError("too many clips\nand more")
+        return kernels.bias_gelu(x, bias)
+
+    providers = {"mar_fast": kernels.bias_gelu, "silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
+    op_case = OpCase(
+        "bias_gelu", "a case", 5, torch.float32, lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
+        providers, ("x",), 0.0, 1.0, (0.0, 1.5), {"bound": lambda x, bias: x},
+    )  # fmt: skip
+    setting = Setting(CPU, torch.float32, ("small",), (1,), budget=1e-9)
+    outcome = runner.measure(kernel_case(op_case, mode), setting, {"fp32": 1e9, "copy": 1e9})
+    found = {result.provider: result for result in outcome.results}
+    timed = [name for name, result in found.items() if result.time is not None]
+    assert timed == (["mar_fast", "bound"] if mode == "forward" else ["mar_fast"])
+    assert found["silent"].absent == "NotImplementedError: no message"
+    assert found["small"].absent == "MemoryError: too many clips"
+    assert found["wrong"].withheld.startswith("wrong: differs from float64 by ") and found["wrong"].memory is None
+    assert outcome.floor == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
+    assert not outcome.wrong
+    rows = list(runner.rows(outcome, machine.environment(CPU)))
+    speeds = {row.provider for row in rows if row.metric in ("time", "throughput", "peak memory")}
+    assert speeds == set(timed)
+    assert {row.provider: row.metric for row in rows if row.note} == dict.fromkeys(
+        ("silent", "small"), "absent"
+    ) | {"wrong": "withheld"}  # fmt: skip
+
+
+def test_half_written_files_are_never_seen(tmp_path):
+    target = tmp_path / "deep" / "a.json"
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+
+    files.write_whole(target, lambda temporary: temporary.write_text("whole"))
+    with pytest.raises(RuntimeError):
+        files.write_whole(target, fail)
+    assert target.read_text() == "whole" and list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode & 0o044  # readable as any other file, not only by its owner
+
+
+def test_may_write(tmp_path):
+    (tmp_path / "a").write_text("")
+    files.may_write([tmp_path / "new" / "b"], force=False)
+    files.may_write([tmp_path / "a"], force=True)
+    for path, error in (
+        (tmp_path / "a", FileExistsError),
+        (tmp_path, FileExistsError),
+        (tmp_path / "a/b", NotADirectoryError),
+    ):
+        with pytest.raises(error):
+            files.may_write([path], force=False)
+
+
+def test_records_come_back(tmp_path):
+    made = records.Record.of(
+        machine.environment(CPU), Spread(1.0, 2.0, 3.0, 7), suite="kernels", case="attention", provider="mar_fast",
+        mode="forward", metric="time", unit="s", dtype="float32", x=784,
+    )  # fmt: skip
+    path = tmp_path / "results.jsonl"
+    records.write(path, [made, made])
+    assert records.read(path) == [made, made]
+    path.write_text(path.read_text() + '{"suite": "kernels"}\n')
+    with pytest.raises(
+        ValueError, match=r"results.jsonl, line 3: got '\{\"suite\": \"kernels\"\}', expected a measurement"
+    ):
+        records.read(path)

@@ -1,0 +1,296 @@
+"""from_pretrained and save_checkpoint: every layout, what comes out of it, and the report."""
+
+import pytest
+
+pytest.importorskip("safetensors")
+
+import argparse
+import copy
+import dataclasses
+import json
+import logging
+import pickle
+
+import numpy as np
+import torch
+from checkpoint_cases import (
+    LINEAR,
+    PRETRAINING,
+    SMALL,
+    TOLD,
+    clip,
+    fine_tuned_names,
+    mar_names,
+    random_weights,
+    same_weights,
+    small_model,
+)
+from helpers import GOLDEN, golden_clip, golden_weights, normalised, relative, small_config, tiny_config
+from safetensors.torch import save_file
+
+import mar_fast
+from mar_fast import from_pretrained, reference, save_checkpoint
+from mar_fast.layers import sinusoid_table
+
+BRIDGE = dict(bridge_num_heads=2, decoder_num_heads=3)
+
+
+@pytest.mark.parametrize("percent", [50, 75])
+def test_golden_file(tmp_path, percent):
+    """A file as MAR writes it, with the weights of the golden data: the logits of the original."""
+    source = mar_fast.MAR(tiny_config())
+    names = golden_weights(source)
+    parameters = dict(source.named_parameters())
+    state = {theirs: parameters[ours].detach() for theirs, ours in names.items()}
+    state |= {
+        "mean": torch.tensor(mar_fast.config.IMAGENET_MEAN).view(1, 3, 1, 1, 1),
+        "std": torch.tensor(mar_fast.config.IMAGENET_STD).view(1, 3, 1, 1, 1),
+        "pos_embed": sinusoid_table(1568, 384)[None],
+        "cls_head.mask_token": torch.randn(1, 1, 512),
+    }
+    torch.save({"model_state": state, "epoch": 3}, tmp_path / "mar.pyth")
+    model = from_pretrained(tmp_path / "mar.pyth", num_heads=3, mask_ratio=percent / 100)
+    assert model.config == tiny_config(mask_ratio=percent / 100) and not model.training
+    golden = np.load(GOLDEN / f"mar_tiny_eval_{percent}.npz")
+    with torch.no_grad():
+        out = model(normalised(golden_clip(2, 11)))
+    assert relative(out.logits, golden["logits"]) <= 1e-6
+    assert relative(out.features[:, ::97, ::41], golden["features"]) <= 1e-6
+    report = model.load_report
+    assert len(report.read) == 117 and report.layout == "MAR" and not report.initial and not report.warnings
+    reasons = {note.name: note.reason for note in report.ignored}
+    assert set(reasons) == {"mean", "std", "pos_embed", "cls_head.mask_token"}
+    assert "position table of the formula" in reasons["pos_embed"]
+    assert "nothing in MAR uses it" in reasons["cls_head.mask_token"]
+    assert "weights read under 'model_state'" in report.remarks
+
+
+@pytest.mark.parametrize("file", ["a.pth", "a.pt", "a.bin", "a.ckpt", "a.safetensors"])
+def test_videomae_fine_tuned_v2(tmp_path, file):
+    """fc_norm and head, as VideoMAE v2 has them, under "module", against the plain reference."""
+    plain = random_weights(reference.MAR(small_config(**SMALL, **LINEAR)))
+    state = fine_tuned_names(plain.state_dict())
+    if file.endswith("safetensors"):
+        save_file(state, tmp_path / file)
+    else:
+        torch.save({"module": state}, tmp_path / file)
+    model = from_pretrained(str(tmp_path / file), **TOLD)
+    assert model.load_report.layout == "VideoMAE fine-tuned" and model.config.mask_ratio == 0
+    assert model.config.classifier == "linear" and not model.config.final_norm and not model.config.decoder_depth
+    with torch.no_grad():
+        assert relative(model(clip()).logits, plain(clip()).logits) <= 1e-6
+
+
+ENVELOPES = {
+    "bare": lambda state: state,
+    **{key: (lambda state, key=key: {key: state, "epoch": 7, "best": torch.tensor(0.5)})
+       for key in ("model", "module", "model_state", "model_ema_state", "model_ema", "state_dict")},
+    "module. before names": lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "both prefixes": lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+    "args": lambda state: {"model": state, "args": argparse.Namespace(model="x", num_frames=6, input_size=224)},
+    "legacy": lambda state: {"model": state},
+    "deep": lambda state: {"state_dict": {"model": state}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("envelope", ENVELOPES)
+def test_envelopes(tmp_path, envelope):
+    model = small_model(**PRETRAINING)
+    content = ENVELOPES[envelope](model.state_dict())
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=envelope != "legacy")
+    before = set(torch.serialization.get_safe_globals())
+    for source in (tmp_path / "a.pth", content):
+        back = from_pretrained(source, decoder_num_heads=3, **TOLD)
+        assert same_weights(back, model)
+    assert set(torch.serialization.get_safe_globals()) == before and argparse.Namespace not in before
+    if "module." in envelope or "prefix" in envelope:
+        assert any("prefix 'module.' taken off" in remark for remark in back.load_report.remarks)
+
+
+def test_two_sets_of_weights(tmp_path):
+    """The first of them is read, the report names the other, and model_key chooses."""
+    model, smooth = small_model(**PRETRAINING), small_model(seed=2, **PRETRAINING)
+    torch.save({"model_ema": smooth.state_dict(), "model": model.state_dict()}, tmp_path / "a.pth")
+    told = dict(decoder_num_heads=3, **TOLD)
+    back = from_pretrained(tmp_path / "a.pth", **told)
+    assert same_weights(back, model)
+    assert "'model_ema' not read (model_key= chooses)" in str(back.load_report)
+    assert same_weights(from_pretrained(tmp_path / "a.pth", model_key="model_ema", **told), smooth)
+
+
+def test_args_tell_the_size(tmp_path):
+    """VideoMAE's own files keep num_frames and input_size: that is the grid of the position table."""
+    model = small_model(**PRETRAINING, image_size=(64, 64))
+    content = {"model": model.state_dict(), "args": argparse.Namespace(num_frames=6, input_size=64)}
+    torch.save(content, tmp_path / "a.pth")
+    back = from_pretrained(tmp_path / "a.pth", num_heads=3, decoder_num_heads=3)
+    assert back.config.num_frames == 6 and back.config.image_size == (64, 64) and back.config.position_grid is None
+    assert {note.name: note.reason for note in back.load_report.origins}["num_frames"] == "args in the file"
+
+
+def test_known_sizes():
+    """ViT-B, ViT-L, ... need no number of heads; here with one narrow MLP, which is quick."""
+    for width, depth, heads in ((768, 12, 12), (384, 12, 6)):
+        config = small_config(
+            **{**SMALL, **LINEAR, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": 0.25}
+        )
+        state = fine_tuned_names(mar_fast.MAR(config).state_dict())
+        model = from_pretrained(state, position="formula", **SMALL)
+        assert model.config.num_heads == heads and model.config.mlp_ratio == 0.25
+
+
+def test_mean_and_std_of_a_mar_file():
+    state = mar_names(small_model().state_dict())
+    told = {**TOLD, **BRIDGE}
+    model = from_pretrained(
+        {**state, "mean": torch.tensor([0.5, 0.4, 0.3]), "std": torch.full((3, 1, 1, 1), 0.25)}, **told
+    )
+    assert model.config.mean == (0.5, 0.4, 0.3) and model.config.std == (0.25, 0.25, 0.25)
+    assert from_pretrained(state, **told).config.mean == mar_fast.config.IMAGENET_MEAN
+
+
+# What comes out: parts that are there, made anew, or left out.
+
+
+def pretraining_file(folder, **changes):
+    model = small_model(**PRETRAINING)
+    return model, save_checkpoint(model, folder / "pre.safetensors", layout="videomae", **changes)
+
+
+def test_pretraining_gives_no_classifier(tmp_path):
+    _, path = pretraining_file(tmp_path)
+    model = from_pretrained(path)
+    assert model.classifier is None and model.config.mask_ratio == 0 and model.decoder is not None
+    assert model(clip()).logits is None
+
+
+@pytest.mark.parametrize("kind", [None, "bridging", "linear"])
+def test_fine_tuning_a_pretraining_file(tmp_path, kind):
+    """The main path: num_classes makes a new classifier, everything else is the checkpoint's."""
+    pre = small_model(**PRETRAINING)
+    asked = dict(num_classes=5, drop_path_rate=0.1, **({"classifier": kind} if kind else {}))
+    model = from_pretrained({"model": pre.state_dict()}, decoder_num_heads=3, **TOLD, **asked)
+    ours = from_pretrained(save_checkpoint(pre, tmp_path / "pre.safetensors"), **asked)
+    assert ours.config == model.config
+    assert model.config.classifier == (kind or "bridging") and model.config.drop_path_rate == 0.1
+    assert model.config.mask_ratio == (0.0 if kind == "linear" else 0.5)
+    ours, theirs = model.state_dict(), pre.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    fresh = {note.name: note.reason for note in model.load_report.initial}
+    assert set(fresh) == set(ours) - set(theirs) and all(name.startswith("classifier.") for name in fresh)
+    assert f"new: the file has no {kind or 'bridging'} classifier" in str(model.load_report)
+    assert ours["classifier.head.weight"].std() > 0 and bool((ours["classifier.norm.weight"] == 1).all())
+    assert torch.equal(ours["classifier.head.bias"], torch.zeros(5))
+    out = model.train()(clip())
+    mar_fast.mar_loss(out, torch.tensor([1, 4]), 0.0 if kind == "linear" else 0.1).backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "classifier" in name)
+
+
+def test_another_classifier_on_a_fine_tuned_file():
+    """A bridging classifier on a Kinetics classifier: its head is left out because that was asked for."""
+    state = fine_tuned_names(small_model(**LINEAR).state_dict())
+    model = from_pretrained(state, classifier="bridging", num_classes=4, **TOLD)
+    assert {note.name for note in model.load_report.ignored} == {
+        "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias",
+    }  # fmt: skip
+    assert "classifier='bridging' was asked for" in str(model.load_report)
+    assert model.config.num_classes == 4 and model.config.mask_ratio == 0.5
+
+
+def test_another_number_of_classes():
+    state = fine_tuned_names(small_model(**LINEAR).state_dict())
+    with pytest.raises(ValueError, match=r"num_classes: got 5, expected 11 .*allow_mismatched='classifier.head"):
+        from_pretrained(state, num_classes=5, **TOLD)
+    for pattern in ("classifier.head.*", "head.*"):
+        model = from_pretrained(state, num_classes=5, allow_mismatched=pattern, **TOLD)
+        assert {note.name for note in model.load_report.initial} == {"classifier.head.weight", "classifier.head.bias"}
+        assert torch.equal(model.classifier.norm.weight, state["fc_norm.weight"])
+
+
+def test_a_missing_head_needs_its_size():
+    state = fine_tuned_names(small_model(**LINEAR).state_dict())
+    del state["head.weight"], state["head.bias"]
+    with pytest.raises(
+        ValueError, match="num_classes: got none: the file has no head that says, expected num_classes="
+    ):
+        from_pretrained(state, allow_missing="head.*", **TOLD)
+    model = from_pretrained(state, allow_missing="head.*", num_classes=3, **TOLD)
+    assert model.classifier.head.weight.shape == (3, 96) and bool(model.classifier.head.weight.any())
+    assert torch.equal(model.classifier.norm.bias, state["fc_norm.bias"])
+
+
+def test_parts_left_out():
+    state = mar_names(small_model().state_dict())
+    model = from_pretrained(state, classifier=None, decoder_depth=0, **TOLD)
+    assert model.classifier is None and model.decoder is None
+    ignored = {note.name: note.reason for note in model.load_report.ignored}
+    assert ignored["mask_token"] == "decoder_depth=0 was asked for"
+    assert ignored["cls_head.norm.weight"] == "classifier=None was asked for"
+    assert all(name.startswith("backbone.") for name in model.load_report.read)
+
+
+def test_new_decoder_and_new_final_norm():
+    state = fine_tuned_names(small_model(**LINEAR).state_dict())
+    model = from_pretrained(
+        state, decoder_depth=1, decoder_embed_dim=48, decoder_num_heads=3, final_norm=True, mask_ratio=0.5, **TOLD
+    )
+    fresh = {note.name for note in model.load_report.initial}
+    assert {"mask_token", "encoder.norm.weight", "decoder.head.bias"} <= fresh
+    assert bool((model.encoder.norm.weight == 1).all()) and bool(model.mask_token.any())
+
+
+def test_allowed_by_name():
+    state = small_model(**PRETRAINING).state_dict()
+    lost, extra = "encoder.blocks.1.mlp.fc2.bias", "encoder.blocks.0.gamma_1"
+    del state[lost]
+    state[extra] = torch.ones(3)
+    state["decoder.norm.bias"] = torch.full((48,), torch.inf)
+    model = from_pretrained(
+        state, allow_missing=lost, allow_unknown=["*.gamma_?"], allow_nonfinite=("decoder.norm.*",),
+        decoder_num_heads=3, **TOLD,
+    )  # fmt: skip
+    report = model.load_report
+    assert [note.name for note in report.initial] == [lost] and [note.name for note in report.ignored] == [extra]
+    assert not model.encoder.blocks[1].mlp.fc2.bias.any() and bool(model.decoder.norm.bias.isinf().all())
+    assert sum(name in " ".join(report.warnings) for name in (lost, extra, "decoder.norm.bias")) == 3
+
+
+# The report, dtypes, and how it is written.
+
+
+def test_report(tmp_path, caplog):
+    _, path = pretraining_file(tmp_path)
+    with caplog.at_level(logging.INFO, logger="mar_fast.checkpoint"):
+        model = from_pretrained(path, num_classes=3)
+    report = model.load_report
+    assert str(report) in caplog.text and str(path) in str(report)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.layout = "other"
+    content = json.loads(json.dumps(report.as_dict()))
+    assert content["layout"] == "VideoMAE pre-training" and content["config"]["num_classes"] == 3
+    assert set(content["initial"]) == {name for name, _ in model.named_parameters() if "classifier" in name}
+    assert content["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.load_report == report
+    assert mar_fast.MAR(model.config).load_report is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(tmp_path, dtype):
+    model = small_model(**PRETRAINING).to(dtype)
+    back = from_pretrained(save_checkpoint(model, tmp_path / "a.safetensors"))
+    want = {name: value.float() for name, value in model.state_dict().items()}
+    assert all(torch.equal(value, want[name]) for name, value in back.state_dict().items())
+    how = "rounded" if dtype == torch.float64 else "widened"
+    assert f"{str(dtype)[6:]} {how} to float32" in back.load_report.remarks
+
+
+def test_loading_does_not_change_the_source():
+    state = small_model(**PRETRAINING).state_dict()
+    before = copy.deepcopy(state)
+    model = from_pretrained(state, decoder_num_heads=3, **TOLD)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(state[name], before[name]) for name in before)

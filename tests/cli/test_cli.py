@@ -1,0 +1,228 @@
+"""The command mar-fast, in process: what it prints, what it writes, its exit codes, and bad input."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import matplotlib.image
+import torch
+
+from mar_fast import machine, masking
+from mar_fast.data import video
+from mar_fast.eval import savings
+
+pytestmark = pytest.mark.real_clip
+
+
+QUICK = ("--model", "small", "--seconds", "0.1")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Models of one layer, 96 wide, on clips of the usual size."""
+    made = {
+        case: replace(
+            savings.model_config("small", case), embed_dim=96, num_heads=3, depth=1,
+            bridge_embed_dim=32, bridge_num_heads=2, bridge_depth=1,
+        )
+        for case in savings.CASES
+    }  # fmt: skip
+    monkeypatch.setattr(savings, "model_config", lambda size, case: made[case])
+    return made
+
+
+def test_savings_table_and_files(run, small, tmp_path):
+    code, out, _ = run("savings", *QUICK, "--out", "results")
+    assert code == 0
+    for text in ("dense", "50 %", "75 %", "visible tokens", "1568", "784", "392", "multiply-adds", "p20 - p80"):
+        assert text in out
+    for text in (
+        "clips per second",
+        "peak memory",
+        "speed-up over dense",
+        "matmul rate",
+        "difference",
+        "Random weights",
+    ):
+        assert text in out
+    content = json.loads((tmp_path / "results/results.json").read_text())
+    assert [row["case"] for row in content["rows"]] == ["dense", "50 %", "75 %"]
+    for row in content["rows"]:
+        assert row["correct"] and row["difference_fp32"] < 1e-5
+        assert 0 < row["latency"]["p20"] <= row["latency"]["p50"] <= row["latency"]["p80"] and row["latency"]["n"] >= 5
+        assert row["clips_per_second"] == pytest.approx(1 / row["latency"]["p50"])
+        assert row["peak_memory"] is None or row["peak_memory"] > 1e6
+        rate = content["matmul_rates"][content["dtype"]]
+        assert row["rate_fraction"] == pytest.approx(2 * row["multiply_adds"] / row["latency"]["p50"] / rate)
+    dense, _, quarter = content["rows"]
+    assert dense["multiply_adds"] > 4 * quarter["multiply_adds"] and quarter["speedup"] > 1
+    assert content["environment"]["torch"] == torch.__version__ and content["clip"] == "bikes.mp4"
+    assert matplotlib.image.imread(tmp_path / "results/results.png").std() > 0.05
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["results.json", "results.png"]
+
+
+def test_savings_json_is_all_of_stdout(run, small):
+    code, out, _ = run("savings", *QUICK, "--json", "--dtype", "fp32", "--batch", "2")
+    content = json.loads(out)
+    assert code == 0 and content["dtype"] == "fp32" and content["batch"] == 2
+    assert content["rows"][0]["multiply_adds"] == 2 * savings.cost.count(small["dense"]).multiply_adds
+
+
+def test_wrong_model_withholds_speeds(run, small, monkeypatch, tmp_path):
+    """A fast model that is another function than the reference gets no speed, and the exit code says so."""
+    module = sys.modules["mar_fast.kernels.attention"]
+    right = module.eager_attention
+    monkeypatch.setattr(module, "eager_attention", lambda qkv, scale: right(qkv, scale * 1.01))
+    code, out, err = run("savings", *QUICK)
+    assert code == 1 and "differs from the reference" in err
+    assert "latency" not in out and "speed-up" not in out
+    rows = json.loads((tmp_path / "mar-fast-results/results.json").read_text())["rows"]
+    assert all(row["latency"] is None and row["speedup"] is None for row in rows)
+    assert not (tmp_path / "mar-fast-results/results.png").exists()
+
+
+def test_results_are_not_overwritten(run, tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    code, _, err = run("savings", *QUICK, "--out", ".")
+    assert code == 2 and "results.json: already exists, expected a new file (or --force" in err
+    assert (tmp_path / "results.json").read_text() == "mine"
+
+
+def test_masks_picture(run, tmp_path):
+    pictures = {}
+    for kind in ("running", "random", "tube", "frame", "content"):
+        code, out, _ = run("masks", "--kind", kind, "--out", f"{kind}.png")
+        assert code == 0 and "784 of 1568 patches visible" in out
+        pictures[kind] = matplotlib.image.imread(tmp_path / f"{kind}.png")
+    assert not (pictures["running"].shape == pictures["tube"].shape and (pictures["running"] == pictures["tube"]).all())
+    code, out, _ = run("masks", "--train", "--ratio", "0.75", "--seed", "3", "--out", "a.png", "--json")
+    generator = torch.Generator().manual_seed(3)
+    want = masking.cell_running(1, (8, 14, 14), 0.75, temporal_shuffle=True, generator=generator)
+    assert code == 0 and json.loads(out)["keep_idx"] == want.keep_idx[0].tolist()
+
+
+def test_content_mask_goes_by_the_clip(run):
+    code, out, _ = run("masks", "--kind", "content", "--ratio", "0.75", "--stride", "2", "--json")
+    clip = video.read_clip(video.sample_clip(), 16, stride=2)
+    want = masking.content(clip[None], (8, 14, 14), budget=0.25)
+    assert code == 0 and json.loads(out)["keep_idx"] == want.keep_idx.tolist() and want.total_visible == 392
+
+
+def test_cost_tables(run):
+    code, out, _ = run("cost", "mar_vit_base")
+    assert code == 0
+    for number in ("85.34", "39.52", "86.27", "40.91", "93.02"):
+        assert number in out
+    code, out, _ = run("cost", "mar_vit_base", "--batch", 32, "--peak-tflops", 800, "--bandwidth", 3000, "--json")
+    rows = json.loads(out)["rows"]
+    assert [row["mask_ratio"] for row in rows] == [0.0, 0.5, 0.75]
+    assert rows[1]["floor_seconds"] > 2 * 32 * 85.34e9 / 800e12
+    code, out, _ = run("cost", "mar_vit_base", "--training", "--mask-ratio", 0.5)
+    assert code == 0 and "decoder.head" in out and "training step" in out
+
+
+def test_version_and_help(run):
+    assert run("--version")[1].startswith("mar-fast 0.")
+    for command in ("bench", "savings", "report", "masks", "cost", "classify", "eval"):
+        assert run(command, "--help")[0] == 0
+
+
+def test_interrupt_has_its_exit_code(run, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "matmul_rates", interrupted)
+    code, _, _ = run("savings", *QUICK)
+    assert code == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["savings", "nowhere.mp4"], "path: got 'nowhere.mp4', expected an existing video file"),
+        (["savings", "text.mp4"], "path: got 'text.mp4' .* expected a video file that FFmpeg can decode"),
+        (["savings", "--model", "tiny"], "'tiny' is not one of 'small', 'base', 'large', 'huge', 'giant'"),
+        (["savings", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
+        (["savings", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
+        (["bench"], "suite: got none, expected one or more of flops, encoder, .*, or all"),
+        (["bench", "speed"], "suite: got 'speed', expected one or more of flops, encoder"),
+        (["bench", "encoder", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
+        (["bench", "encoder", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
+        (["bench", "pipeline", "--clip", "nowhere.mp4"], "clip: got 'nowhere.mp4', expected an existing video file"),
+        (["bench", "flops", "--out", "there.png"], "there.png: already exists, expected a new file"),
+        (["bench", "flops", "--compare", "a", "b"], "--compare: got it together with flops, expected no suite"),
+        (["bench", "--compare", "nowhere", "there.png"], "nowhere"),
+        (["bench", "flops", "--fail-on-regression"], "--fail-on-regression: got it without --compare, expected both"),
+        (["cost", "mar_vit_base", "--classes", "0"], "num_classes: got 0, expected a whole number, 1 or more"),
+        (["masks", "--stride", "0"], "stride: got 0, expected a whole number, 1 or more"),
+        (["savings", "--dtype", "int8"], "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        (["savings", "--device", "cuda"], "device: got 'cuda', but torch finds no GPU here; expected 'cpu' or 'auto'"),
+        (
+            ["savings", "--stride", "100"],
+            "path: got a video of 250 frames, expected at least 1501: 16 frames at stride 100",
+        ),
+        (["savings", "--out", "text.mp4"], "text.mp4 is a file, expected a folder"),
+        (["masks", "--ratio", "0.3"], "ratio: got 0.3, expected a whole number of the 4 slots"),
+        (["masks", "--ratio", "1"], r"ratio: got 1.0, expected a number in \[0, 1\)"),
+        (["masks", "--ratio", "nan"], r"ratio: got nan, expected a number in \[0, 1\)"),
+        (["masks", "--seed", "-1"], "--seed: got -1, expected a whole number from 0"),
+        (["masks", "--kind", "block"], "'block' is not one of 'running', 'random', 'tube', 'frame', 'content'"),
+        (["masks", "--kind", "content", "--ratio", "1"], r"--ratio: got 1.0, expected a number in \[0, 1\)"),
+        (["masks", "--kind", "content", "--ratio", "nan"], r"--ratio: got nan, expected a number in \[0, 1\)"),
+        (["masks", "--kind", "content", "--train"], "--train: got it with --kind content, expected --kind running"),
+        (["masks", "--kind", "tube", "--train"], "--train: got it with --kind tube, expected --kind running"),
+        (["masks", "--out", "masks.jpg"], "--out: got 'masks.jpg', expected a file name that ends with .png"),
+        (["masks", "--out", "there.png"], "there.png: already exists, expected a new file"),
+        (["cost", "vit_base"], "name: got 'vit_base', expected one of mar_vit_small"),
+        (["cost"], "Missing argument 'model'"),
+        (
+            ["cost", "mar_vit_base", "--mask-ratio", "0.4"],
+            "mask_ratio: got 0.4, expected a whole number of the 4 slots",
+        ),
+        (
+            ["cost", "mar_vit_base", "--peak-tflops", "800"],
+            "--peak-tflops and --bandwidth: got .* expected both or neither",
+        ),
+        (
+            ["cost", "mar_vit_base", "--peak-tflops", "0", "--bandwidth", "1"],
+            "peak_flops: got 0.0, expected a number above 0",
+        ),
+        (["fly"], "No such command 'fly'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "there.png").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    flat = " ".join(err.replace("│", " ").split())
+    assert re.search(message, flat), flat
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("command", "now"), [("kernels", "matrix"), ("tune", "tune")])
+def test_command_that_moved(run, command, now):
+    code, out, err = run(command, "--quick")
+    assert code == 2 and out == ""
+    assert err == f"error: command: got '{command}', which is now: python -m mar_fast.bench {now}\n"
+
+
+def test_missing_sample_clip(run, monkeypatch):
+    monkeypatch.setattr(video, "SAMPLE", "absent.mp4")
+    code, _, err = run("savings")
+    assert code == 2 and "clip: got none, and the sample absent.mp4" in err and "mar-fast[demo]" in err
+
+
+def test_missing_matplotlib(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    code, _, err = run("masks")
+    assert code == 2 and "mar-fast[plot]" in err

@@ -1,0 +1,278 @@
+"""The fast model against reference.py: values and every gradient, all masks, all dtypes."""
+
+import functools
+
+import pytest
+import torch
+from helpers import relative, small_config
+
+import mar_fast
+from mar_fast import TokenMask, masking, reference
+
+# Small models with the head size and the proportions of ViT-B and ViT-L.
+SHAPES = {
+    "B": dict(embed_dim=192, num_heads=3, depth=3, decoder_embed_dim=96, decoder_num_heads=3, decoder_depth=2),
+    "L": dict(embed_dim=256, num_heads=4, depth=4, decoder_embed_dim=128, decoder_num_heads=2, decoder_depth=3),
+}
+GRID = (2, 4, 4)
+# Of the relative error, on top of twice the plain reference's own in the same dtype.
+FLOOR = {"fp32": 2e-7, "bf16": 5e-4, "autocast": 5e-4}
+
+
+def masks(kind):
+    generator = torch.Generator().manual_seed(3)
+    if kind == "running":
+        return masking.cell_running(2, GRID, 0.5, phase=torch.tensor([0, 1]))
+    if kind == "running, training form":
+        return masking.cell_running(2, GRID, 0.75, temporal_shuffle=True, spatial_repeat=False, generator=generator)
+    if kind == "keep one":
+        return TokenMask.from_bool_masked(torch.arange(32) != torch.tensor([[0], [31]]))
+    if kind == "keep all":
+        return masking.random(2, GRID, 0.0)
+    return {"random": masking.random, "tube": masking.tube, "frame": masking.frame}[kind](
+        2, GRID, 0.5, generator=generator
+    )
+
+
+MASKS = ["running", "running, training form", "random", "tube", "frame", "keep one", "keep all"]
+
+
+@functools.cache
+def pair(shape, classifier):
+    """Both models with the same weights, none of them at a special value."""
+    config = small_config(**SHAPES[shape], classifier=classifier, final_norm=classifier == "bridging")
+    plain = reference.MAR(config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            z = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                z = 1 + 0.1 * z if "norm" in name and name.endswith("weight") else 0.1 * z
+            else:
+                z = z / parameter[0].numel() ** 0.5
+            parameter.copy_(z)
+    fast = mar_fast.MAR(config)
+    fast.load_state_dict(plain.state_dict())
+    return fast, plain
+
+
+def clip(batch=2, seed=7):
+    return torch.randint(
+        0, 256, (batch, 3, 4, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def step(model, mask, dtype):
+    """Forward and backward: all values and gradients by name."""
+    model = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(dtype), model
+    model = model[1].to(model[0] or torch.float32).train()
+    model.zero_grad()
+    target = torch.tensor([3, 10])
+    reconstruct = mask.drop_idx.shape[1] > 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        out = model(clip(), mask, reconstruct=reconstruct)
+    loss = torch.nn.functional.cross_entropy(
+        out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), target
+    )
+    if reconstruct:
+        loss = loss + 0.1 * out.reconstruction_loss
+    loss.backward()
+    values = {"logits": out.logits, "features": out.features, "loss": loss}
+    if reconstruct:
+        values |= {"pixels": out.pixels, "reconstruction_loss": out.reconstruction_loss}
+    values |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double().clone() for name, value in values.items()}
+
+
+def assert_close(fast, plain, mask, dtype):
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    ours, theirs = step(fast, mask, dtype), step(plain, mask, dtype)
+    for model in (fast, plain):  # undo the rounding of .bfloat16()
+        model.float().load_state_dict(weights)
+    truth = step(plain, mask, "fp64")
+    plain.float().load_state_dict(weights)
+    assert set(ours) == set(theirs) == set(truth)
+    largest = max(float(value.norm()) for value in truth.values())
+    for name, want in truth.items():
+        if want.norm() == 0:  # the query bias, where there is only one key
+            assert ours[name].norm() <= FLOOR[dtype] * largest, name
+            continue
+        # The error of a single number may be small by luck: what went into it counts.
+        compared = [name] if want.numel() > 1 else [key for key in ("logits", "pixels") if key in truth]
+        allowed = 2 * max(relative(theirs[key], truth[key]) for key in compared) + FLOOR[dtype]
+        assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_values_and_gradients(shape, kind, dtype):
+    assert_close(*pair(shape, "bridging"), masks(kind), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_linear_classifier_without_final_norm(dtype):
+    assert_close(*pair("B", "linear"), masks("random"), dtype)
+
+
+def test_keep_all_has_zero_reconstruction_loss_and_finite_gradients():
+    fast, _ = pair("B", "bridging")
+    fast.train().zero_grad()
+    out = fast(clip(), masks("keep all"))
+    assert out.pixels.shape == (2, 0, 1536) and out.reconstruction_loss == 0
+    mar_fast.mar_loss(out, torch.tensor([1, 2])).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in fast.parameters())
+
+
+def test_dropped_pixels_are_never_read():
+    fast, _ = pair("B", "bridging")
+    mask = masks("random")
+    video = torch.randn(2, 3, 4, 64, 64)
+    holes = mask.bool_masked().reshape(2, 2, 4, 4).repeat_interleave(2, 1)
+    holes = holes.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None]
+    with torch.no_grad():
+        out = fast.eval()(video.masked_fill(holes, float("nan")), mask)
+        assert torch.equal(out.logits, fast(video, mask).logits)
+        assert fast(video.masked_fill(~holes, float("nan")), mask).logits.isnan().all()
+
+
+def test_empty_batch():
+    fast, _ = pair("B", "bridging")
+    out = fast.eval()(clip()[:0])
+    assert out.logits.shape == (0, 11) and out.features.shape == (0, 16, 192)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "crop", "flipped frames"])
+def test_any_strides(layout):
+    fast, _ = pair("B", "bridging")
+    video = clip()
+    views = {
+        "channels last": lambda: video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3),
+        "crop": lambda: torch.nn.functional.pad(video, (3, 5, 1, 2))[..., 1:-2, 3:-5],
+        "flipped frames": lambda: video[:, :, ::2].repeat_interleave(2, 2),
+    }
+    view = views[layout]()
+    with torch.no_grad():
+        assert torch.equal(fast.eval()(view).logits, fast(view.contiguous()).logits)
+
+
+def test_uint8_is_normalised_on_the_fly():
+    fast, _ = pair("B", "bridging")
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (fast.config.mean, fast.config.std))
+    with torch.no_grad():
+        floats = fast.eval()((clip().float() / 255 - mean) / std, reconstruct=True)
+        bytes_ = fast(clip(), reconstruct=True)
+    assert relative(bytes_.logits, floats.logits) < 1e-6
+    assert relative(bytes_.reconstruction_loss, floats.reconstruction_loss) < 1e-6
+
+
+@pytest.mark.parametrize("build", [mar_fast.MAR, reference.MAR])
+def test_default_masks(build):
+    """Eval: the running mask at phase 0. Training: drawn from the generator, another one each time."""
+    model = build(small_config(decoder_depth=1, num_frames=16, mask_ratio=0.75))
+    video = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8)
+    test_mask = masking.cell_running(2, (8, 4, 4), 0.75, phase=0)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(video).logits, model(video, test_mask).logits)
+        runs = [model.train()(video, generator=torch.Generator().manual_seed(s)).features for s in (1, 1, 2)]
+    assert runs[0].shape == (2, 32, 96)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_reconstruct_follows_training_unless_told():
+    model = mar_fast.MAR(small_config())
+    assert model.train()(clip()).pixels.shape == (2, 16, 1536)
+    assert model(clip(), reconstruct=False).pixels is None
+    assert model.eval()(clip()).pixels is None
+    assert model(clip(), reconstruct=True).reconstruction_loss.dtype == torch.float32
+    headless = mar_fast.MAR(small_config(classifier=None, decoder_depth=0)).train()(clip())
+    assert headless.logits is None and headless.reconstruction_loss is None
+
+
+def test_gradient_checkpointing_changes_no_number():
+    """Drop path too is drawn again as before."""
+    results = []
+    for checkpointing in (False, True):
+        config = small_config(
+            gradient_checkpointing=checkpointing, drop_path_rate=0.5, bridge_dropout=0.1, head_dropout=0.1
+        )
+        torch.manual_seed(1)
+        model = mar_fast.MAR(config).train()
+        torch.manual_seed(2)
+        out = model(clip(), masks("random"))
+        mar_fast.mar_loss(out, torch.tensor([1, 2])).backward()
+        results.append((out.logits, *(p.grad for p in model.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_checkpointing_recomputes_blocks(monkeypatch):
+    calls = []
+    forward = mar_fast.layers.Block.forward
+    monkeypatch.setattr(mar_fast.layers.Block, "forward", lambda self, *a: (calls.append(1), forward(self, *a))[1])
+    for checkpointing, times in ((False, 1), (True, 2)):
+        calls.clear()
+        model = mar_fast.MAR(small_config(gradient_checkpointing=checkpointing)).train()
+        mar_fast.mar_loss(model(clip()), torch.tensor([1, 2])).backward()
+        assert len(calls) == times * 6  # 2 encoder, 2 bridging, 2 decoder blocks
+
+
+def test_drop_path_grows_linearly_and_keeps_the_mean():
+    model = mar_fast.MAR(small_config(depth=5, drop_path_rate=0.4))
+    assert [round(b.drop_path, 6) for b in model.encoder.blocks] == [0, 0.1, 0.2, 0.3, 0.4]
+    assert all(b.drop_path == 0 for b in [*model.decoder.blocks, *model.classifier.blocks])
+    last = model.encoder.blocks[-1].train()
+    scale = last.row_scale(torch.empty(20_000, 1, 1))
+    assert scale.unique().tolist() == [0, pytest.approx(1 / 0.6)]
+    assert scale.mean() == pytest.approx(1, abs=0.03)
+    assert last.eval().row_scale(torch.empty(3, 1, 1)) is None
+
+
+def test_drop_path_drops_whole_samples():
+    """At a rate near 1 all that the last block adds is gone: the block is the identity."""
+    model = mar_fast.MAR(small_config(depth=2, drop_path_rate=0.999999, classifier=None, decoder_depth=0)).train()
+    block = model.encoder.blocks[1]
+    x = torch.randn(2, 5, 96)
+    out, residual, scale = block(x, None, None)
+    assert torch.equal(residual, x) and out.any() and torch.equal(scale, torch.zeros(2))
+    last_features = model(clip(), masks("random")).features
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(3)
+    assert torch.equal(model(clip(), masks("random")).features, last_features)
+
+
+@pytest.mark.parametrize("field", ["bridge_dropout", "head_dropout"])
+def test_dropout_only_in_training(field):
+    model = mar_fast.MAR(small_config(**{field: 0.5}))
+    mask = masks("running")
+    with torch.no_grad():
+        assert not torch.equal(model.train()(clip(), mask).logits, model(clip(), mask).logits)
+        assert torch.equal(model.eval()(clip(), mask).logits, model(clip(), mask).logits)
+
+
+@pytest.mark.compiles
+def test_compiles_without_graph_break():
+    """Eager and compiled agree, forward and backward, in eval with its own mask and in training with a drawn one."""
+    torch.compiler.reset()
+    eager = mar_fast.MAR(small_config(depth=1, decoder_depth=1, bridge_depth=1))
+    compiled = torch.compile(eager, fullgraph=True)
+    assert relative(compiled.eval()(clip()).logits, eager.eval()(clip()).logits) < 1e-6
+    eager.train()
+    gradients = []
+    for model in (eager, compiled):
+        eager.zero_grad()
+        mar_fast.mar_loss(model(clip(), masks("random")), torch.tensor([1, 2])).backward()
+        gradients.append([p.grad.clone() for p in eager.parameters()])
+    assert max(relative(a, b) for a, b in zip(*gradients, strict=True)) < 1e-5
+    assert compiled(clip()).reconstruction_loss.isfinite()  # mask=None: drawn within the graph
+
+
+def test_key_bias():
+    """Softmax cannot see a bias that all keys share, so only the parameters tell: bridging blocks have one."""
+    model = mar_fast.MAR(small_config())
+    attention, bridging = model.encoder.blocks[0].attn, model.classifier.blocks[0].attn
+    with torch.no_grad():
+        for parameter in (attention.q_bias, attention.v_bias, bridging.qkv.bias):
+            parameter.normal_()
+    assert torch.equal(attention.qkv_bias(), torch.cat((attention.q_bias, torch.zeros(96), attention.v_bias)))
+    assert bridging.q_bias is None and torch.equal(bridging.qkv_bias(), bridging.qkv.bias)

@@ -1,0 +1,358 @@
+"""Ragged batches: the model on packed tokens against the plain model on each clip alone."""
+
+import functools
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import INTERPRETING
+from helpers import relative, small_config
+from test_jit_model import LARGE_TILES
+
+import mar_fast
+from mar_fast import TokenMask, masking, packed, reference
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
+
+GRID, TOKENS = (2, 4, 4), 32
+LENGTHS = {"mixed": (5, 32, 1, 17), "one clip": (13,), "one token each": (1, 1, 1), "all tokens": (32, 32)}
+# Of the relative error, on top of twice the plain reference's own in the same dtype.
+FLOOR = {torch.float32: 2e-7, torch.bfloat16: 5e-4, "autocast": 5e-4, torch.float64: 1e-12}
+LAYOUTS = {
+    "planar": torch.Tensor.contiguous,
+    "channels last": lambda video: video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3),
+    "crop": lambda video: F.pad(video, (3, 5, 1, 2))[..., 1:-2, 3:-5],
+    "crop of channels last": lambda video: LAYOUTS["channels last"](F.pad(video, (3, 5, 1, 2)))[..., 1:-2, 3:-5],
+    "part of a longer clip": lambda video: torch.cat((video, video.flip(0)), 2)[:, :, : video.shape[2]],
+    "every second column": lambda video: video.repeat_interleave(2, 4)[..., ::2],
+}
+
+
+@pytest.fixture(autouse=True)
+def large_tiles():
+    """The interpreter's time goes by the number of tiles."""
+    with forced({name: LaunchConfig(*blocks) for name, blocks in LARGE_TILES.items() if INTERPRETING}):
+        yield
+
+
+def ragged(lengths, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return TokenMask.ragged([torch.randperm(TOKENS, generator=generator)[:n] for n in lengths], GRID)
+
+
+def clips(batch, seed=7, dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, 3, 4, 64, 64)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+    return torch.randn(shape, dtype=dtype, generator=generator)
+
+
+@functools.cache
+def weights(**overrides):
+    """None of them at a special value."""
+    generator = torch.Generator().manual_seed(5)
+    state = reference.MAR(small_config(**overrides)).state_dict()
+    for name, value in state.items():
+        z = torch.randn(value.shape, generator=generator)
+        if value.ndim == 1:
+            state[name] = 1 + 0.1 * z if "norm" in name and name.endswith("weight") else 0.1 * z
+        else:
+            state[name] = z / value[0].numel() ** 0.5
+    return state
+
+
+def build(kind, dtype=torch.float32, device="cpu", **overrides):
+    model = kind(small_config(**overrides))
+    model.load_state_dict(weights(**overrides))
+    return model.to(device, dtype).train()
+
+
+def alone(model, video, mask, reconstruct):
+    """The plain model on one clip after the other, with ordinary masks, put together by hand."""
+    rows = mask.bool_masked()
+    parts = [
+        model(video[i : i + 1], TokenMask.from_bool_masked(rows[i : i + 1]), reconstruct=reconstruct)
+        for i in range(len(rows))
+    ]
+    out = {"logits": torch.cat([part.logits for part in parts])}
+    out["features"] = torch.cat([part.features[0] for part in parts])
+    if reconstruct:
+        out["pixels"] = torch.cat([part.pixels[0] for part in parts])
+        wide = torch.promote_types(out["pixels"].dtype, torch.float32)
+        target = torch.cat([part.targets[0] for part in parts])
+        out["reconstruction_loss"] = (out["pixels"].to(wide) - target.to(wide)).square().mean()
+    return out
+
+
+def together(model, video, mask, reconstruct):
+    out = model(video, mask, reconstruct=reconstruct)
+    assert torch.equal(out.cu_seqlens, mask.cu_seqlens)
+    names = ("logits", "features") + (("pixels", "reconstruction_loss") if reconstruct else ())
+    return {name: getattr(out, name) for name in names}
+
+
+def in_a_batch(model, video, mask, reconstruct):
+    out = vars(model(video, mask, reconstruct=reconstruct))
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def results(run, model, video, mask, autocast=False):
+    """All values, and all gradients of a training step, in float64."""
+    reconstruct = model.decoder is not None and mask.drop_idx.numel() > 0
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = run(model, video, mask, reconstruct)
+    logits, target = out["logits"], torch.arange(mask.batch, device=video.device) * 2 + 3
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+    (loss + 0.1 * out.get("reconstruction_loss", 0)).backward()
+    out |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: value.detach().double() for name, value in out.items()}
+
+
+def assert_as_alone(mask, video, dtype, **overrides):
+    """Never further from the truth than twice the plain model in the same dtype, clip by clip."""
+    autocast = dtype == "autocast"
+    own = torch.float32 if autocast else dtype
+    made = partial(build, device=video.device, **overrides)
+    ours = results(together, made(mar_fast.MAR, own), video, mask, autocast)
+    theirs = results(alone, made(reference.MAR, own), video, mask, autocast)
+    truth = results(alone, made(reference.MAR, torch.float64), video, mask)
+    # In 16 bits PyTorch sums the gradients of a LayerNorm over a whole batch with twice the error that it makes clip by
+    # clip, so the plain model's error on a batch with as many tokens counts too.
+    dense = masking.random(mask.batch, GRID, len(mask.drop_idx) / (mask.batch * TOKENS), device=video.device)
+    batch = results(in_a_batch, made(reference.MAR, own), video, dense, autocast)
+    batch_truth = results(in_a_batch, made(reference.MAR, torch.float64), video, dense)
+    own_error = {name: relative(theirs[name], want) for name, want in truth.items()}
+    for name in own_error:
+        if "norm" in name:
+            own_error[name] = max(own_error[name], relative(batch[name], batch_truth[name]))
+    assert set(ours) == set(theirs) == set(truth)
+    floor = FLOOR[dtype]
+    if video.is_cuda and dtype == torch.float32:
+        # As in test_gpu.py: a softmax made anew from its log-sum-exp, and three TF32 products, in each layer that a
+        # gradient passes. It shows in the query biases, sums over all tokens that nearly cancel.
+        floor = 64 * torch.finfo(dtype).eps
+    largest = max(float(value.norm()) for value in truth.values())
+    for name, want in truth.items():
+        assert ours[name].shape == want.shape
+        if want.norm() == 0:  # the query bias, where there is only one key
+            assert ours[name].norm() <= floor * largest, name
+            continue
+        # The error of a few numbers may be small by luck: what went into them counts too.
+        few = want.numel() <= len(truth["logits"][0])
+        compared = [name, *(key for key in ("logits", "pixels") if few and key in truth)]
+        allowed = 2 * max(own_error[key] for key in compared) + floor
+        assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
+
+
+@pytest.mark.triton_too
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_each_clip_as_alone(dtype, lengths):
+    assert_as_alone(ragged(lengths), clips(len(lengths)), dtype)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("dtype", ["autocast", torch.float64], ids=str)
+def test_each_clip_as_alone_in_plain_pytorch(dtype, lengths):
+    """In float64 a float64 clip, since the plain model normalises bytes in float32."""
+    video = clips(len(lengths), dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
+    assert_as_alone(ragged(lengths), video, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+def test_linear_classifier_without_final_norm(dtype):
+    video = clips(4, dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
+    assert_as_alone(ragged(LENGTHS["mixed"]), video, dtype, classifier="linear", final_norm=False, decoder_depth=0)
+
+
+def test_float64_is_exact():
+    """Not only within the bound: to the last digits, every gradient."""
+    mask, video = ragged(LENGTHS["mixed"]), clips(4, dtype=torch.float64)
+    ours = results(together, build(mar_fast.MAR, torch.float64), video, mask)
+    for name, want in results(alone, build(reference.MAR, torch.float64), video, mask).items():
+        assert relative(ours[name], want) < 1e-12, name
+
+
+@pytest.mark.triton_too
+@pytest.mark.parametrize("layout", ["channels last", "crop"])
+def test_layouts_train_alike(layout):
+    assert_as_alone(ragged((3, 20)), LAYOUTS[layout](clips(2)), torch.float32, depth=1, bridge_depth=1, decoder_depth=1)
+
+
+@pytest.mark.triton_too
+def test_equal_lengths_are_a_dense_batch():
+    """Drop path and dropout too: drawn for the same clips and tokens, in the same order."""
+    lengths, overrides = (9, 9, 9), dict(drop_path_rate=0.6, bridge_dropout=0.2, head_dropout=0.2)
+    overrides |= dict(decoder_depth=1, bridge_depth=1)
+    mask, video, model = ragged(lengths), clips(3), build(mar_fast.MAR, **overrides)
+    outs = []
+    for form in (mask, TokenMask.from_bool_masked(mask.bool_masked())):
+        torch.manual_seed(11)
+        model.zero_grad()
+        out = model(video, form)
+        mar_fast.mar_loss(out, torch.tensor([1, 2, 3])).backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        outs.append([out.logits, out.features.flatten(), out.pixels.flatten(), out.reconstruction_loss, *gradients])
+    assert outs[0][1].shape == outs[1][1].shape
+    assert max(relative(one, other) for one, other in zip(*outs, strict=True)) < 1e-5
+
+
+def test_drop_path_is_one_draw_for_a_clip():
+    mask = ragged(LENGTHS["mixed"])
+    segments = packed.Segments.of(mask)
+    block = build(mar_fast.MAR, drop_path_rate=0.5).encoder.blocks[1]
+    drawn = torch.stack([block.row_scale(torch.empty(mask.total_visible, 1, 96), segments) for _ in range(400)])
+    for begin, end in zip(mask.cu_seqlens[:-1], mask.cu_seqlens[1:], strict=True):
+        assert (drawn[:, begin:end] == drawn[:, begin : begin + 1]).all()
+        assert sorted(drawn[:, begin].unique().tolist()) == [0.0, 2.0]
+        assert abs(float(drawn[:, begin].mean()) - 1) < 0.25
+    assert len(drawn[:, mask.cu_seqlens[:-1].long()].unique(dim=0)) == 16  # clips are drawn independently
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    mask, video, model = ragged(LENGTHS["mixed"]), clips(4), build(mar_fast.MAR)
+    view = LAYOUTS[layout](video)
+    assert torch.equal(view, video)
+    one, other = model(view, mask), model(video, mask)
+    assert torch.equal(one.logits, other.logits) and torch.equal(one.reconstruction_loss, other.reconstruction_loss)
+
+
+@pytest.mark.parametrize(("layout", "batch"), [*((name, 3) for name in list(LAYOUTS)[:4]), ("planar", 1)])
+def test_clips_are_not_copied(layout, batch):
+    video = LAYOUTS[layout](clips(batch))
+    one = packed.OneClip.of(video, (2, 16, 16))
+    assert one.video.untyped_storage().data_ptr() == video.untyped_storage().data_ptr()
+    frames = one.tokens // 16 * 2
+    for number, clip in enumerate(video):
+        assert torch.equal(one.video[0, :, number * frames : number * frames + 4], clip)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_the_clip(layout):
+    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, torch.float64)
+    source = clips(4, dtype=torch.float64).requires_grad_()
+    rows, gradients = mask.bool_masked(), []
+    for dense in (False, True):
+        video = LAYOUTS[layout](source)
+        forms = [(video, mask)]
+        if dense:
+            forms = [(video[i : i + 1], TokenMask.from_bool_masked(rows[i : i + 1])) for i in range(4)]
+        logits = torch.cat([model(*form, reconstruct=False).logits for form in forms])
+        gradients.append(torch.autograd.grad(logits.square().sum(), source)[0])
+    assert relative(*gradients) < 1e-12
+    kept = ~rows.view(4, *GRID).repeat_interleave(2, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    assert ((gradients[0] != 0).any(1) == kept).all()
+
+
+@pytest.mark.triton_too
+def test_dropped_pixels_are_never_read():
+    """Forward nor backward: not even to be multiplied by zero."""
+    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, depth=1, bridge_depth=1, decoder_depth=0)
+    video = clips(4, dtype=torch.float32)
+    holes = mask.bool_masked().view(4, *GRID).repeat_interleave(2, 1)
+    holes = holes.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None]
+    found = []
+    for content in (video, video.masked_fill(holes, torch.nan)):
+        model.zero_grad()
+        out = model(content, mask)
+        out.logits.square().sum().backward()
+        found.append([out.logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.triton_too
+def test_clips_do_not_touch_each_other():
+    """A clip of NaN leaves the others as they are."""
+    mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, bridge_depth=1, decoder_depth=1).eval()
+    video = clips(4, dtype=torch.float32)
+    before = model(video, mask, reconstruct=True)
+    video[1] = torch.nan
+    after = model(video, mask, reconstruct=True)
+    others = [0, 2, 3]
+    assert torch.equal(after.logits[others], before.logits[others]) and after.logits[1].isnan().all()
+    begin, end = mask.cu_seqlens[1:3].tolist()
+    assert torch.equal(after.features[:begin], before.features[:begin])
+    assert torch.equal(after.features[end:], before.features[end:]) and after.features[begin:end].isnan().all()
+    assert torch.equal(after.pixels, before.pixels)  # clip 1 keeps all of its tokens
+
+
+def test_gradient_checkpointing_changes_no_number():
+    found = []
+    for checkpointing in (False, True):
+        model = build(mar_fast.MAR, gradient_checkpointing=checkpointing, drop_path_rate=0.5, bridge_dropout=0.1)
+        torch.manual_seed(2)
+        out = model(clips(4), ragged(LENGTHS["mixed"]))
+        mar_fast.mar_loss(out, torch.arange(4)).backward()
+        found.append((out.logits, *(p.grad for p in model.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.compiles
+def test_compiles_without_graph_break():
+    """Which also shows that no shape and no branch depends on values of the mask."""
+    torch.compiler.reset()
+    overrides = dict(depth=1, decoder_depth=1, bridge_depth=1)
+    mask, video, model = ragged(LENGTHS["mixed"]), clips(4), build(mar_fast.MAR, **overrides)
+    compiled, found = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    for run in (model, compiled):
+        model.zero_grad()
+        out = run(video, mask)
+        mar_fast.mar_loss(out, torch.arange(4)).backward()
+        found.append([out.logits, out.features, out.pixels, *(p.grad.clone() for p in model.parameters())])
+    assert max(relative(one, other) for one, other in zip(*found, strict=True)) < 1e-5
+    # Another mask of the same lengths is no reason to compile again.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        other = ragged(LENGTHS["mixed"], seed=4)
+        assert relative(compiled(video, other).logits, model(video, other).logits) < 1e-5
+
+
+@pytest.mark.compiles
+def test_compiled_for_inference():
+    model = build(mar_fast.MAR, depth=1, bridge_depth=1, decoder_depth=0).eval()
+    mask, video = ragged((3, 8)), clips(2)
+    compiled = mar_fast.compile_for_inference(model, (video, mask), autotune=False)
+    out = compiled(video, mask)
+    assert relative(out.logits, model(video, mask).logits) < 1e-5 and torch.equal(out.cu_seqlens, mask.cu_seqlens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_each_clip_as_alone_on_a_gpu(dtype, lengths):
+    assert_as_alone(ragged(lengths).to("cuda"), clips(len(lengths)).cuda(), dtype)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_a_gpu():
+    model, mask, video = build(mar_fast.MAR, device="cuda"), ragged(LENGTHS["mixed"]).to("cuda"), clips(4).cuda()
+    for mode in ("default", "error"):  # the first time loads the kernels, which may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = model(video, mask)
+            (out.logits.square().sum() + out.reconstruction_loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("classifier", ["bridging", "linear"])
+def test_empty_batch(classifier):
+    model = build(mar_fast.MAR, classifier=classifier).eval()
+    out = model(clips(0), TokenMask.ragged([], GRID), reconstruct=True)
+    assert out.logits.shape == (0, 11) and out.features.shape == (0, 96)
+    assert out.pixels.shape == (0, 1536) and out.reconstruction_loss == 0
+
+
+def test_keep_all_has_zero_reconstruction_loss_and_finite_gradients():
+    model = build(mar_fast.MAR)
+    out = model(clips(2), ragged((32, 32)))
+    assert out.pixels.shape == (0, 1536) and out.reconstruction_loss == 0
+    mar_fast.mar_loss(out, torch.tensor([1, 2])).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_other_masks_give_no_offsets():
+    out = build(mar_fast.MAR).eval()(clips(2), masking.random(2, GRID, 0.5))
+    assert out.cu_seqlens is None and out.features.shape == (2, 16, 96)
