@@ -4,8 +4,10 @@ from pathlib import Path
 
 from ..kernels import checks
 
-_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-_PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+# What transformers calls its files.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+CONFIGS = ("config.json", "preprocessor_config.json")
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:
@@ -21,11 +23,11 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         raise ModuleNotFoundError(
             f"source: got the hub id {hub_id!r}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'"
         ) from error
-    configs = ["config.json", "preprocessor_config.json"]
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=configs + _SAFETENSORS))
-        if not any((folder / name).exists() for name in _SAFETENSORS[:2]):
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=configs + _PICKLED))
+        for weights in ((*SAFETENSORS, "model-*-of-*.safetensors"), (*PICKLED, "pytorch_model-*-of-*.bin")):
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*CONFIGS, *weights]))
+            if any((folder / name).is_file() for name in weights):
+                break
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         at = f" at {revision!r}" if revision else ""

@@ -5,15 +5,11 @@ which have PyTorch's default whatever the configuration says.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import MARConfig
 from ..kernels import checks
-from .layouts import Layout
-from .read import Checkpoint
-
-if TYPE_CHECKING:
-    from .facts import Facts
+from .read import File
 
 FIXED_EPS = 1e-5
 # VideoMAEConfig's own defaults: config.json may leave out what has them.
@@ -25,85 +21,69 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def state(facts: "Facts", checkpoint: Checkpoint, layout: Layout) -> None:
-    """Add to ``facts``, which has what shapes say, what the configuration files say.
+def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tuple[Any, str]]:
+    """Field of `MARConfig` -> (value, where it is said), by the configuration files.
+
+    Args:
+        file: The file, with its configurations.
+        kind: The class of transformers that its tensors are of.
+        final_norm: Whether it has the norm after the last block, where config.json does not say.
+        decoder: Whether it has a pixel decoder.
 
     Raises:
-        ValueError: they contradict the shapes, or ask for something that mar_fast does not compute.
+        ValueError: they ask for something that mar_fast does not compute.
     """
-    given = checkpoint.configs.get("config.json")
-    decoder = ("decoder_eps",) if facts.value("decoder_depth") else ()
-    fixed = (("classifier_norm_eps", "classifier"), ("decoder_norm_eps", "decoder_depth"))
-    facts.state("transformers: fixed for this norm", **{name: FIXED_EPS for name, part in fixed if facts.value(part)})
-    if given is None:
-        final = ("final_norm_eps",) if facts.value("final_norm") else ()
-        eps = dict.fromkeys(("encoder_eps", *final, *decoder), _DEFAULTS["layer_norm_eps"])
-        facts.state("transformers' default: there is no config.json", **eps)
-        return
-    where = f"{checkpoint.where}, config.json"
-    if given.get("model_type") != "videomae":
-        raise checks.bad(f"{where}, model_type", repr(given.get("model_type")), "'videomae'")
-    config = {**_DEFAULTS, **given}
-    if config["hidden_act"] != "gelu":
-        raise checks.bad(f"{where}, hidden_act", repr(config["hidden_act"]), "'gelu', the exact one")
-    kinds = [kind for kind in given.get("architectures") or () if str(kind).startswith("VideoMAE")]
-    if kinds and not any(layout.title.endswith(kind) for kind in kinds):
-        raise checks.bad(checkpoint.where, f"the tensors of a {layout.title}", f"those of {kinds[0]}, by config.json")
-
-    said = _said(where, config)
-    for name in ("embed_dim", "channels", "patch_size", "depth", "mlp_ratio", *_DECODER_FIELDS):
-        # Of a decoder that the caller leaves out, the shapes have not been looked at.
-        is_part = name not in _DECODER_FIELDS or (facts.value("decoder_depth") and name in facts)
-        if is_part and said[name] != facts.value(name):
-            shapes = f"{facts.value(name)}, by the {facts[name][1]}"
-            raise checks.bad(f"{where}, {_KEYS[name]}", said[name], shapes)
-    # transformers has the norm before pooling or, for mean pooling, none: with the file, this says what must be in it.
-    facts["final_norm"] = (not config["use_mean_pooling"], "config.json, use_mean_pooling")
-    final = ("final_norm_eps",) if facts.value("final_norm") else ()
-    facts.state(
-        "config.json",
-        **{name: said[name] for name in ("num_frames", "image_size", "num_heads")},
-        **dict.fromkeys(("encoder_eps", *final, *decoder), config["layer_norm_eps"]),
-    )
-    if decoder:
-        facts.state(
-            "config.json", decoder_num_heads=said["decoder_num_heads"], norm_pix_loss=bool(config["norm_pix_loss"])
-        )
-    facts.grid_known = True
-    processor = checkpoint.configs.get("preprocessor_config.json", {})
+    given = file.configs.get("config.json")
+    config = {**_DEFAULTS, **(given or {})}
+    origin = "transformers' default: there is no config.json"
+    values: dict[str, tuple[Any, str]] = {}
+    if given is not None:
+        origin = "config.json, layer_norm_eps"
+        where = f"{file.where}, config.json"
+        if given.get("model_type") != "videomae":
+            raise checks.bad(f"{where}, model_type", repr(given.get("model_type")), "'videomae'")
+        if config["hidden_act"] != "gelu":
+            raise checks.bad(f"{where}, hidden_act", repr(config["hidden_act"]), "'gelu', the exact one")
+        kinds = [str(name) for name in given.get("architectures") or () if str(name).startswith("VideoMAE")]
+        if kinds and kind not in kinds:
+            got = f"the tensors of a Hugging Face {kind}"
+            raise checks.bad(file.where, got, f"those of {kinds[0]}, by config.json")
+        try:
+            fields = _fields(config, decoder)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise checks.bad(where, f"a value that does not fit ({error})", "VideoMAEConfig's fields") from error
+        values = {name: (value, f"config.json, {key}") for name, (key, value) in fields.items()}
+        final_norm = values["final_norm"][0]
+    there = {"encoder_eps": True, "final_norm_eps": final_norm, "decoder_eps": decoder}
+    values |= {name: (config["layer_norm_eps"], origin) for name, there in there.items() if there}
+    there = {"classifier_norm_eps": kind == "VideoMAEForVideoClassification", "decoder_norm_eps": decoder}
+    values |= {name: (FIXED_EPS, "transformers: fixed for this norm") for name, there in there.items() if there}
+    processor = file.configs.get("preprocessor_config.json", {})
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
-        if key in processor:
-            facts.state("preprocessor_config.json", **{name: tuple(processor[key])})
+        if given is not None and key in processor:
+            values[name] = tuple(processor[key]), "preprocessor_config.json"
+    return values
 
 
-_DECODER_FIELDS = ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")
-_KEYS = {
-    "embed_dim": "hidden_size", "channels": "num_channels", "patch_size": "tubelet_size and patch_size",
-    "depth": "num_hidden_layers", "mlp_ratio": "intermediate_size / hidden_size",
-    "decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
-    "decoder_mlp_ratio": "decoder_intermediate_size / decoder_hidden_size",
-}  # fmt: skip
-
-
-def _said(where: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Our fields, as config.json has them."""
-    try:
-        return {
-            "embed_dim": config["hidden_size"],
-            "channels": config["num_channels"],
-            "patch_size": (int(config["tubelet_size"]), *_pair(config["patch_size"])),
-            "depth": config["num_hidden_layers"],
-            "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
-            "num_heads": config["num_attention_heads"],
-            "num_frames": config["num_frames"],
-            "image_size": _pair(config["image_size"]),
-            "decoder_embed_dim": config["decoder_hidden_size"],
-            "decoder_depth": config["decoder_num_hidden_layers"],
-            "decoder_num_heads": config["decoder_num_attention_heads"],
-            "decoder_mlp_ratio": config["decoder_intermediate_size"] / config["decoder_hidden_size"],
-        }
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise checks.bad(where, f"a value that does not fit ({error})", "VideoMAEConfig's fields") from error
+def _fields(config: dict[str, Any], decoder: bool) -> dict[str, tuple[str, Any]]:
+    """Our field -> (what config.json calls it, its value)."""
+    keys = {"embed_dim": "hidden_size", "channels": "num_channels", "depth": "num_hidden_layers"}
+    keys |= {"num_heads": "num_attention_heads", "num_frames": "num_frames"}
+    if decoder:
+        keys |= {"decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers"}
+        keys |= {"decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss"}
+    patch = (int(config["tubelet_size"]), *_pair(config["patch_size"]))
+    values = {
+        "patch_size": ("tubelet_size and patch_size", patch),
+        "mlp_ratio": ("intermediate_size / hidden_size", config["intermediate_size"] / config["hidden_size"]),
+        "image_size": ("image_size", _pair(config["image_size"])),
+        # transformers has the norm before pooling or, for mean pooling, none: this says what must be in the file.
+        "final_norm": ("use_mean_pooling", not config["use_mean_pooling"]),
+    }
+    if decoder:
+        ratio = config["decoder_intermediate_size"] / config["decoder_hidden_size"]
+        values["decoder_mlp_ratio"] = ("decoder_intermediate_size / decoder_hidden_size", ratio)
+    return {name: (key, config[key]) for name, key in keys.items()} | values
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -113,10 +93,31 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def lacks_biases(checkpoint: Checkpoint) -> bool:
-    """Whether config.json says that query and value have no bias, which is a bias of zeros."""
-    config = checkpoint.configs.get("config.json", {})
-    return not config.get("qv_bias", config.get("qkv_bias", True))
+def has_biases(file: File) -> bool:
+    """Whether query and value have biases; config.json may say that they have none, which is a bias of zeros."""
+    config = file.configs.get("config.json", {})
+    return bool(config.get("qv_bias", config.get("qkv_bias", True)))
+
+
+def labels(file: File) -> tuple[str, ...] | None:
+    """Names of the classes in config.json; None where there are none but transformers' LABEL_0, ..."""
+    said = file.configs.get("config.json", {}).get("id2label")
+    if not isinstance(said, dict):
+        return None
+    names = [name for i in range(len(said)) if isinstance(name := said.get(str(i)), str)]
+    return tuple(names) if len(names) == len(said) and names != _unnamed(len(names)) else None
+
+
+def dropout(file: File) -> tuple[str, ...]:
+    """A remark on the dropout in config.json, where there is any."""
+    config = file.configs.get("config.json", {})
+    keys = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") if config.get(key)]
+    rates = ", ".join(f"{key} {config[key]}" for key in keys)
+    return (f"not carried over, without effect in evaluation: {rates}",) if rates else ()
+
+
+def _unnamed(classes: int) -> list[str]:
+    return [f"LABEL_{i}" for i in range(classes)]
 
 
 def kind_for(config: MARConfig) -> str:
@@ -150,21 +151,6 @@ def kind_for(config: MARConfig) -> str:
     if config.classifier:
         return "VideoMAEForVideoClassification"
     return "VideoMAEForPreTraining" if config.decoder_depth else "VideoMAEModel"
-
-
-def labels(checkpoint: Checkpoint, config: MARConfig) -> tuple[str, ...] | None:
-    """Names of the classes in config.json, one for each; None where there are none but transformers' LABEL_0, ..."""
-    said = checkpoint.configs.get("config.json", {}).get("id2label")
-    if not config.classifier or not isinstance(said, dict):
-        return None
-    names = [name for place in range(config.num_classes) if isinstance(name := said.get(str(place)), str)]
-    if not len(names) == len(said) == config.num_classes or names == _unnamed(config):
-        return None
-    return tuple(names)
-
-
-def _unnamed(config: MARConfig) -> list[str]:
-    return [f"LABEL_{place}" for place in range(config.num_classes)]
 
 
 def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = None) -> dict[str, Any]:
@@ -206,9 +192,9 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
             "decoder_intermediate_size": round(config.decoder_embed_dim * config.decoder_mlp_ratio),
         }
     if config.classifier:
-        names = labels or _unnamed(config)
-        content["id2label"] = {str(place): name for place, name in enumerate(names)}
-        content["label2id"] = {name: place for place, name in enumerate(names)}
+        names = labels or _unnamed(config.num_classes)
+        content["id2label"] = {str(i): name for i, name in enumerate(names)}
+        content["label2id"] = {name: i for i, name in enumerate(names)}
     return content
 
 

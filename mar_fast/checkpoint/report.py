@@ -1,5 +1,6 @@
 """LoadReport: what `from_pretrained` did, for people and for programs."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ class LoadReport:
             if notes:
                 lines.append(f"{title}:")
                 most = len(notes) if title == "configuration" else 12
-                lines += [f"  {_listed(names, most)}: {reason}" for reason, names in _by_reason(notes)]
+                lines += [f"  {some(names, most)}: {reason}" for reason, names in _by_reason(notes)]
         lines += [f"note: {remark}" for remark in self.remarks]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -82,6 +83,7 @@ def _by_reason(notes: tuple[Note, ...]) -> list[tuple[str, list[str]]]:
     return [(reason, [note.name for note in group]) for reason, group in groupby(ordered, lambda note: note.reason)]
 
 
-def _listed(names: list[str], most: int) -> str:
+def some(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of these names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more

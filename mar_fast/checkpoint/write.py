@@ -14,7 +14,7 @@ from ..files import may_write, write_whole, write_whole_folder
 from ..kernels import checks
 from ..model import MAR
 from . import huggingface
-from .layouts import FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face
+from .layouts import FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, matters
 from .read import METADATA_KEY
 
 LayoutName = Literal["mar_fast", "mar", "videomae", "hf"]

@@ -1,0 +1,291 @@
+"""The door: a file of any source to one state dict in our names, and what the source says about the configuration.
+
+What comes after this knows our names only; theirs are kept for messages.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import MARConfig
+from ..kernels import checks
+from ..layers import sinusoid_table
+from . import huggingface
+from .layouts import BIASES, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, part_of
+from .read import File
+
+FIELDS = tuple(item.name for item in fields(MARConfig))
+PATCH_EMBED = "encoder.patch_embed.proj.weight"
+TOKEN_0 = "token 0"
+"""A linear classifier that reads token 0 after the last norm (no mean pooling), which no `MARConfig` expresses."""
+Said = dict[str, tuple[Any, str]]
+"""Field of `MARConfig` -> (value, where it is said)."""
+
+# Position tables are not learned in any layout, but MAR and some trainers save them, by these names.
+_TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint in our vocabulary.
+
+    Attributes:
+        where: The source, for messages.
+        layout: What the source calls our parameters, for messages.
+        tensors: A state dict by our names.
+        own: All fields, by mar_fast's own configuration in the file; empty where it has none.
+        said: What else the source says about the configuration, shapes apart; empty where ``own`` is all that counts.
+        unused: Entries, by the source's names, that are not needed, and why.
+        unknown: Entries, by the source's names, that are no parameters, and what is wrong with them.
+        absent: Parameters, by our names, that may be missing, and what that means.
+        position_tokens: Tokens of the position tables in the file; None where there are none.
+        labels: Names of the classes.
+        remarks: What else there is to know.
+        warnings: What may be wrong.
+    """
+
+    where: str
+    layout: Layout
+    tensors: dict[str, Tensor]
+    own: Said
+    said: Said
+    unused: dict[str, str]
+    unknown: dict[str, str]
+    absent: dict[str, str]
+    position_tokens: int | None
+    labels: tuple[str, ...] | None
+    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def has(self, part: str) -> bool:
+        """Whether there is anything of a part."""
+        return _has(part, self.tensors)
+
+    def depth(self, stem: str) -> int:
+        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
+        numbers = [re.match(rf"{stem}\.blocks\.(\d+)\.", name) for name in self.tensors]
+        return max((int(number[1]) + 1 for number in numbers if number), default=0)
+
+
+def convert(file: File) -> Checkpoint:
+    """Recognise the source by its names, and convert.
+
+    Raises:
+        ValueError: no source that is known, or entries that contradict each other.
+    """
+
+    def some(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in file.tensors)
+
+    if some(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
+        return _from_hugging_face(file)
+    if some(r"backbone\.(patch_embed|blocks)\."):
+        return _from_mar(file)
+    if some(r"encoder\.(patch_embed|blocks)\."):
+        return _from_ours(file) if some(r"classifier\.") else _from_pretraining(file)
+    if some(r"(patch_embed|blocks)\."):
+        return _from_fine_tuned(file)
+    first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
+    known = "MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
+    raise checks.bad(file.where, f"entries such as {first}", f"the names of {known}")
+
+
+def _from_ours(file: File) -> Checkpoint:
+    said = _usual(file, OURS) | say("entries in the file", classifier="linear")
+    if any(re.match(r"classifier\.(proj|blocks)\.", name) for name in file.tensors):
+        said |= say("mar_fast: always there", classifier="bridging", final_norm=True)
+    return _renamed(file, OURS, said)
+
+
+def _from_pretraining(file: File) -> Checkpoint:
+    """VideoMAE's encoder and pixel decoder; an encoder alone is read too, with a warning."""
+    said = _usual(file, PRETRAINING) | say("entries in the file", classifier=None)
+    said |= say("VideoMAE pre-training: always there", final_norm=True)
+    alone = () if _has("decoder", file.tensors) else ("the encoder alone: there is no pixel decoder in the file",)
+    return replace(_renamed(file, PRETRAINING, said), warnings=alone)
+
+
+def _from_fine_tuned(file: File) -> Checkpoint:
+    """VideoMAE's classifiers, v2 too; and its encoders alone, which end with their norm."""
+    names = [str(FINE_TUNED.ours(name)) for name in file.tensors]
+    final_norm = _has("final_norm", names)
+    # Where both are lacking the classifier has been lost, and must not pass for one that never was.
+    classifier = _linear(names, final_norm) if _has("classifier", names) or not final_norm else None
+    return _renamed(file, FINE_TUNED, _usual(file, FINE_TUNED) | say("entries in the file", classifier=classifier))
+
+
+def _from_mar(file: File) -> Checkpoint:
+    """MAR's original files, which keep mean and std, as constants, with the weights."""
+    said = _usual(file, MAR_LAYOUT) | say("MAR: always there", classifier="bridging", final_norm=True)
+    unused = {"cls_head.mask_token": "nothing in MAR uses it"}
+    patch = file.tensors.get(MAR_LAYOUT.theirs(PATCH_EMBED)[0])
+    channels = patch.shape[1] if patch is not None and patch.ndim == 5 else 3
+    for name in ("mean", "std"):
+        if "mar_fast" in file.configs or name not in file.tensors:
+            continue
+        tensor = file.tensors[name]
+        if tensor.numel() != channels or not tensor.is_floating_point():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise checks.bad(f"{file.where}, {name}", got, f"{channels} floating-point values")
+        # The shortest decimal of a float32: 0.485, and not 0.48500001430511475.
+        values = tuple(float(str(np.float32(value))) for value in tensor.flatten().tolist())
+        if not all(0 <= value <= 1 for value in values):
+            raise checks.bad(f"{file.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
+        said |= say(f"{name} in the file", **{name: values})
+        unused[name] = "read into the configuration"
+    return _renamed(file, MAR_LAYOUT, said, unused)
+
+
+def _from_hugging_face(file: File) -> Checkpoint:
+    """The three classes of transformers, under either name that it has had for biases."""
+    names, kind = file.tensors, "VideoMAEModel"
+    if any(name.startswith("videomae.") for name in names):
+        kind = "VideoMAEForPreTraining" if _has("decoder", names) else "VideoMAEForVideoClassification"
+    layout = hugging_face(kind, linear_biases=not any(name.endswith(("q_bias", "v_bias")) for name in names))
+    unused = {
+        name: "it adds the same to all scores of a query, which softmax takes out"
+        for name, tensor in names.items()
+        if name.endswith(".attention.attention.key.bias") and is_finite(tensor)
+    }
+    checkpoint = _renamed(file, layout, {}, unused)
+    _join_qkv(checkpoint)
+    said = huggingface.said(file, kind, checkpoint.has("final_norm"), checkpoint.has("decoder"))
+    classifier = None
+    if kind == "VideoMAEForVideoClassification":
+        final_norm = checkpoint.has("final_norm") or ("final_norm" in said and said["final_norm"][0])
+        classifier = _linear(checkpoint.tensors, final_norm)
+    absent = {}
+    if not huggingface.has_biases(file):
+        reason = "zero: config.json says that query and value have no bias"
+        blocks = [name for name in checkpoint.tensors if name.endswith("attn.qkv.weight")]
+        absent = {name.replace("attn.qkv.weight", bias): reason for name in blocks for bias in BIASES}
+    return replace(
+        checkpoint,
+        said=said | say("entries in the file", classifier=classifier),
+        absent=absent,
+        labels=huggingface.labels(file),
+        remarks=checkpoint.remarks + huggingface.dropout(file),
+    )
+
+
+def _join_qkv(checkpoint: Checkpoint) -> None:
+    """Make one weight of those of query, key and value, where all three are there."""
+    tensors = checkpoint.tensors
+    ends = (".attn.query.weight", ".attn.key.weight", ".attn.value.weight")
+    for stem in {name.rpartition(".attn.")[0] for name in tensors if name.endswith(ends)}:
+        ours = [stem + end for end in ends]
+        there = {checkpoint.layout.theirs(name)[0]: tensors[name] for name in ours if name in tensors}
+        if len(there) < 3:
+            checkpoint.unused.update(dict.fromkeys(there, f"the rest of {stem}.attn.qkv.weight is missing"))
+            continue
+        kinds = [(t.dtype in checks.FLOATS or t.dtype, tuple(t.shape), t.layout, t.device) for t in there.values()]
+        if len(set(kinds)) > 1 or len(kinds[0][1]) != 2:
+            got = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in there.items())
+            raise checks.bad(checkpoint.where, got, "three matrices of the same shape and kind")
+        tensors[f"{stem}.attn.qkv.weight"] = torch.cat([tensors.pop(name) for name in ours])
+
+
+def _linear(names: Collection[str], final_norm: bool) -> str:
+    """The kind of a classifier without blocks: mean pooling has a norm of its own and no last norm before it."""
+    return TOKEN_0 if final_norm and not any(name.startswith("classifier.norm.") for name in names) else "linear"
+
+
+def _renamed(file: File, layout: Layout, said: Said, unused: dict[str, str] | None = None) -> Checkpoint:
+    """A checkpoint by our names."""
+    tensors: dict[str, Tensor] = {}
+    unused = dict(unused or {})
+    unknown = {name: f"a {kind} and no tensor" for name, kind in file.non_tensors.items()}
+    for name, tensor in file.tensors.items():
+        ours = layout.ours(name)
+        if ours is None:
+            unknown[name] = ""
+        else:
+            tensors[ours] = tensor
+    tables = {name: file.tensors[name] for name in _TABLES if name in file.tensors}
+    for name, table in tables.items():
+        if fault := _table_fault(table):
+            unknown[name] = fault
+        else:
+            unused[name] = "the position table of the formula, which the model makes itself"
+    tokens = {table.shape[-2] for table in tables.values() if _is_table(table)}
+    own = _own_config(file)
+    return Checkpoint(
+        where=file.where,
+        layout=layout,
+        tensors=tensors,
+        own=own,
+        said={} if own else said,
+        unused=unused,
+        unknown=unknown,
+        absent={},
+        position_tokens=tokens.pop() if len(tokens) == 1 else None,
+        labels=None,
+        remarks=file.remarks,
+        warnings=(),
+    )
+
+
+def say(origin: str, **values: Any) -> Said:
+    """Fields that one origin gives."""
+    return {name: (value, origin) for name, value in values.items()}
+
+
+def _usual(file: File, layout: Layout) -> Said:
+    """What is the same for all sources but transformers: eps, and the arguments of the run in VideoMAE's own files."""
+    eps = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
+    said = say(f"{layout.title}: all of its norms", **dict.fromkeys(eps, 1e-6))
+    args = file.configs.get("args", {})
+    frames, size = args.get("num_frames"), args.get("input_size")
+    if isinstance(frames, int) and frames > 0:
+        said |= say("args in the file", num_frames=frames)
+    if isinstance(size, int) and size > 0:
+        said |= say("args in the file", image_size=(size, size))
+    return said
+
+
+def _own_config(file: File) -> Said:
+    if "mar_fast" not in file.configs:
+        return {}
+    values = file.configs["mar_fast"]
+    where = f"{file.where}, configuration of mar_fast in it"
+    if not isinstance(values, dict):
+        raise checks.bad(where, type(values).__name__, "an object of MARConfig's fields")
+    if unknown := sorted(set(values) - set(FIELDS)):
+        accepted = "fields of MARConfig; it may be of a newer mar_fast"
+        raise checks.bad(where, f"unknown fields {', '.join(unknown)}", accepted)
+    origin = "mar_fast in config.json" if "config.json" in file.configs else "the file's own configuration"
+    try:
+        return say(origin, **asdict(MARConfig(**values)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _table_fault(tensor: Tensor) -> str | None:
+    """Why a position table in a file is not the one of the formula; None where it is."""
+    if not _is_table(tensor):
+        return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    table = sinusoid_table(*tensor.shape[-2:])
+    # Half-precision files have rounded it.
+    bound = max(1e-5, torch.finfo(tensor.dtype).eps)
+    difference = float((tensor.reshape(table.shape).float() - table).abs().max())
+    return None if difference <= bound else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
+
+
+def _is_table(tensor: Tensor) -> bool:
+    if tensor.ndim not in (2, 3) or not tensor.is_floating_point():
+        return False
+    return 0 < tensor.numel() == tensor.shape[-1] * tensor.shape[-2]
+
+
+def _has(part: str, names: Collection[str]) -> bool:
+    return any(part_of(name) == part for name in names)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether these are floating-point values without NaN and infinity."""
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
