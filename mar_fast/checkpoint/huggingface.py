@@ -19,6 +19,15 @@ _DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12, "use_mean_pooling": True, "decoder_num_attention_heads": 6, "decoder_hidden_size": 384,
     "decoder_num_hidden_layers": 4, "decoder_intermediate_size": 1536, "norm_pix_loss": True,
 }  # fmt: skip
+# Our fields, and what config.json calls them.
+_KEYS = {
+    "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "channels": "num_channels", "num_frames": "num_frames",
+}  # fmt: skip
+_DECODER_KEYS = {
+    "decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss",
+}  # fmt: skip
 
 
 def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tuple[Any, str]]:
@@ -49,10 +58,9 @@ def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tu
             got = f"the tensors of a Hugging Face {kind}"
             raise checks.bad(file.where, got, f"those of {kinds[0]}, by config.json")
         try:
-            fields = _fields(config, decoder)
+            values = _fields(config, decoder)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise checks.bad(where, f"a value that does not fit ({error})", "VideoMAEConfig's fields") from error
-        values = {name: (value, f"config.json, {key}") for name, (key, value) in fields.items()}
         final_norm = values["final_norm"][0]
     there = {"encoder_eps": True, "final_norm_eps": final_norm, "decoder_eps": decoder}
     values |= {name: (config["layer_norm_eps"], origin) for name, there in there.items() if there}
@@ -65,25 +73,18 @@ def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tu
     return values
 
 
-def _fields(config: dict[str, Any], decoder: bool) -> dict[str, tuple[str, Any]]:
-    """Our field -> (what config.json calls it, its value)."""
-    keys = {"embed_dim": "hidden_size", "channels": "num_channels", "depth": "num_hidden_layers"}
-    keys |= {"num_heads": "num_attention_heads", "num_frames": "num_frames"}
-    if decoder:
-        keys |= {"decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers"}
-        keys |= {"decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss"}
-    patch = (int(config["tubelet_size"]), *_pair(config["patch_size"]))
-    values = {
-        "patch_size": ("tubelet_size and patch_size", patch),
-        "mlp_ratio": ("intermediate_size / hidden_size", config["intermediate_size"] / config["hidden_size"]),
-        "image_size": ("image_size", _pair(config["image_size"])),
-        # transformers has the norm before pooling or, for mean pooling, none: this says what must be in the file.
-        "final_norm": ("use_mean_pooling", not config["use_mean_pooling"]),
-    }
-    if decoder:
-        ratio = config["decoder_intermediate_size"] / config["decoder_hidden_size"]
-        values["decoder_mlp_ratio"] = ("decoder_intermediate_size / decoder_hidden_size", ratio)
-    return {name: (key, config[key]) for name, key in keys.items()} | values
+def _fields(config: dict[str, Any], decoder: bool) -> dict[str, tuple[Any, str]]:
+    keys = _KEYS | (_DECODER_KEYS if decoder else {})
+    values: dict[str, tuple[Any, str]] = {ours: (config[key], key) for ours, key in keys.items()}
+    for prefix in ("", "decoder_") if decoder else ("",):
+        width, hidden = f"{prefix}hidden_size", f"{prefix}intermediate_size"
+        values[f"{prefix}mlp_ratio"] = config[hidden] / config[width], f"{hidden} / {width}"
+    patch = int(config["tubelet_size"]), *_pair(config["patch_size"])
+    values["patch_size"] = patch, "tubelet_size and patch_size"
+    values["image_size"] = _pair(config["image_size"]), "image_size"
+    # transformers has the norm before pooling or, for mean pooling, none: this says what must be in the file.
+    values["final_norm"] = not config["use_mean_pooling"], "use_mean_pooling"
+    return {name: (value, f"config.json, {key}") for name, (value, key) in values.items()}
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -121,40 +122,14 @@ def _unnamed(classes: int) -> list[str]:
 
 
 def kind_for(config: MARConfig) -> str:
-    """The transformers class that computes what a model of this configuration computes.
-
-    Raises:
-        ValueError: there is none; the message says what stands in the way.
-    """
-
-    def refuse(field: str, accepted: str) -> ValueError:
-        return checks.bad(f"{field}, for Hugging Face's layout", repr(getattr(config, field)), accepted)
-
-    if config.classifier == "bridging":
-        raise refuse("classifier", "'linear' or None: transformers' VideoMAE has no bridging classifier")
-    if config.classifier and config.decoder_depth:
-        raise refuse("decoder_depth", "0: transformers' classifier has no pixel decoder (load with decoder_depth=0)")
-    if config.classifier and config.final_norm:
-        raise refuse("final_norm", "False: transformers' mean-pooling classifier has no norm before the mean")
-    if config.position_grid not in (None, config.grid):
-        raise refuse("position_grid", "None: transformers makes the table for the clip's own grid")
-    fixed = {"classifier_norm_eps": bool(config.classifier), "decoder_norm_eps": bool(config.decoder_depth)}
-    for field, matters in fixed.items():
-        if matters and getattr(config, field) != FIXED_EPS:
-            raise refuse(field, f"{FIXED_EPS}, which transformers fixes (load with {field}={FIXED_EPS} to change it)")
-    shared = {"final_norm_eps": config.final_norm, "decoder_eps": bool(config.decoder_depth)}
-    for field, matters in shared.items():
-        if matters and getattr(config, field) != config.encoder_eps:
-            raise refuse(field, f"{config.encoder_eps}, as encoder_eps: transformers has one layer_norm_eps for both")
-    if config.decoder_depth and config.patch_size[1] != config.patch_size[2]:
-        raise refuse("patch_size", "a square one: transformers' pixel decoder takes no other")
+    """The transformers class for a model of this configuration."""
     if config.classifier:
         return "VideoMAEForVideoClassification"
     return "VideoMAEForPreTraining" if config.decoder_depth else "VideoMAEModel"
 
 
 def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = None) -> dict[str, Any]:
-    """config.json for `kind_for` this configuration.
+    """config.json for a model of this configuration.
 
     Args:
         config: The configuration.
@@ -166,14 +141,13 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
         "architectures": [kind_for(config)],
         "model_type": "videomae",
         "dtype": dtype,
+        **{
+            key: getattr(config, ours)
+            for ours, key in (_KEYS | (_DECODER_KEYS if config.decoder_depth else {})).items()
+        },
         "image_size": config.image_size[0] if len(set(config.image_size)) == 1 else list(config.image_size),
         "patch_size": height if height == width else [height, width],
-        "num_channels": config.channels,
-        "num_frames": config.num_frames,
         "tubelet_size": t,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
         "intermediate_size": round(config.embed_dim * config.mlp_ratio),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
@@ -185,12 +159,7 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
         "norm_pix_loss": config.norm_pix_loss,
     }
     if config.decoder_depth:
-        content |= {
-            "decoder_hidden_size": config.decoder_embed_dim,
-            "decoder_num_hidden_layers": config.decoder_depth,
-            "decoder_num_attention_heads": config.decoder_num_heads,
-            "decoder_intermediate_size": round(config.decoder_embed_dim * config.decoder_mlp_ratio),
-        }
+        content["decoder_intermediate_size"] = round(config.decoder_embed_dim * config.decoder_mlp_ratio)
     if config.classifier:
         names = labels or _unnamed(config.num_classes)
         content["id2label"] = {str(i): name for i, name in enumerate(names)}

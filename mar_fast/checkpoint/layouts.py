@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..config import MARConfig
 
 BIASES = ("attn.q_bias", "attn.v_bias")
+EPS = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def part_of(name: str) -> str | None:
-    """The part that a parameter of ours belongs to, of those that a checkpoint may lack; None for the encoder."""
+    """The part that a parameter or a field of `MARConfig` belongs to, of those that a model may lack; else None."""
     for part, begins in {
-        "classifier": ("classifier.",),
-        "final_norm": ("encoder.norm.",),
-        "decoder": ("decoder.", "mask_token", "encoder_to_decoder."),
+        "classifier": ("classifier.", "classifier_", "num_classes", "head_dropout", "bridge_"),
+        "final_norm": ("encoder.norm.", "final_norm_eps"),
+        "decoder": ("decoder.", "mask_token", "encoder_to_decoder.", "decoder_", "norm_pix_loss"),
     }.items():
-        if name.startswith(begins):
+        if name.startswith(begins) and name != "decoder_depth":
             return part
     return None
 
@@ -60,11 +61,8 @@ def matters(config: MARConfig, field: str) -> bool:
     """Whether a field means something for a model of this configuration."""
     if field.startswith("bridge_"):
         return config.classifier == "bridging"
-    if field in ("num_classes", "classifier_norm_eps", "head_dropout"):
-        return config.classifier is not None
-    if field == "norm_pix_loss" or (field.startswith("decoder_") and field != "decoder_depth"):
-        return config.decoder_depth > 0
-    return field != "final_norm_eps" or config.final_norm
+    there = {"classifier": config.classifier, "final_norm": config.final_norm, "decoder": config.decoder_depth}
+    return bool(there.get(part_of(field) or "", True))
 
 
 OURS = Layout("mar_fast")

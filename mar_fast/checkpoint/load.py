@@ -189,21 +189,23 @@ def _fit(
                 unknown.setdefault(name, "")
     for name, what in unknown.items():
         if allows("allow_unknown", (name,), f"{name} ({what})" if what else name):
-            ignored[name] = _UNKNOWN
+            ignored[name] = f"{what or 'unknown'}, allowed"
     if faults:
         raise ValueError(_message(checkpoint, faults))
     biases = [name for name in values if name.startswith("encoder.") and name.endswith(BIASES)]
     if biases and not any(bool(values[name].any()) for name in biases):
         warnings.append(f"all biases of query and value are zero, as in a model that was never trained. {_LOST}")
     warnings += checkpoint.warnings
-    for why, notes in ((_MISSING, initial), (_UNKNOWN, ignored)):
-        if found := [name for name, reason in notes.items() if reason == why]:
+    for why, found in (
+        (_MISSING, [name for name, reason in initial.items() if reason == _MISSING]),
+        ("unknown, allowed", list(unknown)),
+    ):
+        if found:
             warnings.append(f"{why}: {some(found, 6)}")
     return values, initial, ignored, warnings
 
 
 _MISSING = "missing in the checkpoint, allowed"
-_UNKNOWN = "unknown, allowed"
 _LOST = (
     "transformers 5.5 to 5.17 loses them when it reads a file of the hub; "
     "mar-fast convert FILE OUT --biases-from ORIGINAL (in Python from_pretrained(..., biases_from=)) puts them back"

@@ -7,22 +7,14 @@ from typing import Any, Literal
 
 from ..config import MARConfig, known_decoder_heads, known_heads
 from ..kernels import checks
-from .layouts import matters
+from .layouts import matters, part_of
 from .sources import FIELDS, PATCH_EMBED, TOKEN_0, Checkpoint, Said, say
 
 Position = Literal["formula", "interpolate"]
 
-# Fields that a part of the checkpoint fixes: by shapes and, for heads, by its configuration.
-_FIXED = {
-    "encoder": ("embed_dim", "channels", "patch_size", "depth", "mlp_ratio", "num_heads"),
-    "classifier": ("num_classes", "bridge_embed_dim", "bridge_depth", "bridge_num_heads", "bridge_mlp_ratio"),
-    "decoder": ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio"),
-}
-# What else it says of a part, and what is of no use where the part is not read.
-_BESIDES = {
-    "classifier": ("classifier_norm_eps", "bridge_eps", "mask_ratio"),
-    "decoder": ("decoder_eps", "decoder_norm_eps"),
-}
+_SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_size", "num_classes")
+"""How the fields end that a checkpoint fixes, by shapes and, for heads, by its configuration."""
+_BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
 
 
 @dataclass(frozen=True)
@@ -61,29 +53,38 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
             raise checks.bad_type(name, "an unknown argument", "one of " + ", ".join(sorted(FIELDS)))
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
-    said = _said(checkpoint, overrides)
+    said, guessed = _said(checkpoint, overrides)
     fresh, dropped = _parts(checkpoint, said, overrides)
     unread = fresh.keys() | dropped.keys()
-    for part in unread & _BESIDES.keys():
-        for name in _FIXED[part] + _BESIDES[part]:
-            said.pop(name, None)
-    guessed = _heads(checkpoint, said, overrides)
+    # What the source says of a part that is not read from it is of no use.
+    said = {name: value for name, value in said.items() if part_of(name) not in unread}
+    if "classifier" in unread:
+        said.pop("mask_ratio", None)
+    if "decoder" in unread:
+        del said["decoder_depth"]
     grid_said = {"num_frames", "image_size"} <= said.keys()
     for name, usual in (("num_frames", 16), ("image_size", (224, 224))):
         said.setdefault(name, (usual, "assumed: the file does not say"))
     trained = {name: said[name][0] for name in ("num_frames", "image_size", "position_grid") if name in said}
 
-    read = [part for part in _FIXED if part not in unread and (part != "decoder" or said["decoder_depth"][0])]
-    fixed = {name for part in read for name in _FIXED[part]}
+    without = {"decoder"} if said.get("decoder_depth", (0, ""))[0] == 0 else set()
     for name, value in overrides.items():
-        if name in fixed & said.keys() and not _agree(value, said[name][0]):
-            if name not in guessed and not (name == "num_classes" and new_head):
-                more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
-                raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")
+        may_differ = name in guessed or (name == "num_classes" and new_head) or part_of(name) in without
+        fixed = name in said and name.endswith(_SIZES) and not may_differ
+        if fixed and not _agree(value, said[name][0]):
+            more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
+            raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")
         said[name] = value, "given"
     ratio = 0.5 if said["classifier"][0] == "bridging" else 0.0
     said.setdefault("mask_ratio", (ratio, "default: 0.5 with a bridging classifier, else 0, the dense model"))
     values = {name: value for name, (value, _) in said.items()}
+    for part, prefix in (("encoder", ""), ("decoder", "decoder_"), ("classifier", "bridge_")):
+        heads, depth = f"{prefix}num_heads", values.get(f"{prefix}depth")
+        if part not in unread and depth and heads not in values:
+            deep = f" and {depth} deep" if part == "encoder" else ""
+            wide = f"{values[f'{prefix}embed_dim']} wide{deep}"
+            got = f"none for {checkpoint.where}: it does not say, and no known model is {wide}"
+            raise checks.bad(heads, got, f"{heads}=, the number of attention heads of the {part}")
     values["position_grid"], remarks = _position(checkpoint, trained, grid_said, position, overrides, values)
     config = MARConfig(**values)
     origins = {name: origin for name, (_, origin) in said.items() if matters(config, name)}
@@ -100,59 +101,69 @@ def _agree(given: object, known: object) -> bool:
     return (tuple(given) if isinstance(given, list) else given) == known
 
 
-def _said(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
-    """All that is known; a part that ``overrides`` leave out is not looked at."""
+def _said(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, set[str]]:
+    """All that is known, and which of it goes by known models and not by the checkpoint: the caller may know better.
+
+    A part that ``overrides`` leave out is not looked at.
+    """
     if not checkpoint.said:
-        return dict(checkpoint.own)
-    shapes = _shapes(checkpoint, overrides)
-    for name in shapes.keys() & checkpoint.said.keys():
+        return dict(checkpoint.own), set()
+    shapes, heads = _sizes(checkpoint, overrides)
+    for name in [name for name in checkpoint.said if name in shapes]:
         (value, origin), (known, shape) = checkpoint.said[name], shapes[name]
         if value != known:
             raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
     final_norm = say("entries in the file", final_norm=checkpoint.has("final_norm"))
-    return checkpoint.own | final_norm | checkpoint.said | shapes
+    said = heads | checkpoint.own | final_norm | checkpoint.said | shapes
+    return said, {name for name in heads if said[name] == heads[name]}
 
 
-def _shapes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
-    """The fields that shapes and numbers of blocks give."""
-    tensors, theirs = checkpoint.tensors, checkpoint.layout.theirs
+def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, Said]:
+    """The fields that shapes and numbers of blocks give; and numbers of heads, by the known models of these sizes."""
+    tensors, theirs, layout = checkpoint.tensors, checkpoint.layout.theirs, checkpoint.layout.title
 
-    def shape(ours: str, ndim: int) -> tuple[int, ...]:
+    def shape(ours: str, ndim: int = 2) -> tuple[int, ...]:
         name = theirs(ours)[0]
         if ours not in tensors:
             hint = f"{name}, from which sizes are read, or the argument that leaves this part out"
-            raise checks.bad(checkpoint.where, f"no {name} ({checkpoint.layout.title} layout)", hint)
+            raise checks.bad(checkpoint.where, f"no {name} ({layout} layout)", hint)
         size = tuple(tensors[ours].shape)
         if len(size) != ndim or 0 in size:
             raise checks.bad(f"{checkpoint.where}, {name}", f"shape {size}", f"{ndim} dimensions, none of them 0")
         return size
 
-    def blocks(stem: str, prefix: str, width: int) -> Said:
+    _, channels, *patch = shape(PATCH_EMBED, 5)
+    sizes = say(f"shape of {theirs(PATCH_EMBED)[0]}", channels=channels, patch_size=tuple(patch))
+    stacks = {"encoder": ("", PATCH_EMBED)}
+    kind, head = checkpoint.said["classifier"][0], "classifier.head.weight"
+    if overrides.get("classifier", kind) == kind and checkpoint.has("classifier"):
+        if head in tensors:
+            sizes |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head)[0])
+        if kind == "bridging":
+            stacks["classifier"] = ("bridge_", "classifier.proj.weight")
+    if checkpoint.has("decoder") and overrides.get("decoder_depth") != 0:
+        stacks["decoder"] = ("decoder_", "encoder_to_decoder.weight")
+    else:
+        sizes |= say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
+    heads: Said = {}
+    for stem, (prefix, weight) in stacks.items():
+        width = shape(weight, 5 if weight == PATCH_EMBED else 2)[0]
         depth = checkpoint.depth(stem)
         if not depth:
-            got = f"no blocks of the {stem} ({checkpoint.layout.title} layout)"
-            raise checks.bad(checkpoint.where, got, "one or more")
+            raise checks.bad(checkpoint.where, f"no blocks of the {stem} ({layout} layout)", "one or more")
         # Another block's where the first one lacks it: a missing entry is named by the check of all names.
-        names = [f"{stem}.blocks.{i}.mlp.fc1.weight" for i in range(depth)]
-        hidden = shape(next((name for name in names if name in tensors), names[0]), 2)[0]
-        return say("blocks in the file", **{f"{prefix}depth": depth, f"{prefix}mlp_ratio": hidden / width})
-
-    width, channels, *patch = shape(PATCH_EMBED, 5)
-    found = say(f"shape of {theirs(PATCH_EMBED)[0]}", embed_dim=width, channels=channels, patch_size=tuple(patch))
-    found |= blocks("encoder", "", width)
-    kind = checkpoint.said["classifier"][0]
-    if overrides.get("classifier", kind) == kind and checkpoint.has("classifier"):
-        head, proj = "classifier.head.weight", "classifier.proj.weight"
-        if head in tensors:
-            found |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head, 2)[0])
-        if kind == "bridging":
-            bridge = shape(proj, 2)[0]
-            found |= say(f"shape of {theirs(proj)[0]}", bridge_embed_dim=bridge)
-            found |= blocks("classifier", "bridge_", bridge)
-    if not checkpoint.has("decoder") or overrides.get("decoder_depth") == 0:
-        return found | say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
-    decoder = shape("encoder_to_decoder.weight", 2)[0]
-    return found | say("shape of encoder_to_decoder.weight", decoder_embed_dim=decoder) | blocks("decoder", "decoder_", decoder)
+        fc1 = [f"{stem}.blocks.{i}.mlp.fc1.weight" for i in range(depth)]
+        ratio = shape(next((name for name in fc1 if name in tensors), fc1[0]))[0] / width
+        sizes |= say(f"shape of {theirs(weight)[0]}", **{f"{prefix}embed_dim": width})
+        sizes |= say("blocks in the file", **{f"{prefix}depth": depth, f"{prefix}mlp_ratio": ratio})
+        known, model = {
+            "encoder": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
+            "classifier": (_BRIDGE_HEADS.get(width), "the bridging classifier of the paper"),
+            "decoder": (known_decoder_heads(width), f"the known decoder that is {width} wide"),
+        }[stem]
+        if known:
+            heads |= say(model, **{f"{prefix}num_heads": known})
+    return sizes, heads
 
 
 def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
@@ -186,30 +197,6 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
     elif overrides.get("final_norm") and not said["final_norm"][0]:
         fresh["final_norm"] = "new: the file has no last norm"
     return fresh, dropped
-
-
-def _heads(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> set[str]:
-    """Add numbers of heads, which no weight shows, by the known models of these sizes; gives the fields added."""
-    guessed = set()
-    paper = {512: 4}  # the bridging classifier of the paper: heads of 128
-    for part, prefix in (("encoder", ""), ("decoder", "decoder_"), ("classifier", "bridge_")):
-        heads = f"{prefix}num_heads"
-        depth, width = (said.get(prefix + name, (0, ""))[0] for name in ("depth", "embed_dim"))
-        if not depth or heads in said:
-            continue
-        known, origin = {
-            "encoder": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
-            "decoder": (known_decoder_heads(width), f"the known decoder that is {width} wide"),
-            "classifier": (paper.get(width), "the bridging classifier of the paper"),
-        }[part]
-        if known:
-            said[heads] = known, origin
-            guessed.add(heads)
-        elif heads not in overrides:
-            deep = f" and {depth} deep" if part == "encoder" else ""
-            got = f"none for {checkpoint.where}: it does not say, and no known model is {width} wide{deep}"
-            raise checks.bad(heads, got, f"{heads}=, the number of attention heads of the {part}")
-    return guessed
 
 
 def _position(

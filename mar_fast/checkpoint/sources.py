@@ -16,7 +16,7 @@ from ..config import MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
 from . import huggingface
-from .layouts import BIASES, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, part_of
+from .layouts import BIASES, EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, part_of
 from .read import File
 
 FIELDS = tuple(item.name for item in fields(MARConfig))
@@ -237,8 +237,7 @@ def say(origin: str, **values: Any) -> Said:
 
 def _usual(file: File, layout: Layout) -> Said:
     """What is the same for all sources but transformers: eps, and the arguments of the run in VideoMAE's own files."""
-    eps = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
-    said = say(f"{layout.title}: all of its norms", **dict.fromkeys(eps, 1e-6))
+    said = say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6))
     args = file.configs.get("args", {})
     frames, size = args.get("num_frames"), args.get("input_size")
     if isinstance(frames, int) and frames > 0:
