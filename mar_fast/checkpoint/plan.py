@@ -56,8 +56,8 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     said, guessed = _said(checkpoint, overrides)
     fresh, dropped = _parts(checkpoint, said, overrides)
     unread = fresh.keys() | dropped.keys()
-    # What the source says of a part that is not read from it is of no use.
-    said = {name: value for name, value in said.items() if part_of(name) not in unread}
+    # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
+    said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
     if "classifier" in unread:
         said.pop("mask_ratio", None)
     if "decoder" in unread:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from ..kernels import checks
-from .hub import CONFIGS, PICKLED, SAFETENSORS, fetch
 
 SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".safetensors")
+# What transformers calls its files.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_CONFIGS = ("config.json", "preprocessor_config.json")
 METADATA_KEY = "mar_fast.config"
 """In a safetensors file: the `MARConfig` as JSON, which makes a file of ours complete."""
 # The keys under which trainers put the weights, in the order in which they are looked for.
@@ -64,13 +67,13 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
     where = str(path)
     hub_id = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
     if isinstance(source, str) and not path.exists() and re.fullmatch(hub_id, source) and path.suffix not in SUFFIXES:
-        path, where = fetch(source, revision), source
+        path, where = _fetch(source, revision), source
     elif revision is not None:
         raise checks.bad("revision", repr(revision), f"None: {path} is not a hub id")
     elif not path.exists():
         accepted = f"a file ({', '.join(SUFFIXES)}), a Hugging Face folder, a hub id (owner/name) or a state dict"
         raise FileNotFoundError(f"source: got {where!r}, which does not exist, expected {accepted}")
-    names = SAFETENSORS + PICKLED
+    names = _SAFETENSORS + _PICKLED
     if path.is_dir():
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
@@ -83,8 +86,33 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
     return _unwrap(where, content, model_key, configs)
 
 
+def _fetch(hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of a model of the hub: its configuration, and its weights once, safetensors where there are.
+
+    Raises:
+        ModuleNotFoundError: huggingface_hub is not installed.
+        ValueError: the hub does not give it; the message says why.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"source: got the hub id {hub_id!r}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'"
+        ) from error
+    try:
+        for weights in ((*_SAFETENSORS, "model-*-of-*.safetensors"), (*_PICKLED, "pytorch_model-*-of-*.bin")):
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_CONFIGS, *weights]))
+            if any((folder / name).is_file() for name in weights):
+                break
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        at = f" at {revision!r}" if revision else ""
+        raise checks.bad("source", f"{hub_id!r}{at}, which the hub does not give ({reason})", "a hub id") from error
+    return folder
+
+
 def _json_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    configs = {name: _read_json(folder / name) for name in CONFIGS if (folder / name).is_file()}
+    configs = {name: _read_json(folder / name) for name in _CONFIGS if (folder / name).is_file()}
     if "mar_fast" in configs.get("config.json", {}):
         configs["mar_fast"] = configs["config.json"]["mar_fast"]
     return configs

@@ -5,7 +5,7 @@ What comes after this knows our names only; theirs are kept for messages.
 
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,11 @@ class Checkpoint:
     said: Said
     unused: dict[str, str]
     unknown: dict[str, str]
-    absent: dict[str, str]
+    absent: dict[str, str] = field(default_factory=dict)
     position_tokens: int | None
-    labels: tuple[str, ...] | None
+    labels: tuple[str, ...] | None = None
     remarks: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def has(self, part: str) -> bool:
         """Whether there is anything of a part."""
@@ -222,11 +222,8 @@ def _renamed(file: File, layout: Layout, said: Said, unused: dict[str, str] | No
         said={} if own else said,
         unused=unused,
         unknown=unknown,
-        absent={},
         position_tokens=tokens.pop() if len(tokens) == 1 else None,
-        labels=None,
         remarks=file.remarks,
-        warnings=(),
     )
 
 
