@@ -94,27 +94,13 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def has_biases(file: File) -> bool:
-    """Whether query and value have biases; config.json may say that they have none, which is a bias of zeros."""
-    config = file.configs.get("config.json", {})
-    return bool(config.get("qv_bias", config.get("qkv_bias", True)))
-
-
-def labels(file: File) -> tuple[str, ...] | None:
+def labels(config: dict[str, Any]) -> tuple[str, ...] | None:
     """Names of the classes in config.json; None where there are none but transformers' LABEL_0, ..."""
-    said = file.configs.get("config.json", {}).get("id2label")
+    said = config.get("id2label")
     if not isinstance(said, dict):
         return None
     names = [name for i in range(len(said)) if isinstance(name := said.get(str(i)), str)]
     return tuple(names) if len(names) == len(said) and names != _unnamed(len(names)) else None
-
-
-def dropout(file: File) -> tuple[str, ...]:
-    """A remark on the dropout in config.json, where there is any."""
-    config = file.configs.get("config.json", {})
-    keys = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") if config.get(key)]
-    rates = ", ".join(f"{key} {config[key]}" for key in keys)
-    return (f"not carried over, without effect in evaluation: {rates}",) if rates else ()
 
 
 def _unnamed(classes: int) -> list[str]:

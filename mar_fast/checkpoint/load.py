@@ -80,10 +80,10 @@ def from_pretrained(
         "allow_mismatched": _patterns("allow_mismatched", allow_mismatched),
         "allow_nonfinite": _patterns("allow_nonfinite", allow_nonfinite),
     }
-    checkpoint, original, remark = convert(read(source, model_key, revision)), None, ""
-    if biases_from is not None:
-        original = convert(read(biases_from))
-        checkpoint, remark = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
+    checkpoint = convert(read(source, model_key, revision))
+    original = None if biases_from is None else convert(read(biases_from))
+    if original is not None:
+        repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
     head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))
     chosen = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
     config = chosen.config
@@ -94,7 +94,7 @@ def from_pretrained(
     values, initial, ignored, warnings = _fit(checkpoint, chosen, model, allowed)
     remarks = [*checkpoint.remarks, *chosen.remarks]
     if original is not None:
-        remark, *more = verdict(remark, checkpoint, original, values)
+        remark, *more = verdict(repaired, checkpoint, original, values)
         remarks.append(remark)
         warnings += more
     for dtype in sorted({checkpoint.tensors[name].dtype for name in values} - {torch.float32}, key=str):

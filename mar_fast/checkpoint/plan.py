@@ -65,7 +65,7 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     grid_said = {"num_frames", "image_size"} <= said.keys()
     for name, usual in (("num_frames", 16), ("image_size", (224, 224))):
         said.setdefault(name, (usual, "assumed: the file does not say"))
-    trained = {name: said[name][0] for name in ("num_frames", "image_size", "position_grid") if name in said}
+    trained = {name: value for name, (value, _) in said.items()}
 
     without = {"decoder"} if said.get("decoder_depth", (0, ""))[0] == 0 else set()
     for name, value in overrides.items():

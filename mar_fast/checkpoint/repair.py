@@ -6,7 +6,6 @@ file without them, begins them at zero, and writes zeros when it saves.
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from .report import some
 from .sources import Checkpoint
 
 
-def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> tuple[Checkpoint, str]:
-    """A checkpoint with the biases of another one in place of those that it has lost, and what was done.
+def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> str:
+    """Put the biases of another checkpoint in place of those that this one has lost; gives a remark on what was done.
 
     Args:
         checkpoint: In which they are missing or zero.
@@ -61,8 +60,8 @@ def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> 
             raise checks.bad("biases_from", got, f"{tuple(beside.shape)}, the width of {where}")
     missing = len(names) - len(own)
     state = {0: "all zero", len(names): "missing"}.get(missing, f"zero, {missing} of them missing,")
-    remark = f"{len(names)} biases of query and value, {state} in the file, put back from {original.where}"
-    return replace(checkpoint, tensors=checkpoint.tensors | found), remark
+    checkpoint.tensors |= found
+    return f"{len(names)} biases of query and value, {state} in the file, put back from {original.where}"
 
 
 def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:

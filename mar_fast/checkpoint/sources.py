@@ -4,8 +4,7 @@ What comes after this knows our names only; theirs are kept for messages.
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ Said = dict[str, tuple[Any, str]]
 _TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Checkpoint:
     """A checkpoint in our vocabulary.
 
@@ -38,8 +37,8 @@ class Checkpoint:
         where: The source, for messages.
         layout: What the source calls our parameters, for messages.
         tensors: A state dict by our names.
+        said: What the source says about the configuration, shapes apart; empty where ``own`` is all that counts.
         own: All fields, by mar_fast's own configuration in the file; empty where it has none.
-        said: What else the source says about the configuration, shapes apart; empty where ``own`` is all that counts.
         unused: Entries, by the source's names, that are not needed, and why.
         unknown: Entries, by the source's names, that are no parameters, and what is wrong with them.
         absent: Parameters, by our names, that may be missing, and what that means.
@@ -52,19 +51,19 @@ class Checkpoint:
     where: str
     layout: Layout
     tensors: dict[str, Tensor]
-    own: Said
     said: Said
+    own: Said = field(default_factory=dict)
     unused: dict[str, str]
     unknown: dict[str, str]
     absent: dict[str, str] = field(default_factory=dict)
     position_tokens: int | None
     labels: tuple[str, ...] | None = None
-    remarks: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
+    remarks: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     def has(self, part: str) -> bool:
         """Whether there is anything of a part."""
-        return _has(part, self.tensors)
+        return any(part_of(name) == part for name in self.tensors)
 
     def depth(self, stem: str) -> int:
         """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
@@ -82,48 +81,60 @@ def convert(file: File) -> Checkpoint:
     def some(pattern: str) -> bool:
         return any(re.match(pattern, name) for name in file.tensors)
 
+    own = _own_config(file)
     if some(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
-        return _from_hugging_face(file)
+        checkpoint = _from_hugging_face(file)
+        checkpoint.own = own
+        return checkpoint
     if some(r"backbone\.(patch_embed|blocks)\."):
-        return _from_mar(file)
-    if some(r"encoder\.(patch_embed|blocks)\."):
-        return _from_ours(file) if some(r"classifier\.") else _from_pretraining(file)
-    if some(r"(patch_embed|blocks)\."):
-        return _from_fine_tuned(file)
-    first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
-    known = "MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
-    raise checks.bad(file.where, f"entries such as {first}", f"the names of {known}")
+        checkpoint = _from_mar(file)
+    elif some(r"encoder\.(patch_embed|blocks)\."):
+        checkpoint = _from_ours(file) if some(r"classifier\.") else _from_pretraining(file)
+    elif some(r"(patch_embed|blocks)\."):
+        checkpoint = _from_fine_tuned(file)
+    else:
+        first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
+        known = "MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
+        raise checks.bad(file.where, f"entries such as {first}", f"the names of {known}")
+    if own:
+        checkpoint.own, checkpoint.said = own, {}
+    return checkpoint
 
 
 def _from_ours(file: File) -> Checkpoint:
-    said = _usual(file, OURS) | say("entries in the file", classifier="linear")
-    if any(re.match(r"classifier\.(proj|blocks)\.", name) for name in file.tensors):
-        said |= say("mar_fast: always there", classifier="bridging", final_norm=True)
-    return _renamed(file, OURS, said)
+    checkpoint = _renamed(file, OURS)
+    checkpoint.said |= say("entries in the file", classifier="linear")
+    if any(name.startswith(("classifier.proj.", "classifier.blocks.")) for name in checkpoint.tensors):
+        checkpoint.said |= say("mar_fast: always there", classifier="bridging", final_norm=True)
+    return checkpoint
 
 
 def _from_pretraining(file: File) -> Checkpoint:
     """VideoMAE's encoder and pixel decoder; an encoder alone is read too, with a warning."""
-    said = _usual(file, PRETRAINING) | say("entries in the file", classifier=None)
-    said |= say("VideoMAE pre-training: always there", final_norm=True)
-    alone = () if _has("decoder", file.tensors) else ("the encoder alone: there is no pixel decoder in the file",)
-    return replace(_renamed(file, PRETRAINING, said), warnings=alone)
+    checkpoint = _renamed(file, PRETRAINING)
+    checkpoint.said |= say("VideoMAE pre-training: always there", final_norm=True)
+    checkpoint.said |= say("entries in the file", classifier=None)
+    if not checkpoint.has("decoder"):
+        checkpoint.warnings.append("the encoder alone: there is no pixel decoder in the file")
+    return checkpoint
 
 
 def _from_fine_tuned(file: File) -> Checkpoint:
     """VideoMAE's classifiers, v2 too; and its encoders alone, which end with their norm."""
-    names = [str(FINE_TUNED.ours(name)) for name in file.tensors]
-    final_norm = _has("final_norm", names)
+    checkpoint = _renamed(file, FINE_TUNED)
+    final_norm = checkpoint.has("final_norm")
     # Where both are lacking the classifier has been lost, and must not pass for one that never was.
-    classifier = _linear(names, final_norm) if _has("classifier", names) or not final_norm else None
-    return _renamed(file, FINE_TUNED, _usual(file, FINE_TUNED) | say("entries in the file", classifier=classifier))
+    kind = _linear(checkpoint, final_norm) if checkpoint.has("classifier") or not final_norm else None
+    checkpoint.said |= say("entries in the file", classifier=kind)
+    return checkpoint
 
 
 def _from_mar(file: File) -> Checkpoint:
     """MAR's original files, which keep mean and std, as constants, with the weights."""
-    said = _usual(file, MAR_LAYOUT) | say("MAR: always there", classifier="bridging", final_norm=True)
-    unused = {"cls_head.mask_token": "nothing in MAR uses it"}
-    patch = file.tensors.get(MAR_LAYOUT.theirs(PATCH_EMBED)[0])
+    checkpoint = _renamed(file, MAR_LAYOUT)
+    checkpoint.said |= say("MAR: always there", classifier="bridging", final_norm=True)
+    checkpoint.unused["cls_head.mask_token"] = "nothing in MAR uses it"
+    patch = checkpoint.tensors.get(PATCH_EMBED)
     channels = patch.shape[1] if patch is not None and patch.ndim == 5 else 3
     for name in ("mean", "std"):
         if "mar_fast" in file.configs or name not in file.tensors:
@@ -136,41 +147,40 @@ def _from_mar(file: File) -> Checkpoint:
         values = tuple(float(str(np.float32(value))) for value in tensor.flatten().tolist())
         if not all(0 <= value <= 1 for value in values):
             raise checks.bad(f"{file.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
-        said |= say(f"{name} in the file", **{name: values})
-        unused[name] = "read into the configuration"
-    return _renamed(file, MAR_LAYOUT, said, unused)
+        checkpoint.said |= say(f"{name} in the file", **{name: values})
+        checkpoint.unused[name] = "read into the configuration"
+    return checkpoint
 
 
 def _from_hugging_face(file: File) -> Checkpoint:
     """The three classes of transformers, under either name that it has had for biases."""
     names, kind = file.tensors, "VideoMAEModel"
     if any(name.startswith("videomae.") for name in names):
-        kind = "VideoMAEForPreTraining" if _has("decoder", names) else "VideoMAEForVideoClassification"
-    layout = hugging_face(kind, linear_biases=not any(name.endswith(("q_bias", "v_bias")) for name in names))
-    unused = {
-        name: "it adds the same to all scores of a query, which softmax takes out"
-        for name, tensor in names.items()
-        if name.endswith(".attention.attention.key.bias") and is_finite(tensor)
-    }
-    checkpoint = _renamed(file, layout, {}, unused)
+        decoder = any(part_of(name) == "decoder" for name in names)
+        kind = "VideoMAEForPreTraining" if decoder else "VideoMAEForVideoClassification"
+    linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
+    checkpoint = _renamed(file, hugging_face(kind, linear_biases))
     _join_qkv(checkpoint)
-    said = huggingface.said(file, kind, checkpoint.has("final_norm"), checkpoint.has("decoder"))
+    for name, tensor in names.items():
+        if name.endswith(".attention.attention.key.bias") and is_finite(tensor):
+            checkpoint.unused[name] = "it adds the same to all scores of a query, which softmax takes out"
+    final_norm = checkpoint.has("final_norm")
+    checkpoint.said = huggingface.said(file, kind, final_norm, checkpoint.has("decoder"))
     classifier = None
     if kind == "VideoMAEForVideoClassification":
-        final_norm = checkpoint.has("final_norm") or ("final_norm" in said and said["final_norm"][0])
-        classifier = _linear(checkpoint.tensors, final_norm)
-    absent = {}
-    if not huggingface.has_biases(file):
+        classifier = _linear(checkpoint, final_norm or checkpoint.said.get("final_norm", (False,))[0])
+    checkpoint.said |= say("entries in the file", classifier=classifier)
+    config = file.configs.get("config.json", {})
+    if not config.get("qv_bias", config.get("qkv_bias", True)):
+        blocks = [name.removesuffix("attn.qkv.weight") for name in checkpoint.tensors if name.endswith("qkv.weight")]
         reason = "zero: config.json says that query and value have no bias"
-        blocks = [name for name in checkpoint.tensors if name.endswith("attn.qkv.weight")]
-        absent = {name.replace("attn.qkv.weight", bias): reason for name in blocks for bias in BIASES}
-    return replace(
-        checkpoint,
-        said=said | say("entries in the file", classifier=classifier),
-        absent=absent,
-        labels=huggingface.labels(file),
-        remarks=checkpoint.remarks + huggingface.dropout(file),
-    )
+        checkpoint.absent = {block + bias: reason for block in blocks for bias in BIASES}
+    rates = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") if config.get(key)]
+    if rates:
+        dropout = ", ".join(f"{key} {config[key]}" for key in rates)
+        checkpoint.remarks.append(f"not carried over, without effect in evaluation: {dropout}")
+    checkpoint.labels = huggingface.labels(config)
+    return checkpoint
 
 
 def _join_qkv(checkpoint: Checkpoint) -> None:
@@ -190,19 +200,19 @@ def _join_qkv(checkpoint: Checkpoint) -> None:
         tensors[f"{stem}.attn.qkv.weight"] = torch.cat([tensors.pop(name) for name in ours])
 
 
-def _linear(names: Collection[str], final_norm: bool) -> str:
-    """The kind of a classifier without blocks: mean pooling has a norm of its own and no last norm before it."""
-    return TOKEN_0 if final_norm and not any(name.startswith("classifier.norm.") for name in names) else "linear"
+def _linear(checkpoint: Checkpoint, final_norm: bool) -> str:
+    """The kind of a classifier without blocks: mean pooling has a norm of its own, and no last norm before it."""
+    pooled = any(name.startswith("classifier.norm.") for name in checkpoint.tensors)
+    return TOKEN_0 if final_norm and not pooled else "linear"
 
 
-def _renamed(file: File, layout: Layout, said: Said, unused: dict[str, str] | None = None) -> Checkpoint:
-    """A checkpoint by our names."""
+def _renamed(file: File, layout: Layout) -> Checkpoint:
+    """A checkpoint by our names, with what is the same for all sources but transformers."""
     tensors: dict[str, Tensor] = {}
-    unused = dict(unused or {})
+    unused: dict[str, str] = {}
     unknown = {name: f"a {kind} and no tensor" for name, kind in file.non_tensors.items()}
     for name, tensor in file.tensors.items():
-        ours = layout.ours(name)
-        if ours is None:
+        if (ours := layout.ours(name)) is None:
             unknown[name] = ""
         else:
             tensors[ours] = tensor
@@ -213,35 +223,29 @@ def _renamed(file: File, layout: Layout, said: Said, unused: dict[str, str] | No
         else:
             unused[name] = "the position table of the formula, which the model makes itself"
     tokens = {table.shape[-2] for table in tables.values() if _is_table(table)}
-    own = _own_config(file)
-    return Checkpoint(
-        where=file.where,
-        layout=layout,
-        tensors=tensors,
-        own=own,
-        said={} if own else said,
-        unused=unused,
-        unknown=unknown,
-        position_tokens=tokens.pop() if len(tokens) == 1 else None,
-        remarks=file.remarks,
-    )
-
-
-def say(origin: str, **values: Any) -> Said:
-    """Fields that one origin gives."""
-    return {name: (value, origin) for name, value in values.items()}
-
-
-def _usual(file: File, layout: Layout) -> Said:
-    """What is the same for all sources but transformers: eps, and the arguments of the run in VideoMAE's own files."""
     said = say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6))
+    # VideoMAE's own files keep the arguments of the run.
     args = file.configs.get("args", {})
     frames, size = args.get("num_frames"), args.get("input_size")
     if isinstance(frames, int) and frames > 0:
         said |= say("args in the file", num_frames=frames)
     if isinstance(size, int) and size > 0:
         said |= say("args in the file", image_size=(size, size))
-    return said
+    return Checkpoint(
+        where=file.where,
+        layout=layout,
+        tensors=tensors,
+        said=said,
+        unused=unused,
+        unknown=unknown,
+        position_tokens=tokens.pop() if len(tokens) == 1 else None,
+        remarks=list(file.remarks),
+    )
+
+
+def say(origin: str, **values: Any) -> Said:
+    """Fields that one origin gives."""
+    return {name: (value, origin) for name, value in values.items()}
 
 
 def _own_config(file: File) -> Said:
@@ -276,10 +280,6 @@ def _is_table(tensor: Tensor) -> bool:
     if tensor.ndim not in (2, 3) or not tensor.is_floating_point():
         return False
     return 0 < tensor.numel() == tensor.shape[-1] * tensor.shape[-2]
-
-
-def _has(part: str, names: Collection[str]) -> bool:
-    return any(part_of(name) == part for name in names)
 
 
 def is_finite(tensor: Tensor) -> bool:
