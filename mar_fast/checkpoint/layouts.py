@@ -61,6 +61,8 @@ def matters(config: MARConfig, field: str) -> bool:
     """Whether a field means something for a model of this configuration."""
     if field.startswith("bridge_"):
         return config.classifier == "bridging"
+    if field == "position_grid":
+        return config.position_grid is not None
     there = {"classifier": config.classifier, "final_norm": config.final_norm, "decoder": config.decoder_depth}
     return bool(there.get(part_of(field) or "", True))
 

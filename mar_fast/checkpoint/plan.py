@@ -53,6 +53,7 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
             raise checks.bad_type(name, "an unknown argument", "one of " + ", ".join(sorted(FIELDS)))
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
+    overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
     said, guessed = _said(checkpoint, overrides)
     fresh, dropped = _parts(checkpoint, said, overrides)
     unread = fresh.keys() | dropped.keys()
@@ -65,13 +66,12 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     grid_said = {"num_frames", "image_size"} <= said.keys()
     for name, usual in (("num_frames", 16), ("image_size", (224, 224))):
         said.setdefault(name, (usual, "assumed: the file does not say"))
-    trained = {name: value for name, (value, _) in said.items()}
+    grid, remarks = _position(checkpoint, said, grid_said, position, overrides)
+    said["position_grid"] = grid, "the checkpoint's grid"
 
-    without = {"decoder"} if said.get("decoder_depth", (0, ""))[0] == 0 else set()
     for name, value in overrides.items():
-        may_differ = name in guessed or (name == "num_classes" and new_head) or part_of(name) in without
-        fixed = name in said and name.endswith(_SIZES) and not may_differ
-        if fixed and not _agree(value, said[name][0]):
+        may_differ = name in guessed or (name == "num_classes" and new_head)
+        if name in said and name.endswith(_SIZES) and not may_differ and not _agree(value, said[name][0]):
             more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
             raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")
         said[name] = value, "given"
@@ -85,13 +85,8 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
             wide = f"{values[f'{prefix}embed_dim']} wide{deep}"
             got = f"none for {checkpoint.where}: it does not say, and no known model is {wide}"
             raise checks.bad(heads, got, f"{heads}=, the number of attention heads of the {part}")
-    values["position_grid"], remarks = _position(checkpoint, trained, grid_said, position, overrides, values)
     config = MARConfig(**values)
     origins = {name: origin for name, (_, origin) in said.items() if matters(config, name)}
-    if config.position_grid is None:
-        origins.pop("position_grid", None)
-    else:
-        origins.setdefault("position_grid", "the checkpoint's grid")
     return Plan(config, origins, fresh, dropped, remarks)
 
 
@@ -200,23 +195,18 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
 
 
 def _position(
-    checkpoint: Checkpoint,
-    trained: Mapping[str, Any],
-    grid_said: bool,
-    position: Position | None,
-    overrides: Mapping[str, Any],
-    values: Mapping[str, Any],
+    checkpoint: Checkpoint, said: Said, grid_said: bool, position: Position | None, overrides: Mapping[str, Any]
 ) -> tuple[Any, tuple[str, ...]]:
     """The grid that position tables are made for, None for the model's own, and what there is to say about it."""
-    if overrides.get("position_grid") is not None:
+    if "position_grid" in overrides:
         if position is not None:
             raise checks.bad("position", repr(position), "None where position_grid is given")
-        return overrides["position_grid"], ("position table: interpolated from the position_grid given",)
-    patch = values["patch_size"]
-    frames, size = trained["num_frames"], tuple(trained["image_size"])
-    same = values["num_frames"] == frames and _agree(values["image_size"], size)
-    new = _grid(values["num_frames"], values["image_size"], patch)
-    base = trained.get("position_grid") or _grid(frames, size, patch)
+        return None, ("position table: interpolated from the position_grid given",)
+    (frames, _), (size, _), (patch, _) = said["num_frames"], said["image_size"], said["patch_size"]
+    own = said.get("position_grid", (None, ""))[0]
+    new_frames, new_size = overrides.get("num_frames", frames), overrides.get("image_size", size)
+    same = new_frames == frames and _agree(new_size, size)
+    new, base = _grid(new_frames, new_size, patch), own or _grid(frames, size, patch)
     tokens = checkpoint.position_tokens
     if tokens is not None and base is not None:
         confirmed = tokens == math.prod(base)
@@ -229,7 +219,7 @@ def _position(
         # The table confirms the usual size or, where it does not, the one that the caller gives.
         base, grid_said = base if confirmed else new, True
     if same:
-        return trained.get("position_grid"), ()
+        return own, ()
     if new is None or new == base:
         return None, ()
     if position is None and not grid_said:
