@@ -9,9 +9,11 @@ from typing import Any
 
 from ..config import MARConfig
 from ..kernels import checks
+from .layouts import EPS, part_of
 from .read import File
 
 FIXED_EPS = 1e-5
+FIXED_EPS_FIELDS = ("classifier_norm_eps", "decoder_norm_eps")
 # VideoMAEConfig's own defaults: config.json may leave out what has them.
 _DEFAULTS: dict[str, Any] = {
     "image_size": 224, "patch_size": 16, "num_channels": 3, "num_frames": 16, "tubelet_size": 2, "hidden_size": 768,
@@ -62,10 +64,14 @@ def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tu
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise checks.bad(where, f"a value that does not fit ({error})", "VideoMAEConfig's fields") from error
         final_norm = values["final_norm"][0]
-    there = {"encoder_eps": True, "final_norm_eps": final_norm, "decoder_eps": decoder}
-    values |= {name: (config["layer_norm_eps"], origin) for name, there in there.items() if there}
-    there = {"classifier_norm_eps": kind == "VideoMAEForVideoClassification", "decoder_norm_eps": decoder}
-    values |= {name: (FIXED_EPS, "transformers: fixed for this norm") for name, there in there.items() if there}
+    parts = {"final_norm": final_norm, "decoder": decoder, "classifier": kind == "VideoMAEForVideoClassification"}
+    for name in EPS:
+        if name in FIXED_EPS_FIELDS:
+            eps = FIXED_EPS, "transformers: fixed for this norm"
+        else:
+            eps = config["layer_norm_eps"], origin
+        if name != "bridge_eps" and parts.get(part_of(name) or "encoder", True):
+            values[name] = eps
     processor = file.configs.get("preprocessor_config.json", {})
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         if given is not None and key in processor:

@@ -143,7 +143,7 @@ def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
         need("classifier", config.classifier != "bridging", f"'linear' or None: {bridging}")
         lone = "its classifier has no pixel decoder (load with decoder_depth=0)"
         need("decoder_depth", not (linear and decoder), f"0: {lone}")
-        need("final_norm", not (linear and config.final_norm), "False: its classifier has no norm before the mean")
+        need("final_norm", not (linear and config.final_norm), "False: its mean-pooling classifier has no norm before")
         need("final_norm", hf or linear or config.final_norm, "True: its pre-training encoder ends with a norm")
     maker = "transformers makes" if hf else "its models make"
     own_grid = f"None: {maker} the table for the clip's own grid"
@@ -154,7 +154,7 @@ def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
         if not matters(config, field):
             continue
         eps, why = 1e-6, "the eps of all its norms"
-        if hf and field in ("classifier_norm_eps", "decoder_norm_eps"):
+        if hf and field in huggingface.FIXED_EPS_FIELDS:
             eps, why = huggingface.FIXED_EPS, "which transformers fixes"
         elif hf:
             eps, why = config.encoder_eps, "as encoder_eps: transformers has one layer_norm_eps"
