@@ -1,7 +1,7 @@
 """Checkpoints of every layout, read and written: MAR, VideoMAE, Hugging Face VideoMAE and our own.
 
-A source goes through `read` (files to named tensors), `layouts` (whose names these are), `facts` (what they say about
-the model), `choose` (with what the caller asks for, one `MARConfig`) and `load` (tensors into the model, strictly).
+A source goes through `read` (files to named tensors), `sources` (to our names: foreign ones end there), `plan` (with
+what the caller asks for, one `MARConfig`) and `load` (tensors into the model, strictly). README.md says more.
 """
 
 from .compare import Comparison, LayerDifference, compare

@@ -106,29 +106,20 @@ def _layers(model: MAR, video: Tensor, mask: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(model: MAR, seen: dict[str, Tensor]) -> Iterator[None]:
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, Block):
-            hooks.append(module.register_forward_hook(_note_block(name, seen)))
-        elif isinstance(module, nn.Linear) and name.endswith("encoder_to_decoder"):
-            hooks.append(module.register_forward_hook(_note(name, seen)))
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            # A block leaves the sum with its residual to the next norm.
+            seen[name] = output[0] + output[1] if isinstance(module, Block) else output
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if isinstance(module, Block) or name == "encoder_to_decoder"
+    ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _note(name: str, seen: dict[str, Tensor]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen[name] = output
-
-    return hook
-
-
-def _note_block(name: str, seen: dict[str, Tensor]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        x, residual, _ = output  # the sum is left to the next norm
-        seen[name] = residual + x
-
-    return hook

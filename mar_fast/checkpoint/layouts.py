@@ -1,100 +1,97 @@
-"""The checkpoint layouts: what each calls the parameters of `mar_fast.MAR`, and how a layout is recognised."""
+"""What each checkpoint layout calls our parameters: one table for each, read both ways."""
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..kernels import checks
+from ..config import MARConfig
 
-# A rename turns one of our names into one of theirs: pattern and replacement of re.sub, applied in order.
-Renames = tuple[tuple[str, str], ...]
-
-# Parts that a checkpoint may have or lack as a whole: what their names begin with.
-_OUR_PARTS = {"classifier": r"classifier\.", "decoder": r"decoder\.|mask_token$|encoder_to_decoder\."}
+BIASES = ("attn.q_bias", "attn.v_bias")
+EPS = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of naming the parameters.
+    """One way to name the parameters of `mar_fast.MAR`.
 
     Attributes:
-        key: "mar_fast", "mar", "videomae" or "hf".
         title: For people.
-        renames: From our names to theirs.
-        parts: For "classifier", "decoder" and "final_norm", what their names in this layout begin with.
-        classifier: The kind that this layout has, where it has one.
-        always_final_norm: The encoder ends with a norm in every model of this layout.
+        table: How names begin: (ours, theirs). The first row that fits counts, N is a block's number, and a name that
+            no row fits is the same in both.
         split_qkv: Query, key and value are three weights.
-        unused: Entries that the layout's own models hold and do not need, and why.
     """
 
-    key: str
     title: str
-    renames: Renames
-    parts: dict[str, str]
-    classifier: str | None = None
-    always_final_norm: bool = False
+    table: tuple[tuple[str, str], ...] = ()
     split_qkv: bool = False
-    unused: dict[str, str] = field(default_factory=dict)
 
     def theirs(self, ours: str) -> tuple[str, ...]:
-        """The layout's name of a parameter; three where query, key and value make up ours, in this order."""
+        """The layout's name of one of our parameters; three where query, key and value make up ours, in this order."""
         names = [ours]
         if self.split_qkv and ours.endswith(".attn.qkv.weight"):
-            names = [ours.replace(".attn.qkv.", f".attn.{part}.") for part in ("query", "key", "value")]
-        for pattern, replacement in self.renames:
-            names = [re.sub(pattern, replacement, name) for name in names]
-        return tuple(names)
+            names = [ours.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
+        return tuple(_rename(name, self.table) for name in names)
 
-    def part(self, name: str) -> str | None:
-        """Which part, other than the encoder, an entry of a checkpoint belongs to."""
-        return next((part for part, begins in self.parts.items() if re.match(begins, name)), None)
-
-    def has(self, part: str, names: Collection[str]) -> bool:
-        """Whether there is anything of a part among these names."""
-        return any(self.part(name) == part for name in names)
-
-    def depth(self, stem: str, names: Collection[str]) -> int:
-        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
-        begins = self.theirs(f"{stem}.blocks.0.norm1.weight")[0].split(".0.")[0]
-        numbers = [re.match(rf"{re.escape(begins)}\.(\d+)\.", name) for name in names]
-        return max((int(number[1]) + 1 for number in numbers if number), default=0)
+    def ours(self, theirs: str) -> str | None:
+        """Our name of one of theirs (of one third of ``attn.qkv``: ``attn.query``, ...); None if it is no such name."""
+        name = _rename(theirs, tuple((after, before) for before, after in self.table))
+        return name if self.theirs(name) == (theirs,) else None
 
 
-OURS = Layout("mar_fast", "mar_fast", (), {**_OUR_PARTS, "final_norm": r"encoder\.norm\."})
+def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for before, after in table:
+        if found := re.match(re.escape(before).replace("N", r"(\d+)"), name):
+            number = found[1] if "N" in before else ""
+            return after.replace("N", number) + name[found.end() :]
+    return name
 
-PRETRAINING = Layout("videomae", "VideoMAE pre-training", (), OURS.parts, always_final_norm=True)
 
+def part_of(name: str) -> str | None:
+    """The part that a parameter or a field of `MARConfig` belongs to, of those that a model may lack; else None."""
+    for part, begins in {
+        "classifier": ("classifier.", "classifier_", "num_classes", "head_dropout", "bridge_"),
+        "final_norm": ("encoder.norm.", "final_norm_eps"),
+        "decoder": ("decoder.", "mask_token", "encoder_to_decoder.", "decoder_", "norm_pix_loss"),
+    }.items():
+        if name.startswith(begins) and name != "decoder_depth":
+            return part
+    return None
+
+
+def matters(config: MARConfig, field: str) -> bool:
+    """Whether a field means something for a model of this configuration."""
+    if field.startswith("bridge_"):
+        return config.classifier == "bridging"
+    if field == "position_grid":
+        return config.position_grid is not None
+    there = {"classifier": config.classifier, "final_norm": config.final_norm, "decoder": config.decoder_depth}
+    return bool(there.get(part_of(field) or "", True))
+
+
+OURS = Layout("mar_fast")
+PRETRAINING = Layout("VideoMAE pre-training")
 FINE_TUNED = Layout(
-    "videomae",
     "VideoMAE fine-tuned",
-    ((r"^encoder\.", ""), (r"^classifier\.norm\.", "fc_norm."), (r"^classifier\.", "")),
-    {"classifier": r"fc_norm\.|head\.", "decoder": _OUR_PARTS["decoder"], "final_norm": r"norm\."},
-    classifier="linear",
+    (
+        ("classifier.norm.", "fc_norm."),
+        ("classifier.head.", "head."),
+        ("decoder.", "decoder."),
+        ("mask_token", "mask_token"),
+        ("encoder_to_decoder.", "encoder_to_decoder."),
+        ("encoder.", ""),
+    ),
 )
-
-_IN_BRIDGE = r"^(classifier\.blocks\.\d+)"
 MAR_LAYOUT = Layout(
-    "mar",
     "MAR",
     (
-        (rf"{_IN_BRIDGE}\.norm1\.", r"\1.norm."),
-        (rf"{_IN_BRIDGE}\.norm2\.", r"\1.norm_ffn."),
-        (rf"{_IN_BRIDGE}\.attn\.qkv\.", r"\1.attn.to_qkv."),
-        (rf"{_IN_BRIDGE}\.mlp\.fc1\.", r"\1.ffn.net.0."),
-        (rf"{_IN_BRIDGE}\.mlp\.fc2\.", r"\1.ffn.net.3."),
-        (r"^classifier\.proj\.", "encoder_to_cls_decoder."),
-        (r"^classifier\.", "cls_head."),
-        (r"^encoder\.", "backbone."),
+        ("classifier.blocks.N.norm1.", "cls_head.blocks.N.norm."),
+        ("classifier.blocks.N.norm2.", "cls_head.blocks.N.norm_ffn."),
+        ("classifier.blocks.N.attn.qkv.", "cls_head.blocks.N.attn.to_qkv."),
+        ("classifier.blocks.N.mlp.fc1.", "cls_head.blocks.N.ffn.net.0."),
+        ("classifier.blocks.N.mlp.fc2.", "cls_head.blocks.N.ffn.net.3."),
+        ("classifier.proj.", "encoder_to_cls_decoder."),
+        ("classifier.", "cls_head."),
+        ("encoder.", "backbone."),
     ),
-    {
-        "classifier": r"cls_head\.|encoder_to_cls_decoder\.",
-        "decoder": _OUR_PARTS["decoder"],
-        "final_norm": r"backbone\.norm\.",
-    },
-    classifier="bridging",
-    always_final_norm=True,
-    unused={"cls_head.mask_token": "nothing in MAR uses it"},
 )
 
 
@@ -106,59 +103,25 @@ def hugging_face(kind: str, linear_biases: bool = False) -> Layout:
         linear_biases: Biases are called query.bias and value.bias, not q_bias and v_bias as in the files of the hub.
     """
     root = "" if kind == "VideoMAEModel" else "videomae."
-    inside = r"(\.layer\.\d+|\.decoder_layers\.\d+)"
     query, value = ("query.bias", "value.bias") if linear_biases else ("q_bias", "v_bias")
-    return Layout(
-        "hf",
-        f"Hugging Face {kind}",
-        (
-            (r"^classifier\.norm\.", "fc_norm."),
-            (r"^classifier\.head\.", "classifier."),
-            (r"^encoder\.patch_embed\.proj\.", f"{root}embeddings.patch_embeddings.projection."),
-            (r"^encoder\.norm\.", f"{root}layernorm."),
-            (r"^encoder\.blocks\.", f"{root}encoder.layer."),
-            (r"^decoder\.blocks\.", "decoder.decoder_layers."),
-            (rf"{inside}\.norm1\.", r"\1.layernorm_before."),
-            (rf"{inside}\.norm2\.", r"\1.layernorm_after."),
-            (rf"{inside}\.attn\.proj\.", r"\1.attention.output.dense."),
-            (rf"{inside}\.mlp\.fc1\.", r"\1.intermediate.dense."),
-            (rf"{inside}\.mlp\.fc2\.", r"\1.output.dense."),
-            (rf"{inside}\.attn\.q_bias$", rf"\1.attention.attention.{query}"),
-            (rf"{inside}\.attn\.v_bias$", rf"\1.attention.attention.{value}"),
-            (rf"{inside}\.attn\.(query|key|value)\.", r"\1.attention.attention.\2."),
-        ),
-        {
-            "classifier": r"fc_norm\.|classifier\.",
-            "decoder": _OUR_PARTS["decoder"],
-            "final_norm": rf"{re.escape(root)}layernorm\.",
-        },
-        classifier="linear" if kind == "VideoMAEForVideoClassification" else None,
-        split_qkv=True,
+    block = (
+        ("norm1.", "layernorm_before."),
+        ("norm2.", "layernorm_after."),
+        ("attn.proj.", "attention.output.dense."),
+        ("attn.q_bias", f"attention.attention.{query}"),
+        ("attn.v_bias", f"attention.attention.{value}"),
+        ("attn.query.", "attention.attention.query."),
+        ("attn.key.", "attention.attention.key."),
+        ("attn.value.", "attention.attention.value."),
+        ("mlp.fc1.", "intermediate.dense."),
+        ("mlp.fc2.", "output.dense."),
     )
-
-
-def detect(where: str, names: Collection[str]) -> Layout:
-    """The layout that these names follow.
-
-    Raises:
-        ValueError: none that is known.
-    """
-
-    def some(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in names)
-
-    if some(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
-        linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
-        kind = "VideoMAEModel"
-        if some(r"videomae\."):
-            kind = "VideoMAEForPreTraining" if some(_OUR_PARTS["decoder"]) else "VideoMAEForVideoClassification"
-        return hugging_face(kind, linear_biases)
-    if some(r"backbone\.(patch_embed|blocks)\."):
-        return MAR_LAYOUT
-    if some(r"encoder\.(patch_embed|blocks)\."):
-        return OURS if some(r"classifier\.") else PRETRAINING
-    if some(r"(patch_embed|blocks)\."):
-        return FINE_TUNED
-    first = ", ".join(sorted(names)[:5]) or "no tensors"
-    known = "MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
-    raise checks.bad(where, f"entries such as {first}", f"the names of {known}")
+    stems = (("encoder.blocks.N.", f"{root}encoder.layer.N."), ("decoder.blocks.N.", "decoder.decoder_layers.N."))
+    table = (
+        *((our_stem + ours, their_stem + theirs) for our_stem, their_stem in stems for ours, theirs in block),
+        ("encoder.patch_embed.proj.", f"{root}embeddings.patch_embeddings.projection."),
+        ("encoder.norm.", f"{root}layernorm."),
+        ("classifier.norm.", "fc_norm."),
+        ("classifier.head.", "classifier."),
+    )
+    return Layout(f"Hugging Face {kind}", table, split_qkv=True)

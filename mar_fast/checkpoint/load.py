@@ -2,9 +2,7 @@
 
 import logging
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,12 @@ from torch import Tensor
 
 from ..kernels import checks
 from ..model import MAR
-from . import huggingface
-from .choose import Choice, Position, choose
-from .facts import TABLES, gather, table_fault
-from .layouts import Layout, detect
-from .read import Checkpoint, read
-from .repair import BIASES, Repair, put_back
-from .report import LoadReport, Note
+from .layouts import BIASES, part_of
+from .plan import Plan, Position, plan
+from .read import read
+from .repair import put_back, verdict
+from .report import LoadReport, Note, some
+from .sources import Checkpoint, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
 
@@ -77,38 +74,56 @@ def from_pretrained(
         OSError: there is no such file.
         ModuleNotFoundError: a hub id without huggingface_hub.
     """
-    allowed = _Allowed(
-        missing=_patterns("allow_missing", allow_missing),
-        unknown=_patterns("allow_unknown", allow_unknown),
-        mismatched=_patterns("allow_mismatched", allow_mismatched),
-        nonfinite=_patterns("allow_nonfinite", allow_nonfinite),
-    )
-    checkpoint = read(source, model_key, revision)
-    layout = detect(checkpoint.where, checkpoint.tensors)
-    repair = None
-    if biases_from is not None:
-        decoder = overrides.get("decoder_depth") != 0
-        checkpoint, repair = put_back(checkpoint, layout, biases_from, decoder=decoder)
-    facts = gather(checkpoint, layout, overrides)
-    heads = ("classifier.head.weight", *layout.theirs("classifier.head.weight"))
-    choice = choose(checkpoint, layout, facts, position, allowed.allows("mismatched", *heads), overrides)
-    if choice.config.classifier and "num_classes" not in choice.origins and allowed.allows("missing", *heads):
+    allowed = {
+        "allow_missing": _patterns("allow_missing", allow_missing),
+        "allow_unknown": _patterns("allow_unknown", allow_unknown),
+        "allow_mismatched": _patterns("allow_mismatched", allow_mismatched),
+        "allow_nonfinite": _patterns("allow_nonfinite", allow_nonfinite),
+    }
+    checkpoint = convert(read(source, model_key, revision))
+    original = None if biases_from is None else convert(read(biases_from))
+    if original is not None:
+        repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
+    head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))
+    chosen = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
+    config = chosen.config
+    if config.classifier and "num_classes" not in chosen.origins and _matches(head, allowed["allow_missing"]):
         raise checks.bad("num_classes", "none: the file has no head that says", "num_classes=, where it may be missing")
     with torch.device("meta"):
-        model = MAR(choice.config)
-    fit = _fit(checkpoint, layout, choice, model, allowed)
-    if repair is not None:
-        _note(fit, repair, checkpoint, layout)
+        model = MAR(config)
+    values, initial, ignored, warnings = _fit(checkpoint, chosen, model, allowed)
+    remarks = [*checkpoint.remarks, *chosen.remarks]
+    if original is not None:
+        remark, *more = verdict(repaired, checkpoint, original, values)
+        remarks.append(remark)
+        warnings += more
+    for dtype in sorted({checkpoint.tensors[name].dtype for name in values} - {torch.float32}, key=str):
+        how = "rounded to" if dtype == torch.float64 else "widened to"
+        remarks.append(f"{str(dtype).removeprefix('torch.')} {how} float32")
+    labels = checkpoint.labels
+    has_labels = labels and config.classifier and len(labels) == config.num_classes
+    model.load_report = LoadReport(
+        source=checkpoint.where,
+        layout=checkpoint.layout.title,
+        config=config,
+        parameters=sum(math.prod(parameter.shape) for parameter in model.parameters()),
+        read=tuple(name for ours in values for name in checkpoint.layout.theirs(ours)),
+        initial=tuple(Note(*item) for item in initial.items()),
+        ignored=tuple(Note(*item) for item in ignored.items()),
+        origins=tuple(Note(*item) for item in chosen.origins.items()),
+        remarks=tuple(remarks),
+        warnings=tuple(warnings),
+        labels=labels if has_labels and "classifier.head.weight" in values else None,
+    )
     model.to_empty(device="cpu")
-    if fit.initial:
+    if initial:
         model.reset_parameters()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in fit.values:
-                parameter.copy_(fit.values.pop(name))
-    model.load_report = _report(checkpoint, layout, choice, fit, model)
+            if name in values:
+                parameter.copy_(values.pop(name))
     logger.info("%s", model.load_report)
-    for warning in model.load_report.warnings:
+    for warning in warnings:
         logger.warning("%s: %s", checkpoint.where, warning)
     return model.eval()
 
@@ -120,152 +135,77 @@ def _patterns(argument: str, given: Patterns) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Allowed:
-    """Patterns of what may be wrong."""
-
-    missing: tuple[str, ...]
-    unknown: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    nonfinite: tuple[str, ...]
-
-    def allows(self, fault: str, *names: str) -> bool:
-        """Whether any of the names of a thing is allowed to have this fault."""
-        return any(fnmatchcase(name, pattern) for pattern in getattr(self, fault) for name in names)
+def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-@dataclass
-class _Fit:
-    """Which tensor goes where, and everything that goes nowhere."""
+def _fit(
+    checkpoint: Checkpoint, chosen: Plan, model: MAR, allowed: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], list[str]]:
+    """Check every parameter and every entry; the error names all faults at once.
 
-    values: dict[str, Tensor] = field(default_factory=dict)
-    read: list[str] = field(default_factory=list)
-    initial: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    faults: dict[str, list[str]] = field(default_factory=dict)
-    """By the argument that would allow them."""
+    Returns:
+        Values of parameters; parameters that stay initial, and why; entries that are not read, and why; warnings.
+    """
+    values: dict[str, Tensor] = {}
+    initial: dict[str, str] = {}
+    ignored: dict[str, str] = {}
+    warnings: list[str] = []
+    faults: dict[str, list[str]] = {}
 
-    def fault(self, argument: str, what: str) -> None:
-        self.faults.setdefault(argument, []).append(what)
+    def allows(argument: str, names: Iterable[str], fault: str) -> bool:
+        if _matches(names, allowed[argument]):
+            return True
+        faults.setdefault(argument, []).append(fault)
+        return False
 
-
-def _fit(checkpoint: Checkpoint, layout: Layout, choice: Choice, model: MAR, allowed: _Allowed) -> _Fit:
-    fit, tensors = _Fit(), checkpoint.tensors
-    claimed: set[str] = set()
-    no_biases = layout.key == "hf" and huggingface.lacks_biases(checkpoint)
+    parameters = {name: value for name, value in model.named_parameters() if part_of(name) not in chosen.fresh}
     for ours, parameter in model.named_parameters():
-        part = _part(ours)
-        if part in choice.fresh:
-            fit.initial[ours] = choice.fresh[part]
-            continue
-        sources = layout.theirs(ours)
-        claimed.update(sources)
-        missing = [name for name in sources if name not in tensors]
-        if len(missing) == len(sources) and no_biases and ours.endswith(BIASES):
-            fit.initial[ours] = "zero: config.json says that query and value have no bias"
-        elif missing and all(allowed.allows("missing", ours, name) for name in missing):
-            fit.initial[ours] = "missing in the checkpoint, allowed"
-            fit.ignored.update(dict.fromkeys(set(sources) - set(missing), f"the rest of {ours} is missing"))
-        elif missing:
-            for name in missing:
-                fit.fault("allow_missing", name)
+        tensor, names = checkpoint.tensors.get(ours), checkpoint.layout.theirs(ours)
+        title = ", ".join(names)
+        if ours not in parameters:
+            initial[ours] = chosen.fresh[str(part_of(ours))]
+        elif tensor is None and ours in checkpoint.absent:
+            initial[ours] = checkpoint.absent[ours]
+        elif tensor is None:
+            missing = [name for name in names if name not in checkpoint.unused]
+            if all([allows("allow_missing", (ours, name), name) for name in missing]):
+                initial[ours] = _MISSING
+        elif fault := _fault(tensor, parameter.shape):
+            if allows("allow_mismatched", (ours, *names), f"{title}: {fault}"):
+                initial[ours] = f"{title}: {fault}, allowed"
+                ignored.update(dict.fromkeys(names, f"{fault}, allowed"))
         else:
-            _take(fit, ours, sources, parameter, tensors, allowed)
-    _leftovers(fit, checkpoint, layout, choice, claimed, allowed)
-    if fit.faults:
-        raise ValueError(_message(checkpoint, layout, fit))
-    _suspicions(fit, model, layout, checkpoint)
-    return fit
-
-
-def _part(ours: str) -> str | None:
-    if ours.startswith("classifier."):
-        return "classifier"
-    if ours.startswith("encoder.norm."):
-        return "final_norm"
-    return None if ours.startswith("encoder.") else "decoder"
-
-
-def _take(
-    fit: _Fit,
-    ours: str,
-    sources: tuple[str, ...],
-    parameter: Tensor,
-    tensors: Mapping[str, Tensor],
-    allowed: _Allowed,
-) -> None:
-    shape = (parameter.shape[0] // len(sources), *parameter.shape[1:])
-    pieces: list[Tensor] = []
-    for name in sources:
-        tensor = tensors[name]
-        fault = _tensor_fault(tensor, shape)
-        if fault and allowed.allows("mismatched", ours, name):
-            fit.initial[ours] = f"{name}: {fault}, allowed"
-            fit.ignored.update({other: f"the rest of {ours} does not fit" for other in sources})
-            fit.ignored[name] = f"{fault}, allowed"
-            return
-        if fault:
-            fit.fault("allow_mismatched", f"{name}: {fault}")
-            continue
-        piece = tensor.to(torch.float32)
-        if not _is_finite(piece):
-            if allowed.allows("nonfinite", ours, name):
-                fit.warnings.append(f"{name} holds NaN or infinity, allowed")
+            values[ours] = tensor.to(torch.float32)
+            if not is_finite(values[ours]) and allows("allow_nonfinite", (ours, *names), title):
+                warnings.append(f"{title} holds NaN or infinity, allowed")
+    unknown = dict(checkpoint.unknown)
+    for ours in checkpoint.tensors:
+        for name in () if ours in parameters else checkpoint.layout.theirs(ours):
+            if reason := checkpoint.unused.get(name) or chosen.dropped.get(str(part_of(ours))):
+                ignored[name] = reason
+                unknown.pop(name, None)
             else:
-                fit.fault("allow_nonfinite", name)
-        pieces.append(piece)
-    if len(pieces) == len(sources):
-        # Faults are collected first, so that one message names all of them.
-        fit.values[ours] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        fit.read += sources
+                unknown.setdefault(name, "")
+    for name, what in unknown.items():
+        if allows("allow_unknown", (name,), f"{name} ({what})" if what else name):
+            ignored[name] = f"{what or 'unknown'}, allowed"
+    if faults:
+        raise ValueError(_message(checkpoint, faults))
+    biases = [name for name in values if name.startswith("encoder.") and name.endswith(BIASES)]
+    if biases and not any(bool(values[name].any()) for name in biases):
+        warnings.append(f"all biases of query and value are zero, as in a model that was never trained. {_LOST}")
+    warnings += checkpoint.warnings
+    for why, found in (
+        (_MISSING, [name for name, reason in initial.items() if reason == _MISSING]),
+        ("unknown, allowed", list(unknown)),
+    ):
+        if found:
+            warnings.append(f"{why}: {some(found, 6)}")
+    return values, initial, ignored, warnings
 
 
-def _tensor_fault(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
-    if tensor.device.type == "meta" or tensor.layout != torch.strided:
-        return f"got a {tensor.device.type if tensor.device.type == 'meta' else tensor.layout} tensor, expected values"
-    if tensor.dtype not in checks.FLOATS:
-        return f"got {tensor.dtype}, expected {checks.names(checks.FLOATS)}"
-    if tuple(tensor.shape) != shape:
-        return f"got shape {tuple(tensor.shape)}, expected {shape}"
-    return None
-
-
-def _leftovers(
-    fit: _Fit, checkpoint: Checkpoint, layout: Layout, choice: Choice, claimed: set[str], allowed: _Allowed
-) -> None:
-    """Entries of the checkpoint that no parameter asks for."""
-    for name, kind in checkpoint.others.items():
-        if allowed.allows("unknown", name):
-            fit.ignored[name] = f"a {kind} and no tensor, allowed"
-        else:
-            fit.fault("allow_unknown", f"{name} (a {kind} and no tensor)")
-    for name, tensor in checkpoint.tensors.items():
-        part = layout.part(name)
-        if name in claimed:
-            continue
-        if name in layout.unused:
-            fit.ignored[name] = layout.unused[name]
-        elif part in choice.dropped:
-            fit.ignored[name] = choice.dropped[part]
-        elif layout.key == "hf" and name.endswith(".attention.attention.key.bias") and _is_finite(tensor):
-            fit.ignored[name] = "it adds the same to all scores of a query, which softmax takes out"
-        elif layout.key == "mar" and name in ("mean", "std") and "mar_fast" not in checkpoint.configs:
-            fit.ignored[name] = "read into the configuration"
-        elif name in TABLES and table_fault(tensor) is None:
-            fit.ignored[name] = "the position table of the formula, which the model makes itself"
-        elif allowed.allows("unknown", name):
-            fit.ignored[name] = "unknown, allowed"
-        else:
-            why = f" ({table_fault(tensor)})" if name in TABLES else ""
-            fit.fault("allow_unknown", name + why)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.isfinite().all())
-
-
+_MISSING = "missing in the checkpoint, allowed"
 _LOST = (
     "transformers 5.5 to 5.17 loses them when it reads a file of the hub; "
     "mar-fast convert FILE OUT --biases-from ORIGINAL (in Python from_pretrained(..., biases_from=)) puts them back"
@@ -278,66 +218,22 @@ _FAULTS = {
 }
 
 
-def _message(checkpoint: Checkpoint, layout: Layout, fit: _Fit) -> str:
-    said = []
-    for argument, kind in _FAULTS.items():
-        if names := fit.faults.get(argument):
-            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-            said.append(f"{len(names)} {kind} ({'; '.join(names[:6])}{more})")
-    hint = ""
-    if missing := fit.faults.get("allow_missing"):
-        biases = [name for name in missing if re.search(r"(q_bias|v_bias|query\.bias|value\.bias)$", name)]
-        if len(biases) == len(missing):
-            hint = f". The biases of query and value are lost: {_LOST}"
-    accepted = "none, or " + ", ".join(f"{argument}=(patterns,)" for argument in _FAULTS if argument in fit.faults)
-    got = ", ".join(said)
-    return f"{checkpoint.where}, {layout.title} layout: got tensors {got}, expected {accepted} to go on without{hint}"
+def _fault(tensor: Tensor, shape: torch.Size) -> str | None:
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return f"got a {'meta' if tensor.device.type == 'meta' else tensor.layout} tensor, expected values"
+    if tensor.dtype not in checks.FLOATS:
+        return f"got {tensor.dtype}, expected {checks.names(checks.FLOATS)}"
+    if tensor.shape != shape:
+        return f"got shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+    return None
 
 
-def _note(fit: _Fit, repair: Repair, checkpoint: Checkpoint, layout: Layout) -> None:
-    remark, warning = repair.verdict(fit.values, checkpoint, layout)
-    fit.remarks.append(remark)
-    if warning is not None:
-        fit.warnings.append(warning)
-
-
-def _suspicions(fit: _Fit, model: MAR, layout: Layout, checkpoint: Checkpoint) -> None:
-    """What is allowed, and yet looks like an accident."""
-    biases = [name for name in fit.values if name.startswith("encoder.") and name.endswith(BIASES)]
-    if biases and not any(bool(fit.values[name].any()) for name in biases):
-        fit.warnings.append(f"all biases of query and value are zero, as in a model that was never trained. {_LOST}")
-    if layout.title == "VideoMAE pre-training" and not layout.has("decoder", checkpoint.tensors):
-        fit.warnings.append("the encoder alone: there is no pixel decoder in the file")
-    for argument in ("missing in the checkpoint, allowed", "unknown, allowed"):
-        found = [name for notes in (fit.initial, fit.ignored) for name, reason in notes.items() if reason == argument]
-        if found:
-            more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-            fit.warnings.append(f"{argument}: {', '.join(found[:6])}{more}")
-
-
-def _report(checkpoint: Checkpoint, layout: Layout, choice: Choice, fit: _Fit, model: MAR) -> LoadReport:
-    remarks = [*checkpoint.remarks, *choice.remarks, *fit.remarks]
-    dtypes = {checkpoint.tensors[name].dtype for name in fit.read} - {torch.float32}
-    for dtype in sorted(dtypes, key=str):
-        how = "rounded to" if dtype == torch.float64 else "widened to"
-        remarks.append(f"{str(dtype).removeprefix('torch.')} {how} float32")
-    dropout = [
-        f"{key} {value}"
-        for key, value in checkpoint.configs.get("config.json", {}).items()
-        if key in ("hidden_dropout_prob", "attention_probs_dropout_prob") and value
-    ]
-    if dropout:
-        remarks.append(f"not carried over, without effect in evaluation: {', '.join(dropout)}")
-    return LoadReport(
-        source=checkpoint.where,
-        layout=layout.title,
-        config=choice.config,
-        parameters=sum(math.prod(parameter.shape) for parameter in model.parameters()),
-        read=tuple(fit.read),
-        initial=tuple(Note(*item) for item in fit.initial.items()),
-        ignored=tuple(Note(*item) for item in fit.ignored.items()),
-        origins=tuple(Note(*item) for item in choice.origins.items()),
-        remarks=tuple(remarks),
-        warnings=tuple(fit.warnings),
-        labels=None if "classifier.head.weight" in fit.initial else huggingface.labels(checkpoint, choice.config),
-    )
+def _message(checkpoint: Checkpoint, faults: Mapping[str, list[str]]) -> str:
+    told = {argument: faults[argument] for argument in _FAULTS if argument in faults}
+    got = ", ".join(f"{len(said)} {_FAULTS[argument]} ({some(said, 6, '; ')})" for argument, said in told.items())
+    accepted = "none, or " + ", ".join(f"{argument}=(patterns,)" for argument in told)
+    missing = faults.get("allow_missing", ())
+    lost = missing and all(name.endswith(("q_bias", "v_bias", "query.bias", "value.bias")) for name in missing)
+    hint = f". The biases of query and value are lost: {_LOST}" if lost else ""
+    where = f"{checkpoint.where}, {checkpoint.layout.title} layout"
+    return f"{where}: got tensors {got}, expected {accepted} to go on without{hint}"

@@ -14,23 +14,28 @@ from torch import Tensor
 
 from ..kernels import checks
 
-PICKLED = (".pth", ".pt", ".bin", ".pyth", ".ckpt")
-SUFFIXES = (*PICKLED, ".safetensors")
-# The keys under which trainers put the weights, in the order in which they are looked for.
-ENVELOPES = ("model", "module", "model_state", "state_dict", "model_ema", "model_ema_state")
-PREFIXES = ("module.", "_orig_mod.")
+SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".safetensors")
+# What transformers calls its files.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_CONFIGS = ("config.json", "preprocessor_config.json")
 METADATA_KEY = "mar_fast.config"
 """In a safetensors file: the `MARConfig` as JSON, which makes a file of ours complete."""
+# The keys under which trainers put the weights, in the order in which they are looked for.
+_ENVELOPES = ("model", "module", "model_state", "state_dict", "model_ema", "model_ema_state")
+_DEEPEST = 4
+"""Envelopes within envelopes that are opened: a damaged file may hold itself."""
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What a source holds.
+class File:
+    """What a source holds, as it is.
 
     Attributes:
         where: The source, for messages.
         tensors: By name, without prefixes.
-        others: Entries among them that are no tensors, and their types.
+        non_tensors: Entries beside them, and their types.
         remarks: Envelope and prefixes that were taken off.
         configs: "config.json" and "preprocessor_config.json" of a Hugging Face folder, "mar_fast" of a file of ours,
             "args" of VideoMAE's own; only those that are there.
@@ -38,12 +43,12 @@ class Checkpoint:
 
     where: str
     tensors: dict[str, Tensor]
-    others: dict[str, str]
+    non_tensors: dict[str, str]
     remarks: tuple[str, ...]
     configs: dict[str, dict[str, Any]]
 
 
-def read(source: object, model_key: str | None = None, revision: str | None = None) -> Checkpoint:
+def read(source: object, model_key: str | None = None, revision: str | None = None) -> File:
     """Read a file, a Hugging Face folder, a hub id or a state dict.
 
     Args:
@@ -59,52 +64,55 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
     if not isinstance(source, str | Path):
         raise checks.bad_type("source", type(source).__name__, "a path, a hub id or a state dict")
     path = Path(source).expanduser()
-    if isinstance(source, str) and not path.exists() and _is_hub_id(source):
-        from .hub import fetch
-
-        return _read_folder(fetch(source, revision), source, model_key)
-    if revision is not None:
+    where = str(path)
+    hub_id = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+    if isinstance(source, str) and not path.exists() and re.fullmatch(hub_id, source) and path.suffix not in SUFFIXES:
+        path, where = _fetch(source, revision), source
+    elif revision is not None:
         raise checks.bad("revision", repr(revision), f"None: {path} is not a hub id")
+    elif not path.exists():
+        accepted = f"a file ({', '.join(SUFFIXES)}), a Hugging Face folder, a hub id (owner/name) or a state dict"
+        raise FileNotFoundError(f"source: got {where!r}, which does not exist, expected {accepted}")
+    names = _SAFETENSORS + _PICKLED
     if path.is_dir():
-        return _read_folder(path, str(path), model_key)
-    if not path.exists():
-        raise FileNotFoundError(f"source: got {str(path)!r}, which does not exist, expected {_ACCEPTED}")
-    content, configs = _read_file(path)
-    if path.name in _WHOLE:
-        configs = {**_json_configs(path.parent), **configs}
-    return _unwrap(str(path), content, model_key, configs)
-
-
-_ACCEPTED = f"a file ({', '.join(SUFFIXES)}), a Hugging Face folder, a hub id (owner/name) or a state dict"
-
-
-# What transformers calls its files: their configuration stands beside them.
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-
-
-def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)) and not source.endswith(SUFFIXES)
-
-
-def _read_folder(folder: Path, where: str, model_key: str | None) -> Checkpoint:
-    configs = _json_configs(folder)
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            break
-    else:
-        name = "pytorch_model.bin.index.json"
-        if not (folder / name).is_file():
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
             accepted = "model.safetensors or pytorch_model.bin, whole or sharded with an index"
             raise FileNotFoundError(f"source: got the folder {where} without weights, expected {accepted} in it")
-    if name.endswith(".index.json"):
-        return _unwrap(where, _read_shards(folder / name), None, configs)
-    content, own = _read_file(folder / name)
-    return _unwrap(where, content, model_key, {**configs, **own})
+        path = found[0]
+    content, configs = _read_file(path)
+    if path.name in names:
+        configs = {**_json_configs(path.parent), **configs}
+    return _unwrap(where, content, model_key, configs)
+
+
+def _fetch(hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of a model of the hub: its configuration, and its weights once, safetensors where there are.
+
+    Raises:
+        ModuleNotFoundError: huggingface_hub is not installed.
+        ValueError: the hub does not give it; the message says why.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"source: got the hub id {hub_id!r}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'"
+        ) from error
+    try:
+        for weights in ((*_SAFETENSORS, "model-*-of-*.safetensors"), (*_PICKLED, "pytorch_model-*-of-*.bin")):
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_CONFIGS, *weights]))
+            if any((folder / name).is_file() for name in weights):
+                break
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        at = f" at {revision!r}" if revision else ""
+        raise checks.bad("source", f"{hub_id!r}{at}, which the hub does not give ({reason})", "a hub id") from error
+    return folder
 
 
 def _json_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    names = ("config.json", "preprocessor_config.json")
-    configs = {name: _read_json(folder / name) for name in names if (folder / name).is_file()}
+    configs = {name: _read_json(folder / name) for name in _CONFIGS if (folder / name).is_file()}
     if "mar_fast" in configs.get("config.json", {}):
         configs["mar_fast"] = configs["config.json"]["mar_fast"]
     return configs
@@ -118,6 +126,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise checks.bad(str(path), type(content).__name__, "a JSON object")
     return content
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Content, and the configurations inside the file."""
+    if path.name.endswith(".index.json"):
+        return _read_shards(path), {}
+    if path.suffix not in SUFFIXES:
+        raise checks.bad("source", repr(str(path)), f"a file that ends with {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise checks.bad(str(path), "an empty file", "a checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = _read_pickled(path)
+    if not isinstance(content, Mapping):
+        raise checks.bad_type(str(path), type(content).__name__, "a state dict, or a dict with one in it")
+    arguments = content.get("args")
+    return dict(content), {"args": vars(arguments)} if isinstance(arguments, argparse.Namespace) else {}
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -138,22 +163,6 @@ def _read_shards(index: Path) -> dict[str, Any]:
     return content
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Content, and the configurations inside the file."""
-    if path.suffix not in SUFFIXES:
-        raise checks.bad("source", repr(str(path)), f"a file that ends with {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise checks.bad(str(path), "an empty file", "a checkpoint")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_pickled(path)
-    if not isinstance(content, Mapping):
-        raise checks.bad_type(str(path), type(content).__name__, "a state dict, or a dict with one in it")
-    arguments = content.get("args")
-    configs = {"args": vars(arguments)} if isinstance(arguments, argparse.Namespace) else {}
-    return dict(content), configs
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
@@ -166,10 +175,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, A
     if METADATA_KEY not in metadata:
         return content, {}
     try:
-        own = json.loads(metadata[METADATA_KEY])
+        return content, {"mar_fast": json.loads(metadata[METADATA_KEY])}
     except ValueError as error:
         raise checks.bad(f"{path}, metadata {METADATA_KEY}", "no valid JSON", "a MARConfig as JSON") from error
-    return content, {"mar_fast": own}
 
 
 def _read_pickled(path: Path) -> object:
@@ -188,48 +196,42 @@ def _read_pickled(path: Path) -> object:
         raise checks.bad(str(path), f"a damaged file ({first})", "a whole checkpoint of torch.save") from error
 
 
-def _unwrap(
-    where: str, content: dict[str, Any], model_key: str | None, configs: dict[str, dict[str, Any]]
-) -> Checkpoint:
-    remarks: list[str] = []
-    envelopes = [key for key in ENVELOPES if _holds_tensors(content.get(key))]
+def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs: dict[str, dict[str, Any]]) -> File:
+    """Open envelopes and take prefixes off."""
     if model_key is not None and not _holds_tensors(content.get(model_key)):
-        raise checks.bad("model_key", repr(model_key), f"one of {envelopes or 'none: the tensors stand bare'}")
-    for _ in range(_DEEPEST):
-        key = model_key or next(iter(envelopes), None)
-        if key is None:
-            break
-        others = ", ".join(repr(other) for other in envelopes if other != key)
-        besides = f"; {others} not read (model_key= chooses)" if others else ""
-        remarks.append(f"weights read under {key!r}{besides}")
+        accepted = f"one of {_envelopes(content) or 'none: the tensors stand bare'}"
+        raise checks.bad("model_key", repr(model_key), accepted)
+    remarks: list[str] = []
+    while len(remarks) < _DEEPEST and (key := model_key or next(iter(_envelopes(content)), None)):
+        unread = ", ".join(repr(other) for other in _envelopes(content) if other != key)
+        remarks.append(f"weights read under {key!r}" + (f"; {unread} not read (model_key= chooses)" if unread else ""))
         content, model_key = dict(content[key]), None
-        envelopes = [key for key in ENVELOPES if _holds_tensors(content.get(key))]
     tensors: dict[str, Tensor] = {}
-    others_: dict[str, str] = {}
+    non_tensors: dict[str, str] = {}
     taken_off: set[str] = set()
     for entry, value in content.items():
         name = str(entry)
-        while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
             name = name.removeprefix(prefix)
             taken_off.add(prefix)
-        if name in tensors or name in others_:
+        if name in tensors or name in non_tensors:
             raise checks.bad(where, f"{name} twice, with and without prefixes", "every name once")
         if isinstance(value, Tensor):
             tensors[name] = value.detach()
         else:
-            others_[name] = type(value).__name__
+            non_tensors[name] = type(value).__name__
     remarks += [f"prefix {prefix!r} taken off" for prefix in sorted(taken_off)]
-    return Checkpoint(where=where, tensors=tensors, others=others_, remarks=tuple(remarks), configs=configs)
+    return File(where=where, tensors=tensors, non_tensors=non_tensors, remarks=tuple(remarks), configs=configs)
 
 
-_DEEPEST = 4
-"""Envelopes within envelopes that are opened: a damaged file may hold itself."""
+def _envelopes(content: Mapping[str, Any]) -> list[str]:
+    return [key for key in _ENVELOPES if _holds_tensors(content.get(key))]
 
 
 def _holds_tensors(value: object, deepest: int = _DEEPEST) -> bool:
     if not isinstance(value, Mapping):
         return False
     return any(
-        isinstance(item, Tensor) or (key in ENVELOPES and deepest > 0 and _holds_tensors(item, deepest - 1))
+        isinstance(item, Tensor) or (key in _ENVELOPES and deepest > 0 and _holds_tensors(item, deepest - 1))
         for key, item in value.items()
     )

@@ -5,131 +5,90 @@ file without them, begins them at zero, and writes zeros when it saves.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..kernels import checks
-from . import huggingface
-from .layouts import Layout, detect
-from .read import Checkpoint, read
-
-BIASES = ("attn.q_bias", "attn.v_bias")
+from .layouts import BIASES
+from .report import some
+from .sources import Checkpoint
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repair:
-    """What was put back.
-
-    Attributes:
-        original: Where the biases are from.
-        layout: Its layout.
-        count: Biases that were put back.
-        missing: How many of them the checkpoint lacked; in the others it had zeros.
-    """
-
-    original: Checkpoint
-    layout: Layout
-    count: int
-    missing: int
-
-    def verdict(self, names: Iterable[str], checkpoint: Checkpoint, layout: Layout) -> tuple[str, str | None]:
-        """A remark on what was put back, and a warning where other weights are not the original's.
-
-        Args:
-            names: Parameters, by our names, that are read from the checkpoint.
-            checkpoint: The one that was repaired.
-            layout: Its layout.
-        """
-        shared, changed, apart, size = 0, 0, 0.0, 0.0
-        for ours in names:
-            theirs = self.layout.theirs(ours)
-            if ours.endswith(BIASES) or any(name not in self.original.tensors for name in theirs):
-                continue
-            value, before = _value(checkpoint, layout, ours), _value(self.original, self.layout, ours)
-            shared += 1
-            if value.shape != before.shape:
-                changed, apart, size = changed + 1, apart + _energy(value), size + _energy(before)
-            else:
-                # As the checkpoint keeps it: a copy in half precision has rounded what it had.
-                changed += not torch.equal(value, before.to(value.dtype))
-                apart, size = apart + _energy(value.double() - before.double()), size + _energy(before)
-        state = {0: "all zero", self.count: "missing"}.get(self.missing, f"zero, {self.missing} of them missing,")
-        remark = f"{self.count} biases of query and value, {state} in the file, put back from {self.original.where}"
-        if not changed:
-            return f"{remark}; the other {shared} weights that both have are the same", None
-        distance = (apart / size) ** 0.5 if size else float("inf")
-        trained = "the model was trained on without these biases, and may be better as it was: compare both"
-        what = trained if distance < 1 else "this looks like another model than the original"
-        warning = f"{changed} of {shared} weights that both have differ from {self.original.where}"
-        return remark, f"{warning} (relative difference of all together {distance:.1e}): {what}"
-
-
-def put_back(
-    checkpoint: Checkpoint, layout: Layout, original: str | Path | Mapping[str, Any], *, decoder: bool
-) -> tuple[Checkpoint, Repair]:
-    """A checkpoint with the biases of another one in place of those that it has lost.
+def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> str:
+    """Put the biases of another checkpoint in place of those that this one has lost; gives a remark on what was done.
 
     Args:
         checkpoint: In which they are missing or zero.
-        layout: Its layout.
-        original: What still has them, of any layout: a source as `from_pretrained` takes it.
+        original: What still has them, from any source.
         decoder: Whether the pixel decoder is read, where the checkpoint has one.
 
     Raises:
         ValueError: the checkpoint has biases of its own, or those of the original do not fit or are lost as well.
     """
     where = checkpoint.where
-    if layout.key == "hf" and huggingface.lacks_biases(checkpoint):
+    if checkpoint.absent:
         raise checks.bad(f"{where}, config.json", "a model without biases of query and value", "one that has lost them")
-    known = read(original)
-    known_layout = detect(known.where, known.tensors)
-    names = _names(checkpoint, layout, known, known_layout, decoder)
-    own = {ours: tensor for ours in names if (tensor := checkpoint.tensors.get(layout.theirs(ours)[0])) is not None}
-    if trained := [layout.theirs(ours)[0] for ours, tensor in own.items() if bool(tensor.any())]:
-        accepted = "zeros or none: it has not lost them, or they were trained since and fit its other weights"
-        raise checks.bad(where, f"biases of query and value that are not zero ({_some(trained)})", accepted)
-    if lost := [name for ours in names if (name := known_layout.theirs(ours)[0]) not in known.tensors]:
-        raise checks.bad("biases_from", f"{known.where}, without {_some(lost)}", "a checkpoint that has all of them")
-    found = {ours: known.tensors[known_layout.theirs(ours)[0]] for ours in names}
-    if not any(bool(tensor.any()) for tensor in found.values()):
-        raise checks.bad("biases_from", f"{known.where}, in which all of them are zero", "one that has not lost them")
-    for ours, tensor in found.items():
-        beside = checkpoint.tensors.get(layout.theirs(re.sub(r"[qv]_bias$", "proj.bias", ours))[0])
-        if beside is not None and tensor.shape != beside.shape:
-            got = f"{known.where}, {known_layout.theirs(ours)[0]} of shape {tuple(tensor.shape)}"
-            raise checks.bad("biases_from", got, f"{tuple(beside.shape)}, the width of {where}")
-    tensors = checkpoint.tensors | {layout.theirs(ours)[0]: tensor for ours, tensor in found.items()}
-    repair = Repair(original=known, layout=known_layout, count=len(names), missing=len(names) - len(own))
-    return replace(checkpoint, tensors=tensors), repair
-
-
-def _names(checkpoint: Checkpoint, layout: Layout, known: Checkpoint, known_layout: Layout, decoder: bool) -> list[str]:
-    """The biases of all blocks, by our names."""
     names = []
-    for stem in ("encoder", "decoder"):
-        if stem == "decoder" and not (decoder and layout.has("decoder", checkpoint.tensors)):
-            continue
-        depth, its = layout.depth(stem, checkpoint.tensors), known_layout.depth(stem, known.tensors)
+    for stem in ("encoder", "decoder") if decoder and checkpoint.has("decoder") else ("encoder",):
+        depth, its = checkpoint.depth(stem), original.depth(stem)
         if depth != its:
-            got = f"{known.where}, with {its} blocks in its {stem}"
-            raise checks.bad("biases_from", got, f"{depth}, as {checkpoint.where} has")
+            got = f"{original.where}, with {its} blocks in its {stem}"
+            raise checks.bad("biases_from", got, f"{depth}, as {where} has")
         names += [f"{stem}.blocks.{block}.{bias}" for block in range(depth) for bias in BIASES]
-    return names
+
+    def theirs(of: Checkpoint, ours: list[str]) -> str:
+        return some([of.layout.theirs(name)[0] for name in ours], 3)
+
+    own = [name for name in names if name in checkpoint.tensors]
+    if trained := [name for name in own if bool(checkpoint.tensors[name].any())]:
+        accepted = "zeros or none: it has not lost them, or they were trained since and fit its other weights"
+        got = f"biases of query and value that are not zero ({theirs(checkpoint, trained)})"
+        raise checks.bad(where, got, accepted)
+    if lost := [name for name in names if name not in original.tensors]:
+        got = f"{original.where}, without {theirs(original, lost)}"
+        raise checks.bad("biases_from", got, "a checkpoint that has all of them")
+    found = {name: original.tensors[name] for name in names}
+    if not any(bool(tensor.any()) for tensor in found.values()):
+        got = f"{original.where}, in which all of them are zero"
+        raise checks.bad("biases_from", got, "one that has not lost them")
+    for name, tensor in found.items():
+        beside = checkpoint.tensors.get(re.sub(r"[qv]_bias$", "proj.bias", name))
+        if beside is not None and tensor.shape != beside.shape:
+            got = f"{original.where}, {theirs(original, [name])} of shape {tuple(tensor.shape)}"
+            raise checks.bad("biases_from", got, f"{tuple(beside.shape)}, the width of {where}")
+    missing = len(names) - len(own)
+    state = {0: "all zero", len(names): "missing"}.get(missing, f"zero, {missing} of them missing,")
+    checkpoint.tensors |= found
+    return f"{len(names)} biases of query and value, {state} in the file, put back from {original.where}"
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
+    """The remark of `put_back`, and a warning where other weights are not the original's.
 
-
-def _value(checkpoint: Checkpoint, layout: Layout, ours: str) -> Tensor:
-    """One of our parameters, as the checkpoint has it."""
-    pieces = [checkpoint.tensors[name] for name in layout.theirs(ours)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    Args:
+        remark: What was done.
+        checkpoint: The one that was repaired.
+        original: Where its biases are from.
+        names: Parameters that are read from the checkpoint.
+    """
+    shared = [name for name in names if name in original.tensors and not name.endswith(BIASES)]
+    changed, apart, size = 0, 0.0, 0.0
+    for name in shared:
+        value, before = checkpoint.tensors[name], original.tensors[name]
+        same_shape = value.shape == before.shape
+        # As the checkpoint keeps it: a copy in half precision has rounded what it had.
+        changed += not (same_shape and torch.equal(value, before.to(value.dtype)))
+        apart += _energy(value.double() - before.double() if same_shape else value)
+        size += _energy(before)
+    if not changed:
+        return (f"{remark}; the other {len(shared)} weights that both have are the same",)
+    distance = (apart / size) ** 0.5 if size else float("inf")
+    trained = "the model was trained on without these biases, and may be better as it was: compare both"
+    what = trained if distance < 1 else "this looks like another model than the original"
+    differ = f"{changed} of {len(shared)} weights that both have differ from {original.where}"
+    return remark, f"{differ} (relative difference of all together {distance:.1e}): {what}"
 
 
 def _energy(value: Tensor) -> float:

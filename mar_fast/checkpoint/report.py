@@ -1,5 +1,6 @@
 """LoadReport: what `from_pretrained` did, for people and for programs."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -50,38 +51,26 @@ class LoadReport:
             f"{self.source}: {self.layout} layout, {len(self.read)} tensors read, "
             f"{self.parameters / 1e6:.2f} M parameters"
         ]
-        for title, notes in (
-            ("left at their initial value", self.initial),
-            ("ignored", self.ignored),
-            ("configuration", tuple(self._valued())),
+        fields = tuple(Note(f"{name} {getattr(self.config, name)}", reason) for name, reason in self.origins)
+        for title, notes, most in (
+            ("left at their initial value", self.initial, 12),
+            ("ignored", self.ignored, 12),
+            ("configuration", fields, len(fields)),
         ):
             if notes:
                 lines.append(f"{title}:")
-                most = len(notes) if title == "configuration" else 12
-                lines += [f"  {_listed(names, most)}: {reason}" for reason, names in _by_reason(notes)]
+            by_reason = groupby(sorted(notes, key=lambda note: note.reason), lambda note: note.reason)
+            lines += [f"  {some([note.name for note in group], most)}: {reason}" for reason, group in by_reason]
         lines += [f"note: {remark}" for remark in self.remarks]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            **asdict(self),
-            **{
-                name: {note.name: note.reason for note in getattr(self, name)}
-                for name in ("initial", "ignored", "origins")
-            },
-        }
-
-    def _valued(self) -> list[Note]:
-        return [Note(f"{note.name} {getattr(self.config, note.name)}", note.reason) for note in self.origins]
+        return asdict(self) | {name: dict(getattr(self, name)) for name in ("initial", "ignored", "origins")}
 
 
-def _by_reason(notes: tuple[Note, ...]) -> list[tuple[str, list[str]]]:
-    ordered = sorted(notes, key=lambda note: note.reason)
-    return [(reason, [note.name for note in group]) for reason, group in groupby(ordered, lambda note: note.reason)]
-
-
-def _listed(names: list[str], most: int) -> str:
+def some(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of these names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more

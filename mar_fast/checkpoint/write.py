@@ -14,7 +14,7 @@ from ..files import may_write, write_whole, write_whole_folder
 from ..kernels import checks
 from ..model import MAR
 from . import huggingface
-from .layouts import FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face
+from .layouts import EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, matters
 from .read import METADATA_KEY
 
 LayoutName = Literal["mar_fast", "mar", "videomae", "hf"]
@@ -128,42 +128,40 @@ def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
     """
     if layout == "mar_fast":
         return OURS
-    if layout == "hf":
-        return hugging_face(huggingface.kind_for(config))
-    title = {"mar": "MAR's layout", "videomae": "VideoMAE's layout"}[layout]
+    hf, linear, decoder = layout == "hf", config.classifier == "linear", config.decoder_depth > 0
+    title = {"mar": "MAR's layout", "videomae": "VideoMAE's layout", "hf": "Hugging Face's layout"}[layout]
 
-    def refuse(field: str, accepted: str) -> ValueError:
-        return checks.bad(f"{field}, for {title}", repr(getattr(config, field)), accepted)
+    def need(field: str, met: bool, accepted: str) -> None:
+        if not met:
+            raise checks.bad(f"{field}, for {title}", repr(getattr(config, field)), accepted)
 
-    if config.position_grid not in (None, config.grid):
-        raise refuse("position_grid", "None: its models make the table for the clip's own grid")
-    linear = config.classifier == "linear"
-    eps = {
-        "encoder_eps": True,
-        "final_norm_eps": config.final_norm,
-        "classifier_norm_eps": config.classifier is not None,
-        "bridge_eps": config.classifier == "bridging",
-        "decoder_eps": bool(config.decoder_depth),
-        "decoder_norm_eps": bool(config.decoder_depth),
-    }
-    for field, matters in eps.items():
-        if matters and getattr(config, field) != 1e-6:
-            raise refuse(field, f"1e-06, the eps of all its norms (load with {field}=1e-6 to change it)")
     if layout == "mar":
-        if config.classifier != "bridging":
-            raise refuse("classifier", "'bridging', which every MAR has")
-        if not config.final_norm:
-            raise refuse("final_norm", "True: its encoder ends with a norm")
-        return MAR_LAYOUT
-    if config.classifier == "bridging":
-        raise refuse("classifier", "'linear' or None: it has no bridging classifier (load with classifier=None)")
-    if linear and config.final_norm:
-        raise refuse("final_norm", "False: its mean-pooling classifier has no norm before the mean")
-    if linear and config.decoder_depth:
-        raise refuse("decoder_depth", "0: its classifier has no pixel decoder (load with decoder_depth=0)")
-    if not linear and not config.final_norm:
-        raise refuse("final_norm", "True: its pre-training encoder ends with a norm")
-    return FINE_TUNED if linear else PRETRAINING
+        need("classifier", config.classifier == "bridging", "'bridging', which every MAR has")
+        need("final_norm", config.final_norm, "True: its encoder ends with a norm")
+    else:
+        bridging = "it has no bridging classifier (load with classifier=None)"
+        need("classifier", config.classifier != "bridging", f"'linear' or None: {bridging}")
+        lone = "its classifier has no pixel decoder (load with decoder_depth=0)"
+        need("decoder_depth", not (linear and decoder), f"0: {lone}")
+        need("final_norm", not (linear and config.final_norm), "False: its mean-pooling classifier has no norm before")
+        need("final_norm", hf or linear or config.final_norm, "True: its pre-training encoder ends with a norm")
+    maker = "transformers makes" if hf else "its models make"
+    own_grid = f"None: {maker} the table for the clip's own grid"
+    need("position_grid", config.position_grid in (None, config.grid), own_grid)
+    square = config.patch_size[1] == config.patch_size[2]
+    need("patch_size", not (hf and decoder) or square, "a square one: transformers' pixel decoder takes no other")
+    for field in EPS:
+        if not matters(config, field):
+            continue
+        eps, why = 1e-6, "the eps of all its norms"
+        if hf and field in huggingface.FIXED_EPS_FIELDS:
+            eps, why = huggingface.FIXED_EPS, "which transformers fixes"
+        elif hf:
+            eps, why = config.encoder_eps, "as encoder_eps: transformers has one layer_norm_eps"
+        need(field, getattr(config, field) == eps, f"{eps}, {why} (load with {field}={eps} to change it)")
+    if hf:
+        return hugging_face(huggingface.kind_for(config))
+    return MAR_LAYOUT if layout == "mar" else FINE_TUNED if linear else PRETRAINING
 
 
 def named_tensors(model: MAR, layout: Layout) -> dict[str, Tensor]:

@@ -119,16 +119,6 @@ def test_two_sets_of_weights(tmp_path):
     assert same_weights(from_pretrained(tmp_path / "a.pth", model_key="model_ema", **told), smooth)
 
 
-def test_args_tell_the_size(tmp_path):
-    """VideoMAE's own files keep num_frames and input_size: that is the grid of the position table."""
-    model = small_model(**PRETRAINING, image_size=(64, 64))
-    content = {"model": model.state_dict(), "args": argparse.Namespace(num_frames=6, input_size=64)}
-    torch.save(content, tmp_path / "a.pth")
-    back = from_pretrained(tmp_path / "a.pth", num_heads=3, decoder_num_heads=3)
-    assert back.config.num_frames == 6 and back.config.image_size == (64, 64) and back.config.position_grid is None
-    assert {note.name: note.reason for note in back.load_report.origins}["num_frames"] == "args in the file"
-
-
 def test_known_sizes():
     """ViT-B, ViT-L, ... need no number of heads; here with one narrow MLP, which is quick."""
     for width, depth, heads in ((768, 12, 12), (384, 12, 6)):
@@ -156,13 +146,6 @@ def test_mean_and_std_of_a_mar_file():
 def pretraining_file(folder, **changes):
     model = small_model(**PRETRAINING)
     return model, save_checkpoint(model, folder / "pre.safetensors", layout="videomae", **changes)
-
-
-def test_pretraining_gives_no_classifier(tmp_path):
-    _, path = pretraining_file(tmp_path)
-    model = from_pretrained(path)
-    assert model.classifier is None and model.config.mask_ratio == 0 and model.decoder is not None
-    assert model(clip()).logits is None
 
 
 @pytest.mark.parametrize("kind", [None, "bridging", "linear"])

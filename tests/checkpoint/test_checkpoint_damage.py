@@ -104,6 +104,20 @@ DAMAGE = {
     ),
     "value bias lost": ("fine-tuned", drop("blocks.1.attn.v_bias"), r"1 missing .*biases of query and value are lost"),
     "key lost": ("hf", drop("layer.1.attention.attention.key"), r"1 missing \(videomae.encoder.layer.1.attention.attention.key"),
+    "key of a block more": (
+        "hf", add(videomae__encoder__layer__2__attention__attention__key__weight=torch.ones(96, 96)), "14 missing .*layer.2",
+    ),
+    "key of another shape": (
+        "hf", change("videomae.encoder.layer.1.attention.attention.key.weight", lambda w: w[:95]),
+        r"key.weight torch.float32 \(95, 96\), .*expected three matrices",
+    ),
+    "key of integers": (
+        "hf", change("videomae.encoder.layer.1.attention.attention.key.weight", torch.Tensor.long), "key.weight torch.int64",
+    ),
+    "query, key and value of integers": (
+        "hf", lambda state: state.update({n: t.long() for n, t in state.items() if "layer.1.attention.attention" in n and t.ndim == 2}),
+        r"1 of another shape or dtype .*got torch.int64",
+    ),
     "extra": ("mar", add(cls_head__scale=torch.ones(3)), r"1 unknown \(cls_head.scale\), expected none, or allow_unknown="),
     "layer scale": ("fine-tuned", add(blocks__0__gamma_1=torch.ones(96)), r"1 unknown \(blocks.0.gamma_1\)"),
     "key bias of NaN": (

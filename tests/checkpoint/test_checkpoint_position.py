@@ -144,13 +144,17 @@ def test_size_that_the_file_does_not_say():
 
 
 def test_args_in_the_file_say_it(tmp_path):
+    """VideoMAE's own files keep num_frames and input_size: that is the grid of the position table."""
     content = {
         "model": small_model(**{**PRETRAINING, **SOURCE}).state_dict(),
         "args": argparse.Namespace(num_frames=8, input_size=64),
     }
     torch.save(content, tmp_path / "a.pth")
-    model = from_pretrained(tmp_path / "a.pth", num_heads=3, decoder_num_heads=3, num_frames=16)
-    assert model.config.position_grid == (4, 4, 4) and model.config.image_size == (64, 64)
+    for num_frames, grid, origin in ((8, None, "args in the file"), (16, (4, 4, 4), "given")):
+        told = {} if origin != "given" else dict(num_frames=num_frames)
+        model = from_pretrained(tmp_path / "a.pth", num_heads=3, decoder_num_heads=3, **told)
+        assert (model.config.num_frames, model.config.position_grid) == (num_frames, grid)
+        assert model.config.image_size == (64, 64) and dict(model.load_report.origins)["num_frames"] == origin
 
 
 def test_position_table_in_a_mar_file():
@@ -180,6 +184,7 @@ BAD = {
         "position: got 'formula', expected None where position_g",
     ),
     "grid": (dict(position_grid=(0, 1, 1)), r"position_grid: got \(0, 1, 1\), expected 3 whole numbers above 0"),
+    "type": (dict(position_grid=8), "position_grid: got 8, expected a tuple"),
     "frames": (dict(num_frames=5), "num_frames: got 5, expected a multiple of the patch's 2"),
     "size": (dict(image_size=(60, 64)), "image_size: got 60, expected a multiple"),
 }
@@ -189,10 +194,5 @@ BAD = {
 def test_bad_positions(tmp_path, case):
     overrides, message = BAD[case]
     path = save_checkpoint(small_model(**SOURCE), tmp_path / "a.safetensors", layout="mar")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if case == "type" else ValueError, match=message):
         from_pretrained(path, **overrides)
-
-
-def test_a_grid_of_another_type():
-    with pytest.raises(TypeError, match="position_grid: got 8, expected a tuple"):
-        small_config(position_grid=8)

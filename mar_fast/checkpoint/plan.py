@@ -1,0 +1,248 @@
+"""From what a checkpoint says and what the caller asks for to one `MARConfig`, with the origin of every field."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config import MARConfig, known_decoder_heads, known_heads
+from ..kernels import checks
+from .layouts import matters, part_of
+from .sources import FIELDS, PATCH_EMBED, TOKEN_0, Checkpoint, Said, say
+
+Position = Literal["formula", "interpolate"]
+
+_SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_size", "num_classes")
+"""How the fields end that a checkpoint fixes, by shapes and, for heads, by its configuration."""
+_BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model to build.
+
+    Attributes:
+        config: Its configuration.
+        origins: Field -> where its value came from, for those that were not left at the default.
+        fresh: Part -> why it is made anew and not read from the checkpoint.
+        dropped: Part -> why it is not read although the checkpoint has it.
+        remarks: On position tables.
+    """
+
+    config: MARConfig
+    origins: dict[str, str]
+    fresh: dict[str, str]
+    dropped: dict[str, str]
+    remarks: tuple[str, ...]
+
+
+def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, overrides: Mapping[str, Any]) -> Plan:
+    """Decide on every field.
+
+    Args:
+        checkpoint: The tensors and what their source says.
+        position: As in `from_pretrained`.
+        new_head: The caller allows a last layer of another size.
+        overrides: Fields of `MARConfig` given by the caller.
+
+    Raises:
+        ValueError, TypeError: overrides that contradict the checkpoint, or something that cannot be known without.
+    """
+    for name in overrides:
+        if name not in FIELDS:
+            raise checks.bad_type(name, "an unknown argument", "one of " + ", ".join(sorted(FIELDS)))
+    if position not in (None, "formula", "interpolate"):
+        raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
+    overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
+    said, guessed = _said(checkpoint, overrides)
+    fresh, dropped = _parts(checkpoint, said, overrides)
+    unread = fresh.keys() | dropped.keys()
+    # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
+    said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
+    if "classifier" in unread:
+        said.pop("mask_ratio", None)
+    if "decoder" in unread:
+        del said["decoder_depth"]
+    grid_said = {"num_frames", "image_size"} <= said.keys()
+    for name, usual in (("num_frames", 16), ("image_size", (224, 224))):
+        said.setdefault(name, (usual, "assumed: the file does not say"))
+    grid, remarks = _position(checkpoint, said, grid_said, position, overrides)
+    said["position_grid"] = grid, "the checkpoint's grid"
+
+    for name, value in overrides.items():
+        may_differ = name in guessed or (name == "num_classes" and new_head)
+        if name in said and name.endswith(_SIZES) and not may_differ and not _agree(value, said[name][0]):
+            more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
+            raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")
+        said[name] = value, "given"
+    ratio = 0.5 if said["classifier"][0] == "bridging" else 0.0
+    said.setdefault("mask_ratio", (ratio, "default: 0.5 with a bridging classifier, else 0, the dense model"))
+    values = {name: value for name, (value, _) in said.items()}
+    for part, prefix in (("encoder", ""), ("decoder", "decoder_"), ("classifier", "bridge_")):
+        heads, depth = f"{prefix}num_heads", values.get(f"{prefix}depth")
+        if part not in unread and depth and heads not in values:
+            deep = f" and {depth} deep" if part == "encoder" else ""
+            wide = f"{values[f'{prefix}embed_dim']} wide{deep}"
+            got = f"none for {checkpoint.where}: it does not say, and no known model is {wide}"
+            raise checks.bad(heads, got, f"{heads}=, the number of attention heads of the {part}")
+    config = MARConfig(**values)
+    origins = {name: origin for name, (_, origin) in said.items() if matters(config, name)}
+    return Plan(config, origins, fresh, dropped, remarks)
+
+
+def _agree(given: object, known: object) -> bool:
+    if isinstance(given, float) and isinstance(known, float):
+        return abs(given - known) < 1e-6
+    return (tuple(given) if isinstance(given, list) else given) == known
+
+
+def _said(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, set[str]]:
+    """All that is known, and which of it goes by known models and not by the checkpoint: the caller may know better.
+
+    A part that ``overrides`` leave out is not looked at.
+    """
+    if not checkpoint.said:
+        return dict(checkpoint.own), set()
+    shapes, heads = _sizes(checkpoint, overrides)
+    for name in [name for name in checkpoint.said if name in shapes]:
+        (value, origin), (known, shape) = checkpoint.said[name], shapes[name]
+        if value != known:
+            raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
+    final_norm = say("entries in the file", final_norm=checkpoint.has("final_norm"))
+    said = heads | checkpoint.own | final_norm | checkpoint.said | shapes
+    return said, {name for name in heads if said[name] == heads[name]}
+
+
+def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, Said]:
+    """The fields that shapes and numbers of blocks give; and numbers of heads, by the known models of these sizes."""
+    tensors, theirs, layout = checkpoint.tensors, checkpoint.layout.theirs, checkpoint.layout.title
+
+    def shape(ours: str, ndim: int = 2) -> tuple[int, ...]:
+        name = theirs(ours)[0]
+        if ours not in tensors:
+            hint = f"{name}, from which sizes are read, or the argument that leaves this part out"
+            raise checks.bad(checkpoint.where, f"no {name} ({layout} layout)", hint)
+        size = tuple(tensors[ours].shape)
+        if len(size) != ndim or 0 in size:
+            raise checks.bad(f"{checkpoint.where}, {name}", f"shape {size}", f"{ndim} dimensions, none of them 0")
+        return size
+
+    _, channels, *patch = shape(PATCH_EMBED, 5)
+    sizes = say(f"shape of {theirs(PATCH_EMBED)[0]}", channels=channels, patch_size=tuple(patch))
+    stacks = {"encoder": ("", PATCH_EMBED)}
+    kind, head = checkpoint.said["classifier"][0], "classifier.head.weight"
+    if overrides.get("classifier", kind) == kind and checkpoint.has("classifier"):
+        if head in tensors:
+            sizes |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head)[0])
+        if kind == "bridging":
+            stacks["classifier"] = ("bridge_", "classifier.proj.weight")
+    if checkpoint.has("decoder") and overrides.get("decoder_depth") != 0:
+        stacks["decoder"] = ("decoder_", "encoder_to_decoder.weight")
+    else:
+        sizes |= say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
+    heads: Said = {}
+    for stem, (prefix, weight) in stacks.items():
+        width = shape(weight, 5 if weight == PATCH_EMBED else 2)[0]
+        depth = checkpoint.depth(stem)
+        if not depth:
+            raise checks.bad(checkpoint.where, f"no blocks of the {stem} ({layout} layout)", "one or more")
+        # Another block's where the first one lacks it: a missing entry is named by the check of all names.
+        fc1 = [f"{stem}.blocks.{i}.mlp.fc1.weight" for i in range(depth)]
+        ratio = shape(next((name for name in fc1 if name in tensors), fc1[0]))[0] / width
+        sizes |= say(f"shape of {theirs(weight)[0]}", **{f"{prefix}embed_dim": width})
+        sizes |= say("blocks in the file", **{f"{prefix}depth": depth, f"{prefix}mlp_ratio": ratio})
+        known, model = {
+            "encoder": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
+            "classifier": (_BRIDGE_HEADS.get(width), "the bridging classifier of the paper"),
+            "decoder": (known_decoder_heads(width), f"the known decoder that is {width} wide"),
+        }[stem]
+        if known:
+            heads |= say(model, **{f"{prefix}num_heads": known})
+    return sizes, heads
+
+
+def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Which parts are made anew, and which are left out, by the caller's wish."""
+    fresh: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    kind = said["classifier"][0]
+    wanted = overrides.get("classifier", kind)
+    if wanted is None and kind is None and "num_classes" in overrides and "classifier" not in overrides:
+        wanted = "bridging"
+        said["classifier"] = (wanted, "num_classes is given: a new one, as MAR fine-tunes")
+    if kind == TOKEN_0 and wanted in (TOKEN_0, "linear"):
+        got = "a classifier that reads token 0 after the last norm (no mean pooling), which no MARConfig expresses"
+        accepted = "one that averages over tokens (fc_norm); classifier=None reads the encoder alone"
+        raise checks.bad(checkpoint.where, got, accepted)
+    if wanted != kind:
+        if kind is not None:
+            dropped["classifier"] = f"classifier={wanted!r} was asked for"
+        if wanted is not None:
+            fresh["classifier"] = f"new: the file has no {wanted} classifier"
+            if "num_classes" not in overrides:
+                accepted = f"num_classes=, since the file has no {wanted} classifier and a new one is made"
+                raise checks.bad("num_classes", "none", accepted)
+    depth = said["decoder_depth"][0]
+    if depth and overrides.get("decoder_depth") == 0:
+        dropped["decoder"] = "decoder_depth=0 was asked for"
+    elif not depth and overrides.get("decoder_depth"):
+        fresh["decoder"] = "new: the file has no pixel decoder"
+    if overrides.get("final_norm") is False and checkpoint.has("final_norm"):
+        dropped["final_norm"] = "final_norm=False was asked for"
+    elif overrides.get("final_norm") and not said["final_norm"][0]:
+        fresh["final_norm"] = "new: the file has no last norm"
+    return fresh, dropped
+
+
+def _position(
+    checkpoint: Checkpoint, said: Said, grid_said: bool, position: Position | None, overrides: Mapping[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    """The grid that position tables are made for, None for the model's own, and what there is to say about it."""
+    if "position_grid" in overrides:
+        if position is not None:
+            raise checks.bad("position", repr(position), "None where position_grid is given")
+        return None, ("position table: interpolated from the position_grid given",)
+    (frames, _), (size, _), (patch, _) = said["num_frames"], said["image_size"], said["patch_size"]
+    own = said.get("position_grid", (None, ""))[0]
+    new_frames, new_size = overrides.get("num_frames", frames), overrides.get("image_size", size)
+    same = new_frames == frames and _agree(new_size, size)
+    new, base = _grid(new_frames, new_size, patch), own or _grid(frames, size, patch)
+    tokens = checkpoint.position_tokens
+    if tokens is not None and base is not None:
+        confirmed = tokens == math.prod(base)
+        if not confirmed and (grid_said or (not same and tokens != (new and math.prod(new)))):
+            got = f"a position table of {tokens} tokens"
+            raise checks.bad(checkpoint.where, got, f"{math.prod(base)}, for {frames} frames of {size[0]} x {size[1]}")
+        if not confirmed and same:
+            got = f"none for {checkpoint.where}, whose position table has {tokens} tokens"
+            raise checks.bad("num_frames and image_size", got, "the size of clip that it was trained on")
+        # The table confirms the usual size or, where it does not, the one that the caller gives.
+        base, grid_said = base if confirmed else new, True
+    if same:
+        return own, ()
+    if new is None or new == base:
+        return None, ()
+    if position is None and not grid_said:
+        accepted = (
+            f"'formula' if the checkpoint was trained on clips of this size, or 'interpolate' from {frames} frames of "
+            f"{size[0]} x {size[1]}, the usual ones: the file does not say"
+        )
+        raise checks.bad("position", f"none, with clips of another size than {frames} x {size}", accepted)
+    if position == "formula":
+        its = f"; the checkpoint's grid is {base}" if grid_said else ""
+        return None, (f"position table: by the formula for the grid {new}{its}",)
+    if base is None:
+        got = f"none, and clips of {frames} frames of {size[0]} x {size[1]} do not fit the patch {patch}"
+        raise checks.bad("position_grid", got, "the grid that the checkpoint was trained with")
+    how = "as asked for" if position else "the default where the size of clips differs; position='formula' is the other"
+    if not grid_said:
+        how += "; the checkpoint's size is assumed, since the file does not say"
+    return base, (f"position table: interpolated from the checkpoint's grid {base} to {new}: {how}",)
+
+
+def _grid(frames: Any, size: Any, patch: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """Tubelets; None where the sizes do not fit, which `MARConfig` will say."""
+    try:
+        return MARConfig(num_frames=frames, image_size=size, patch_size=patch, mask_ratio=0.0).grid
+    except (TypeError, ValueError):
+        return None

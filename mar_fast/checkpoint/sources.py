@@ -1,0 +1,287 @@
+"""The door: a file of any source to one state dict in our names, and what the source says about the configuration.
+
+What comes after this knows our names only; theirs are kept for messages.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import MARConfig
+from ..kernels import checks
+from ..layers import sinusoid_table
+from . import huggingface
+from .layouts import BIASES, EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, part_of
+from .read import File
+
+FIELDS = tuple(item.name for item in fields(MARConfig))
+PATCH_EMBED = "encoder.patch_embed.proj.weight"
+TOKEN_0 = "token 0"
+"""A linear classifier that reads token 0 after the last norm (no mean pooling), which no `MARConfig` expresses."""
+Said = dict[str, tuple[Any, str]]
+"""Field of `MARConfig` -> (value, where it is said)."""
+
+# Position tables are not learned in any layout, but MAR and some trainers save them, by these names.
+_TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed")
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A checkpoint in our vocabulary.
+
+    Attributes:
+        where: The source, for messages.
+        layout: What the source calls our parameters, for messages.
+        tensors: A state dict by our names.
+        said: What the source says about the configuration, shapes apart; empty where ``own`` is all that counts.
+        own: All fields, by mar_fast's own configuration in the file; empty where it has none.
+        unused: Entries, by the source's names, that are not needed, and why.
+        unknown: Entries, by the source's names, that are no parameters, and what is wrong with them.
+        absent: Parameters, by our names, that may be missing, and what that means.
+        position_tokens: Tokens of the position tables in the file; None where there are none.
+        labels: Names of the classes.
+        remarks: What else there is to know.
+        warnings: What may be wrong.
+    """
+
+    where: str
+    layout: Layout
+    tensors: dict[str, Tensor]
+    said: Said
+    own: Said = field(default_factory=dict)
+    unused: dict[str, str]
+    unknown: dict[str, str]
+    absent: dict[str, str] = field(default_factory=dict)
+    position_tokens: int | None
+    labels: tuple[str, ...] | None = None
+    remarks: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    def has(self, part: str) -> bool:
+        """Whether there is anything of a part."""
+        return any(part_of(name) == part for name in self.tensors)
+
+    def depth(self, stem: str) -> int:
+        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
+        numbers = [re.match(rf"{stem}\.blocks\.(\d+)\.", name) for name in self.tensors]
+        return max((int(number[1]) + 1 for number in numbers if number), default=0)
+
+
+def convert(file: File) -> Checkpoint:
+    """Recognise the source by its names, and convert.
+
+    Raises:
+        ValueError: no source that is known, or entries that contradict each other.
+    """
+
+    def some(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in file.tensors)
+
+    own = _own_config(file)
+    if some(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
+        checkpoint = _from_hugging_face(file)
+        checkpoint.own = own
+        return checkpoint
+    if some(r"backbone\.(patch_embed|blocks)\."):
+        checkpoint = _from_mar(file)
+    elif some(r"encoder\.(patch_embed|blocks)\."):
+        checkpoint = _from_ours(file) if some(r"classifier\.") else _from_pretraining(file)
+    elif some(r"(patch_embed|blocks)\."):
+        checkpoint = _from_fine_tuned(file)
+    else:
+        first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
+        known = "MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
+        raise checks.bad(file.where, f"entries such as {first}", f"the names of {known}")
+    if own:
+        checkpoint.own, checkpoint.said = own, {}
+    return checkpoint
+
+
+def _from_ours(file: File) -> Checkpoint:
+    checkpoint = _renamed(file, OURS)
+    checkpoint.said |= say("entries in the file", classifier="linear")
+    if any(name.startswith(("classifier.proj.", "classifier.blocks.")) for name in checkpoint.tensors):
+        checkpoint.said |= say("mar_fast: always there", classifier="bridging", final_norm=True)
+    return checkpoint
+
+
+def _from_pretraining(file: File) -> Checkpoint:
+    """VideoMAE's encoder and pixel decoder; an encoder alone is read too, with a warning."""
+    checkpoint = _renamed(file, PRETRAINING)
+    checkpoint.said |= say("VideoMAE pre-training: always there", final_norm=True)
+    checkpoint.said |= say("entries in the file", classifier=None)
+    if not checkpoint.has("decoder"):
+        checkpoint.warnings.append("the encoder alone: there is no pixel decoder in the file")
+    return checkpoint
+
+
+def _from_fine_tuned(file: File) -> Checkpoint:
+    """VideoMAE's classifiers, v2 too; and its encoders alone, which end with their norm."""
+    checkpoint = _renamed(file, FINE_TUNED)
+    final_norm = checkpoint.has("final_norm")
+    # Where both are lacking the classifier has been lost, and must not pass for one that never was.
+    kind = _linear(checkpoint, final_norm) if checkpoint.has("classifier") or not final_norm else None
+    checkpoint.said |= say("entries in the file", classifier=kind)
+    return checkpoint
+
+
+def _from_mar(file: File) -> Checkpoint:
+    """MAR's original files, which keep mean and std, as constants, with the weights."""
+    checkpoint = _renamed(file, MAR_LAYOUT)
+    checkpoint.said |= say("MAR: always there", classifier="bridging", final_norm=True)
+    checkpoint.unused["cls_head.mask_token"] = "nothing in MAR uses it"
+    patch = checkpoint.tensors.get(PATCH_EMBED)
+    channels = patch.shape[1] if patch is not None and patch.ndim == 5 else 3
+    for name in ("mean", "std"):
+        if "mar_fast" in file.configs or name not in file.tensors:
+            continue
+        tensor = file.tensors[name]
+        if tensor.numel() != channels or not tensor.is_floating_point():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise checks.bad(f"{file.where}, {name}", got, f"{channels} floating-point values")
+        # The shortest decimal of a float32: 0.485, and not 0.48500001430511475.
+        values = tuple(float(str(np.float32(value))) for value in tensor.flatten().tolist())
+        if not all(0 <= value <= 1 for value in values):
+            raise checks.bad(f"{file.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
+        checkpoint.said |= say(f"{name} in the file", **{name: values})
+        checkpoint.unused[name] = "read into the configuration"
+    return checkpoint
+
+
+def _from_hugging_face(file: File) -> Checkpoint:
+    """The three classes of transformers, under either name that it has had for biases."""
+    names, kind = file.tensors, "VideoMAEModel"
+    if any(name.startswith("videomae.") for name in names):
+        decoder = any(part_of(name) == "decoder" for name in names)
+        kind = "VideoMAEForPreTraining" if decoder else "VideoMAEForVideoClassification"
+    linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
+    checkpoint = _renamed(file, hugging_face(kind, linear_biases))
+    _join_qkv(checkpoint)
+    for name, tensor in names.items():
+        if name.endswith(".attention.attention.key.bias") and is_finite(tensor):
+            checkpoint.unused[name] = "it adds the same to all scores of a query, which softmax takes out"
+    final_norm = checkpoint.has("final_norm")
+    checkpoint.said = huggingface.said(file, kind, final_norm, checkpoint.has("decoder"))
+    classifier = None
+    if kind == "VideoMAEForVideoClassification":
+        classifier = _linear(checkpoint, final_norm or checkpoint.said.get("final_norm", (False,))[0])
+    checkpoint.said |= say("entries in the file", classifier=classifier)
+    config = file.configs.get("config.json", {})
+    if not config.get("qv_bias", config.get("qkv_bias", True)):
+        blocks = [name.removesuffix("attn.qkv.weight") for name in checkpoint.tensors if name.endswith("qkv.weight")]
+        reason = "zero: config.json says that query and value have no bias"
+        checkpoint.absent = {block + bias: reason for block in blocks for bias in BIASES}
+    rates = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") if config.get(key)]
+    if rates:
+        dropout = ", ".join(f"{key} {config[key]}" for key in rates)
+        checkpoint.remarks.append(f"not carried over, without effect in evaluation: {dropout}")
+    checkpoint.labels = huggingface.labels(config)
+    return checkpoint
+
+
+def _join_qkv(checkpoint: Checkpoint) -> None:
+    """Make one weight of those of query, key and value, where all three are there."""
+    tensors = checkpoint.tensors
+    ends = (".attn.query.weight", ".attn.key.weight", ".attn.value.weight")
+    for stem in {name.rpartition(".attn.")[0] for name in tensors if name.endswith(ends)}:
+        ours = [stem + end for end in ends]
+        there = {checkpoint.layout.theirs(name)[0]: tensors[name] for name in ours if name in tensors}
+        if len(there) < 3:
+            checkpoint.unused.update(dict.fromkeys(there, f"the rest of {stem}.attn.qkv.weight is missing"))
+            continue
+        kinds = [(t.dtype in checks.FLOATS or t.dtype, tuple(t.shape), t.layout, t.device) for t in there.values()]
+        if len(set(kinds)) > 1 or len(kinds[0][1]) != 2:
+            got = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in there.items())
+            raise checks.bad(checkpoint.where, got, "three matrices of the same shape and kind")
+        tensors[f"{stem}.attn.qkv.weight"] = torch.cat([tensors.pop(name) for name in ours])
+
+
+def _linear(checkpoint: Checkpoint, final_norm: bool) -> str:
+    """The kind of a classifier without blocks: mean pooling has a norm of its own, and no last norm before it."""
+    pooled = any(name.startswith("classifier.norm.") for name in checkpoint.tensors)
+    return TOKEN_0 if final_norm and not pooled else "linear"
+
+
+def _renamed(file: File, layout: Layout) -> Checkpoint:
+    """A checkpoint by our names, with what is the same for all sources but transformers."""
+    tensors: dict[str, Tensor] = {}
+    unused: dict[str, str] = {}
+    unknown = {name: f"a {kind} and no tensor" for name, kind in file.non_tensors.items()}
+    for name, tensor in file.tensors.items():
+        if (ours := layout.ours(name)) is None:
+            unknown[name] = ""
+        else:
+            tensors[ours] = tensor
+    tables = {name: file.tensors[name] for name in _TABLES if name in file.tensors}
+    for name, table in tables.items():
+        if fault := _table_fault(table):
+            unknown[name] = fault
+        else:
+            unused[name] = "the position table of the formula, which the model makes itself"
+    tokens = {table.shape[-2] for table in tables.values() if _is_table(table)}
+    said = say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6))
+    # VideoMAE's own files keep the arguments of the run.
+    args = file.configs.get("args", {})
+    frames, size = args.get("num_frames"), args.get("input_size")
+    if isinstance(frames, int) and frames > 0:
+        said |= say("args in the file", num_frames=frames)
+    if isinstance(size, int) and size > 0:
+        said |= say("args in the file", image_size=(size, size))
+    return Checkpoint(
+        where=file.where,
+        layout=layout,
+        tensors=tensors,
+        said=said,
+        unused=unused,
+        unknown=unknown,
+        position_tokens=tokens.pop() if len(tokens) == 1 else None,
+        remarks=list(file.remarks),
+    )
+
+
+def say(origin: str, **values: Any) -> Said:
+    """Fields that one origin gives."""
+    return {name: (value, origin) for name, value in values.items()}
+
+
+def _own_config(file: File) -> Said:
+    if "mar_fast" not in file.configs:
+        return {}
+    values = file.configs["mar_fast"]
+    where = f"{file.where}, configuration of mar_fast in it"
+    if not isinstance(values, dict):
+        raise checks.bad(where, type(values).__name__, "an object of MARConfig's fields")
+    if unknown := sorted(set(values) - set(FIELDS)):
+        accepted = "fields of MARConfig; it may be of a newer mar_fast"
+        raise checks.bad(where, f"unknown fields {', '.join(unknown)}", accepted)
+    origin = "mar_fast in config.json" if "config.json" in file.configs else "the file's own configuration"
+    try:
+        return say(origin, **asdict(MARConfig(**values)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _table_fault(tensor: Tensor) -> str | None:
+    """Why a position table in a file is not the one of the formula; None where it is."""
+    if not _is_table(tensor):
+        return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    table = sinusoid_table(*tensor.shape[-2:])
+    # Half-precision files have rounded it.
+    bound = max(1e-5, torch.finfo(tensor.dtype).eps)
+    difference = float((tensor.reshape(table.shape).float() - table).abs().max())
+    return None if difference <= bound else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
+
+
+def _is_table(tensor: Tensor) -> bool:
+    if tensor.ndim not in (2, 3) or not tensor.is_floating_point():
+        return False
+    return 0 < tensor.numel() == tensor.shape[-1] * tensor.shape[-2]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether these are floating-point values without NaN and infinity."""
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
