@@ -228,7 +228,7 @@ def test_choice(backend, request):
 def test_choice_of_triton(monkeypatch):
     monkeypatch.setattr(device, "HAS_TRITON", True)
     assert device.attention_backend(cuda(torch.bfloat16)) == "triton"
-    assert device.attention_backend(cuda(torch.bfloat16), beyond="heads of at most 128, got 256") == "eager"
+    assert device.attention_backend(cuda(torch.bfloat16), limit="heads of at most 128, got 256") == "eager"
     with kernels.use_backend("triton"), pytest.raises(RuntimeError, match="runs attention_varlen with heads of"):
         device.attention_backend(cuda(torch.bfloat16), "attention_varlen", "with heads of at most 128, got 256")
 
