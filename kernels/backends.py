@@ -78,7 +78,7 @@ def xformers_attention(qkv: Tensor, scale: float, return_lse: bool = False) -> T
 def xformers_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """`attention_varlen` by xformers under a block-diagonal mask; ``max_seqlen`` is not used.
 
-    The mask needs the lengths on the host, so each call **waits for the device** and cannot be captured in a CUDA graph.
+    The mask needs lengths on the host, so each call **waits for the device** and cannot be captured in a CUDA graph.
     """
     qkv = _in_working_dtype(qkv)
     if qkv.numel() == 0:

@@ -38,8 +38,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Outside of it an op runs its Triton kernels for CUDA tensors (for any tensor with TRITON_INTERPRET=1) and plain
     PyTorch for all others; float64 always runs in plain PyTorch. If "triton" cannot run a call, the op raises
-    RuntimeError. "flash_attn" and "xformers" run ``attention`` and ``attention_varlen`` by the package of that name (see
-    `mar_fast.kernels.backends`) and leave the other ops as they are.
+    RuntimeError. "flash_attn" and "xformers" apply to ``attention`` and ``attention_varlen`` only, which then run by
+    the package of that name (see `mar_fast.kernels.backends`).
 
     Raises:
         ValueError: there is no such backend.

@@ -1,8 +1,8 @@
 """attention and attention_varlen in Triton: FlashAttention-2 (arXiv 2307.08691) on packed qkv. The forward pass.
 
-One program takes BLOCK_M queries of one head and walks over the keys in tiles of BLOCK_N, with a running softmax; the
-scores never leave the chip. What is left over at the end of the keys is a smaller tile of its own, so that 784 tokens
-cost 12 * 64 + 16 keys and not 13 * 64: only this tile is masked.
+One program takes BLOCK_M queries of one head and loops over the keys in tiles of BLOCK_N, with an online softmax; the
+scores never leave the chip. The remainder of the keys is a smaller tile, and only that one is masked: 784 tokens cost
+12 * 64 + 16 keys, not 13 * 64.
 """
 
 import torch
@@ -39,14 +39,12 @@ def attend(
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax."""
+    """Add one tile of keys to the online softmax."""
     # [BLOCK_M, BLOCK_N]
     if RESIDENT:
         b_s = inner(b_q, load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
     else:
-        b_s = inner_of_loaded(
-            query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )  # fmt: skip
+        b_s = inner_of_loaded(query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     if MASKED:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
@@ -70,7 +68,7 @@ def attend_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries from ``start`` on."""
+    """Attention of BLOCK_M queries from ``start`` on."""
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < length
     query += tl.cast(start, tl.int64) * row_stride
@@ -97,7 +95,7 @@ def attend_tile(
     out += tl.cast(start, tl.int64) * out_stride
     store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM)
     if lse is not None:
-        # What pads a row is written too: outputs of an op are the same every time, all of them.
+        # The padding of a row is written too: every value of an op's outputs must be the same each time.
         tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=start + o_m < lse_length)
 
 
@@ -109,11 +107,11 @@ def attention_forward_kernel(
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strides of qkv come divided by VEC, so that the compiler sees that loads of VEC values are aligned.
+    """Strides of qkv are divided by VEC, so that the compiler sees that loads of VEC values are aligned.
 
-    Where not RESIDENT, the tile that a program owns is loaded anew for each tile that it meets. Kept, it would fill
-    registers all along, in float32 twice (as a rounded part and a rest). ``nothing`` is 0, unknown to the compiler,
-    which would otherwise move these loads out of the loop.
+    Unless RESIDENT, the tile that a program owns is loaded again for each tile that it meets: kept, it would occupy
+    registers in the whole loop, in float32 twice (rounded part and remainder). ``nothing`` is 0, but the compiler does
+    not know that and so cannot move these loads out of the loop.
     """
     tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
     row_stride = row_stride * VEC
@@ -182,18 +180,18 @@ def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged:
     return by_head_dim(_HALF, arch, head_dim)
 
 
-# Architectures, and head sizes up to which float32 was compared on hardware, a size for each row of the tables: H200,
-# Triton 3.6, 663e046. Elsewhere float32 runs in plain PyTorch.
-_PROVED_IN_FLOAT32 = {"sm_90": 128}
+# Up to which head size float32 was verified on hardware, with a size for each row of the tables: H200, Triton 3.6,
+# 663e046.
+_VERIFIED_IN_FLOAT32 = {"sm_90": 128}
 
 
-def proved_in_float32(arch: str, head_dim: int) -> bool:
-    """Whether float32 attention on a GPU goes by these kernels, where nothing else is asked for."""
-    return head_dim <= _PROVED_IN_FLOAT32.get(arch, 0)
+def verified_in_float32(arch: str, head_dim: int) -> bool:
+    """Whether float32 attention takes these kernels by default; otherwise it runs in plain PyTorch."""
+    return head_dim <= _VERIFIED_IN_FLOAT32.get(arch, 0)
 
 
 def outputs(qkv: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
-    """out (B, N, H * d), and the log-sum-exp (B, H, `lse_row` (N)) float32, of which the first N are meant."""
+    """out (B, N, H * d), and the log-sum-exp (B, H, `lse_row` (N)) float32: the first N of each row, then padding."""
     batch, count, _, heads, head_dim = qkv.shape
     out = torch.empty((batch, count, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     if not save:
@@ -211,7 +209,7 @@ def outputs_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: floa
 
 
 def forward(qkv: Tensor, scale: float, save: bool) -> Run:
-    """Attention within each clip; the log-sum-exp is written where it is to be saved."""
+    """Attention within each clip; with ``save`` also the log-sum-exp."""
     count = qkv.shape[1]
     if qkv.numel() == 0:
         return lambda qkv: outputs(qkv, scale, save)
@@ -226,7 +224,7 @@ def forward(qkv: Tensor, scale: float, save: bool) -> Run:
 
 
 def forward_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> Run:
-    """The same for ragged clips."""
+    """`forward` for ragged clips."""
     if qkv.numel() == 0:
         return lambda qkv, cu_seqlens: outputs_varlen(qkv, cu_seqlens, max_seqlen, scale, save)
     launch = _launch(qkv, cu_seqlens, max_seqlen, qkv.shape[0], scale)
@@ -240,7 +238,7 @@ def forward_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: floa
 
 
 def _launch(qkv: Tensor, cu_seqlens: Tensor | None, tokens: int, lse_stride: int, scale: float) -> Launch:
-    """For clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many."""
+    """For clips of ``tokens`` each, or of at most so many with ``cu_seqlens``."""
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
     clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -250,12 +248,18 @@ def _launch(qkv: Tensor, cu_seqlens: Tensor | None, tokens: int, lse_stride: int
     tiles = triton.cdiv(tokens, tile.block_m)
     last = tokens % tile.block_m
     return Launch(
-        attention_forward_kernel, (tiles * heads * clips,),
-        (tokens, tiles, heads, *strides, lse_stride, 0, scale * LOG2_E), choice, (copied, scattered(cu_seqlens)),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TAIL=tail(tokens, tile.block_n, ragged, tile.resident),
-        HALVE_LAST=tile.block_m >= 64 and (ragged or 0 < last <= tile.block_m // 2), VARLEN=ragged,
+        attention_forward_kernel,
+        (tiles * heads * clips,),
+        (tokens, tiles, heads, *strides, lse_stride, 0, scale * LOG2_E),
+        choice,
+        (copied, scattered(cu_seqlens)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        TAIL=tail(tokens, tile.block_n, ragged, tile.resident),
+        HALVE_LAST=tile.block_m >= 64 and (ragged or 0 < last <= tile.block_m // 2),
+        VARLEN=ragged,
         **shape_constants(qkv, tile, vector),
-    )  # fmt: skip
+    )
 
 
 attention = Op(

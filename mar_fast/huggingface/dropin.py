@@ -180,7 +180,7 @@ def register_attention() -> None:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     transformers.AttentionInterface.register("mar_fast", _attention)
-    # Without a mask function transformers would silently drop a padding mask; with one, the mask arrives and is refused.
+    # Without a mask function transformers silently drops a padding mask; with one the mask arrives and is refused.
     AttentionMaskInterface.register("mar_fast", sdpa_mask)
 
 
