@@ -40,15 +40,7 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: An
 
 
 def attention_varlen_backward(
-    grad: Any,
-    grad_lse: Any,
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    out: Any,
-    lse: Any,
-    max_seqlen: int,
-    *rest: Any,
-    **options: Any,
+    grad: Any, grad_lse: Any, qkv: Any, cu_seqlens: Any, out: Any, lse: Any, max_seqlen: int, *rest: Any, **options: Any
 ) -> int:
     """qkv (total, 3, H, d)."""
     return _varlen(BACKWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)

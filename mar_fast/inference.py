@@ -9,7 +9,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -24,16 +24,6 @@ Backend = Literal["inductor", "graph"]
 # The first call compiles and loads kernels, the second records inductor's CUDA graphs, the third replays them.
 _WARM_CALLS = 3
 _GRAPH_DEVICES = ("cuda",)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __repr__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {self.shape} on {self.device}"
 
 
 class CompiledModel:
@@ -66,18 +56,14 @@ class CompiledModel:
         """
         got = _described(arguments)
         if got != self._accepted:
-            raise checks.bad("arguments", _text(got), f"{_text(self._accepted)}, which it was compiled for")
+            raise checks.bad("arguments", got, f"{self._accepted}, which it was compiled for")
         # As it was compiled.
         with torch.inference_mode(False), torch.no_grad():
             return self._run(*arguments)
 
 
 def compile_for_inference(
-    model: nn.Module,
-    example: Tensor | tuple[Any, ...],
-    *,
-    backend: Backend = "inductor",
-    autotune: bool | None = None,
+    model: nn.Module, example: Tensor | tuple[Any, ...], *, backend: Backend = "inductor", autotune: bool | None = None
 ) -> CompiledModel:
     """Compile ``model`` for calls like ``model(*example)``: fixed shapes, constant weights, no gradients.
 
@@ -251,12 +237,12 @@ def _parts(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, tuple | list) else None
 
 
-def _described(value: Any) -> Any:
+def _described(value: Any) -> str:
     """What a call must share with the example: shapes, dtypes and devices of tensors, and all other values."""
     if isinstance(value, Tensor):
-        return _Shape(tuple(value.shape), value.dtype, value.device)
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     parts = _parts(value)
-    return value if parts is None else [type(value), *map(_described, parts)]
+    return repr(value) if parts is None else f"{type(value).__name__}({', '.join(map(_described, parts))})"
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -277,9 +263,3 @@ def _cloned(value: Any) -> Any:
         return part
 
     return pytree.tree_map(leaf, value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{value[0].__name__}({', '.join(_text(part) for part in value[1:])})"
-    return repr(value)

@@ -223,16 +223,7 @@ def _written(grad_normed, residual, layer_scale, row_scale, x_dtype: torch.dtype
 
 
 def gradients(
-    grad_normed,
-    grad_residual,
-    residual,
-    statistics,
-    weight,
-    bias,
-    x,
-    layer_scale,
-    row_scale,
-    *options: Any,
+    grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale, *options: Any
 ) -> list[Tensor | None]:
     """Of x, residual, weight, bias, layer_scale and row_scale. ``residual`` is what was normalised."""
     *_, x_dtype, _, needs = options

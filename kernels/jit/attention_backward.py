@@ -296,16 +296,7 @@ def backward_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale
     return _run(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
 
 
-def _run(
-    grad: Tensor | None,
-    grad_lse: Tensor | None,
-    qkv: Tensor,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    tokens: int,
-    scale: float,
-) -> Run:
+def _run(grad, grad_lse, qkv, cu_seqlens, out, lse, tokens: int, scale: float) -> Run:
     """Both launches, for clips of ``tokens`` each, or of at most so many with ``cu_seqlens``.
 
     Hooks on saved tensors may have changed the strides of anything that was saved.
@@ -314,15 +305,16 @@ def _run(
         return lambda grad, grad_lse, qkv, *saved: (torch.empty_like(qkv, memory_format=DENSE),)
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
-    clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    clips = len(cu_seqlens) - 1 if ragged else qkv.shape[0]
     copied, vector, strides = addresses(qkv, head_dim, ragged)
     if grad is None:
         grad = _zero(qkv)
     grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
     numbers = (heads, *strides, *grad_strides, lse.shape[-1], 0, scale, scale * LOG2_E)
 
-    def launch(name: str, kernel: Any, config: Any, owned: str, other: str, copies: Sequence[bool]) -> Launch:
+    def launch(kernel: Any, config: Any, owned: str, other: str, copies: Sequence[bool]) -> Launch:
         """Each program owns a tile of ``owned`` and loops over tiles of ``other``."""
+        name = kernel.__name__.removesuffix("_kernel")
         choice = choose(name, config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
         tile = choice.config
         tiles = triton.cdiv(tokens, getattr(tile, owned))
@@ -341,22 +333,10 @@ def _run(
         )
 
     copies = (copied, scattered(cu_seqlens))
-    query = launch(
-        "attention_backward_query",
-        attention_backward_query_kernel,
-        config_query,
-        "block_m",
-        "block_n",
-        (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse)),
-    )
-    key_value = launch(
-        "attention_backward_key_value",
-        attention_backward_key_value_kernel,
-        config_key_value,
-        "block_n",
-        "block_m",
-        (*copies, grad_copied, scattered(lse)),
-    )
+    query_copies = (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse))
+    query = launch(attention_backward_query_kernel, config_query, "block_m", "block_n", query_copies)
+    key_value_copies = (*copies, grad_copied, scattered(lse))
+    key_value = launch(attention_backward_key_value_kernel, config_key_value, "block_n", "block_m", key_value_copies)
 
     def run(grad, grad_lse, qkv, cu_seqlens, out, lse) -> tuple[Tensor]:
         dqkv = torch.empty_like(qkv, memory_format=DENSE)

@@ -17,7 +17,7 @@ from ..config import IMAGENET_MEAN, IMAGENET_STD
 from ..kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from ..layers import norm
 from ..masking import TokenMask, cell_running
-from .layers import PLAIN_TENSORS, State, plain_norm, run_layers, total, unhooked, untouched
+from .layers import State, run_layers, total, unhooked, untouched
 
 # Arguments that transformers passes to every model and that change nothing here.
 _WITHOUT_EFFECT = ("return_dict", "num_items_in_batch", "use_cache")
@@ -109,7 +109,7 @@ class _ForPreTraining(_Accelerated):
         what = _fallback(model, kwargs)
         if not (is_accelerated(encoder) and "forward" not in vars(encoder) and unhooked(encoder)):
             what = what or "a changed or hooked videomae"
-        if not (untouched(decoder) and plain_norm(decoder.norm)):
+        if not (untouched(decoder) and untouched(decoder.norm, nn.LayerNorm, True)):
             what = what or "a changed or hooked decoder"
         if config.num_channels != 3 and not config.norm_pix_loss:
             what = what or "clips without three colours where norm_pix_loss is off"
@@ -242,7 +242,7 @@ def _encode(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
         x = model.encoder(x).last_hidden_state
     if model.layernorm is None:
         return total(x, residual)
-    if plain_norm(model.layernorm):
+    if untouched(model.layernorm, nn.LayerNorm, True):
         return norm(model.layernorm, x, residual)[0]
     normed: Tensor = model.layernorm(total(x, residual))
     return normed
@@ -252,8 +252,7 @@ def _embed(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D): the embedded visible tubelets, with positions."""
     embeddings = model.embeddings
     projection = embeddings.patch_embeddings.projection
-    plain = untouched(embeddings) and untouched(embeddings.patch_embeddings) and untouched(projection, nn.Conv3d)
-    plain = plain and all(type(value) in PLAIN_TENSORS for value in (projection.weight, projection.bias))
+    plain = untouched(embeddings) and untouched(embeddings.patch_embeddings) and untouched(projection, nn.Conv3d, True)
     if plain:
         # A convolution ignores what is left over at the edges; gather_patch_embed takes whole patches only.
         sides = (pixel_values.shape[1], *pixel_values.shape[3:])

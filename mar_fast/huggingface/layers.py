@@ -108,21 +108,16 @@ def unhooked(module: nn.Module) -> bool:
     return all(getattr(hook, "__module__", None) == recording for hook in module._forward_hooks.values())
 
 
-def untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    """Whether ``module`` is a ``kind``, or if None any class of transformers' VideoMAE, without changes or hooks."""
+def untouched(module: nn.Module, kind: type[nn.Module] | None = None, needs_bias: bool = False) -> bool:
+    """Whether ``module`` is a ``kind``, or if None any class of transformers' VideoMAE, without changes or hooks.
+
+    Then its weight and bias, if it has any, can be used without calling it.
+    """
     expected = type(module).__module__ == MODELING if kind is None else type(module) is kind
-    return expected and own_forward(module) and unhooked(module)
-
-
-def plain_linear(module: nn.Module, needs_bias: bool) -> bool:
-    """Whether ``module`` is a Linear whose weight and bias may be used without it."""
-    bias = type(module.bias) in PLAIN_TENSORS or (module.bias is None and not needs_bias)
-    return untouched(module, nn.Linear) and type(module.weight) in PLAIN_TENSORS and bias
-
-
-def plain_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a LayerNorm whose weight and bias may be used without it."""
-    return untouched(module, nn.LayerNorm) and all(type(x) in PLAIN_TENSORS for x in (module.weight, module.bias))
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not (expected and own_forward(module) and unhooked(module)) or (needs_bias and bias is None):
+        return False
+    return all(value is None or type(value) in PLAIN_TENSORS for value in (weight, bias))
 
 
 def fallback(layer: Any) -> str | None:
@@ -133,12 +128,10 @@ def fallback(layer: Any) -> str | None:
     attention, projection, mlp_out = layer.attention.attention, layer.attention.output, layer.output
     plain = (
         (untouched(attention) and untouched(projection) and untouched(mlp_out))
-        and all(plain_linear(part, False) for part in (attention.query, attention.key, attention.value))
-        and all(plain_linear(part.dense, True) for part in (projection, layer.intermediate, mlp_out))
-        and untouched(projection.dropout, nn.Dropout)
-        and untouched(mlp_out.dropout, nn.Dropout)
-        and plain_norm(layer.layernorm_before)
-        and plain_norm(layer.layernorm_after)
+        and all(untouched(part, nn.Linear) for part in (attention.query, attention.key, attention.value))
+        and all(untouched(part.dense, nn.Linear, True) for part in (projection, layer.intermediate, mlp_out))
+        and all(untouched(part.dropout, nn.Dropout) for part in (projection, mlp_out))
+        and all(untouched(part, nn.LayerNorm, True) for part in (layer.layernorm_before, layer.layernorm_after))
     )
     if not plain:
         return changed
