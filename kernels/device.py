@@ -77,11 +77,6 @@ def assumed_architecture(name: str) -> Iterator[None]:
         _assumed = before
 
 
-def recording() -> bool:
-    """Whether an architecture is assumed."""
-    return _assumed is not None
-
-
 @cache
 def _device_architecture(index: int) -> str:
     if torch.version.hip:
@@ -99,7 +94,7 @@ def architecture(operand: Tensor) -> str:
 
 def working_dtype(operand: Tensor, default: torch.dtype) -> torch.dtype:
     """The dtype of matrix products on this device: autocast's if it is on, else ``default``."""
-    kind = "cuda" if operand.is_meta and recording() else operand.device.type
+    kind = "cuda" if operand.is_meta and _assumed else operand.device.type
     if kind in AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return default
@@ -149,7 +144,7 @@ def takes_triton(op: str, operand: Tensor, limit: str = "", unverified: bool = F
     Raises:
         RuntimeError: within ``use_backend("triton")``, if the kernels cannot run this call.
     """
-    on_device = operand.is_cuda or INTERPRETING or (operand.is_meta and recording())
+    on_device = operand.is_cuda or INTERPRETING or (operand.is_meta and _assumed is not None)
     can_run = on_device and operand.dtype != torch.float64
     if _forced == "triton":
         if limit:

@@ -5,6 +5,10 @@ scores never leave the chip. The remainder of the keys is a smaller tile, and on
 12 * 64 + 16 keys, not 13 * 64.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -49,22 +53,22 @@ def attend(
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
-    b_decay = tl.exp2(b_max - b_new_max)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_faded = ()
+    b_rescale = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_rescaled = ()
     for i in tl.static_range(len(b_out)):
-        b_faded = b_faded + (b_out[i] * b_decay[:, None],)
+        b_rescaled = b_rescaled + (b_out[i] * b_rescale[:, None],)
     if RESIDENT:
         b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
-        b_out = add_product(b_faded, b_p, b_v, PRECISION)
+        b_out = add_product(b_rescaled, b_p, b_v, PRECISION)
     else:
-        b_out = add_product_of_loaded(b_faded, b_p, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_out = add_product_of_loaded(b_rescaled, b_p, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     return b_out, b_new_max, b_sum
 
 
 @triton.jit
 def attend_tile(
-    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +87,7 @@ def attend_tile(
             b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_n, at + o_n < length, scale_log2,
             not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
-        query += nothing
+        query += zero
         key += BLOCK_N * row_stride
         value += BLOCK_N * row_stride
     if TAIL > 0:
@@ -102,7 +106,7 @@ def attend_tile(
 @triton.jit
 def attention_forward_kernel(
     qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride, row_stride, part_stride, head_stride, lse_stride,
-    nothing, scale_log2,
+    zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HALVE_LAST: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -110,7 +114,7 @@ def attention_forward_kernel(
     """Strides of qkv are divided by VEC, so that the compiler sees that loads of VEC values are aligned.
 
     Unless RESIDENT, the tile that a program owns is loaded again for each tile that it meets: kept, it would occupy
-    registers in the whole loop, in float32 twice (rounded part and remainder). ``nothing`` is 0, but the compiler does
+    registers in the whole loop, in float32 twice (rounded part and remainder). ``zero`` is 0, but the compiler does
     not know that and so cannot move these loads out of the loop.
     """
     tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
@@ -129,12 +133,12 @@ def attention_forward_kernel(
         out_stride = heads * HEAD_DIM
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             attend_tile(
-                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, zero, scale_log2,
                 BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         else:
             attend_tile(
-                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, zero, scale_log2,
                 BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
 
@@ -211,43 +215,28 @@ def outputs_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: floa
 def forward(qkv: Tensor, scale: float, save: bool) -> Run:
     """Attention within each clip; with ``save`` also the log-sum-exp."""
     count = qkv.shape[1]
-    if qkv.numel() == 0:
-        return lambda qkv: outputs(qkv, scale, save)
-    launch = _launch(qkv, None, count, lse_row(count), scale)
-
-    def run(qkv: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(qkv, scale, save)
-        launch(qkv, None, out, lse)
-        return out, lse
-
-    return run
+    return _run(qkv, None, count, lse_row(count), scale, partial(outputs, scale=scale, save=save))
 
 
 def forward_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> Run:
     """`forward` for ragged clips."""
+    allocate = partial(outputs_varlen, cu_seqlens=None, max_seqlen=max_seqlen, scale=scale, save=save)
+    return _run(qkv, cu_seqlens, max_seqlen, qkv.shape[0], scale, allocate)
+
+
+def _run(qkv, cu_seqlens, tokens: int, lse_stride: int, scale: float, allocate: Callable[..., Any]) -> Run:
+    """For clips of ``tokens`` each, or of at most so many with ``cu_seqlens``; ``allocate(qkv)`` gives the outputs."""
     if qkv.numel() == 0:
-        return lambda qkv, cu_seqlens: outputs_varlen(qkv, cu_seqlens, max_seqlen, scale, save)
-    launch = _launch(qkv, cu_seqlens, max_seqlen, qkv.shape[0], scale)
-
-    def run(qkv: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = outputs_varlen(qkv, cu_seqlens, max_seqlen, scale, save)
-        launch(qkv, cu_seqlens, out, lse)
-        return out, lse
-
-    return run
-
-
-def _launch(qkv: Tensor, cu_seqlens: Tensor | None, tokens: int, lse_stride: int, scale: float) -> Launch:
-    """For clips of ``tokens`` each, or of at most so many with ``cu_seqlens``."""
+        return lambda qkv, *cu_seqlens: allocate(qkv)
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
-    clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    clips = len(cu_seqlens) - 1 if ragged else qkv.shape[0]
     copied, vector, strides = addresses(qkv, head_dim, ragged)
     choice = choose("attention_forward", config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
     tile = choice.config
     tiles = triton.cdiv(tokens, tile.block_m)
     last = tokens % tile.block_m
-    return Launch(
+    launch = Launch(
         attention_forward_kernel,
         (tiles * heads * clips,),
         (tokens, tiles, heads, *strides, lse_stride, 0, scale * LOG2_E),
@@ -260,6 +249,13 @@ def _launch(qkv: Tensor, cu_seqlens: Tensor | None, tokens: int, lse_stride: int
         VARLEN=ragged,
         **shape_constants(qkv, tile, vector),
     )
+
+    def run(qkv: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, lse = allocate(qkv)
+        launch(qkv, cu_seqlens, out, lse)
+        return out, lse
+
+    return run
 
 
 attention = Op(

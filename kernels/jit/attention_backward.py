@@ -35,7 +35,7 @@ from .op import Run
 @triton.jit
 def add_query_gradient(
     b_dq, b_q, b_do, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
-    nothing, scale_log2,
+    zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,13 +56,13 @@ def add_query_gradient(
     b_ds = b_p * (b_dp - b_delta[:, None])
     if RESIDENT:
         return add_product(b_dq, b_ds, b_k, PRECISION)
-    return add_product_of_loaded(b_dq, b_ds, key + nothing, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+    return add_product_of_loaded(b_dq, b_ds, key + zero, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
 
 
 @triton.jit
 def attention_backward_query_kernel(
     qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, nothing,
+    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, zero,
     scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
@@ -102,17 +102,17 @@ def attention_backward_query_kernel(
         for at in range(0, whole, BLOCK_N):
             b_dq = add_query_gradient(
                 b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_n, at + o_n < length, nothing, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                o_n, at + o_n < length, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
-            query += nothing
-            grad += nothing
+            query += zero
+            grad += zero
             key += BLOCK_N * row_stride
             value += BLOCK_N * row_stride
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
             b_dq = add_query_gradient(
                 b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_tail, whole + o_tail < length, nothing, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                o_tail, whole + o_tail < length, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         dqkv += ((first + start) * 3 * heads + head) * HEAD_DIM
         store_tiles(dqkv, b_dq, scale, o_m, m_m, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
@@ -121,7 +121,7 @@ def attention_backward_query_kernel(
 @triton.jit
 def add_key_value_gradient(
     b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
-    nothing, scale_log2,
+    zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def add_key_value_gradient(
         b_dv = add_product(b_dv, b_p, b_do, PRECISION)
         b_dp = inner(b_v, b_do, PRECISION)
     else:
-        b_dv = add_product_of_loaded(b_dv, b_p, grad + nothing, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_dv = add_product_of_loaded(b_dv, b_p, grad + zero, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
         b_dp = inner_of_loaded(
             value, o_n, m_n, row_stride, grad, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION
         )  # fmt: skip
@@ -149,14 +149,14 @@ def add_key_value_gradient(
     if RESIDENT:
         b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
     else:
-        b_dk = add_product_of_loaded(b_dk, b_ds, query + nothing, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_dk = add_product_of_loaded(b_dk, b_ds, query + zero, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit
 def attention_backward_key_value_kernel(
     qkv, cu_seqlens, grad, lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, nothing,
+    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, zero,
     scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
@@ -188,10 +188,10 @@ def attention_backward_key_value_kernel(
         for at in range(0, whole, BLOCK_M):
             b_dk, b_dv = add_key_value_gradient(
                 b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m,
-                at + o_m < length, o_n, m_n, nothing, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                at + o_m < length, o_n, m_n, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
-            key += nothing
-            value += nothing
+            key += zero
+            value += zero
             query += BLOCK_M * row_stride
             grad += BLOCK_M * grad_row_stride
             lse += BLOCK_M
@@ -200,7 +200,7 @@ def attention_backward_key_value_kernel(
             o_tail = tl.arange(0, TAIL)
             b_dk, b_dv = add_key_value_gradient(
                 b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_tail,
-                whole + o_tail < length, o_n, m_n, nothing, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                whole + o_tail < length, o_n, m_n, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         dkey = dqkv + ((first + start) * 3 * heads + heads + head) * HEAD_DIM
         store_tiles(dkey, b_dk, scale, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
