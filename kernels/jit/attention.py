@@ -96,7 +96,6 @@ def attend_tile(
             b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_tail, whole + o_tail < length,
             scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
-    out += tl.cast(start, tl.int64) * out_stride
     store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM)
     if lse is not None:
         # The padding of a row is written too: every value of an op's outputs must be the same each time.
@@ -126,7 +125,7 @@ def attention_forward_kernel(
         query = qkv + (base + head * (head_stride * VEC))
         key = query + part_stride * VEC
         value = key + part_stride * VEC
-        out += (first * heads + head) * HEAD_DIM
+        out += ((first + start) * heads + head) * HEAD_DIM
         if lse is not None:
             lse += head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
         lse_length = length if VARLEN else lse_stride
