@@ -226,7 +226,7 @@ def test_a_number_of_visible_tokens():
 
 @pytest.mark.parametrize("case", [CLASSIFIER, PRETRAINING], ids=["classifier", "pretraining"])
 def test_trainer_takes_two_steps(case, tmp_path):
-    """The same losses as without mar_fast, and weights that have moved to the same place."""
+    """The same losses as without mar_fast, and weights that have moved alike."""
     pytest.importorskip("accelerate")
     plain, fast, arguments = pair(case)
     rows = [{name: value[row] for name, value in arguments.items()} for row in range(BATCH)] * 2

@@ -160,7 +160,7 @@ def test_xformers(xformers, layout, dtype):
     parts = [call.pop(name) for name in ("query", "key", "value")]
     assert all(part.stride(-1) == 1 and part.shape == (2, 17, 2, 32) for part in parts)  # all that it asks for
     if layout is torch.clone:
-        assert [part.data_ptr() for part in parts] == [qkv[:, :, place].data_ptr() for place in range(3)]  # views
+        assert [part.data_ptr() for part in parts] == [qkv[:, :, index].data_ptr() for index in range(3)]  # views
     assert call["scale"] == SCALE and call["p"] == 0.0 and call["attn_bias"] is None and call["op"] is None
 
 
