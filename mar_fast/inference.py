@@ -56,7 +56,7 @@ class CompiledModel:
         """
         got = _described(arguments)
         if got != self._accepted:
-            raise checks.bad("arguments", got, f"{self._accepted}, which it was compiled for")
+            raise checks.bad("arguments", _text(got), f"{_text(self._accepted)}, which it was compiled for")
         # As it was compiled.
         with torch.inference_mode(False), torch.no_grad():
             return self._run(*arguments)
@@ -237,12 +237,18 @@ def _parts(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, tuple | list) else None
 
 
-def _described(value: Any) -> str:
+def _described(value: Any) -> Any:
     """What a call must share with the example: shapes, dtypes and devices of tensors, and all other values."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     parts = _parts(value)
-    return repr(value) if parts is None else f"{type(value).__name__}({', '.join(map(_described, parts))})"
+    return value if parts is None else [type(value), *map(_described, parts)]
+
+
+def _text(described: Any) -> str:
+    if isinstance(described, list):
+        return f"{described[0].__name__}({', '.join(map(_text, described[1:]))})"
+    return str(described)
 
 
 def _tensors(value: Any) -> list[Tensor]:
