@@ -219,14 +219,14 @@ def forward(qkv: Tensor, scale: float, save: bool) -> Run:
 
 def forward_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> Run:
     """`forward` for ragged clips."""
-    allocate = partial(outputs_varlen, cu_seqlens=None, max_seqlen=max_seqlen, scale=scale, save=save)
+    allocate = partial(outputs_varlen, max_seqlen=max_seqlen, scale=scale, save=save)
     return _run(qkv, cu_seqlens, max_seqlen, qkv.shape[0], scale, allocate)
 
 
 def _run(qkv, cu_seqlens, tokens: int, lse_stride: int, scale: float, allocate: Callable[..., Any]) -> Run:
-    """For clips of ``tokens`` each, or of at most so many with ``cu_seqlens``; ``allocate(qkv)`` gives the outputs."""
+    """For clips of ``tokens`` each, or of at most so many with ``cu_seqlens``; ``allocate(*tensors)`` gives outputs."""
     if qkv.numel() == 0:
-        return lambda qkv, *cu_seqlens: allocate(qkv)
+        return allocate
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
     clips = len(cu_seqlens) - 1 if ragged else qkv.shape[0]
@@ -249,9 +249,9 @@ def _run(qkv, cu_seqlens, tokens: int, lse_stride: int, scale: float, allocate: 
         **shape_constants(qkv, tile, vector),
     )
 
-    def run(qkv: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out, lse = allocate(qkv)
-        launch(qkv, cu_seqlens, out, lse)
+    def run(qkv: Tensor, *cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = allocate(qkv, *cu_seqlens)
+        launch(qkv, cu_seqlens[0] if ragged else None, out, lse)
         return out, lse
 
     return run

@@ -162,7 +162,8 @@ def swap_class(module: Any, state: State) -> None:
     """Give a VideoMAEModel or VideoMAEForPreTraining its accelerated class and this state."""
     module._mar_fast = state
     if not is_accelerated(module):
-        module.__class__ = accelerated_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = accelerated_class(kind)
 
 
 def _new(kind: Any) -> nn.Module:
