@@ -109,14 +109,9 @@ def without_autocast(operand: Tensor) -> AbstractContextManager[object]:
 def attention_backend(
     operand: Tensor, op: str = "attention", limit: str = "", dtype: torch.dtype | None = None, unverified: bool = False
 ) -> str:
-    """The backend of a call of ``attention`` or ``attention_varlen``: one of `BACKENDS`.
+    """The backend, one of `BACKENDS`, of a call of attention or attention_varlen that works in ``dtype``.
 
-    Args:
-        operand: The packed qkv.
-        op: The op's name.
-        limit: See `takes_triton`.
-        dtype: The dtype to work in, autocast's if it is on; None means the operand's.
-        unverified: See `takes_triton`.
+    Arguments are those of `takes_triton`; ``dtype`` None means the operand's.
 
     Raises:
         RuntimeError: the backend that `use_backend` names cannot run this tensor; the message says what it takes.

@@ -32,18 +32,18 @@ LIMIT = 512
 # Hashing a tuple in every call takes long, so keys hold a number for it, looked up by the tuple's identity. The tuples
 # are kept alive, so that no other one gets the same identity.
 _tuples: dict[int, tuple[tuple[Any, ...], int]] = {}
-_names: dict[Key, int] = {}
+_numbers: dict[Key, int] = {}
 _count = itertools.count()
 
 
-def _named(value: tuple[Any, ...]) -> Any:
+def _numbered(value: tuple[Any, ...]) -> Any:
     """A number shared by tuples that are equal and have parts of the same types, unlike (2, 3.0) == (2, 3)."""
     if not all(type(part) in (int, float, bool, str) for part in value):
         return type(value), value, *map(type, value)
     if len(_tuples) >= LIMIT:
         _tuples.clear()
-        _names.clear()  # numbers are not reused, so these calls are planned anew
-    number = _names.setdefault((type(value), value, *map(type, value)), next(_count))
+        _numbers.clear()  # numbers are not reused, so these calls are planned anew
+    number = _numbers.setdefault((type(value), value, *map(type, value)), next(_count))
     _tuples[id(value)] = value, number
     return number
 
@@ -84,13 +84,13 @@ class Plans:
             return None, None
         # Every call runs this: flat code, as few function calls as possible.
         parts: list[Any] = [grad_enabled(), inference_mode(), device._forced, device._assumed]
-        where: torch.device | None = None
+        on: torch.device | None = None
         for value in values:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
-                if where is None:
-                    where = value.device
-                    parts.append(where)
+                if on is None:
+                    on = value.device
+                    parts.append(on)
                 try:
                     address = value.data_ptr()  # 0 on a meta device, which has a CPU's number
                 except RuntimeError:  # a tensor that escaped from a transform of torch.func
@@ -109,14 +109,13 @@ class Plans:
                 return None, None
             elif isinstance(value, tuple):
                 known = _tuples.get(id(value))
-                parts.append(known[1] if known is not None and known[0] is value else _named(value))
+                parts.append(known[1] if known is not None and known[0] is value else _numbered(value))
             else:
                 parts += kind, value  # 1 == 1.0 == True
-        on = None if where is None else where.type
-        if on is None or on not in device.AUTOCAST:
+        if on is None or (device_type := on.type) not in device.AUTOCAST:
             return None, None
-        if autocast(on):
-            parts.append(torch.get_autocast_dtype(on))
+        if autocast(device_type):
+            parts.append(torch.get_autocast_dtype(device_type))
         key = tuple(parts)
         try:
             return key, self._kept.get(key)

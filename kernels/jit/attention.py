@@ -197,18 +197,16 @@ def outputs(qkv: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     """out (B, N, H * d), and the log-sum-exp (B, H, `lse_row` (N)) float32: the first N of each row, then padding."""
     batch, count, _, heads, head_dim = qkv.shape
     out = torch.empty((batch, count, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    if not save:
-        return out, None  # type: ignore[return-value]
-    return out, torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device) if save else None
+    return out, lse  # type: ignore[return-value]
 
 
 def outputs_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     """out (total, H * d) and the log-sum-exp (H, total)."""
     total, _, heads, head_dim = qkv.shape
     out = torch.empty((total, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    if not save:
-        return out, None  # type: ignore[return-value]
-    return out, torch.empty((heads, total), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty((heads, total), dtype=torch.float32, device=qkv.device) if save else None
+    return out, lse  # type: ignore[return-value]
 
 
 def forward(qkv: Tensor, scale: float, save: bool) -> Run:
