@@ -33,7 +33,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import Launch, LaunchConfig, choose, scattered
+from .launch import TUNED, Launch, LaunchConfig, choose, scattered
 from .op import Op, Run
 
 
@@ -153,21 +153,14 @@ _HALF: Table = {
     "": {128: (64, 64, 64, 4, 1)},
 }  # fmt: skip
 _FLOAT32: Table = {
-    "sm_80": {
-        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
-        128: (32, 16, 32, 4, 1, False),
-    },
-    "sm_90": {
-        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (64, 16, 32, 4, 1, False), 96: (64, 16, 32, 4, 1),
-        128: (128, 32, 32, 8, 1, False),
-    },
-    "sm_100": {
-        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (16, 16, 32, 4, 1, False),
-        96: (64, 32, 32, 4, 1, False), 128: (16, 16, 64, 8, 1, False),
-    },
+    "sm_80": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
+              128: (32, 16, 32, 4, 1, False)},
+    "sm_90": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (64, 16, 32, 4, 1, False),
+              96: (64, 16, 32, 4, 1), 128: (128, 32, 32, 8, 1, False)},
+    "sm_100": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (16, 16, 32, 4, 1, False),
+               96: (64, 32, 32, 4, 1, False), 128: (16, 16, 64, 8, 1, False)},
     "": {128: (32, 32, 32, 4, 1, False)},
 }  # fmt: skip
-_MEASURED = "H200, Triton 3.6, bc236cf: 198 us at 784 tokens, 8 warps took 268; values compared there at 663e046"
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
@@ -175,10 +168,10 @@ def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged:
     if dtype == torch.float32:
         return by_head_dim(_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        if not ragged and tokens % 128 <= 16:
-            return LaunchConfig(128, 128, 64, 4, 3, origin=_MEASURED)
-        return LaunchConfig(64, 64, 64, 4, 3, origin=_MEASURED)
-    if arch.startswith("sm_") and arch in _HALF and head_dim <= 64 and tokens <= 64:
+        # H200, Triton 3.6, bc236cf: 198 us at 784 tokens, 8 warps took 268; values compared there at 663e046.
+        size = 128 if not ragged and tokens % 128 <= 16 else 64
+        return LaunchConfig(size, size, 64, 4, 3)
+    if arch in TUNED and head_dim <= 64 and tokens <= 64:
         return LaunchConfig(64, 32 if arch == "sm_80" else 64, 128, 4, 2)
     return by_head_dim(_HALF, arch, head_dim)
 
