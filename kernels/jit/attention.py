@@ -142,10 +142,10 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-# See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and whether queries stay in registers.
+# See `Table`. BLOCK_M is queries, BLOCK_N keys; queries are resident.
 #
-# float32 on sm_90 is not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as the
-# left operand of the second product they give an error of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
+# float32 on sm_90 must not be 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but
+# as left operand of the second product they give errors of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
 _HALF: Table = {
     "sm_80": {64: (128, 128, 128, 8, 3), 80: (128, 64, 128, 8, 3), 96: (128, 64, 128, 8, 2), 128: (128, 64, 64, 8, 2)},
     "sm_90": {64: (128, 128, 128, 8, 3), 96: (128, 128, 128, 8, 2), 128: (128, 64, 128, 8, 3)},
@@ -164,7 +164,7 @@ _FLOAT32: Table = {
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """Compiled clean by Triton 3.6 and 3.9, not measured, where nothing else is said."""
+    """Compiled clean by Triton 3.6 and 3.9 and not measured, unless a comment says more."""
     if dtype == torch.float32:
         return by_head_dim(_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:

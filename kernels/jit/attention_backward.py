@@ -207,7 +207,7 @@ def attention_backward_key_value_kernel(
         store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
-# See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and what stays in registers.
+# See `Table`. BLOCK_M is queries, BLOCK_N keys; resident are queries in the first two, keys and values in the others.
 _QUERY_HALF: Table = {
     "sm_80": {64: (128, 64, 128, 8, 3), 128: (128, 32, 64, 8, 2)},
     "sm_90": {64: (128, 64, 128, 8, 3), 128: (128, 64, 128, 8, 2)},
@@ -241,7 +241,7 @@ _KEY_VALUE_FLOAT32: Table = {
 
 
 def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """Compiled clean by Triton 3.6 and 3.9, not measured, where nothing else is said."""
+    """Compiled clean by Triton 3.6 and 3.9 and not measured, unless a comment says more."""
     if dtype == torch.float32:
         return by_head_dim(_QUERY_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
@@ -253,7 +253,7 @@ def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, r
 
 
 def config_key_value(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """The same for the gradients of keys and values."""
+    """`config_query` for the gradients of keys and values."""
     if dtype == torch.float32:
         return by_head_dim(_KEY_VALUE_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
