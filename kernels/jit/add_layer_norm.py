@@ -272,15 +272,20 @@ def backward(*inputs: Any) -> Run:
     summed = [position for position in (2, 3, 4) if written[position]]
     add_parts = sum_parts(residual, programs, columns, len(summed)) if summed else None
     parts = like((len(summed), programs, columns), torch.float32, residual.device)
+    only_weight_and_bias = summed == [2, 3]
 
     def run(*operands: Any) -> list[Tensor | None]:
         grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale = operands
         results = _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale)
         part = None if add_parts is None else torch.empty_like(parts, memory_format=DENSE)
         row_part = torch.empty((batch, count), dtype=torch.float32, device=residual.device) if written[5] else None
-        inputs = residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual
-        launch(*inputs, *results[:2], part, row_part)
-        if add_parts is not None:
+        launch(
+            residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+            results[0], results[1], part, row_part,
+        )  # fmt: skip
+        if add_parts is not None and only_weight_and_bias:  # the usual case, without a list
+            add_parts(part, results[2], results[3])
+        elif add_parts is not None:
             add_parts(part, *[results[position] for position in summed])
         if row_part is not None:
             results[5] = row_part.sum(1).to(row_scale.dtype)
@@ -290,8 +295,9 @@ def backward(*inputs: Any) -> Run:
 
 
 def _finish(results: list[Tensor | None]) -> list[Tensor | None]:
-    of_x, of_residual, *of_vectors = results
-    return [of_residual if of_x is None else of_x, of_residual, *of_vectors]
+    if results[0] is None:
+        results[0] = results[1]
+    return results
 
 
 add_layer_norm = Op(
