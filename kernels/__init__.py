@@ -4,13 +4,13 @@ This package stands alone: it needs torch, and triton for the GPU path, and know
 """
 
 if __name__ == "kernels":
-    # transformers looks for Hugging Face's package of this name, and finds this folder where the repository's root is
-    # on sys.path. Loaded a second time it would register every op anew, and an error would end `import transformers`:
-    # so this module is empty, without submodules too.
+    # Imported by transformers, which looks for Hugging Face's package of this name and finds this folder if the
+    # repository's root is on sys.path. To load it twice would register every op twice, and any error would make
+    # `import transformers` fail: so under this name the module is empty and has no submodules.
     def _nothing(name: str) -> object:
         raise AttributeError(f"kernels has no {name!r}: this folder is mar_fast.kernels, import it by that name")
 
-    # By `def __getattr__` type checkers would take any name for one of mar_fast.kernels.
+    # With `def __getattr__` type checkers would accept any name in mar_fast.kernels.
     globals().update(__getattr__=_nothing, __path__=[])
 else:
     from .add_layer_norm import add_layer_norm

@@ -1,5 +1,7 @@
 """add_layer_norm: residual add, layer scale, drop path and LayerNorm."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,19 +26,19 @@ def add_layer_norm(
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``residual + row_scale[:, None, None] * layer_scale * x``, and its LayerNorm: (normed, the new residual).
+    """``residual + row_scale[:, None, None] * layer_scale * x``, and its LayerNorm: (normed, new residual).
 
     Args:
         x: (B, N, D), the output of a sub-layer.
-        residual: (B, N, D), the stream that it is added to, or None where there is none yet: then it is x.
+        residual: (B, N, D), the stream that x is added to, or None before there is one: the new residual is then x.
         weight: (D,), LayerNorm's.
         bias: (D,), LayerNorm's.
         eps: Added to the variance.
         layer_scale: (D,), layer scale (CaiT, arXiv 2103.17239, section 2.1).
-        row_scale: (B,), stochastic depth (arXiv 1603.09382): 0 for a dropped sample, 1 / keep probability else.
+        row_scale: (B,), stochastic depth (arXiv 1603.09382): 0 for a dropped sample, else 1 / keep probability.
 
     Returns:
-        ``normed`` in the dtype of the next matrix product: autocast's where it is on, else the residual's; and the new
+        ``normed`` in the dtype of the next matrix product (autocast's if it is on, else the residual's), and the new
         residual in the dtype of the old one. Statistics are in float32. Gradients flow to every floating-point input.
 
     Raises:
@@ -45,7 +47,7 @@ def add_layer_norm(
     """
     key, run = _plans.find(x, residual, weight, bias, eps, layer_scale, row_scale)
     if run is None:
-        _check(x, residual, weight, bias, eps, layer_scale, row_scale)
+        _check(x, eps, residual=residual, weight=weight, bias=bias, layer_scale=layer_scale, row_scale=row_scale)
         stream = x if residual is None else residual
         if not takes_triton("add_layer_norm", stream):
             return eager_add_layer_norm(x, residual, weight, bias, eps, layer_scale, row_scale)
@@ -55,31 +57,19 @@ def add_layer_norm(
     return normed, x if residual is None else new_residual
 
 
-def _check(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-) -> None:
+def _check(x: Tensor, eps: float, **others: Any) -> None:
     checks.tensor("x", x, 3, checks.FLOATS, "(B, N, D)")
-    if residual is not None:
-        checks.tensor("residual", residual, 3, checks.FLOATS, "(B, N, D)")
-        checks.size("residual", residual, x.shape, "x's (B, N, D)")
-    vectors = {"weight": weight, "bias": bias} | ({} if layer_scale is None else {"layer_scale": layer_scale})
-    for argument, vector in vectors.items():
-        checks.tensor(argument, vector, 1, checks.FLOATS, "(D,)")
-        checks.size(argument, vector, x.shape[2:], "(D,)")
-    if row_scale is not None:
-        checks.tensor("row_scale", row_scale, 1, checks.FLOATS, "(B,)")
-        checks.size("row_scale", row_scale, x.shape[:1], "(B,)")
-    for argument, value in (("layer_scale", layer_scale), ("row_scale", row_scale)):
-        if value is not None and residual is None:
+    shapes = {"residual": "(B, N, D)", "weight": "(D,)", "bias": "(D,)", "layer_scale": "(D,)", "row_scale": "(B,)"}
+    sizes = {"(B, N, D)": x.shape, "(D,)": x.shape[2:], "(B,)": x.shape[:1]}
+    for argument, shape in shapes.items():
+        value = others[argument]
+        if value is None and argument not in ("weight", "bias"):
+            continue
+        checks.tensor(argument, value, len(sizes[shape]), checks.FLOATS, shape)
+        checks.size(argument, value, sizes[shape], f"x's {shape}")
+        if others["residual"] is None and argument.endswith("scale"):
             raise checks.bad(argument, "a tensor", "None, since residual is None and the stream is x")
     checks.positive("eps", eps)
-    others = dict(residual=residual, weight=weight, bias=bias, layer_scale=layer_scale, row_scale=row_scale)
     checks.same_device("x", x.device, **others)
 
 
@@ -92,7 +82,7 @@ def eager_add_layer_norm(
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `add_layer_norm` means, in plain PyTorch."""
+    """`add_layer_norm` in plain PyTorch."""
     stream = x
     if residual is not None:
         if layer_scale is not None:
@@ -100,7 +90,7 @@ def eager_add_layer_norm(
         if row_scale is not None:
             x = row_scale[:, None, None] * x
         stream = (residual + x).to(residual.dtype)
-    # layer_norm keeps its statistics in float32, but takes only operands of one dtype.
+    # F.layer_norm has float32 statistics, but requires operands of one dtype.
     common = torch.promote_types(stream.dtype, weight.dtype)
     normed = F.layer_norm(stream.to(common), weight.shape, weight.to(common), bias.to(common), eps)
     return normed.to(working_dtype(stream, stream.dtype)), stream

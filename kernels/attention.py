@@ -13,7 +13,7 @@ from .plan import Plans, Run
 if HAS_TRITON:
     from .jit import attention as jit
 
-# Larger heads do not fit the kernels' registers; they run in plain PyTorch.
+# Larger heads do not fit the kernels' registers and run in plain PyTorch.
 MAX_HEAD_DIM = 128
 
 _plans, _varlen_plans = Plans(), Plans()
@@ -27,14 +27,14 @@ def attention(qkv: Tensor, *, scale: float | None = None, return_lse: bool = Fal
     """Full (non-causal) softmax attention over N tokens (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        qkv: (B, N, 3, H, d), as a linear layer with rows (q, k, v), head, head_dim gives it. Any strides; nothing is
-            copied as long as that of the last dimension is 1.
+        qkv: (B, N, 3, H, d), the output of a linear layer to 3 * H * d, unflattened. Any strides; it is copied only if
+            that of the last dimension is not 1.
         scale: Factor on the scores; None means d ** -0.5.
         return_lse: Also return the log-sum-exp of the scaled scores, (B, H, N) float32.
 
     Returns:
-        (B, N, H * d) in qkv's dtype (autocast's, where that is on), heads concatenated. Gradients flow to qkv from
-        both results; saved for them are qkv, the output and the log-sum-exp, never the N x N scores.
+        (B, N, H * d) in qkv's dtype (autocast's if it is on), heads concatenated. Gradients flow to qkv from both
+        results. Backward saves qkv, the output and the log-sum-exp, never the N x N scores.
 
     Raises:
         ValueError, TypeError: a shape, dtype or scale does not fit; the message names it.
@@ -59,16 +59,16 @@ def attention(qkv: Tensor, *, scale: float | None = None, return_lse: bool = Fal
 
 
 def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None) -> Tensor:
-    """Full softmax attention within each of B sequences that stand one after the other.
+    """Full softmax attention within each of B concatenated sequences.
 
     Args:
         qkv: (total, 3, H, d), the tokens of all sequences.
         cu_seqlens: (B + 1,) int32 or int64 on qkv's device; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]).
-        max_seqlen: The longest sequence, or more. A number of the host, so that nothing waits for the device.
+        max_seqlen: Length of the longest sequence, or more. A Python number, so that nothing waits for the device.
         scale: Factor on the scores; None means d ** -0.5.
 
     Returns:
-        (total, H * d) in qkv's dtype (autocast's, where that is on).
+        (total, H * d) in qkv's dtype (autocast's if it is on).
 
     Raises:
         ValueError, TypeError: a shape, dtype or offset does not fit; the message names it.
@@ -104,7 +104,7 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on the scores: the given one, or head_dim ** -0.5."""
+    """The given factor on the scores, or head_dim ** -0.5."""
     if head_dim == 0:
         raise checks.bad("qkv", "head size 0", "at least 1")
     if scale is None:
@@ -114,15 +114,15 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def _backend(op: str, qkv: Tensor, dtype: torch.dtype) -> str:
-    """What runs this call; head sizes whose float32 products were never right on hardware are left to PyTorch."""
+    """The backend of this call. Head sizes that were not verified in float32 on hardware run in plain PyTorch."""
     size = qkv.shape[-1]
-    beyond = f"with head sizes up to {MAX_HEAD_DIM}, got {size}" if size > MAX_HEAD_DIM else ""
-    unproved = qkv.is_cuda and dtype == torch.float32 and not jit.proved_in_float32(architecture(qkv), size)
-    return attention_backend(qkv, op, beyond, dtype, unproved)
+    limit = f"with head sizes up to {MAX_HEAD_DIM}, got {size}" if size > MAX_HEAD_DIM else ""
+    unverified = qkv.is_cuda and dtype == torch.float32 and not jit.verified_in_float32(architecture(qkv), size)
+    return attention_backend(qkv, op, limit, dtype, unverified)
 
 
 def _in(dtype: torch.dtype, qkv: Tensor, plan: Run) -> Run:
-    """A plan for qkv converted to ``dtype``, as one for qkv: autograd converts the gradient back."""
+    """``plan`` after qkv is converted to ``dtype``; autograd converts the gradient back."""
     return plan if dtype == qkv.dtype else lambda qkv, *rest: plan(qkv.to(dtype), *rest)
 
 
@@ -139,33 +139,33 @@ def _check_offsets(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
 
 
 def eager_attention(qkv: Tensor, scale: float) -> Tensor:
-    """What `attention` means, in plain PyTorch."""
+    """`attention` in plain PyTorch."""
     dtype = working_dtype(qkv, qkv.dtype)
     if cpu_attention.takes(qkv, dtype):
         return cpu_attention.attention(qkv.to(dtype), scale)
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, d)
     out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-    return out.to(dtype)  # without tokens autocast leaves it as it is
+    return out.to(dtype)  # autocast does not convert empty tensors
 
 
 def eager_attention_lse(qkv: Tensor, scale: float) -> Tensor:
-    """The natural log of the softmax denominators: (B, N, 3, H, d) -> (B, H, N) float32."""
+    """Log-sum-exp of the scaled scores: (B, N, 3, H, d) -> (B, H, N) float32."""
     query, key, _ = (part.transpose(1, 2) for part in qkv.unbind(2))
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    with without_autocast(qkv):  # a score rounded to 16 bits is off by whole units
+    with without_autocast(qkv):  # rounding a score to 16 bits can change it by more than 1
         return (query.to(wide) @ key.to(wide).transpose(2, 3)).mul(scale).logsumexp(-1)
 
 
 def eager_attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """What `attention_varlen` means. Pads to ``max_seqlen``, so that no shape depends on the data."""
+    """`attention_varlen` in plain PyTorch. Pads to ``max_seqlen``, so that no shape depends on the data."""
     total, device = qkv.shape[0], qkv.device
     starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]  # (B, 1)
     slot = torch.arange(max_seqlen, device=device)[None]  # (1, S)
-    # Padding repeats a clip's own last token: a neighbour's NaN would get past the mask.
+    # Padding repeats the sequence's own last token: the mask does not stop a NaN of another sequence (0 x NaN).
     source = (starts + slot.minimum((lengths - 1).clamp(min=0))).clamp(max=total - 1)
     padded = qkv[source]  # (B, S, 3, H, d)
     query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
-    # A row without any key would be NaN, and its gradient too: slot 0 is always a key, and padded rows are not read.
+    # A row without any key would be NaN, and so would its gradient: slot 0 is always a key. Padded rows are not read.
     is_key = (slot < lengths) | (slot == 0)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None], scale=scale)
     token = torch.arange(total, device=device)

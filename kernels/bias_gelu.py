@@ -1,4 +1,4 @@
-"""bias_gelu: bias and exact GELU in one pass, in backward with the bias gradient."""
+"""bias_gelu: bias and exact GELU in one pass; backward also sums the bias gradient."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,23 +42,15 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def eager_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """What `bias_gelu` means, in plain PyTorch."""
+    """`bias_gelu` in plain PyTorch."""
     return F.gelu(x + bias).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x @ weight.T + bias): the first half of an MLP, its bias added where that is cheapest.
+    """GELU(x @ weight.T + bias), the first half of an MLP; x (..., K), weight (D, K), bias (D,) -> (..., D).
 
-    The Triton path adds it together with the GELU; plain PyTorch leaves it to the matrix product, which saves a
-    pass over the widest activation of the model.
-
-    Args:
-        x: (..., K).
-        weight: (D, K).
-        bias: (D,).
-
-    Returns:
-        (..., D).
+    The bias is added where that is cheapest: on the Triton path together with the GELU, in plain PyTorch by the matrix
+    product, which saves a pass over the widest activation of the model.
     """
     if takes_triton("bias_gelu", x):
         return bias_gelu(F.linear(x, weight), bias)

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: every message names the argument, what was got and what is accepted."""
+"""Argument checks shared by the ops: each message names the argument, what was got and what is expected."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ def tensor(argument: str, value: object, ndim: int | None, dtypes: Sequence[torc
 
 
 def size(argument: str, value: Tensor, expected: Sequence[int], shape: str) -> None:
-    """Check the whole shape of ``value``; ``shape`` says in symbols what it means."""
+    """Check the shape of ``value``; ``shape`` says in symbols what is expected."""
     if tuple(value.shape) != tuple(expected):
         raise bad(argument, f"shape {tuple(value.shape)}", f"{tuple(expected)}, that is {shape}")
 
@@ -61,9 +61,9 @@ def positive(argument: str, value: object) -> None:
 
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
-    """Within this context, indices are checked on a GPU too, which waits for the device at every op.
+    """Within this context values of indices are checked on a GPU too, which waits for the device at every op.
 
-    On a CPU they are always checked. The switch is one for the whole process.
+    On a CPU they are always checked. The switch applies to the whole process.
     """
     global _check_values_on_device
     before, _check_values_on_device = _check_values_on_device, enabled
@@ -75,7 +75,7 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """Within this context indices are not checked on a CPU: what a call costs on a GPU is measured without one."""
+    """Within this context indices are not checked on a CPU either, to measure there what a call costs on a GPU."""
     global _check_values_on_cpu
     before, _check_values_on_cpu = _check_values_on_cpu, False
     try:
@@ -85,7 +85,7 @@ def unread() -> Iterator[None]:
 
 
 def may_read(value: Tensor) -> bool:
-    """Whether the values of this tensor may be looked at here: never while compiling, on a GPU only on request."""
+    """Whether the values of this tensor may be read: never while compiling, on a GPU only in `debug_checks`."""
     if torch.compiler.is_compiling():
         return False
     device = value.device
@@ -94,7 +94,7 @@ def may_read(value: Tensor) -> bool:
 
 
 def index_range(argument: str, index: Tensor, length: int) -> None:
-    """Check that 0 <= index < length, where values may be read."""
+    """Check that 0 <= index < length, if values may be read."""
     if may_read(index):
         low, high = (int(value) for value in torch.aminmax(index))
         if low < 0 or high >= length:
@@ -102,13 +102,13 @@ def index_range(argument: str, index: Tensor, length: int) -> None:
 
 
 def strictly_ascending(argument: str, index: Tensor) -> None:
-    """Check that each row is sorted and free of repetitions, where values may be read."""
+    """Check that each row is strictly ascending, if values may be read."""
     if may_read(index) and not bool((index[:, 1:] > index[:, :-1]).all()):
         raise bad(argument, "rows that are not strictly ascending", "sorted, unique indices in every row")
 
 
 def unique_rows(argument: str, index: Tensor) -> None:
-    """Check that no row has an index twice, where values may be read."""
+    """Check that no row has an index twice, if values may be read."""
     if may_read(index):
         ascending = index.sort(1).values
         if not bool((ascending[:, 1:] > ascending[:, :-1]).all()):

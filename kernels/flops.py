@@ -1,7 +1,7 @@
-"""What PyTorch's flop counter is told of our ops, which it cannot see into: matrix products, one multiply-add 2 FLOPs.
+"""Formulas of our ops for ``torch.utils.flop_counter.FlopCounterMode``, which cannot see inside them.
 
-``torch.utils.flop_counter.FlopCounterMode`` then counts a model on these ops as it counts any other. A backward pass
-counts what it computes again, as PyTorch's own formulas for attention do.
+Only matrix products count; one multiply-add is 2 FLOPs. A backward pass includes what it recomputes, as in PyTorch's
+own formulas for attention. Arguments are shapes, except in the formulas of attention_varlen.
 """
 
 import math
@@ -10,27 +10,23 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-# Scores and output forward; with the scores again, and gradients of probabilities, q, k and v backward.
+# Forward: scores and output. Backward: scores again, and the gradients of the probabilities, q, k and v.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
-def _attention(products: int, qkv: Any) -> int:
-    batch, tokens, _, heads, size = qkv
-    return 2 * products * batch * heads * tokens**2 * size
-
-
-def attention(qkv: Any, *rest: Any, **options: Any) -> int:
-    """(B, N, 3, H, d)."""
-    return _attention(FORWARD_PRODUCTS, qkv)
+def attention(qkv: Any, *rest: Any, products: int = FORWARD_PRODUCTS, **options: Any) -> int:
+    """qkv (B, N, 3, H, d)."""
+    batch, tokens, _, heads, head_dim = qkv
+    return 2 * products * batch * heads * tokens**2 * head_dim
 
 
 def attention_backward(grad: Any, grad_lse: Any, qkv: Any, *rest: Any, **options: Any) -> int:
-    """(B, N, 3, H, d)."""
-    return _attention(BACKWARD_PRODUCTS, qkv)
+    """qkv (B, N, 3, H, d)."""
+    return attention(qkv, products=BACKWARD_PRODUCTS)
 
 
-def _attention_varlen(products: int, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
-    """Lengths are read where they have values; else every sequence counts as the longest."""
+def _varlen(products: int, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
+    """Without values in ``cu_seqlens`` every sequence counts as the longest."""
     if cu_seqlens.is_meta or is_fake(cu_seqlens):
         pairs = (len(cu_seqlens) - 1) * max_seqlen**2
     else:
@@ -39,24 +35,23 @@ def _attention_varlen(products: int, qkv: Tensor, cu_seqlens: Tensor, max_seqlen
 
 
 def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any, **options: Any) -> int:
-    """(total, 3, H, d)."""
-    return _attention_varlen(FORWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
+    """qkv (total, 3, H, d)."""
+    return _varlen(FORWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
 
 
 def attention_varlen_backward(
-    grad: Any, grad_lse: Any, qkv: Tensor, cu_seqlens: Tensor, out: Any, lse: Any, max_seqlen: int, *rest: Any,
-    **options: Any,
-) -> int:  # fmt: skip
-    """(total, 3, H, d)."""
-    return _attention_varlen(BACKWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
+    grad: Any, grad_lse: Any, qkv: Any, cu_seqlens: Any, out: Any, lse: Any, max_seqlen: int, *rest: Any, **options: Any
+) -> int:
+    """qkv (total, 3, H, d)."""
+    return _varlen(BACKWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
 
 
 def gather_patch_embed(video: Any, keep_idx: Any, weight: Any, *rest: Any, **options: Any) -> int:
-    """Of visible tubelets."""
+    """The projection of visible tubelets."""
     return 2 * math.prod(keep_idx) * math.prod(weight)
 
 
 def gather_patch_embed_backward(grad: Any, video: Any, keep_idx: Any, weight: Any, *rest: Any, **options: Any) -> int:
-    """As much for the gradient of the weight, and again for that of the clip; only where they are asked for."""
+    """One such product for each of the gradients of clip and weight that is wanted."""
     wanted = sum(options.get("needs", rest[-1])[:2])
     return wanted * 2 * math.prod(keep_idx) * math.prod(weight)

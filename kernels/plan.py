@@ -1,8 +1,7 @@
-"""Plans: what a call of an op works out once, and the next call like it only looks up.
+"""Plans: what a call of an op works out once, so that later calls like it only look it up.
 
-Everything that depends on shapes, strides, dtypes, devices, alignment, options and modes alone (checks, which path, the
-launch choice, the grid, the compiled kernel) is the same for two calls with the same key. An op keeps what it made of
-them, a function of the tensors, under that key.
+Checks, backend, launch choice, grid and compiled kernel depend on nothing but shapes, strides, dtypes, devices,
+alignment, options and modes. These make the key of a call; under it an op keeps its plan, a function of the tensors.
 """
 
 import itertools
@@ -27,41 +26,40 @@ from . import device
 Run = Callable[..., Any]
 Key = tuple[Any, ...]
 
-# Plans of one op. Shapes that change with every call must not fill the memory; to begin again costs what one call did.
+# Plans of one op: shapes that change with every call must not fill the memory. Beyond it all are dropped and made anew.
 LIMIT = 512
 
-
-# Tuples among the options, by identity, with what stands for them in keys: to hash them in every call takes longer.
-# They are held, so that no other one comes by such an identity.
+# Hashing a tuple in every call takes long, so keys hold a number for it, looked up by the tuple's identity. The tuples
+# are kept alive, so that no other one gets the same identity.
 _tuples: dict[int, tuple[tuple[Any, ...], int]] = {}
-_names: dict[Key, int] = {}
+_numbers: dict[Key, int] = {}
 _count = itertools.count()
 
 
-def _named(value: tuple[Any, ...]) -> Any:
-    """A number that equal tuples share whose parts are of equal types: (2, 3.0) == (2, 3)."""
+def _numbered(value: tuple[Any, ...]) -> Any:
+    """A number shared by tuples that are equal and have parts of the same types, unlike (2, 3.0) == (2, 3)."""
     if not all(type(part) in (int, float, bool, str) for part in value):
         return type(value), value, *map(type, value)
     if len(_tuples) >= LIMIT:
         _tuples.clear()
-        _names.clear()  # numbers are never used again: calls are planned anew
-    number = _names.setdefault((type(value), value, *map(type, value)), next(_count))
+        _numbers.clear()  # numbers are not reused, so these calls are planned anew
+    number = _numbers.setdefault((type(value), value, *map(type, value)), next(_count))
     _tuples[id(value)] = value, number
     return number
 
 
 def dual() -> bool:
-    """Whether tensors may have tangents."""
+    """Whether tensors may have tangents, for forward-mode differentiation."""
     return forward_ad._current_level >= 0
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks at calls, which no kernel takes part in."""
+    """Whether torch.func or forward-mode differentiation is active, which no kernel supports."""
     return transforms() or forward_ad._current_level >= 0
 
 
 def watched(*values: Any) -> bool:
-    """Whether something else than the device looks at a call: a compiler, a dispatch mode, a tensor of another kind."""
+    """Whether a call is traced or intercepted: by a compiler, a dispatch mode or a tensor subclass."""
     if torch.compiler.is_compiling() or dispatch_modes():
         return True
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -81,40 +79,43 @@ class Plans:
         return len(self._kept)
 
     def find(self, *values: Any) -> tuple[Key | None, Run | None]:
-        """The key of a call, and its plan if there is one. No key means that this call must not be planned."""
+        """The key of a call and its plan, if there is one. Without a key no plan may be kept for this call."""
         if torch.compiler.is_compiling() or dispatch_modes() or transforms() or forward_ad._current_level >= 0:
             return None, None
-        # What every call pays for: flat, and no calls that can be spared.
+        # Every call runs this: flat code, as few function calls as possible.
         parts: list[Any] = [grad_enabled(), inference_mode(), device._forced, device._assumed]
-        where: torch.device | None = None
+        on: torch.device | None = None
         for value in values:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
-                if where is None:
-                    where = value.device
-                    parts.append(where)
+                if on is None:
+                    on = value.device
+                    parts.append(on)
                 try:
-                    address = value.data_ptr()  # 0 on the device meta, whose number is that of a CPU
-                except RuntimeError:  # what is left of a transform of torch.func
+                    address = value.data_ptr()  # 0 on a meta device, which has a CPU's number
+                except RuntimeError:  # a tensor that escaped from a transform of torch.func
                     return None, None
                 parts += (
-                    value.shape, value.is_contiguous() or value.stride(), value.dtype, value.get_device(),
-                    address and address & 15 | 16, value.requires_grad,
-                )  # fmt: skip
+                    value.shape,
+                    value.is_contiguous() or value.stride(),
+                    value.dtype,
+                    value.get_device(),
+                    address and address & 15 | 16,
+                    value.requires_grad,
+                )
             elif value is None:
                 parts.append(None)
             elif isinstance(value, Tensor):
                 return None, None
             elif isinstance(value, tuple):
                 known = _tuples.get(id(value))
-                parts.append(known[1] if known is not None and known[0] is value else _named(value))
+                parts.append(known[1] if known is not None and known[0] is value else _numbered(value))
             else:
                 parts += kind, value  # 1 == 1.0 == True
-        on = None if where is None else where.type
-        if on is None or on not in device.AUTOCAST:
+        if on is None or (device_type := on.type) not in device.AUTOCAST:
             return None, None
-        if autocast(on):
-            parts.append(torch.get_autocast_dtype(on))
+        if autocast(device_type):
+            parts.append(torch.get_autocast_dtype(device_type))
         key = tuple(parts)
         try:
             return key, self._kept.get(key)
@@ -131,7 +132,7 @@ class Plans:
 
 
 def forget() -> None:
-    """Forget all plans: launch choices have changed, or a forked process has no device."""
+    """Forget all plans, since launch choices changed or a forked process has no device."""
     for plans in Plans.every:
         plans._kept.clear()
 

@@ -16,28 +16,18 @@ if TYPE_CHECKING:
     from .model import MAR, MAROutput, create_model, mar_loss
     from .ragged import RaggedMask
 
-# Loaded on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
-_HOME = {
-    "CompiledModel": "inference",
-    "LoadReport": "checkpoint",
-    "MAR": "model",
-    "MARConfig": "config",
-    "MAROutput": "model",
-    "RaggedMask": "ragged",
-    "TokenMask": "masking",
-    "accelerate": "huggingface",
-    "compile_for_inference": "inference",
-    "create_model": "model",
-    "debug_checks": "kernels",
-    "from_pretrained": "checkpoint",
-    "list_models": "config",
-    "mar_loss": "model",
-    "named_config": "config",
-    "patch_transformers": "huggingface",
-    "register_attention": "huggingface",
-    "restore": "huggingface",
-    "save_checkpoint": "checkpoint",
+# Imported on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
+_NAMES = {
+    "checkpoint": ("LoadReport", "from_pretrained", "save_checkpoint"),
+    "config": ("MARConfig", "list_models", "named_config"),
+    "huggingface": ("accelerate", "patch_transformers", "register_attention", "restore"),
+    "inference": ("CompiledModel", "compile_for_inference"),
+    "kernels": ("debug_checks",),
+    "masking": ("TokenMask",),
+    "model": ("MAR", "MAROutput", "create_model", "mar_loss"),
+    "ragged": ("RaggedMask",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("checkpoint", "cost", "data", "eval", "kernels", "masking", "reference")
 
 __all__ = [

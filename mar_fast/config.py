@@ -1,4 +1,4 @@
-"""MARConfig: every size and rate of a model, and the models that have a name."""
+"""MARConfig: every size and rate of a model, and the named models."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -14,8 +14,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class MARConfig:
     """A masked video transformer: encoder, classifier and, in training, pixel decoder (arXiv 2207.11660).
 
-    Sizes are in pixels and frames, widths in values per token, rates in [0, 1). ``eps`` fields are LayerNorm's, one
-    for each place, since checkpoints differ there. The defaults are MAR's ViT-B.
+    Sizes are in pixels and frames, rates in [0, 1). Each LayerNorm has its own ``eps``, since checkpoints differ in
+    them. The defaults are MAR's ViT-B.
     """
 
     # The clip
@@ -25,13 +25,13 @@ class MARConfig:
     patch_size: tuple[int, int, int] = (2, 16, 16)
     """The tubelet (t, h, w)."""
     position_grid: tuple[int, int, int] | None = None
-    """The grid that position tables are made for, then interpolated trilinearly to the model's own; None is its own.
-    For weights that were trained at another size."""
+    """For weights that were trained at another size: the grid of their position tables, which are interpolated
+    trilinearly to the model's grid. None means the model's own."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    """Normalisation of pixels in [0, 1], used on uint8 clips and undone for the reconstruction target."""
+    """Normalisation of pixels in [0, 1], applied to uint8 clips and undone for the reconstruction target."""
 
-    # The mask that is drawn where the caller gives none: cell running masking
+    # Cell running masking, for calls without a mask
     mask_ratio: float = 0.5
     cell: tuple[int, int, int] = (1, 2, 2)
 
@@ -91,32 +91,27 @@ class MARConfig:
                 raise checks.bad(name, getattr(self, name), f"{self.channels} numbers, one for each channel")
         if min(self.std) <= 0:
             raise checks.bad("std", self.std, "numbers above 0")
-        for name in _COUNTS:
-            _whole(name, getattr(self, name), 1)
-        _whole("decoder_depth", self.decoder_depth, 0)
-        for name in _RATES:
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise checks.bad(name, value, "a number in [0, 1)")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int:
+                least = 0 if name == "decoder_depth" else 1
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise checks.bad(name, repr(value), f"a whole number, {least} or more")
+            elif name in _RATES:
+                if not isinstance(value, int | float) or not 0 <= value < 1:
+                    raise checks.bad(name, value, "a number in [0, 1)")
+            elif field.type is float:
+                checks.positive(name, value)
         if self.attention_dropout:
             raise checks.bad("attention_dropout", self.attention_dropout, "0: attention dropout is not supported")
-        for name in _POSITIVE:
-            checks.positive(name, getattr(self, name))
         if self.classifier not in ("bridging", "linear", None):
             raise checks.bad("classifier", repr(self.classifier), "'bridging', 'linear' or None")
-        for width, heads in (
-            ("embed_dim", "num_heads"),
-            ("bridge_embed_dim", "bridge_num_heads"),
-            ("decoder_embed_dim", "decoder_num_heads"),
-        ):
-            if getattr(self, width) % getattr(self, heads):
-                raise checks.bad(heads, getattr(self, heads), f"a divisor of {width} {getattr(self, width)}")
-        for name, extent, step in zip(
-            ("num_frames", "image_size", "image_size"),
-            (self.num_frames, *self.image_size),
-            self.patch_size,
-            strict=True,
-        ):
+        for part in ("", "bridge_", "decoder_"):
+            embed_dim, num_heads = getattr(self, f"{part}embed_dim"), getattr(self, f"{part}num_heads")
+            if embed_dim % num_heads:
+                raise checks.bad(f"{part}num_heads", num_heads, f"a divisor of {part}embed_dim {embed_dim}")
+        extents = (("num_frames", self.num_frames), *(("image_size", side) for side in self.image_size))
+        for (name, extent), step in zip(extents, self.patch_size, strict=True):
             if extent % step:
                 raise checks.bad(name, extent, f"a multiple of the patch's {step}")
         if self.mask_ratio:
@@ -131,12 +126,12 @@ class MARConfig:
 
     @property
     def num_tokens(self) -> int:
-        """L, the tubelets of a whole clip."""
+        """L, the tubelets of a clip."""
         return math.prod(self.grid)
 
     @property
     def num_visible(self) -> int:
-        """N, the tubelets that ``mask_ratio`` leaves."""
+        """N, the tubelets that ``mask_ratio`` leaves visible."""
         if not self.mask_ratio:
             return self.num_tokens
         slots = math.prod(self.cell)
@@ -148,15 +143,7 @@ class MARConfig:
         return math.prod(self.patch_size) * self.channels
 
 
-_COUNTS = (
-    "num_frames", "channels", "embed_dim", "depth", "num_heads", "num_classes",
-    "bridge_embed_dim", "bridge_depth", "bridge_num_heads", "decoder_embed_dim", "decoder_num_heads",
-)  # fmt: skip
 _RATES = ("mask_ratio", "drop_path_rate", "bridge_dropout", "head_dropout", "attention_dropout")
-_POSITIVE = (
-    "mlp_ratio", "bridge_mlp_ratio", "decoder_mlp_ratio",
-    "encoder_eps", "final_norm_eps", "bridge_eps", "classifier_norm_eps", "decoder_eps", "decoder_norm_eps",
-)  # fmt: skip
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
@@ -165,16 +152,11 @@ def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise checks.bad(name, repr(value), f"a whole number, {least} or more")
-
-
 def masked_slots(argument: str, ratio: float, cell: tuple[int, int, int]) -> int:
     """How many slots of each cell a ratio masks.
 
     Raises:
-        ValueError: the ratio does not give a whole number of slots, or leaves none visible.
+        ValueError: that is not a whole number, or no slot stays visible.
     """
     slots = math.prod(cell)
     count = round(ratio * slots)
@@ -190,8 +172,8 @@ def check_cell(cell: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
         raise checks.bad("cell", cell, f"a cell whose sides divide the grid {grid}")
 
 
-# Encoders are VideoMAE's (arXiv 2203.12602) and, for giant, VideoMAE v2's (arXiv 2303.16727). Pixel decoders of base
-# and large are MAR's; those of the others are the pre-training decoders of the same papers.
+# Encoders are VideoMAE's (arXiv 2203.12602), giant is VideoMAE v2's (arXiv 2303.16727). The pixel decoders of base and
+# large are MAR's, the others are the pre-training decoders of these papers.
 _SIZES: dict[str, dict[str, Any]] = {
     "small": dict(embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3),
     "base": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6),
@@ -203,12 +185,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-# Decoder depth is an option of pre-training; width alone names a decoder of the same papers.
-_DECODER_HEADS = {size["decoder_embed_dim"]: size["decoder_num_heads"] for size in _SIZES.values()}
-
 # A dense VideoMAE classifier: mean pooling and its own norm instead of the encoder's last one, no decoder.
 _DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)
-
 
 SIZES = tuple(_SIZES)
 """Sizes of the named models: "small", "base", ..."""
@@ -242,13 +220,11 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
 
 
 def known_heads(embed_dim: int, depth: int) -> int | None:
-    """Heads of the named encoder of this width and depth; None where there is none."""
-    for size in _SIZES.values():
-        if (size["embed_dim"], size["depth"]) == (embed_dim, depth):
-            return int(size["num_heads"])
-    return None
+    """Heads of the named encoder with these sizes, if there is one."""
+    found = (size for size in _SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth))
+    return next((size["num_heads"] for size in found), None)
 
 
 def known_decoder_heads(embed_dim: int) -> int | None:
-    """Heads of the named pixel decoders of this width; None where there is none."""
-    return _DECODER_HEADS.get(embed_dim)
+    """Heads of the named pixel decoders with this embed_dim, if there are any; their depth is an option."""
+    return next((size["decoder_num_heads"] for size in _SIZES.values() if size["decoder_embed_dim"] == embed_dim), None)

@@ -1,9 +1,9 @@
 """What a model costs, by arithmetic alone: parameters, multiply-adds, bytes moved, and the time floor on a device.
 
 Only matrix products count as multiply-adds, as in the paper's table (MAR, arXiv 2207.11660, "GFLOPs" there); one
-multiply-add is two FLOPs. Two ways are counted: "visible", what `mar_fast.MAR` computes, and "original", what
-`mar_fast.reference.MAR` computes, as the original code does: all tubelets embedded, attention matrices written out,
-the pixel decoder's last block and head run on every token.
+multiply-add is two FLOPs. The method "visible" counts what `mar_fast.MAR` computes; "original" counts what
+`mar_fast.reference.MAR` and the original code compute: all tubelets embedded, attention matrices written out, the pixel
+decoder's last block and head on every token.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ Method = Literal["visible", "original"]
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of work in the model, summed over the batch and over its layers.
+    """One kind of work in the model, summed over the batch and the layers.
 
     Attributes:
         name: "encoder.attention", "classifier.mlp", ...
@@ -33,7 +33,7 @@ class Part:
     bytes_moved: int
 
     def floor_seconds(self, peak_flops: float, bandwidth: float) -> float:
-        """No device of this peak rate (FLOP/s) and memory bandwidth (bytes/s) can be faster (roofline)."""
+        """The shortest time possible (roofline) at this peak rate (FLOP/s) and memory bandwidth (bytes/s)."""
         return max(2 * self.multiply_adds / peak_flops, self.bytes_moved / bandwidth)
 
 
@@ -45,21 +45,21 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Trainable values in the parts that run: without the pixel decoder, unless it was counted."""
+        """Trainable values in the counted parts: the pixel decoder only with ``reconstruct``."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def multiply_adds(self) -> int:
-        """For the whole batch."""
+        """Of the whole batch."""
         return sum(part.multiply_adds for part in self.parts)
 
     @property
     def bytes_moved(self) -> int:
-        """For the whole batch."""
+        """Of the whole batch."""
         return sum(part.bytes_moved for part in self.parts)
 
     def floor_seconds(self, peak_flops: float, bandwidth: float) -> float:
-        """The parts one after the other, each at its roofline: peak in FLOP/s, bandwidth in bytes/s.
+        """The shortest time possible for the parts one after the other: peak in FLOP/s, bandwidth in bytes/s.
 
         Raises:
             ValueError: a rate is not above 0.
@@ -87,10 +87,10 @@ def count(
         config: The model.
         mask_ratio: Share of masked tokens; None is the config's own.
         batch: Clips.
-        visible: Visible tokens of each clip, for masks that no mask_ratio of the config's cells gives; in place of it.
-        method: "visible" as `mar_fast.MAR` computes, "original" as the original code does.
+        visible: Visible tokens of each clip, instead of mask_ratio, for numbers that no ratio of cells gives.
+        method: "visible" for what `mar_fast.MAR` computes, "original" for what the original code does.
         reconstruct: Include the pixel decoder and its loss.
-        training: Add backward, taken as twice the forward; the clip itself needs no gradient.
+        training: Add backward, counted as twice the forward; the clip itself needs no gradient.
         bytes_per_value: Of weights and activations: 2 for bf16, 4 for float32.
         bytes_per_pixel: Of the clip: 1 for uint8.
 
@@ -124,13 +124,13 @@ def count(
 
 
 def _with_backward(part: Part) -> Part:
-    times = 2 if part.name == "encoder.patch_embed" else 3  # gradient of the weight only
+    times = 2 if part.name == "encoder.patch_embed" else 3  # its only gradient is the weight's
     return replace(part, multiply_adds=times * part.multiply_adds, bytes_moved=times * part.bytes_moved)
 
 
 @dataclass(frozen=True)
 class _Counter:
-    """Formulas of the parts. B clips, L tokens in the grid, N visible, D width, as everywhere."""
+    """Formulas of the parts; ``value`` and ``pixel`` are bytes."""
 
     batch: int
     visible: int
@@ -140,79 +140,83 @@ class _Counter:
 
     def linear(self, name: str, tokens: int, inputs: int, outputs: int, *, bias: bool = True, layers: int = 1) -> Part:
         weights = inputs * outputs + bias * outputs
-        values = weights + self.batch * tokens * (inputs + outputs)
-        return Part(
-            name, layers * weights, layers * self.batch * tokens * inputs * outputs, layers * values * self.value
-        )
+        products = layers * self.batch * tokens * inputs * outputs
+        values = layers * (weights + self.batch * tokens * (inputs + outputs))
+        return Part(name, layers * weights, products, values * self.value)
 
-    def norms(self, name: str, tokens: int, width: int, layers: int) -> Part:
-        """Add to the residual and normalise: reads both, writes sum and norm."""
-        return Part(name, layers * 2 * width, 0, layers * (2 * width + self.batch * tokens * 4 * width) * self.value)
+    def norms(self, name: str, tokens: int, dim: int, layers: int) -> Part:
+        """Add to the residual and normalise: reads both, writes the sum and its norm."""
+        return Part(name, layers * 2 * dim, 0, layers * (2 * dim + self.batch * tokens * 4 * dim) * self.value)
 
-    def attention(self, name: str, queries: int, keys: int, width: int, heads: int, layers: int) -> Part:
-        values = 2 * (queries + keys) * width  # query, key, value and output
+    def attention(self, name: str, queries: int, keys: int, dim: int, heads: int, layers: int) -> Part:
+        values = 2 * (queries + keys) * dim  # query, key, value and output
         if self.original:
             values += 4 * heads * queries * keys  # scores and probabilities, each written and read
-        operations = 2 * queries * keys * width
-        return Part(name, 0, layers * self.batch * operations, layers * self.batch * values * self.value)
+        products = 2 * queries * keys * dim
+        return Part(name, 0, layers * self.batch * products, layers * self.batch * values * self.value)
 
     def blocks(
-        self, name: str, tokens: int, width: int, heads: int, hidden: int, layers: int, *,
-        key_bias: bool = False, rows: int | None = None,
-    ) -> Iterator[Part]:  # fmt: skip
-        """``rows``: how many tokens of the last layer come out of it, where that is not all of them."""
-        groups = [(layers, tokens)] if rows is None else [(layers - 1, tokens), (1, rows)]
-        for count_, out in groups:
-            query = self.linear("", out, width, width, layers=count_)
-            key = self.linear("", tokens, width, width, bias=key_bias, layers=count_)
-            value = self.linear("", tokens, width, width, layers=count_)
+        self,
+        name: str,
+        tokens: int,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        layers: int,
+        *,
+        key_bias: bool = False,
+        last_rows: int | None = None,
+    ) -> Iterator[Part]:
+        """``last_rows``: how many tokens the last layer returns, if not all of them."""
+        hidden = round(dim * mlp_ratio)
+        groups = [(layers, tokens)] if last_rows is None else [(layers - 1, tokens), (1, last_rows)]
+        for depth, rows in groups:
+            query = self.linear("", rows, dim, dim, layers=depth)
+            key = self.linear("", tokens, dim, dim, bias=key_bias, layers=depth)
+            value = self.linear("", tokens, dim, dim, layers=depth)
             yield _sum(f"{name}.qkv", query, key, value)
-            yield self.attention(f"{name}.attention", out, tokens, width, heads, count_)
-            yield self.linear(f"{name}.proj", out, width, width, layers=count_)
-            up = self.linear("", out, width, hidden, layers=count_)
-            yield _sum(f"{name}.mlp", up, self.linear("", out, hidden, width, layers=count_))
-            norms = self.norms("", tokens, width, count_), self.norms("", out, width, count_)
-            yield _sum(f"{name}.norms", *norms)
+            yield self.attention(f"{name}.attention", rows, tokens, dim, heads, depth)
+            yield self.linear(f"{name}.proj", rows, dim, dim, layers=depth)
+            yield self.linear(f"{name}.mlp", rows, dim, hidden, layers=depth)
+            yield self.linear(f"{name}.mlp", rows, hidden, dim, layers=depth)
+            yield self.norms(f"{name}.norms", tokens, dim, depth)
+            yield self.norms(f"{name}.norms", rows, dim, depth)
 
     def encoder(self, config: MARConfig) -> list[Part]:
-        visible, width = self.visible, config.embed_dim
+        visible, dim = self.visible, config.embed_dim
         embedded = config.num_tokens if self.original else visible
-        patch = self.linear("encoder.patch_embed", embedded, config.patch_values, width)
+        patch = self.linear("encoder.patch_embed", embedded, config.patch_values, dim)
         pixels = self.batch * embedded * config.patch_values
         patch = replace(patch, bytes_moved=patch.bytes_moved + pixels * (self.pixel - self.value))
-        hidden = round(width * config.mlp_ratio)
-        blocks = self.blocks("encoder", visible, width, config.num_heads, hidden, config.depth)
-        return _merge([patch, *blocks, self.norms("encoder.norms", visible, width, int(config.final_norm))])
+        blocks = self.blocks("encoder", visible, dim, config.num_heads, config.mlp_ratio, config.depth)
+        return _merge([patch, *blocks, self.norms("encoder.norms", visible, dim, int(config.final_norm))])
 
     def classifier(self, config: MARConfig) -> list[Part]:
-        visible, width, blocks = self.visible, config.embed_dim, list[Part]()
+        visible, dim, blocks = self.visible, config.embed_dim, list[Part]()
         if config.classifier is None:
             return []
         if config.classifier == "bridging":
-            width = config.bridge_embed_dim
-            hidden = round(width * config.bridge_mlp_ratio)
-            shape = (visible, width, config.bridge_num_heads, hidden, config.bridge_depth)
-            blocks = [self.linear("classifier.proj_in", visible, config.embed_dim, width, bias=False)]
+            dim = config.bridge_embed_dim
+            shape = (visible, dim, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_depth)
+            blocks = [self.linear("classifier.proj_in", visible, config.embed_dim, dim, bias=False)]
             blocks += self.blocks("classifier", *shape, key_bias=True)
-        blocks.append(self.norms("classifier.norms", 1, width, 1))
-        return _merge([*blocks, self.linear("classifier.head", 1, width, config.num_classes)])
+        blocks.append(self.norms("classifier.norms", 1, dim, 1))
+        return _merge([*blocks, self.linear("classifier.head", 1, dim, config.num_classes)])
 
     def decoder(self, config: MARConfig) -> list[Part]:
-        tokens, width = config.num_tokens, config.decoder_embed_dim
-        dropped = tokens - self.visible
-        rows = tokens if self.original else dropped
-        hidden = round(width * config.decoder_mlp_ratio)
-        shape = (tokens, width, config.decoder_num_heads, hidden, config.decoder_depth)
+        visible, tokens, dim = self.visible, config.num_tokens, config.decoder_embed_dim
+        rows = tokens if self.original else tokens - visible
+        shape = (tokens, dim, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_depth)
         loss_bytes = self.batch * rows * config.patch_values * (self.pixel + self.value)
-        token = Part("decoder.scatter", width, 0, self.batch * (self.visible + tokens) * width * self.value)
-        return _merge([
-            self.linear("decoder.proj_in", self.visible, config.embed_dim, width, bias=False),
-            token,
-            *self.blocks("decoder", *shape, rows=rows),
-            self.norms("decoder.norms", rows, width, 1),
-            self.linear("decoder.head", rows, width, config.patch_values),
+        parts = [
+            self.linear("decoder.proj_in", visible, config.embed_dim, dim, bias=False),
+            Part("decoder.scatter", dim, 0, self.batch * (visible + tokens) * dim * self.value),
+            *self.blocks("decoder", *shape, last_rows=rows),
+            self.norms("decoder.norms", rows, dim, 1),
+            self.linear("decoder.head", rows, dim, config.patch_values),
             Part("decoder.loss", 0, 0, loss_bytes),
-        ])  # fmt: skip
+        ]
+        return _merge(parts)
 
 
 def _sum(name: str, *parts: Part) -> Part:
@@ -225,6 +229,6 @@ def _sum(name: str, *parts: Part) -> Part:
 
 
 def _merge(parts: list[Part]) -> list[Part]:
-    """Parts of one name become one, in the order of their first appearance."""
+    """Parts with the same name added up, in the order of their first appearance."""
     names = list(dict.fromkeys(part.name for part in parts))
     return [_sum(name, *(part for part in parts if part.name == name)) for name in names]

@@ -1,4 +1,4 @@
-"""How results reach the disk: whole or not at all."""
+"""Writing results: whole or not at all."""
 
 import os
 import shutil
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def may_write(paths: list[Path], force: bool) -> None:
-    """Check before any work that the results can be written.
+    """Check, before any work is done, that the results can be written.
 
     Raises:
-        FileExistsError: one of the files is there and ``force`` is not set.
-        NotADirectoryError: the folder of a file is a file.
+        FileExistsError: one of the files exists and ``force`` is not set.
+        NotADirectoryError: the parent of one is a file.
     """
     for path in paths:
         if path.is_dir():
@@ -25,7 +25,7 @@ def may_write(paths: list[Path], force: bool) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: nobody ever sees half a file."""
+    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that no partial file is ever visible."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """As `write_whole`, for a folder: ``write`` fills a new one beside ``path``, which then takes its place."""
+    """`write_whole` for a folder: ``write`` fills a temporary one beside ``path``, which then replaces it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     old = temporary.with_name(temporary.name + "-old")

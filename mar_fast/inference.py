@@ -1,15 +1,15 @@
 """compile_for_inference: a model compiled once for one shape, with its weights as constants.
 
-By inductor: on a CPU it freezes the weights (packs them for its matrix products); on a GPU it tunes these products and
-records CUDA graphs, so that a call costs one launch on the host. Its settings apply to this model only. Or, on a GPU,
-without a compiler: the model's own calls recorded in a CUDA graph.
+Inductor freezes the weights on a CPU (packs them for its matrix products); on a GPU it tunes the products and records
+CUDA graphs, so that a call costs the host one launch. Its settings apply to this model only. The other backend, on a
+GPU, records the model's own calls in a CUDA graph, without a compiler.
 """
 
 import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -21,32 +21,22 @@ from .kernels import checks, derived
 Result = TypeVar("Result")
 Backend = Literal["inductor", "graph"]
 
-# A first call compiles and loads kernels, a second one records inductor's CUDA graphs, a third one replays them.
+# The first call compiles and loads kernels, the second records inductor's CUDA graphs, the third replays them.
 _WARM_CALLS = 3
 _GRAPH_DEVICES = ("cuda",)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __repr__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {self.shape} on {self.device}"
 
 
 class CompiledModel:
     """A model compiled for the shapes of one example: call it with arguments like that example.
 
-    It keeps the weights that the model had when it was compiled; later changes of the model do not reach it. A later
-    call leaves the results of an earlier one as they are. With CUDA graphs all calls work in the same memory, so calls
-    from several threads or streams have to wait for each other.
+    It keeps the weights that the model had when it was compiled; later changes of the model do not affect it. Results
+    are not overwritten by later calls. With CUDA graphs all calls use the same memory, so calls from several threads or
+    streams have to wait for each other.
 
     Attributes:
-        compile_seconds: How long compiling took. Inductor keeps generated code and what it tuned on disk, so the next
+        compile_seconds: How long compiling took. Inductor caches generated code and tuning results on disk, so the next
             process takes less.
-        settings: Inductor's settings that it was compiled with; none with backend "graph".
+        settings: The settings of inductor; none with backend "graph".
     """
 
     def __init__(
@@ -66,39 +56,36 @@ class CompiledModel:
         """
         got = _described(arguments)
         if got != self._accepted:
-            raise checks.bad("arguments", _words(got), f"{_words(self._accepted)}, which it was compiled for")
-        # The state that it was compiled in.
+            raise checks.bad("arguments", _text(got), f"{_text(self._accepted)}, which it was compiled for")
+        # As it was compiled.
         with torch.inference_mode(False), torch.no_grad():
             return self._run(*arguments)
 
 
 def compile_for_inference(
-    model: nn.Module,
-    example: Tensor | tuple[Any, ...],
-    *,
-    backend: Backend = "inductor",
-    autotune: bool | None = None,
+    model: nn.Module, example: Tensor | tuple[Any, ...], *, backend: Backend = "inductor", autotune: bool | None = None
 ) -> CompiledModel:
     """Compile ``model`` for calls like ``model(*example)``: fixed shapes, constant weights, no gradients.
 
-    Any module will do that torch.compile takes in one graph, or that never waits for the device; of ours, give the
-    video, or (video, mask). A mask that is not given is the test form, and then part of the compiled code.
+    The model may be any module that torch.compile takes as one graph, or for "graph" one that never waits for the
+    device. The examples of a `MAR` are a video, or (video, mask); without a mask the test form of its own masking
+    becomes part of the compiled code.
 
     Args:
-        model: In eval mode, in the dtype and on the device that it will run in.
+        model: In eval mode, with its final dtype and device.
         example: The video (B, C, T, H, W), or a tuple of all positional arguments, which may hold tensors in tuples,
-            lists, dicts and dataclasses. Only shapes, dtypes, devices and values that are not tensors count.
-        backend: "inductor" compiles the model. "graph" records the calls of the model as it is in a CUDA graph, with
-            autocast as it is now: nothing is compiled or fused, and results are the bits of the model's own.
-        autotune: Whether inductor tries several implementations of every matrix product and keeps the fastest one. None
-            means on a GPU only. On a CPU it tries templates of its own against oneDNN: measured on a Zen 4 that took
-            minutes for 0 to 3 %, and with torch 2.13 the trial itself has ended the process now and then.
+            lists, dicts and dataclasses. Values of tensors do not matter.
+        backend: "inductor" compiles the model. "graph" records the model's calls in a CUDA graph, with the current
+            autocast: nothing is compiled or fused, and results have the same bits as the model's own.
+        autotune: Whether inductor tries several implementations of each matrix product and keeps the fastest. None
+            means on a GPU only. On a CPU it tries its own templates against oneDNN: on a Zen 4 that took minutes for 0
+            to 3 %, and with torch 2.13 the trial itself has sometimes killed the process.
 
     Raises:
         ValueError: the model is in training mode, the backend is unknown, or it is "graph" with ``autotune`` or with
             arguments that are not all on one GPU.
         TypeError: ``example`` is neither a tensor nor a tuple.
-        RuntimeError: torch.compile has no C++ compiler (CPU) or no Triton (GPU) here, or the model waits for the device
+        RuntimeError: torch.compile finds no C++ compiler (CPU) or no Triton (GPU), or the model waits for the device
             while it is recorded.
     """
     if not isinstance(model, nn.Module):
@@ -131,8 +118,8 @@ def compile_for_inference(
         compiler = functools.partial(_by_inductor, settings)
     begin = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
-        # A copy: weights that inductor packs are constants, but all others would stay shared with the model that they
-        # came from and follow its changes. What is packed is then let go in the copy.
+        # A copy, because weights that inductor does not pack would stay shared with the model and follow its changes.
+        # Those that it packs are then freed in the copy.
         run = compiler(copy.deepcopy(model), arguments)
     return CompiledModel(run, arguments, time.perf_counter() - begin, settings)
 
@@ -142,8 +129,8 @@ def _by_inductor(settings: dict[str, Any], model: nn.Module, arguments: tuple[An
 
     graphs = "triton.cudagraphs" in settings
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    # Patched around the calls and not given to torch.compile as options: what makes weights constants is read while
-    # the model is traced, where options do not hold yet.
+    # Patched around the calls instead of passed to torch.compile as options: tracing reads the settings that make
+    # weights constants, and options do not apply to it yet.
     with inductor.patch(settings):
         for _ in range(_WARM_CALLS if graphs else 1):
             compiled(*arguments)
@@ -153,19 +140,19 @@ def _by_inductor(settings: dict[str, Any], model: nn.Module, arguments: tuple[An
     def run(*arguments: Any) -> Any:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        # In another state it would compile again, and then without constant weights.
+        # A recompilation would not have constant weights.
         with torch.compiler.set_stance("fail_on_recompile"):
             result = compiled(*arguments)
-        # The next replay of a CUDA graph writes over its outputs.
+        # The next replay of a CUDA graph overwrites its outputs.
         return _cloned(result) if graphs else result
 
     return run
 
 
 class _Graph:
-    """The model's calls in a CUDA graph: arguments are copied to where it reads them, and results from where it writes.
+    """The model's calls in a CUDA graph: arguments are copied into its inputs, and results from its outputs.
 
-    A graph keeps no reference to what it reads, so weights and arguments are held here.
+    A graph keeps no reference to what it reads, so weights and inputs are kept here.
     """
 
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -173,7 +160,7 @@ class _Graph:
         self._inputs = _tensors(self._arguments)
         device = self._inputs[0].device
         self._device_type, self._autocast = device.type, _autocast(device.type)
-        # Weights that autocast casts must be cast in the graph: it frees those that it keeps when it ends.
+        # Without autocast's cache of cast weights: they must be cast in the graph, since the cache is freed at its end.
         with torch.autocast(
             device.type,
             dtype=self._autocast or torch.get_autocast_dtype(device.type),
@@ -186,33 +173,33 @@ class _Graph:
         autocast = _autocast(self._device_type)
         if autocast != self._autocast:
             raise checks.bad("autocast", autocast or "off", f"{self._autocast or 'off'}, as when this was compiled")
-        for held, given in zip(self._inputs, _tensors(arguments), strict=True):
-            held.copy_(given)
+        for own, given in zip(self._inputs, _tensors(arguments), strict=True):
+            own.copy_(given)
         return _cloned(self._replay())
 
 
 def captured(run: Callable[[], Result], device: torch.device | None = None) -> Callable[[], Result]:
-    """``run`` recorded once as a CUDA graph; the function that is returned replays it on the current stream.
+    """Record ``run`` as a CUDA graph; returns a function that replays it on the current stream.
 
-    The result stays where the graph wrote it, and the next replay writes over it. What ``run`` reads must be held by
-    the caller: the graph does not. What was made of weights in the warm-up calls is held here.
+    Each replay overwrites the last result. The caller must keep alive what ``run`` reads: the graph does not. What the
+    warm-up calls derived from weights is kept here.
 
     Args:
-        run: Must not wait for the device.
-        device: Where it runs; None is the current one.
+        run: A function that does not wait for the device.
+        device: The device it runs on; None is the current one.
     """
     with torch.cuda.device(device):
         warm = torch.cuda.Stream()
         warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):  # compiles, loads and allocates, which cannot be recorded
+        with torch.cuda.stream(warm):  # compiling, loading and allocating cannot be recorded
             for _ in range(_WARM_CALLS):
                 run()
         torch.cuda.current_stream().wait_stream(warm)
         graph = torch.cuda.CUDAGraph()
-        # Workspaces of cuBLAS stay with their stream: without this a graph could write to one that another graph owns,
-        # or that is freed while it lives. The one that the graph makes is in its own memory.
+        # cuBLAS keeps a workspace for each stream: without this a graph could write to one that belongs to another
+        # graph, or that is freed before the graph is. The one made during the recording is in the graph's own memory.
         torch._C._cuda_clearCublasWorkspaces()
-        # Other threads, a data loader's for one, may use the device meanwhile.
+        # thread_local: other threads, such as a data loader's, may use the device meanwhile.
         recorded = torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
         with recorded, derived.held() as kept:
             result = run()
@@ -235,14 +222,14 @@ def _need_compiler() -> None:
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # inductor raises an error of its own where its search finds none
+    except Exception as error:  # inductor has its own type of error for this
         raise RuntimeError(
             "compile_for_inference needs a C++ compiler on a CPU and found none; expected g++ or clang++"
         ) from error
 
 
 def _parts(value: Any) -> list[Any] | None:
-    """What a dataclass, tuple, list or dict holds; None for any other value."""
+    """The items of a dataclass, tuple, list or dict; None for any other value."""
     if is_dataclass(value):
         return [getattr(value, item.name) for item in fields(value)]
     if isinstance(value, dict):
@@ -251,11 +238,17 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 def _described(value: Any) -> Any:
-    """What a call must have in common with the example: shapes, dtypes and devices, and all other values."""
+    """What a call must share with the example: shapes, dtypes and devices of tensors, and all other values."""
     if isinstance(value, Tensor):
-        return _Shape(tuple(value.shape), value.dtype, value.device)
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     parts = _parts(value)
     return value if parts is None else [type(value), *map(_described, parts)]
+
+
+def _text(described: Any) -> str:
+    if isinstance(described, list):
+        return f"{described[0].__name__}({', '.join(map(_text, described[1:]))})"
+    return str(described)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -276,9 +269,3 @@ def _cloned(value: Any) -> Any:
         return part
 
     return pytree.tree_map(leaf, value)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{value[0].__name__}({', '.join(_words(part) for part in value[1:])})"
-    return repr(value)

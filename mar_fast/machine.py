@@ -1,4 +1,4 @@
-"""The machine at hand: its device, its matrix-product rate, its peak memory, and what identifies a measurement."""
+"""The machine: its device, its matrix-product and copy rates, peak memory, and what identifies a measurement."""
 
 import ctypes
 import datetime
@@ -9,10 +9,10 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .kernels import checks
 from .timing import interleaved
@@ -26,10 +26,10 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def device(name: str = "auto") -> torch.device:
-    """The device to run on: "cpu", "cuda", or "auto" for the GPU where there is one.
+    """The device to run on: "cpu", "cuda", or "auto" for the GPU if there is one.
 
     Raises:
-        ValueError: "cuda" on a machine without one.
+        ValueError: "cuda" on a machine without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch finds no GPU here; expected 'cpu' or 'auto'")
@@ -42,13 +42,13 @@ def matmul_rates(device: torch.device, dtypes: tuple[str, ...], budget: float = 
     runs: dict[str, Callable[[], object]] = {}
     for name in dtypes:
         left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
-        runs[name] = _product(left, right)
+        runs[name] = partial(torch.matmul, left, right)
     spreads = interleaved(runs, device, budget=budget, min_rounds=5, max_rounds=30)
     return {name: 2 * side**3 / spread.p50 for name, spread in spreads.items()}
 
 
 def copy_rate(device: torch.device, budget: float = 2.0) -> float:
-    """Measured bytes per second of a large copy, those read and those written counted."""
+    """Measured bytes per second of a large copy, read and written ones together."""
     size = (1024 if device.type == "cuda" else 256) * 2**20
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -56,21 +56,17 @@ def copy_rate(device: torch.device, budget: float = 2.0) -> float:
     return 2 * size / spread["copy"].p50
 
 
-def _product(left: Tensor, right: Tensor) -> Callable[[], object]:
-    return lambda: left @ right
-
-
 def choose_dtype(device: torch.device, rates: dict[str, float]) -> tuple[str, str]:
-    """The dtype to run in and, in words, why: bf16 where its matrix products are clearly faster."""
+    """The dtype to run in, bf16 if its matrix products are clearly faster, and the reason in words."""
     gain = rates["bf16"] / rates["fp32"]
     reason = f"bf16 matrix products run {gain:.1f}x as fast as fp32 ones on this {device.type.upper()}"
     return ("bf16" if gain > 1.5 else "fp32"), reason
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that ``run`` needs beyond what is held before it: allocator peak on a GPU, resident growth on a CPU.
+    """Bytes that ``run`` needs on top of what is in use: allocator peak on a GPU, growth of resident memory on a CPU.
 
-    None where the system cannot tell (no Linux).
+    None if the system cannot tell (not Linux).
     """
     gc.collect()
     if device.type == "cuda":
@@ -81,7 +77,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        # Hand freed memory back first, or run would reuse it unseen; then let the high-water mark start anew.
+        # Return freed memory first, or run would reuse it unseen; then reset the high-water mark.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_bytes("VmRSS")
@@ -99,7 +95,7 @@ def _status_bytes(key: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What a reader needs to repeat a measurement."""
+    """What a reader needs to know to repeat a measurement."""
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -116,10 +112,10 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Within this context PyTorch computes with ``count`` threads; None leaves its own choice.
+    """Within this context PyTorch uses ``count`` threads; None changes nothing.
 
     Raises:
-        ValueError: not a whole number, 1 or more.
+        ValueError: count is not a whole number of 1 or more.
     """
     if count is not None and (not isinstance(count, int) or count < 1):
         raise checks.bad("threads", repr(count), "a whole number, 1 or more")
@@ -132,7 +128,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -142,15 +138,13 @@ def _device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
+        models = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        name = next(models, f":{name}").split(":", 1)[1].strip()
     return f"{name}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _clocks(device: torch.device) -> str:
-    """Clocks and power limit of a GPU as its driver gives them; empty where there is no such tool."""
+    """Clocks and power limit of a GPU by its driver's tool; empty without that tool."""
     if device.type != "cuda":
         return ""
     wanted = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
@@ -170,7 +164,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout this file is in, with a mark if it was changed; empty outside a checkout."""
+    """The commit of this checkout, with "-dirty" if it was changed; empty outside a checkout."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

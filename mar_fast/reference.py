@@ -1,12 +1,12 @@
 """MAR in plain PyTorch, one file, read top to bottom: what everything else is checked against.
 
-It works as the original does: embeds all tubelets and throws the dropped ones away, forms the whole attention matrix,
-normalises the target of every tubelet. It shares no code with model.py or kernels/, only the parameter names, so
-``model.load_state_dict(reference.state_dict())`` just works.
+It computes what the original computes: it embeds all tubelets and discards the dropped ones, forms the whole attention
+matrix, and normalises the target of every tubelet. It shares no code with model.py or kernels/, only the parameter
+names, so ``model.load_state_dict(reference.state_dict())`` works.
 
 Sources: MAR, arXiv 2207.11660; VideoMAE, arXiv 2203.12602.
 
-In comments: B clips, L tokens, N visible, M dropped, D width, H heads, d head size.
+In comments: B clips, L tokens, N visible, M dropped, D embed_dim, H heads, d head size.
 """
 
 import math
@@ -20,35 +20,35 @@ from torch import Tensor, nn
 from .config import MARConfig
 
 
-def position_table(tokens: int, width: int) -> Tensor:
-    """(L, D): sines in even columns, cosines in odd ones, of p / 10000^(2 * (i // 2) / D), in float64, then cast."""
-    table = torch.zeros(tokens, width, dtype=torch.float64, device="cpu")
-    for i in range(width):
-        angle = torch.arange(tokens, dtype=torch.float64, device="cpu") / math.pow(10000, 2 * (i // 2) / width)
+def position_table(tokens: int, dim: int) -> Tensor:
+    """(L, D) float32: sin (even columns i) or cos (odd ones) of p / 10000^(2 * (i // 2) / D), computed in float64."""
+    table = torch.zeros(tokens, dim, dtype=torch.float64, device="cpu")
+    for i in range(dim):
+        angle = torch.arange(tokens, dtype=torch.float64, device="cpu") / math.pow(10000, 2 * (i // 2) / dim)
         table[:, i] = torch.sin(angle) if i % 2 == 0 else torch.cos(angle)
     return table.float()
 
 
-def resized_table(config: MARConfig, width: int) -> Tensor:
+def resized_table(config: MARConfig, dim: int) -> Tensor:
     """(L, D): the table of the config's position_grid, resampled linearly along time, height and width in turn."""
     if config.position_grid is None:
-        return position_table(config.num_tokens, width)
-    table = position_table(math.prod(config.position_grid), width).double()
-    table = table.reshape(*config.position_grid, width)
+        return position_table(config.num_tokens, dim)
+    table = position_table(math.prod(config.position_grid), dim).double()
+    table = table.reshape(*config.position_grid, dim)
     for axis, (old, new) in enumerate(zip(config.position_grid, config.grid, strict=True)):
         slices = []
         for i in range(new):
-            # The centre of the new tubelet i, in tubelets of the old grid, kept between the outermost centres.
-            place = min(max((i + 0.5) * old / new - 0.5, 0.0), old - 1.0)
-            low = int(place)
+            # The centre of the new tubelet i as an index into the old grid, clamped to its outermost centres.
+            centre = min(max((i + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+            low = int(centre)
             high = min(low + 1, old - 1)
-            slices.append(table.select(axis, low) * (1 - (place - low)) + table.select(axis, high) * (place - low))
+            slices.append(table.select(axis, low) * (1 - (centre - low)) + table.select(axis, high) * (centre - low))
         table = torch.stack(slices, dim=axis)
-    return table.reshape(-1, width).float()
+    return table.reshape(-1, dim).float()
 
 
 def running_mask(config: MARConfig, batch: int, train: bool, generator: torch.Generator | None) -> Tensor:
-    """(B, L) bool, True = masked, by the definition: masked(t, s) = ((s - t - phase) mod S) < d."""
+    """(B, L) bool, True = masked: masked(t, s) = ((s - t - phase) mod S) < d, for slot s of the S in a cell."""
     frames, height, width = config.grid
     ct, cy, cx = config.cell
     slots = ct * cy * cx
@@ -68,36 +68,36 @@ def running_mask(config: MARConfig, batch: int, train: bool, generator: torch.Ge
 
 
 class Attention(nn.Module):
-    """Naive multi-head attention: the (B, H, N, N) scores are all there."""
+    """Naive multi-head attention, with all (B, H, N, N) scores in memory."""
 
-    def __init__(self, width: int, heads: int, key_bias: bool) -> None:
+    def __init__(self, dim: int, heads: int, key_bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, width * 3, bias=key_bias)
+        self.qkv = nn.Linear(dim, dim * 3, bias=key_bias)
         if not key_bias:
-            self.q_bias = nn.Parameter(torch.zeros(width))
-            self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        b, n, width = x.shape
+        b, n, dim = x.shape
         qkv = self.qkv(x)
         if self.qkv.bias is None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = qkv.reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        scores = (q * (width // self.heads) ** -0.5) @ k.transpose(-2, -1)
-        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, n, width))
+        q, k, v = qkv.reshape(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        scores = (q * (dim // self.heads) ** -0.5) @ k.transpose(-2, -1)
+        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, n, dim))
 
 
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x)))."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: a sample loses a sub-layer's whole output with the given probability."""
+    """Stochastic depth: drops the output of a sub-layer, for each sample with probability ``rate``."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         heads: int,
         mlp_ratio: float,
         eps: float,
@@ -134,10 +134,10 @@ class Block(nn.Module):
         key_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, key_bias)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, round(width * mlp_ratio), dropout)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, key_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), dropout)
         self.drop = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
@@ -152,18 +152,15 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        conv = nn.Conv3d(config.channels, config.embed_dim, config.patch_size, stride=config.patch_size)
+        dim, depth = config.embed_dim, config.depth
+        conv = nn.Conv3d(config.channels, dim, config.patch_size, stride=config.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         # Not a buffer: .bfloat16() would round it.
-        self.table = resized_table(config, config.embed_dim)
-        self.blocks = nn.ModuleList(
-            Block(
-                config.embed_dim, config.num_heads, config.mlp_ratio, config.encoder_eps,
-                drop_path=config.drop_path_rate * i / max(config.depth - 1, 1),
-            )
-            for i in range(config.depth)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.final_norm_eps) if config.final_norm else nn.Identity()
+        self.table = resized_table(config, dim)
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        shape = (dim, config.num_heads, config.mlp_ratio, config.encoder_eps)
+        self.blocks = nn.ModuleList(Block(*shape, drop_path=rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=config.final_norm_eps) if config.final_norm else nn.Identity()
 
     def forward(self, clip: Tensor, masked: Tensor) -> Tensor:
         """Normalised (B, C, T, H, W), (B, L) bool -> (B, N, D)."""
@@ -176,19 +173,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ViT over all places that predicts the pixels of every tubelet."""
+    """ViT over all positions that predicts the pixels of every tubelet."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        width = config.decoder_embed_dim
-        self.table = resized_table(config, width)
-        shape = (width, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_eps)
+        dim = config.decoder_embed_dim
+        self.table = resized_table(config, dim)
+        shape = (dim, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
-        self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
-        self.head = nn.Linear(width, config.patch_values)
+        self.norm = nn.LayerNorm(dim, eps=config.decoder_norm_eps)
+        self.head = nn.Linear(dim, config.patch_values)
 
     def forward(self, visible: Tensor, mask_token: Tensor, masked: Tensor) -> Tensor:
-        """(B, N, decoder width) -> (B, L, t * h * w * C)."""
+        """(B, N, decoder_embed_dim) -> (B, L, t * h * w * C)."""
         x = mask_token.expand(*masked.shape, -1).clone()
         x[~masked] = visible.reshape(-1, visible.shape[-1]).to(x.dtype)
         x = (x + self.table.to(x.device)).to(x.dtype)
@@ -202,17 +199,17 @@ class Classifier(nn.Module):
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        width = config.embed_dim
+        dim = config.embed_dim
         if config.classifier == "bridging":
-            width = config.bridge_embed_dim
-            self.proj = nn.Linear(config.embed_dim, width, bias=False)
-            shape = (width, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
+            dim = config.bridge_embed_dim
+            self.proj = nn.Linear(config.embed_dim, dim, bias=False)
+            shape = (dim, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
             self.blocks = nn.ModuleList(
                 Block(*shape, dropout=config.bridge_dropout, key_bias=True) for _ in range(config.bridge_depth)
             )
-        self.norm = nn.LayerNorm(width, eps=config.classifier_norm_eps)
+        self.norm = nn.LayerNorm(dim, eps=config.classifier_norm_eps)
         self.drop = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear(width, config.num_classes)
+        self.head = nn.Linear(dim, config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, classes)."""
@@ -236,7 +233,7 @@ def patch_targets(pixels: Tensor, config: MARConfig) -> Tensor:
 
 
 class MAR(nn.Module):
-    """The whole model; same parameters, names and call as `mar_fast.MAR`."""
+    """The whole model, with the parameters, names and call of `mar_fast.MAR`."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
@@ -256,7 +253,7 @@ class MAR(nn.Module):
         reconstruct: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """As `mar_fast.MAR.forward`; the result has the same fields, and ``targets`` (B, M, t * h * w * C) besides."""
+        """`mar_fast.MAR.forward`; the result has one more field, ``targets`` (B, M, t * h * w * C)."""
         config = self.config
         if mask is None:
             masked = running_mask(config, video.shape[0], self.training, generator).to(video.device)

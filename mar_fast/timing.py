@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a shared machine: warm, interleaved, medians with spread."""
+"""Timing for a shared machine: warm, interleaved, medians with spread."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -25,10 +25,10 @@ class Spread:
         return cls(p20, p50, p80, len(values))
 
 
-# A GPU waits this many cycles (about 0.3 ms) before it begins, so that all launches of a call are queued by then and
-# their cost on the host is not counted.
+# A GPU first waits for this many cycles (about 0.3 ms), so that all launches of a call are queued by then and what they
+# cost the host is not counted.
 HEAD_START = 500_000
-# Written between calls: more than any cache holds.
+# Written between calls to flush the caches, which hold less.
 FLUSHED_BYTES = 256 * 2**20
 
 
@@ -38,7 +38,7 @@ def _flushed(device: torch.device) -> torch.Tensor:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes; on a GPU by events, from cold caches, so that only the device's time counts."""
+    """Seconds of one call; on a GPU the device's time alone, measured by events, from cold caches."""
     if device.type == "cuda":
         _flushed(device).zero_()
         torch.cuda._sleep(HEAD_START)
@@ -63,16 +63,16 @@ def interleaved(
     warm: int = 2,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Spread]:
-    """Time the candidates in turn, A B C A B C ..., so that a drift of the machine hits all of them alike.
+    """Time the candidates in turn, A B C A B C ..., so that a drift of the machine affects all of them alike.
 
     Args:
         candidates: What to call, by name.
         device: Where they run.
-        budget: Seconds for all of it; at least ``min_rounds`` are done, at most ``max_rounds``.
-        min_rounds: Least number of counted rounds.
-        max_rounds: Largest number of counted rounds.
-        warm: How often each is called first, uncounted.
-        on_round: Told the share that is done, after each round.
+        budget: Seconds for all rounds together.
+        min_rounds: Rounds even if they exceed the budget.
+        max_rounds: Rounds even if the budget allows more.
+        warm: Calls of each candidate before the first round.
+        on_round: Called after each round with the share of the work that is done.
 
     Returns:
         Seconds of one call, by name.

@@ -1,4 +1,4 @@
-"""add_layer_norm in Triton: rows of D columns, a row whole in one program; statistics and sums in float32."""
+"""add_layer_norm in Triton. A program holds whole rows of D columns; statistics and sums are in float32."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,13 +33,13 @@ def add_layer_norm_forward_kernel(
             b_x *= tl.load(row_scale + o_row // count, mask=m_row, other=0.0).to(tl.float32)[:, None]
         p_residual = residual + o_row[:, None] * residual_stride + o_column[None, :]
         b_residual = tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
-        # The norm is that of the sum as the next layer sees it, rounded.
+        # Normalise the rounded sum, which is what the next layer sees.
         b_sum = (b_residual + b_x).to(new_residual.dtype.element_ty)
         tl.store(new_residual + o_out, b_sum, mask=m_tile)
         b_x = b_sum.to(tl.float32)
     b_mean = tl.sum(b_x, axis=1) / columns
     b_centred = tl.where(m_column[None, :], b_x - b_mean[:, None], 0.0)
-    # inductor hands floats over as float64
+    # inductor passes floats as float64
     b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / columns + tl.cast(eps, tl.float32))
     if statistics is not None:
         tl.store(statistics + o_row, b_mean, mask=m_row)
@@ -58,9 +58,9 @@ def add_layer_norm_backward_kernel(
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAYER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``residual`` is what was normalised. One program walks ``tiles`` row tiles. What it sums over them goes to its
-    own row of ``part``, once for each of WEIGHT, BIAS and LAYER_SCALE that is wanted, and these are summed in a fixed
-    order afterwards. A result that nobody wants is None, and so is a gradient that never came."""
+    """``residual`` is what was normalised. A program loops over ``tiles`` row tiles and stores its sums over them in
+    its own row of ``part``, one part for each of WEIGHT, BIAS and LAYER_SCALE that is wanted; another kernel adds these
+    up in a fixed order. A result that is not wanted is None, and so is the gradient of an output that was not used."""
     program = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -88,7 +88,7 @@ def add_layer_norm_backward_kernel(
             b_residual = tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
             b_mean = tl.load(statistics + o_row, mask=m_row, other=0.0)[:, None]
             b_rstd = tl.load(statistics + rows + o_row, mask=m_row, other=0.0)[:, None]
-            # Not zero beyond the last column, but there it only meets gradients that are.
+            # Not zero beyond the last column, but the gradients that it is multiplied with are.
             b_unit = (b_residual - b_mean) * b_rstd
             if WEIGHT:
                 b_weight_sum += tl.sum(b_normed * b_unit, axis=0)
@@ -127,7 +127,7 @@ def add_layer_norm_backward_kernel(
             tl.store(p_part, b_layer_sum, mask=m_column)
 
 
-# Enough programs to fill a large GPU; each leaves one row of partial sums.
+# Enough programs to fill a large GPU; each stores one row of partial sums.
 ROW_PROGRAMS = 512
 
 
@@ -163,7 +163,7 @@ def outputs(
     x_dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed in ``dtype``, the new residual (None where it is x), and (2, B * N) mean and 1 / deviation to be saved."""
+    """normed in ``dtype``, the new residual (None if it is x), and for backward (2, B * N) mean and 1 / deviation."""
     normed = torch.empty_like(x, dtype=dtype, memory_format=DENSE)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
     if not save:
@@ -173,7 +173,7 @@ def outputs(
 
 
 def forward(*inputs: Any) -> Run:
-    """Sum and norm in one pass, for the inputs of `outputs`."""
+    """Sum and norm in one pass; the inputs are those of `outputs`."""
     (x, residual, weight, bias, layer_scale, row_scale), options = inputs[:6], inputs[6:]
     (batch, count, columns), eps = x.shape, options[0]
     if x.numel() == 0:
@@ -182,11 +182,14 @@ def forward(*inputs: Any) -> Run:
     residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
     choice = choose("add_layer_norm_forward", config_forward, x if residual is None else residual, width=columns)
     launch = Launch(
-        add_layer_norm_forward_kernel, (triton.cdiv(batch * count, choice.config.block_m),),
-        (batch * count, columns, count, x_stride, residual_stride, eps), choice,
+        add_layer_norm_forward_kernel,
+        (triton.cdiv(batch * count, choice.config.block_m),),
+        (batch * count, columns, count, x_stride, residual_stride, eps),
+        choice,
         (x_copied, residual_copied, *map(scattered, (weight, bias, layer_scale, row_scale))),
-        BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
-    )  # fmt: skip
+        BLOCK_M=choice.config.block_m,
+        BLOCK_N=block(columns),
+    )
 
     def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         results = outputs(*tensors, *options)
@@ -197,122 +200,104 @@ def forward(*inputs: Any) -> Run:
 
 
 def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
-    """x is needed for the gradients of what scales it only."""
+    """x is only needed for the gradients of its factors."""
     x, residual, weight, bias, layer_scale, row_scale = tensors[:6]
-    scaled = (layer_scale is not None and layer_scale.requires_grad) or (
-        row_scale is not None and row_scale.requires_grad
-    )
+    saves_x = layer_scale is not None and layer_scale.requires_grad
+    saves_x = saves_x or (row_scale is not None and row_scale.requires_grad)
     normalised = x if residual is None else results[1]
-    return normalised, results[2], weight, bias, x if scaled else None, layer_scale, row_scale
+    return normalised, results[2], weight, bias, x if saves_x else None, layer_scale, row_scale
 
 
-def _wanted(
-    grad_normed: Tensor | None,
-    residual: Tensor,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    x_dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> list[bool]:
-    """Which gradients backward writes. That of an unscaled x is that of the residual: `_finish` hands it out twice."""
+def _written(grad_normed, residual, layer_scale, row_scale, x_dtype: torch.dtype, needs: Sequence[bool]) -> list[bool]:
+    """Which gradients the kernel writes. An unscaled x shares the residual's: `_finish` returns that twice."""
     shared = layer_scale is None and row_scale is None and x_dtype == residual.dtype
-    of_x, of_residual, of_weight, of_bias, of_layer_scale, of_row_scale = needs
+    of_x, of_residual, of_weight, of_bias, *of_factors = needs
     normed = grad_normed is not None
     return [
-        of_x and not shared, of_residual or (of_x and shared), of_weight and normed, of_bias and normed,
-        of_layer_scale, of_row_scale,
-    ]  # fmt: skip
+        of_x and not shared,
+        of_residual or (of_x and shared),
+        of_weight and normed,
+        of_bias and normed,
+        *of_factors,
+    ]
 
 
 def gradients(
-    grad_normed: Tensor | None,
-    grad_residual: Tensor | None,
-    residual: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    save: bool,
-    needs: Sequence[bool],
+    grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale, *options: Any
 ) -> list[Tensor | None]:
-    """Of x, residual, weight, bias, layer_scale and row_scale."""
-    wanted = _wanted(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
-    return _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
+    """Of x, residual, weight, bias, layer_scale and row_scale. ``residual`` is what was normalised."""
+    *_, x_dtype, _, needs = options
+    written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
+    return _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale)
 
 
-def _memory(
-    wanted: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, vectors: Sequence[Any]
-) -> list[Tensor | None]:
-    weight, bias, layer_scale, row_scale = vectors
+def _allocate(written: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, *vectors: Any) -> list[Tensor | None]:
     return [
-        torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if wanted[0] else None,
-        torch.empty_like(residual, memory_format=DENSE) if wanted[1] else None,
-        torch.empty_like(weight) if wanted[2] else None,
-        torch.empty_like(bias) if wanted[3] else None,
-        torch.empty_like(layer_scale) if wanted[4] else None,
-        torch.empty_like(row_scale) if wanted[5] else None,
+        torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if written[0] else None,
+        torch.empty_like(residual, memory_format=DENSE) if written[1] else None,
+        torch.empty_like(vectors[0]) if written[2] else None,
+        torch.empty_like(vectors[1]) if written[3] else None,
+        torch.empty_like(vectors[2]) if written[4] else None,
+        torch.empty_like(vectors[3]) if written[5] else None,
     ]
 
 
 def backward(*inputs: Any) -> Run:
-    """All gradients in one pass, for the inputs of `gradients`."""
-    (grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale), options = (
-        inputs[:9], inputs[9:],
-    )  # fmt: skip
+    """All gradients in one pass; the inputs are those of `gradients`."""
+    grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale, *options = inputs
+    *_, x_dtype, _, needs = options
     batch, count, columns = residual.shape
-    wanted, x_dtype = _wanted(grad_normed, residual, layer_scale, row_scale, options[2], options[4]), options[2]
+    written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     if residual.numel() == 0:
         return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]
-    laid = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
-    (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = laid
+    layouts = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
+    (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = layouts
     choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
     row_tiles = triton.cdiv(batch * count, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
+    copies = list(map(scattered, (statistics, weight, layer_scale, row_scale)))
     launch = Launch(
-        add_layer_norm_backward_kernel, (programs,),
-        (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles), choice,
-        (
-            copied, scattered(statistics), scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
-            normed_copied, grad_copied,
-        ),
-        WEIGHT=wanted[2], BIAS=wanted[3], LAYER_SCALE=wanted[4],
-        BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
-    )  # fmt: skip
-    results = sum(wanted[2:5])
-    total = sum_parts(residual, programs, columns, results) if results else None
-    parts = like((results, programs, columns), torch.float32, residual.device)
+        add_layer_norm_backward_kernel,
+        (programs,),
+        (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles),
+        choice,
+        (copied, *copies[:2], x_copied, *copies[2:], normed_copied, grad_copied),
+        WEIGHT=written[2],
+        BIAS=written[3],
+        LAYER_SCALE=written[4],
+        BLOCK_M=choice.config.block_m,
+        BLOCK_N=block(columns),
+    )
+    summed = [position for position in (2, 3, 4) if written[position]]
+    add_parts = sum_parts(residual, programs, columns, len(summed)) if summed else None
+    parts = like((len(summed), programs, columns), torch.float32, residual.device)
+    only_weight_and_bias = summed == [2, 3]
 
     def run(*operands: Any) -> list[Tensor | None]:
         grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale = operands
-        written = _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
-        of_x, of_residual, of_weight, of_bias, of_layer_scale, _ = written
-        part = None if total is None else torch.empty_like(parts, memory_format=DENSE)
-        row_part = torch.empty((batch, count), dtype=torch.float32, device=residual.device) if wanted[5] else None
+        results = _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale)
+        part = None if add_parts is None else torch.empty_like(parts, memory_format=DENSE)
+        row_part = torch.empty((batch, count), dtype=torch.float32, device=residual.device) if written[5] else None
         launch(
             residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
-            of_x, of_residual, part, row_part,
+            results[0], results[1], part, row_part,
         )  # fmt: skip
-        if total is not None:
-            if of_layer_scale is None and results == 2:
-                total(part, of_weight, of_bias)
-            else:
-                total(part, *[value for value in written[2:5] if value is not None])
+        if add_parts is not None and only_weight_and_bias:  # the usual case, without a list
+            add_parts(part, results[2], results[3])
+        elif add_parts is not None:
+            add_parts(part, *[results[position] for position in summed])
         if row_part is not None:
-            written[5] = row_part.sum(1).to(row_scale.dtype)
-        return written
+            results[5] = row_part.sum(1).to(row_scale.dtype)
+        return results
 
     return run
 
 
 def _finish(results: list[Tensor | None]) -> list[Tensor | None]:
-    of_x, of_residual, *of_vectors = results
-    return [of_residual if of_x is None else of_x, of_residual, *of_vectors]
+    if results[0] is None:
+        results[0] = results[1]
+    return results
 
 
 add_layer_norm = Op(

@@ -1,9 +1,13 @@
 """attention and attention_varlen in Triton: FlashAttention-2 (arXiv 2307.08691) on packed qkv. The forward pass.
 
-One program takes BLOCK_M queries of one head and walks over the keys in tiles of BLOCK_N, with a running softmax; the
-scores never leave the chip. What is left over at the end of the keys is a smaller tile of its own, so that 784 tokens
-cost 12 * 64 + 16 keys and not 13 * 64: only this tile is masked.
+One program takes BLOCK_M queries of one head and loops over the keys in tiles of BLOCK_N, with an online softmax; the
+scores never leave the chip. The remainder of the keys is a smaller tile, and only that one is masked: 784 tokens cost
+12 * 64 + 16 keys, not 13 * 64.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -39,38 +43,36 @@ def attend(
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax."""
+    """Add one tile of keys to the online softmax."""
     # [BLOCK_M, BLOCK_N]
     if RESIDENT:
         b_s = inner(b_q, load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
     else:
-        b_s = inner_of_loaded(
-            query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )  # fmt: skip
+        b_s = inner_of_loaded(query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     if MASKED:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
-    b_decay = tl.exp2(b_max - b_new_max)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_faded = ()
+    b_rescale = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_rescaled = ()
     for i in tl.static_range(len(b_out)):
-        b_faded = b_faded + (b_out[i] * b_decay[:, None],)
+        b_rescaled = b_rescaled + (b_out[i] * b_rescale[:, None],)
     if RESIDENT:
         b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
-        b_out = add_product(b_faded, b_p, b_v, PRECISION)
+        b_out = add_product(b_rescaled, b_p, b_v, PRECISION)
     else:
-        b_out = add_product_of_loaded(b_faded, b_p, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_out = add_product_of_loaded(b_rescaled, b_p, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     return b_out, b_new_max, b_sum
 
 
 @triton.jit
 def attend_tile(
-    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+    query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries from ``start`` on."""
+    """Attention of BLOCK_M queries from ``start`` on."""
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < length
     query += tl.cast(start, tl.int64) * row_stride
@@ -85,7 +87,7 @@ def attend_tile(
             b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_n, at + o_n < length, scale_log2,
             not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
-        query += nothing
+        query += zero
         key += BLOCK_N * row_stride
         value += BLOCK_N * row_stride
     if TAIL > 0:
@@ -96,23 +98,23 @@ def attend_tile(
         )  # fmt: skip
     store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM)
     if lse is not None:
-        # What pads a row is written too: outputs of an op are the same every time, all of them.
+        # The padding of a row is written too: every value of an op's outputs must be the same each time.
         tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=start + o_m < lse_length)
 
 
 @triton.jit
 def attention_forward_kernel(
     qkv, cu_seqlens, out, lse, tokens, tiles, heads, clip_stride, row_stride, part_stride, head_stride, lse_stride,
-    nothing, scale_log2,
+    zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HALVE_LAST: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strides of qkv come divided by VEC, so that the compiler sees that loads of VEC values are aligned.
+    """Strides of qkv are divided by VEC, so that the compiler sees that loads of VEC values are aligned.
 
-    Where not RESIDENT, the tile that a program owns is loaded anew for each tile that it meets. Kept, it would fill
-    registers all along, in float32 twice (as a rounded part and a rest). ``nothing`` is 0, unknown to the compiler,
-    which would otherwise move these loads out of the loop.
+    Unless RESIDENT, the tile that a program owns is loaded again for each tile that it meets: kept, it would occupy
+    registers in the whole loop, in float32 twice (rounded part and remainder). ``zero`` is 0, but the compiler does
+    not know that and so cannot move these loads out of the loop.
     """
     tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
     row_stride = row_stride * VEC
@@ -130,20 +132,20 @@ def attention_forward_kernel(
         out_stride = heads * HEAD_DIM
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             attend_tile(
-                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, zero, scale_log2,
                 BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         else:
             attend_tile(
-                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, nothing, scale_log2,
+                query, key, value, out, lse, start, length, lse_length, row_stride, out_stride, zero, scale_log2,
                 BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
 
 
-# See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and whether queries stay in registers.
+# See `Table`. BLOCK_M is queries, BLOCK_N keys; queries are resident.
 #
-# float32 on sm_90 is not 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as the
-# left operand of the second product they give an error of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
+# float32 on sm_90 must not be 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but
+# as left operand of the second product they give errors of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
 _HALF: Table = {
     "sm_80": {64: (128, 128, 128, 8, 3), 80: (128, 64, 128, 8, 3), 96: (128, 64, 128, 8, 2), 128: (128, 64, 64, 8, 2)},
     "sm_90": {64: (128, 128, 128, 8, 3), 96: (128, 128, 128, 8, 2), 128: (128, 64, 128, 8, 3)},
@@ -162,7 +164,7 @@ _FLOAT32: Table = {
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """Compiled clean by Triton 3.6 and 3.9, not measured, where nothing else is said."""
+    """Compiled clean by Triton 3.6 and 3.9 and not measured, unless a comment says more."""
     if dtype == torch.float32:
         return by_head_dim(_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
@@ -174,80 +176,76 @@ def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged:
     return by_head_dim(_HALF, arch, head_dim)
 
 
-# Architectures, and head sizes up to which float32 was compared on hardware, a size for each row of the tables: H200,
-# Triton 3.6, 663e046. Elsewhere float32 runs in plain PyTorch.
-_PROVED_IN_FLOAT32 = {"sm_90": 128}
+# Up to which head size float32 was verified on hardware, with a size for each row of the tables: H200, Triton 3.6,
+# 663e046.
+_VERIFIED_IN_FLOAT32 = {"sm_90": 128}
 
 
-def proved_in_float32(arch: str, head_dim: int) -> bool:
-    """Whether float32 attention on a GPU goes by these kernels, where nothing else is asked for."""
-    return head_dim <= _PROVED_IN_FLOAT32.get(arch, 0)
+def verified_in_float32(arch: str, head_dim: int) -> bool:
+    """Whether float32 attention takes these kernels by default; otherwise it runs in plain PyTorch."""
+    return head_dim <= _VERIFIED_IN_FLOAT32.get(arch, 0)
 
 
 def outputs(qkv: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
-    """out (B, N, H * d), and the log-sum-exp (B, H, `lse_row` (N)) float32, of which the first N are meant."""
+    """out (B, N, H * d), and the log-sum-exp (B, H, `lse_row` (N)) float32: the first N of each row, then padding."""
     batch, count, _, heads, head_dim = qkv.shape
     out = torch.empty((batch, count, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    if not save:
-        return out, None  # type: ignore[return-value]
-    return out, torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty((batch, heads, lse_row(count)), dtype=torch.float32, device=qkv.device) if save else None
+    return out, lse  # type: ignore[return-value]
 
 
 def outputs_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     """out (total, H * d) and the log-sum-exp (H, total)."""
     total, _, heads, head_dim = qkv.shape
     out = torch.empty((total, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    if not save:
-        return out, None  # type: ignore[return-value]
-    return out, torch.empty((heads, total), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty((heads, total), dtype=torch.float32, device=qkv.device) if save else None
+    return out, lse  # type: ignore[return-value]
 
 
 def forward(qkv: Tensor, scale: float, save: bool) -> Run:
-    """Attention within each clip; the log-sum-exp is written where it is to be saved."""
+    """Attention within each clip; with ``save`` also the log-sum-exp."""
     count = qkv.shape[1]
-    if qkv.numel() == 0:
-        return lambda qkv: outputs(qkv, scale, save)
-    launch = _launch(qkv, None, count, lse_row(count), scale)
-
-    def run(qkv: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(qkv, scale, save)
-        launch(qkv, None, out, lse)
-        return out, lse
-
-    return run
+    return _run(qkv, None, count, lse_row(count), scale, partial(outputs, scale=scale, save=save))
 
 
 def forward_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save: bool) -> Run:
-    """The same for ragged clips."""
+    """`forward` for ragged clips."""
+    allocate = partial(outputs_varlen, max_seqlen=max_seqlen, scale=scale, save=save)
+    return _run(qkv, cu_seqlens, max_seqlen, qkv.shape[0], scale, allocate)
+
+
+def _run(qkv, cu_seqlens, tokens: int, lse_stride: int, scale: float, allocate: Callable[..., Any]) -> Run:
+    """For clips of ``tokens`` each, or of at most so many with ``cu_seqlens``; ``allocate(*tensors)`` gives outputs."""
     if qkv.numel() == 0:
-        return lambda qkv, cu_seqlens: outputs_varlen(qkv, cu_seqlens, max_seqlen, scale, save)
-    launch = _launch(qkv, cu_seqlens, max_seqlen, qkv.shape[0], scale)
-
-    def run(qkv: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = outputs_varlen(qkv, cu_seqlens, max_seqlen, scale, save)
-        launch(qkv, cu_seqlens, out, lse)
-        return out, lse
-
-    return run
-
-
-def _launch(qkv: Tensor, cu_seqlens: Tensor | None, tokens: int, lse_stride: int, scale: float) -> Launch:
-    """For clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many."""
+        return allocate
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
-    clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    clips = len(cu_seqlens) - 1 if ragged else qkv.shape[0]
     copied, vector, strides = addresses(qkv, head_dim, ragged)
     choice = choose("attention_forward", config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
     tile = choice.config
     tiles = triton.cdiv(tokens, tile.block_m)
     last = tokens % tile.block_m
-    return Launch(
-        attention_forward_kernel, (tiles * heads * clips,),
-        (tokens, tiles, heads, *strides, lse_stride, 0, scale * LOG2_E), choice, (copied, scattered(cu_seqlens)),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TAIL=tail(tokens, tile.block_n, ragged, tile.resident),
-        HALVE_LAST=tile.block_m >= 64 and (ragged or 0 < last <= tile.block_m // 2), VARLEN=ragged,
+    launch = Launch(
+        attention_forward_kernel,
+        (tiles * heads * clips,),
+        (tokens, tiles, heads, *strides, lse_stride, 0, scale * LOG2_E),
+        choice,
+        (copied, scattered(cu_seqlens)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        TAIL=tail(tokens, tile.block_n, ragged, tile.resident),
+        HALVE_LAST=tile.block_m >= 64 and (ragged or 0 < last <= tile.block_m // 2),
+        VARLEN=ragged,
         **shape_constants(qkv, tile, vector),
-    )  # fmt: skip
+    )
+
+    def run(qkv: Tensor, *cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = allocate(qkv, *cu_seqlens)
+        launch(qkv, cu_seqlens[0] if ragged else None, out, lse)
+        return out, lse
+
+    return run
 
 
 attention = Op(

@@ -1,7 +1,7 @@
 """attention and attention_varlen in Triton: the backward pass, from the saved log-sum-exp (arXiv 2307.08691).
 
-Two kernels, so that no sum needs atomics and the result is the same every time: one for the gradient of the queries,
-which also leaves delta = sum(out * grad, 1) - grad_lse for the other, and one for those of keys and values.
+Two kernels, so that no sum needs atomics and the result has the same bits every time: one for the gradient of the
+queries, which also stores delta = sum(out * grad, 1) - grad_lse for the other, and one for those of keys and values.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ from .op import Run
 @triton.jit
 def add_query_gradient(
     b_dq, b_q, b_do, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
-    nothing, scale_log2,
+    zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to the gradient of some queries, without the scale."""
+    """Add one tile of keys to the gradient of BLOCK_M queries, which is still to be scaled."""
     # [BLOCK_M, BLOCK_N]
     if RESIDENT:
         b_k = load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
@@ -56,19 +56,19 @@ def add_query_gradient(
     b_ds = b_p * (b_dp - b_delta[:, None])
     if RESIDENT:
         return add_product(b_dq, b_ds, b_k, PRECISION)
-    return add_product_of_loaded(b_dq, b_ds, key + nothing, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+    return add_product_of_loaded(b_dq, b_ds, key + zero, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
 
 
 @triton.jit
 def attention_backward_query_kernel(
     qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, nothing,
+    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, zero,
     scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_M queries, and their delta."""
+    """The gradient of BLOCK_M queries and their delta, from all keys in tiles of BLOCK_N."""
     tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
     start = tile * BLOCK_M
     # inductor hands floats over as float64
@@ -102,17 +102,17 @@ def attention_backward_query_kernel(
         for at in range(0, whole, BLOCK_N):
             b_dq = add_query_gradient(
                 b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_n, at + o_n < length, nothing, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                o_n, at + o_n < length, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
-            query += nothing
-            grad += nothing
+            query += zero
+            grad += zero
             key += BLOCK_N * row_stride
             value += BLOCK_N * row_stride
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
             b_dq = add_query_gradient(
                 b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_tail, whole + o_tail < length, nothing, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                o_tail, whole + o_tail < length, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         dqkv += ((first + start) * 3 * heads + head) * HEAD_DIM
         store_tiles(dqkv, b_dq, scale, o_m, m_m, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
@@ -121,15 +121,15 @@ def attention_backward_query_kernel(
 @triton.jit
 def add_key_value_gradient(
     b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
-    nothing, scale_log2,
+    zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to the gradients of some keys (without the scale) and values."""
-    # Queries that are not there have weight exp(-inf) = 0.
+    """Add one tile of queries to the gradients of BLOCK_N keys, still to be scaled, and values."""
+    # Queries beyond the last one get probability exp(-inf) = 0.
     b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf")) if MASKED else tl.load(lse + o_m)
     b_delta = tl.load(delta + o_m, mask=m_m, other=0.0) if MASKED else tl.load(delta + o_m)
-    # [BLOCK_N, BLOCK_M]: transposed, so that both sums below take it as it is
+    # [BLOCK_N, BLOCK_M]: transposed, as both products with it need it
     if RESIDENT:
         b_q = load_tiles(query, o_m, m_m, row_stride, MASKED, WIDTHS, HEAD_DIM)
         b_do = load_tiles(grad, o_m, m_m, grad_row_stride, MASKED, WIDTHS, HEAD_DIM)
@@ -141,7 +141,7 @@ def add_key_value_gradient(
         b_dv = add_product(b_dv, b_p, b_do, PRECISION)
         b_dp = inner(b_v, b_do, PRECISION)
     else:
-        b_dv = add_product_of_loaded(b_dv, b_p, grad + nothing, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_dv = add_product_of_loaded(b_dv, b_p, grad + zero, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
         b_dp = inner_of_loaded(
             value, o_n, m_n, row_stride, grad, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION
         )  # fmt: skip
@@ -149,14 +149,14 @@ def add_key_value_gradient(
     if RESIDENT:
         b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
     else:
-        b_dk = add_product_of_loaded(b_dk, b_ds, query + nothing, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
+        b_dk = add_product_of_loaded(b_dk, b_ds, query + zero, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit
 def attention_backward_key_value_kernel(
     qkv, cu_seqlens, grad, lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, nothing,
+    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, zero,
     scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
@@ -188,10 +188,10 @@ def attention_backward_key_value_kernel(
         for at in range(0, whole, BLOCK_M):
             b_dk, b_dv = add_key_value_gradient(
                 b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m,
-                at + o_m < length, o_n, m_n, nothing, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                at + o_m < length, o_n, m_n, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
-            key += nothing
-            value += nothing
+            key += zero
+            value += zero
             query += BLOCK_M * row_stride
             grad += BLOCK_M * grad_row_stride
             lse += BLOCK_M
@@ -200,14 +200,14 @@ def attention_backward_key_value_kernel(
             o_tail = tl.arange(0, TAIL)
             b_dk, b_dv = add_key_value_gradient(
                 b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_tail,
-                whole + o_tail < length, o_n, m_n, nothing, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                whole + o_tail < length, o_n, m_n, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         dkey = dqkv + ((first + start) * 3 * heads + heads + head) * HEAD_DIM
         store_tiles(dkey, b_dk, scale, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
         store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
-# See `by_head_dim`: queries, keys and the widest column tile; warps, stages, and what stays in registers.
+# See `Table`. BLOCK_M is queries, BLOCK_N keys; resident are queries in the first two, keys and values in the others.
 _QUERY_HALF: Table = {
     "sm_80": {64: (128, 64, 128, 8, 3), 128: (128, 32, 64, 8, 2)},
     "sm_90": {64: (128, 64, 128, 8, 3), 128: (128, 64, 128, 8, 2)},
@@ -241,7 +241,7 @@ _KEY_VALUE_FLOAT32: Table = {
 
 
 def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """Compiled clean by Triton 3.6 and 3.9, not measured, where nothing else is said."""
+    """Compiled clean by Triton 3.6 and 3.9 and not measured, unless a comment says more."""
     if dtype == torch.float32:
         return by_head_dim(_QUERY_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
@@ -253,7 +253,7 @@ def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, r
 
 
 def config_key_value(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """The same for the gradients of keys and values."""
+    """`config_query` for the gradients of keys and values."""
     if dtype == torch.float32:
         return by_head_dim(_KEY_VALUE_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
@@ -263,117 +263,82 @@ def config_key_value(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: in
     return by_head_dim(_KEY_VALUE_HALF, arch, head_dim)
 
 
-def gradients(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, save: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor]:  # fmt: skip
+def gradients(grad, grad_lse, qkv, out, lse, *options: Any) -> tuple[Tensor]:
     """Of qkv, contiguous."""
     return (torch.empty_like(qkv, memory_format=DENSE),)
 
 
-def backward(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, save: bool,
-    needs: Sequence[bool],
-) -> Run:  # fmt: skip
-    """The gradient of qkv, from those of out and lse: None for one that was not used."""
-    launches = _launches(grad, grad_lse, qkv, None, out, lse, qkv.shape[1], scale)
-
-    def run(grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor]:
-        return (launches(grad, grad_lse, qkv, None, out, lse),)
-
-    return run
+def backward(grad, grad_lse, qkv, out, lse, scale, save, needs) -> Run:
+    """The gradient of qkv from those of out and lse, each None if that output was not used."""
+    run = _run(grad, grad_lse, qkv, None, out, lse, qkv.shape[1], scale)
+    return lambda grad, grad_lse, qkv, out, lse: run(grad, grad_lse, qkv, None, out, lse)
 
 
-def gradients_varlen(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
-    max_seqlen: int, scale: float, save: bool, needs: Sequence[bool],
-) -> tuple[Tensor]:  # fmt: skip
-    """The same for ragged clips."""
-    return gradients(grad, grad_lse, qkv, out, lse, scale, save, needs)
+def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, *options: Any) -> tuple[Tensor]:
+    """Of qkv, contiguous."""
+    return (torch.empty_like(qkv, memory_format=DENSE),)
 
 
-def backward_varlen(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
-    max_seqlen: int, scale: float, save: bool, needs: Sequence[bool],
-) -> Run:  # fmt: skip
-    """The same for ragged clips."""
-    launches = _launches(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
-
-    def run(
-        grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor]:
-        return (launches(grad, grad_lse, qkv, cu_seqlens, out, lse),)
-
-    return run
+def backward_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale, save, needs) -> Run:
+    """`backward` for ragged clips."""
+    return _run(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
 
 
-def _launches(
-    grad: Tensor | None,
-    grad_lse: Tensor | None,
-    qkv: Tensor,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    tokens: int,
-    scale: float,
-) -> Run:
-    """Both launches, for clips of ``tokens`` each, or at most so many where ``cu_seqlens`` says of how many.
+def _run(grad, grad_lse, qkv, cu_seqlens, out, lse, tokens: int, scale: float) -> Run:
+    """Both launches, for clips of ``tokens`` each, or of at most so many with ``cu_seqlens``.
 
-    Any of what was saved may have come back with other strides, from hooks on saved tensors.
+    Hooks on saved tensors may have changed the strides of anything that was saved.
     """
     if qkv.numel() == 0:
-        return lambda grad, grad_lse, qkv, *rest: torch.empty_like(qkv, memory_format=DENSE)
+        return lambda grad, grad_lse, qkv, *saved: (torch.empty_like(qkv, memory_format=DENSE),)
     ragged = cu_seqlens is not None
     heads, head_dim = qkv.shape[-2:]
-    clips = qkv.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    clips = len(cu_seqlens) - 1 if ragged else qkv.shape[0]
     copied, vector, strides = addresses(qkv, head_dim, ragged)
     if grad is None:
         grad = _zero(qkv)
     grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
     numbers = (heads, *strides, *grad_strides, lse.shape[-1], 0, scale, scale * LOG2_E)
 
-    def launch(name: str, kernel: Any, config: Any, own: str, other: str, copies: Sequence[bool]) -> Launch:
-        """Programs each own a tile of ``own`` and walk over tiles of ``other``."""
+    def launch(kernel: Any, config: Any, owned: str, other: str, copies: Sequence[bool]) -> Launch:
+        """Each program owns a tile of ``owned`` and loops over tiles of ``other``."""
+        name = kernel.__name__.removesuffix("_kernel")
         choice = choose(name, config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
         tile = choice.config
-        tiles = triton.cdiv(tokens, getattr(tile, own))
+        tiles = triton.cdiv(tokens, getattr(tile, owned))
         return Launch(
-            kernel, (tiles * heads * clips,), (tokens, tiles, *numbers), choice, copies,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            kernel,
+            (tiles * heads * clips,),
+            (tokens, tiles, *numbers),
+            choice,
+            copies,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
             TAIL=tail(tokens, getattr(tile, other), ragged, tile.resident),
-            VARLEN=ragged, GRAD_VEC=grad_vector, **shape_constants(qkv, tile, vector),
-        )  # fmt: skip
+            VARLEN=ragged,
+            GRAD_VEC=grad_vector,
+            **shape_constants(qkv, tile, vector),
+        )
 
     copies = (copied, scattered(cu_seqlens))
-    query = launch(
-        "attention_backward_query", attention_backward_query_kernel, config_query, "block_m", "block_n",
-        (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse)),
-    )  # fmt: skip
-    key_value = launch(
-        "attention_backward_key_value", attention_backward_key_value_kernel, config_key_value, "block_n", "block_m",
-        (*copies, grad_copied, scattered(lse)),
-    )  # fmt: skip
+    query_copies = (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse))
+    query = launch(attention_backward_query_kernel, config_query, "block_m", "block_n", query_copies)
+    key_value_copies = (*copies, grad_copied, scattered(lse))
+    key_value = launch(attention_backward_key_value_kernel, config_key_value, "block_n", "block_m", key_value_copies)
 
-    def run(
-        grad: Tensor | None,
-        grad_lse: Tensor | None,
-        qkv: Tensor,
-        cu_seqlens: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-    ) -> Tensor:
+    def run(grad, grad_lse, qkv, cu_seqlens, out, lse) -> tuple[Tensor]:
         dqkv = torch.empty_like(qkv, memory_format=DENSE)
         delta = torch.empty_like(lse)
         if grad is None:
             grad = _zero(qkv)
         query(qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)
         key_value(qkv, cu_seqlens, grad, lse, delta, dqkv)
-        return dqkv
+        return (dqkv,)
 
     return run
 
 
 def _zero(qkv: Tensor) -> Tensor:
-    """The gradient of an output that nothing used."""
+    """The gradient of an output that was not used."""
     *lead, _, heads, head_dim = qkv.shape
     return torch.zeros((), dtype=qkv.dtype, device=qkv.device).expand(*lead, heads * head_dim)

@@ -1,7 +1,7 @@
-"""What the passes of attention share: column tiles of a head, their products, and how qkv lies in memory.
+"""What the passes of attention share: column tiles of a head, their products, and the layout of qkv in memory.
 
-A head is worked on as a tuple of column tiles, each a power of two wide: 80 is 64 + 16, 96 is 64 + 32. Narrower tiles
-also need fewer registers at a time, which float32 and older architectures are short of.
+A head is a tuple of column tiles whose widths are powers of two: 80 is 64 + 16, 96 is 64 + 32. Narrower tiles also need
+fewer registers at a time, which matters in float32 and on older architectures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def load_tile(
     base, o_row, m_row, row_stride,
     MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of some tokens: [rows, WIDTH]; zero beyond HEAD_DIM and, if MASKED, off m_row."""
+    """Columns FIRST to FIRST + WIDTH of the rows: [rows, WIDTH]; 0 beyond HEAD_DIM and, if MASKED, outside m_row."""
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = base + o_row[:, None] * row_stride + o_d[None, :]
     if FIRST + WIDTH > HEAD_DIM:
@@ -39,7 +39,7 @@ def load_tile(
 
 @triton.jit
 def load_tiles(base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """All column tiles of some tokens."""
+    """All column tiles of the rows."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
         tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
@@ -51,7 +51,7 @@ def load_tiles(base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.
 def store_tile(
     base, b_tile, o_row, m_row, row_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """The inverse of `load_tile`, rounding to the dtype of the memory."""
+    """The inverse of `load_tile`, rounded to the dtype of ``base``."""
     o_d = FIRST + tl.arange(0, WIDTH)
     mask = m_row[:, None] & (o_d < HEAD_DIM)[None, :] if FIRST + WIDTH > HEAD_DIM else m_row[:, None]
     tl.store(base + o_row[:, None] * row_stride + o_d[None, :], b_tile.to(base.dtype.element_ty), mask=mask)
@@ -59,7 +59,7 @@ def store_tile(
 
 @triton.jit
 def store_tiles(base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """All column tiles of some tokens, times ``factor``: a number, or one for each row [rows, 1]."""
+    """Store all column tiles of the rows, times ``factor``: a number, or [rows, 1]."""
     for i in tl.static_range(len(WIDTHS)):
         store_tile(base, b_tiles[i] * factor, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
 
@@ -71,7 +71,7 @@ def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def zero_tiles(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
-    """Sums that begin at zero."""
+    """A zero float32 tile [ROWS, width] for each width."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
         tiles = tiles + (zero_tile(ROWS, WIDTHS[i]),)
@@ -92,7 +92,7 @@ def inner_of_loaded(
     rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same, each column tile loaded where it is used: the fewest registers."""
+    """`inner`, each column tile loaded where it is used: the fewest registers."""
     b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM)
     b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
     b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
@@ -105,7 +105,7 @@ def inner_of_loaded(
 
 @triton.jit
 def add_product(b_sums, b_weights, b_tiles, PRECISION: tl.constexpr):
-    """sums + weights @ tiles for each column tile, in the tiles' dtype, summed in float32."""
+    """sums + weights @ tile for each column tile, multiplied in the tile's dtype, summed in float32."""
     sums = ()
     for i in tl.static_range(len(b_sums)):
         sums = sums + (tl.dot(b_weights.to(b_tiles[i].dtype), b_tiles[i], b_sums[i], input_precision=PRECISION),)
@@ -117,7 +117,7 @@ def add_product_of_loaded(
     b_sums, b_weights, base, o_row, m_row, row_stride,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same, each column tile loaded where it is used."""
+    """`add_product`, each column tile loaded where it is used."""
     sums = ()
     for i in tl.static_range(len(b_sums)):
         b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
@@ -127,9 +127,9 @@ def add_product_of_loaded(
 
 @triton.jit
 def locate(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
-    """Which tile of which head of which clip this program takes: (tile, head, clip, first token, length).
+    """What this program works on: (tile, head, clip, first token of the clip, its length).
 
-    Tiles of one head run side by side and find its keys in L2.
+    Programs of one head have consecutive numbers, so that they find its keys in L2.
     """
     program = tl.program_id(0)
     clip = (program // (tiles * heads)).to(tl.int64)
@@ -143,13 +143,13 @@ def locate(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
 
 
 class Addresses(NamedTuple):
-    """How a kernel walks over a tensor of heads.
+    """How a kernel addresses a tensor of heads.
 
     Attributes:
-        copied: Whether the tensor must be copied first, since values of a head do not lie side by side.
+        copied: Whether the tensor must be copied first, because the values of a head are not contiguous.
         vector: How many values are loaded at once.
-        strides: Of clip (0 where clips are ragged), row and what follows, but for the last dimension, divided by
-            ``vector``, so that the compiler sees that loads of that many values are aligned.
+        strides: Of clip (0 if clips are ragged), row and so on, without the last dimension, divided by ``vector``, so
+            that the compiler sees that loads of that many values are aligned.
     """
 
     copied: bool
@@ -158,26 +158,26 @@ class Addresses(NamedTuple):
 
 
 def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
-    """For qkv (B, N, 3, H, d), or a gradient (B, N, H * d) of the output; without B where clips are ragged.
+    """For qkv (B, N, 3, H, d), or a gradient (B, N, H * d) of the output; without B if clips are ragged.
 
-    16 bytes are loaded at once where all strides and the head allow that, else one value. A stride that takes 64 bits
-    must reach the kernel whole: divided, it could look like one of 32 bits there.
+    16 bytes are loaded at once if all strides and the head size are multiples of that, else one value. A stride of more
+    than 32 bits is not divided: the kernel would take the quotient for 32 bits wide.
     """
     copied = tensor.stride(-1) != 1 and tensor.shape[-1] != 1
     stride = torch.empty(tensor.shape, device="meta").stride() if copied else tensor.stride()
     stride = stride[:-1]
     values = 16 // tensor.element_size()
-    # Columns beyond a head of qkv are masked; a gradient has the next head there.
+    # Behind a head of a gradient lies the next head, so its size counts. Columns beyond a head of qkv are masked.
     whole = head_dim % values == 0 or tensor.ndim > 3
     vector = values if whole and all(step % values == 0 and step < 2**31 for step in stride) else 1
     return Addresses(copied, vector, ((0,) if ragged else ()) + tuple(step // vector for step in stride))
 
 
 def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
-    """Width of the last tile over ``tokens`` in steps of ``step``, 0 where nothing is left over.
+    """Size of the last tile over ``tokens`` in steps of ``step``; 0 means that there is no remainder.
 
-    Ragged clips each end elsewhere: for them it is a whole step, masked. Where nothing stays in registers, since these
-    are scarce, every tile is masked and there is no last one of its own, whose code would need some more.
+    Ragged clips have different remainders, so theirs is a whole step, masked. Without resident tiles registers are
+    scarce: every tile is masked, and there is no separate last one, whose code would need more of them.
     """
     if not resident:
         return 0
@@ -190,7 +190,7 @@ def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
 def column_tiles(head_dim: int, widest: int) -> tuple[int, ...]:
     """Widths of the column tiles that cover a head, each a power of two from 16 to ``widest``.
 
-    Wide ones leave less than 16 columns to spare; narrow ones are all alike, since a mixture needs more registers.
+    They cover fewer than 16 columns too many; up to 32 all have the same width, since a mixture needs more registers.
     """
     if widest <= 32:
         return (widest,) * triton.cdiv(head_dim, widest)
@@ -202,24 +202,26 @@ def column_tiles(head_dim: int, widest: int) -> tuple[int, ...]:
 
 
 def shape_constants(qkv: Tensor, config: LaunchConfig, vector: int) -> dict[str, Any]:
-    """What a kernel is compiled for besides its tiles of tokens; ``block_k`` is the widest column tile."""
-    head_dim = qkv.shape[-1]
+    """Constants of a kernel other than its tiles of tokens; ``block_k`` is the widest column tile."""
     return dict(
-        WIDTHS=column_tiles(head_dim, config.block_k), HEAD_DIM=head_dim, VEC=vector,
-        RESIDENT=config.resident, PRECISION=precision(qkv),
-    )  # fmt: skip
+        WIDTHS=column_tiles(qkv.shape[-1], config.block_k),
+        HEAD_DIM=qkv.shape[-1],
+        VEC=vector,
+        RESIDENT=config.resident,
+        PRECISION=precision(qkv),
+    )
 
 
 def lse_row(tokens: int) -> int:
-    """Length of a row of the log-sum-exp: whole multiples of 16, so that rows are aligned for wide loads."""
+    """Length of a row of the log-sum-exp: the next multiple of 16, so that rows are aligned for wide loads."""
     return (tokens + 15) // 16 * 16
 
 
-# By architecture ("" is any other one): {head sizes up to: block_m, block_n, block_k, num_warps, num_stages, resident}.
+# {architecture ("" is any other): {largest head size: (block_m, block_n, block_k, num_warps, num_stages, resident)}}
 Table = Mapping[str, Mapping[int, Sequence[Any]]]
 
 
 def by_head_dim(table: Table, arch: str, head_dim: int) -> LaunchConfig:
-    """The row of a table for a head size."""
+    """The first row of a table that covers a head size."""
     row = next(row for limit, row in table.get(arch, table[""]).items() if head_dim <= limit)
     return LaunchConfig(*row)

@@ -38,8 +38,8 @@ def bias_gelu_backward_kernel(
     grad, x, bias, grad_x, bias_part, rows, columns, grad_stride, stride, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program walks ``tiles`` row tiles of one column tile and leaves their bias gradient in its row of
-    ``bias_part``: the parts are summed in a fixed order afterwards, so the result is the same every time."""
+    """A program loops over ``tiles`` row tiles of one column tile and stores their bias gradient in its own row of
+    ``bias_part``; another kernel adds these rows up in a fixed order, so the result has the same bits every time."""
     program = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -60,7 +60,7 @@ def bias_gelu_backward_kernel(
         tl.store(bias_part + program * columns + o_column, b_sum, mask=m_column)
 
 
-# Enough programs to fill a large GPU; each leaves one row of partial sums.
+# Enough programs to fill a large GPU; each stores one row of partial sums.
 ROW_PROGRAMS = 256
 
 
@@ -85,9 +85,14 @@ def forward(x: Tensor, bias: Tensor) -> Run:
     choice = choose("bias_gelu_forward", config, x, backward=False)
     tile = choice.config
     launch = Launch(
-        bias_gelu_forward_kernel, (triton.cdiv(count, tile.block_m), triton.cdiv(columns, tile.block_n)),
-        (count, columns, stride), choice, (copied, scattered(bias)), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-    )  # fmt: skip
+        bias_gelu_forward_kernel,
+        (triton.cdiv(count, tile.block_m), triton.cdiv(columns, tile.block_n)),
+        (count, columns, stride),
+        choice,
+        (copied, scattered(bias)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )
 
     def run(x: Tensor, bias: Tensor) -> Tensor:
         out = outputs(x, bias)
@@ -98,11 +103,8 @@ def forward(x: Tensor, bias: Tensor) -> Run:
 
 
 def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
-    """Of x, which is written in any case, and of bias."""
-    return (
-        torch.empty_like(x, memory_format=DENSE),
-        torch.empty_like(bias, memory_format=DENSE) if needs[1] else None,
-    )
+    """Of x, which is always written, and of bias."""
+    return torch.empty_like(x, memory_format=DENSE), torch.empty_like(bias, memory_format=DENSE) if needs[1] else None
 
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> Run:
@@ -117,18 +119,22 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> Ru
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
     launch = Launch(
-        bias_gelu_backward_kernel, (programs, triton.cdiv(columns, tile.block_n)),
-        (count, columns, grad_stride, stride, tiles), choice, (grad_copied, copied, scattered(bias)),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-    )  # fmt: skip
-    total = sum_parts(x, programs, columns)
+        bias_gelu_backward_kernel,
+        (programs, triton.cdiv(columns, tile.block_n)),
+        (count, columns, grad_stride, stride, tiles),
+        choice,
+        (grad_copied, copied, scattered(bias)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )
+    add_parts = sum_parts(x, programs, columns)
 
     def run(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
         grad_x, grad_bias = gradients(grad, x, bias, needs)
         part = torch.empty((1, programs, columns), dtype=torch.float32, device=x.device) if needs[1] else None
         launch(grad, x, bias, grad_x, part)
         if part is not None:
-            total(part, grad_bias)
+            add_parts(part, grad_bias)
         return grad_x, grad_bias
 
     return run

@@ -1,6 +1,6 @@
-"""Sums of partial sums, in a fixed order: what the backward passes of several ops end with.
+"""The last step of several backward passes: each of their programs stores a row of float32 partial sums.
 
-Their programs each leave a row of float32 sums; one launch adds these up for up to three results of one width.
+One launch adds these up, in a fixed order, for up to three results with the same number of columns.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,8 @@ def store_sum(out, b_sum, o_column, m_column):
 
 
 @triton.jit
-def sum_parts_kernel(
-    part, first, second, third, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """part (results, rows, columns); the program's place along axis 1 says which result."""
+def sum_parts_kernel(part, first, second, third, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """part (results, rows, columns); axis 1 of the grid is the result."""
     which = tl.program_id(1)
     o_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -51,11 +49,11 @@ def config(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
 
 
 def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Callable[..., None]:
-    """A function that adds up ``part`` (results, rows, columns) float32 into the tensors after it, each of any dtype.
+    """A function of ``part`` (results, rows, columns) float32 and the results to write, each (columns,) of any dtype.
 
     Args:
         operand: A tensor on the device.
-        rows: How many are added.
+        rows: How many rows are added up.
         columns: Values of a result.
         results: At most 3.
     """

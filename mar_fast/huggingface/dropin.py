@@ -1,12 +1,12 @@
-"""The drop-in for transformers: VideoMAE models made to run on the ops of mar_fast.kernels, where they stand.
+"""The drop-in for transformers: VideoMAE models that run on the ops of mar_fast.kernels.
 
-``accelerate(model)`` changes no parameter and no name: calls, outputs, state dict, gradients and checkpoints stay those
-of transformers. `mar_fast.huggingface.forward` has the forward passes.
+``accelerate(model)`` changes no parameter and no name: calls, outputs, state dict, gradients and checkpoints stay as
+transformers has them. The forward passes are in `mar_fast.huggingface.forward`.
 """
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from threading import Lock
 from typing import Any, TypeVar
@@ -15,82 +15,79 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import attention, checks
-from .forward import Options, accelerated_class, is_accelerated, stand_in
-from .layers import own_forward
+from .forward import accelerated_class, grid_of, is_accelerated, swap_class
+from .layers import State, own_forward
 
 _NAMES = ("VideoMAEModel", "VideoMAEForVideoClassification", "VideoMAEForPreTraining")
 _KEEP = (0.25, 0.5, 0.75, 1.0)
-# Versions that read hub files of VideoMAE without the biases of queries and values, and say nothing.
+# The first and the last version that read the hub's VideoMAE files without the biases of queries and values, silently.
 _LOSES_BIASES = ((5, 5), (5, 17))
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, *, keep: float | None = None, num_visible: int | None = None) -> M:
-    """Make a VideoMAE model of transformers run on visible tokens only and on the ops of mar_fast, in place.
+    """Make a VideoMAE model of transformers run on visible tokens only, on the ops of mar_fast, in place.
 
-    The call, the classes of its results, parameters, state dict and gradients stay as they are; `restore` undoes it.
-    Calls with ``bool_masked_pos`` compute nothing for masked tokens. Separate weights of query, key and value stay the
-    parameters; they are packed in each call, or once while gradients are off in eval mode.
+    Calls, output classes, parameters, state dict and gradients stay the same; `restore` undoes it. Calls with
+    ``bool_masked_pos`` compute nothing for masked tokens. The weights of query, key and value stay separate parameters;
+    they are packed in each call, or once in eval mode without gradients.
 
-    transformers' own code runs, with one warning, what is not done here: calls with ``output_hidden_states`` or
+    Some things fall back to transformers' own code, with one warning: calls with ``output_hidden_states`` or
     ``output_attentions``, and layers with hooks, with replaced parts (adapters, quantised or sharded weights) or with
-    attention dropout in training. `VideoMAEConfig`'s ``attn_implementation`` counts for that code only. Dropout with
-    ``hidden_dropout_prob`` draws what transformers draws from the same seed, but not in the decoder of pre-training,
-    where tokens stand in another order and masked ones alone come out of the last layer.
+    attention dropout in training. ``attn_implementation`` in the model's config applies to that code only. Dropout by
+    ``hidden_dropout_prob`` draws what transformers draws from the same seed, except in the decoder of pre-training,
+    where the tokens are in another order and the last layer returns masked ones only.
 
     Args:
         model: A VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining. One that is accelerated
             already gets the new options.
         keep: For VideoMAEForVideoClassification with mean pooling: the share of tokens that stay visible under cell
-            running masking (MAR, arXiv 2207.11660), 0.25, 0.5 or 0.75; in eval mode its test form, in training a random
-            phase for each clip and temporal shuffle. None and 1 leave calls dense.
+            running masking (MAR, arXiv 2207.11660), 0.25, 0.5 or 0.75; its test form in eval mode, in training a random
+            phase for each clip and temporal shuffle. None and 1 mask nothing.
         num_visible: Visible tokens of each clip in calls with ``bool_masked_pos``, for graphs without a break; None
-            reads it from each mask. The keyword ``num_visible`` of a call goes before it.
+            counts them in each mask. A call's own argument ``num_visible`` takes precedence.
 
     Returns:
-        The model that was given.
+        The same model.
 
     Raises:
-        TypeError: model is something else.
+        TypeError: model is not one of these.
         ValueError: keep or num_visible does not fit the model, or its forward was replaced by another one.
         ImportError: transformers is missing or older than 5.0.
     """
-    classes = _classes()
-    if type(model) not in classes and not is_accelerated(model):
+    if type(model) not in _classes() and not is_accelerated(model):
         accepted = f"{' or '.join(_NAMES)} of transformers itself, not a subclass or wrapper"
         raise checks.bad_type("model", type(model).__name__, accepted)
-    inner = _inner(model)
+    encoder = _encoder(model)
     for part in _parts(model):
         if not is_accelerated(part) and not own_forward(part):
             accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
             raise checks.bad("model", f"a {type(part).__name__} with another forward", accepted)
-    tokens = inner.embeddings.position_embeddings.shape[1]
+    tokens = encoder.embeddings.position_embeddings.shape[1]
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
     if keep is not None:
         _check_keep(model, keep)
-    if keep == 1:
-        keep = None
-    if keep is not None:
+    if keep is not None and keep < 1:
         warnings.warn(
             f"keep={keep}: cell running masking hides {1 - keep:.0%} of every clip; accuracy drops unless the model "
             "was fine-tuned with this masking",
             stacklevel=2,
         )
-    _warn_of_lost_biases(inner)
-    _swap(model, Options(keep, num_visible))
+    _warn_of_lost_biases(encoder)
+    _swap(model, State(None if keep == 1 else keep, num_visible))
     return model
 
 
 def restore(model: M) -> M:
-    """Undo `accelerate`: the model gets back its class, and nothing of mar_fast is left in it.
+    """Undo `accelerate`: the model gets its class back, and nothing of mar_fast is left in it.
 
     A model that is not accelerated stays as it is.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: since then something else has changed its class or its forward, which would be lost.
+        ValueError: its class or forward was changed after `accelerate`; that change would be lost.
     """
     if not isinstance(model, nn.Module):
         raise checks.bad_type("model", type(model).__name__, "a model that mar_fast.accelerate was called with")
@@ -106,29 +103,75 @@ def restore(model: M) -> M:
     return model
 
 
+_patch_lock = Lock()
+_open_contexts = 0
+_originals: dict[Any, dict[str, Any]] = {}  # of each patched class, the attributes of its own that were replaced
+
+
 @contextmanager
 def patch_transformers() -> Iterator[None]:
-    """Within this context VideoMAE models come out accelerated, from ``from_pretrained`` and from constructors.
+    """Within this context ``from_pretrained`` and constructors return accelerated VideoMAE models.
 
-    Afterwards transformers is as it was; models that were built inside stay accelerated. The context holds for the
-    whole process, other threads included; of contexts that overlap the last to be left ends it.
+    Afterwards transformers is unchanged again; models that were built inside stay accelerated. The context applies to
+    the whole process, other threads included; of overlapping contexts the last one to be left ends it.
 
     Raises:
         ImportError: transformers is missing or older than 5.0.
     """
-    _patches.enter()
+    global _open_contexts
+    classes = _classes()
+    with _patch_lock:
+        if not _open_contexts:
+            for kind in classes:
+                _patch(kind)
+        _open_contexts += 1
     try:
         yield
     finally:
-        _patches.leave()
+        with _patch_lock:
+            _open_contexts -= 1
+            if not _open_contexts:
+                _unpatch()
+
+
+def _patch(kind: Any) -> None:
+    """Have ``kind`` accelerate the models that it builds."""
+    build, load = kind.__init__, kind.from_pretrained.__func__
+
+    @wraps(build)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if type(self) is kind:  # subclasses are not accelerated
+            _swap(self, State())
+
+    @wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(cls, *args, **kwargs)
+        _warn_of_lost_biases(_encoder(result[0] if isinstance(result, tuple) else result))
+        return result
+
+    replacements = {"__init__": init, "from_pretrained": classmethod(from_pretrained)}
+    _originals[kind] = {name: vars(kind)[name] for name in replacements if name in vars(kind)}
+    for name, value in replacements.items():
+        setattr(kind, name, value)
+
+
+def _unpatch() -> None:
+    for kind, originals in _originals.items():
+        for name in ("__init__", "from_pretrained"):
+            if name in originals:
+                setattr(kind, name, originals[name])
+            else:
+                delattr(kind, name)  # it was inherited
+    _originals.clear()
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation="mar_fast"`` known to transformers, for any of its models.
+    """Register ``attn_implementation="mar_fast"`` with transformers, for any of its models.
 
-    Attention alone, through transformers' AttentionInterface: query, key and value are copied into packed form, which
-    `accelerate` does without. It is self-attention over all tokens, without mask, without dropout in training, with as
-    many key heads as query heads; anything else is an error in the call that asks for it.
+    It replaces the attention only, through transformers' AttentionInterface: query, key and value are copied into
+    packed form, which `accelerate` does without. It is self-attention over all tokens, without a mask, without dropout
+    in training, with as many key heads as query heads; a call that needs anything else is an error.
 
     Raises:
         ImportError: transformers is missing or older than 5.0.
@@ -137,7 +180,7 @@ def register_attention() -> None:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     transformers.AttentionInterface.register("mar_fast", _attention)
-    # Without a function for masks transformers would drop a padding mask unseen; with it, one arrives and is refused.
+    # Without a mask function transformers silently drops a padding mask; with one the mask arrives and is refused.
     AttentionMaskInterface.register("mar_fast", sdpa_mask)
 
 
@@ -152,7 +195,7 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: three of (B, H, N, d) -> (B, N, H, d)."""
+    """The attention function of transformers: query, key, value (B, H, N, d) -> (B, N, H, d)."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
     refused = {
@@ -186,20 +229,20 @@ def _classes() -> list[type[nn.Module]]:
     return [getattr(transformers, name) for name in _NAMES]
 
 
-def _inner(model: Any) -> Any:
+def _encoder(model: Any) -> Any:
     """The VideoMAEModel of a model."""
     return model if hasattr(model, "embeddings") else model.videomae
 
 
 def _parts(model: Any) -> list[Any]:
-    """What of a model is accelerated: a classifier's own code is pooling and a head, around a VideoMAEModel."""
-    return [_inner(model)] if hasattr(model, "classifier") else [_inner(model), model]
+    """The modules that get another class. A classifier keeps its own: it pools and classifies after a VideoMAEModel."""
+    return [_encoder(model)] if hasattr(model, "classifier") else [_encoder(model), model]
 
 
-def _swap(model: Any, options: Options) -> None:
-    # One object for the model and the VideoMAEModel in it, so that each warning is said once.
+def _swap(model: Any, state: State) -> None:
+    # A VideoMAEForPreTraining and its VideoMAEModel share the state, so that each warning is given once.
     for module in _parts(model):
-        stand_in(module, options)
+        swap_class(module, state)
 
 
 def _check_keep(model: Any, keep: float) -> None:
@@ -208,89 +251,23 @@ def _check_keep(model: Any, keep: float) -> None:
         raise checks.bad("keep", f"{keep!r} for {type(model).__name__}", accepted)
     if isinstance(keep, bool) or keep not in _KEEP:
         raise checks.bad("keep", repr(keep), f"None or one of {', '.join(map(str, _KEEP))}")
-    part = _inner(model).embeddings.patch_embeddings
-    _, height, width = part.projection.kernel_size
-    rows, columns = part.image_size[0] // height, part.image_size[1] // width
-    if keep < 1 and (rows % 2 or columns % 2):
-        raise checks.bad("keep", repr(keep), f"None: cells of 2 x 2 patches do not fill a grid of {rows} x {columns}")
+    _, height, width = grid_of(_encoder(model), model.config.num_frames)
+    if keep < 1 and (height % 2 or width % 2):
+        raise checks.bad("keep", repr(keep), f"None: cells of 2 x 2 patches do not fill a grid of {height} x {width}")
 
 
-def _accelerating(kind: Any) -> dict[str, Any]:
-    """Methods for ``kind`` that accelerate what they build."""
-    build, load = kind.__init__, kind.from_pretrained.__func__
-
-    @wraps(build)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
-        if type(self) is kind:  # a subclass has plans of its own
-            _swap(self, Options())
-
-    @wraps(load)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load(cls, *args, **kwargs)
-        _warn_of_lost_biases(_inner(result[0] if isinstance(result, tuple) else result))
-        return result
-
-    return {"__init__": init, "from_pretrained": classmethod(from_pretrained)}
-
-
-class _Patches:
-    """What `patch_transformers` has replaced: once, however many contexts are open, in whatever order they are left."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._contexts = 0
-        self._undo = ExitStack()
-
-    def enter(self) -> None:
-        with self._lock:
-            if not self._contexts:
-                with ExitStack() as stack:
-                    for kind in _classes():
-                        for name, value in _accelerating(kind).items():
-                            stack.enter_context(_replaced(kind, name, value))
-                    self._undo = stack.pop_all()
-            self._contexts += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._contexts -= 1
-            if not self._contexts:
-                self._undo.close()
-
-
-_patches = _Patches()
-
-
-@contextmanager
-def _replaced(kind: type, name: str, value: Any) -> Iterator[None]:
-    own = vars(kind).get(name)
-    setattr(kind, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(kind, name)
-        else:
-            setattr(kind, name, own)
-
-
-def _warn_of_lost_biases(model: Any) -> None:
-    """Say so where this version of transformers has read a checkpoint of VideoMAE without its biases."""
+def _warn_of_lost_biases(encoder: Any) -> None:
+    """Warn if this version of transformers seems to have read a VideoMAE checkpoint without its biases."""
     version = _transformers().__version__
-    origin = getattr(model.config, "_name_or_path", "")
-    if not origin or not _LOSES_BIASES[0] <= _minor(version) <= _LOSES_BIASES[1]:
+    major, minor = map(int, version.split(".")[:2])
+    origin = getattr(encoder.config, "_name_or_path", "")
+    if not origin or not _LOSES_BIASES[0] <= (major, minor) <= _LOSES_BIASES[1]:
         return
-    attentions = [layer.attention.attention for layer in model.encoder.layer]
+    attentions = [layer.attention.attention for layer in encoder.encoder.layer]
     biases = [part.bias for attention in attentions for part in (attention.query, attention.value)]
     if biases and all(bias is not None and not bias.is_meta and not bias.any() for bias in biases):
         warnings.warn(
-            f"{origin}: all biases of queries and values are 0; transformers {version} loses them where a file names "
-            "them q_bias and v_bias, as those of the hub do. Other versions read them",
+            f"{origin}: all biases of queries and values are 0; transformers {version} loses them if the file calls "
+            "them q_bias and v_bias, as the hub's files do. Other versions read them",
             stacklevel=3,
         )
-
-
-def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)

@@ -1,6 +1,6 @@
-"""Layers of transformers' VideoMAE on the ops of kernels/: packed weights, and what is left to their own code.
+"""Layers of transformers' VideoMAE on the ops of mar_fast.kernels, and which layers fall back to transformers' code.
 
-In comments: B clips, L tokens in the grid, N visible, M dropped, D width.
+In comments: B clips, L tokens in the grid, N visible, M dropped, D embed_dim.
 """
 
 import warnings
@@ -16,43 +16,52 @@ from ..kernels import linear_gelu
 from ..kernels.derived import Derived
 from ..layers import attend, attend_rows, norm, take
 
-# Where transformers keeps its VideoMAE, in every version 5.
+# The module of transformers with its VideoMAE classes, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
-# A weight of another type (quantised, sharded) needs what its module does with it. torch.export shows fake ones.
+# Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 Packed = tuple[Tensor, Tensor | None]
 
 
-class Caches:
-    """What an accelerated module remembers between calls; a copy or a pickle of the module starts without it.
+class State:
+    """The options of an accelerated module and what it caches; a copy or a pickle keeps the options only.
 
-    Packed weights are kept in eval mode, while gradients are off and their sources stay as they are: see `Derived`.
-    Writing through ``.data`` is not counted; `clear` runs at every ``train()`` and ``eval()`` for that.
+    Packed weights are cached in eval mode without gradients for as long as their sources do not change: see `Derived`.
+    A write through ``.data`` goes unnoticed, so every ``train()`` and ``eval()`` calls `clear`.
+
+    Attributes:
+        keep: Share of tokens that stay visible in calls without a mask, or None for all of them.
+        num_visible: Visible tokens of each clip in calls with a mask, or None to read it from the mask.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: float | None = None, num_visible: int | None = None) -> None:
+        self.keep, self.num_visible = keep, num_visible
         self._packed = Derived()
         self._tables: dict[tuple[str, torch.device], tuple[Tensor, int, Tensor]] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
-    def __reduce__(self) -> tuple[type["Caches"], tuple[()]]:
-        return Caches, ()
+    def __reduce__(self) -> tuple[type["State"], tuple[Any, ...]]:
+        return State, (self.keep, self.num_visible)
 
     def clear(self) -> None:
-        """Forget all tensors."""
+        """Drop all cached tensors."""
         self._packed.forget()
         self._tables.clear()
 
-    def warn_once(self, message: str) -> None:
-        """A UserWarning, the first time that this module says it."""
-        if not torch.compiler.is_compiling() and message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, stacklevel=3)
+    def warn_once(self, what: str) -> None:
+        """Warn the first time that ``what`` falls back."""
+        if not torch.compiler.is_compiling() and what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"mar_fast: transformers' own code runs {what}", stacklevel=3)
 
     def packed(self, attention: Any) -> Packed:
         """The qkv weight (3 * D, D) and bias (3 * D,) of a VideoMAESelfAttention, differentiable in training."""
-        sources = _sources(attention)
+        query, key, value = attention.query, attention.key, attention.value
+        biases = [query.bias, key.bias, value.bias]
+        if hasattr(attention, "q_bias"):  # the oldest versions: parameters of the attention, none for keys
+            biases = [attention.q_bias, None, attention.v_bias]
+        sources = [query.weight, key.weight, value.weight, *biases]
         if attention.training:
             return _pack(*sources)
         packed: Packed = self._packed.get(sources, None, _pack)
@@ -62,107 +71,85 @@ class Caches:
         """A position table (1, L, D), which transformers keeps on the CPU, as (L, D) on ``device``."""
         if source.device == device:
             return source.detach()[0]
-        found = self._tables.get((name, device))
-        if found is not None and found[0] is source and (torch.compiler.is_compiling() or found[1] == source._version):
-            return found[2]
+        cached = self._tables.get((name, device))
+        compiling = torch.compiler.is_compiling()
+        if cached is not None and cached[0] is source and (compiling or cached[1] == source._version):
+            return cached[2]
         moved = source.detach()[0].to(device)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self._tables[name, device] = source, source._version, moved
         return moved
 
 
-def _sources(attention: Any) -> list[Tensor | None]:
-    """Weights of q, k and v, then their biases: of linear layers, or parameters of their own in the oldest versions."""
-    query, key, value = attention.query, attention.key, attention.value
-    biases = [query.bias, key.bias, value.bias]
-    if hasattr(attention, "q_bias"):
-        biases = [attention.q_bias, None, attention.v_bias]
-    return [query.weight, key.weight, value.weight, *biases]
-
-
 def _pack(*sources: Tensor | None) -> Packed:
+    """Weights of q, k and v, then their biases."""
     weights, biases = [tensor for tensor in sources[:3] if tensor is not None], sources[3:]
-    weight = torch.cat(weights)
     if all(bias is None for bias in biases):
-        return weight, None
-    filled = [
-        part.new_zeros(part.shape[0]) if bias is None else bias for part, bias in zip(weights, biases, strict=True)
-    ]
-    return weight, torch.cat(filled)
+        return torch.cat(weights), None
+    zeros = weights[0].new_zeros(weights[0].shape[0])
+    return torch.cat(weights), torch.cat([zeros if bias is None else bias for bias in biases])
 
 
 def own_forward(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` is the one that its class was written with."""
-    given, replaced = type(module).forward, module.__dict__.get("forward")
-    if getattr(given, "__module__", None) != type(module).__module__:
-        return False  # patched in the class, for all of its instances
-    # transformers 5.0 leaves the method of the class behind in the instance after it has recorded hidden states.
-    return replaced is None or getattr(replaced, "__func__", None) is given
+    """Whether ``module`` has the forward that its class was written with."""
+    in_class, in_instance = type(module).forward, module.__dict__.get("forward")
+    if getattr(in_class, "__module__", None) != type(module).__module__:
+        return False  # patched in the class
+    # transformers 5.0 leaves the class's own method in the instance after it has recorded hidden states.
+    return in_instance is None or getattr(in_instance, "__func__", None) is in_class
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether ``module`` has no hooks but those that record hidden states."""
+    """Whether ``module`` has no hooks other than those that record hidden states."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    # They stay on the model for good, once it was asked for hidden states. Calls that ask for them do not come here.
+    # transformers leaves these on a model once it was asked for hidden states; calls that ask for them fall back.
     recording = "transformers.utils.output_capturing"
     return all(getattr(hook, "__module__", None) == recording for hook in module._forward_hooks.values())
 
 
-def untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    """Whether calling ``module`` does what its class says: no hooks, no forward of its own, no other class.
+def untouched(module: nn.Module, kind: type[nn.Module] | None = None, needs_bias: bool = False) -> bool:
+    """Whether ``module`` is a ``kind``, or if None any class of transformers' VideoMAE, without changes or hooks.
 
-    Args:
-        module: A part of a model.
-        kind: The class that it must have; None is any of transformers' VideoMAE.
+    Then its weight and bias, if it has any, can be used without calling it.
     """
-    right = type(module).__module__ == MODELING if kind is None else type(module) is kind
-    return right and own_forward(module) and unhooked(module)
-
-
-def _linear(module: nn.Module, bias: bool) -> bool:
-    biased = type(module.bias) in PLAIN_TENSORS or (module.bias is None and not bias)
-    return untouched(module, nn.Linear) and type(module.weight) in PLAIN_TENSORS and biased
-
-
-def plain_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a LayerNorm that `norm` may stand in for."""
-    if not untouched(module, nn.LayerNorm):
+    expected = type(module).__module__ == MODELING if kind is None else type(module) is kind
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not (expected and own_forward(module) and unhooked(module)) or (needs_bias and bias is None):
         return False
-    return type(module.weight) in PLAIN_TENSORS and type(module.bias) in PLAIN_TENSORS
+    return all(value is None or type(value) in PLAIN_TENSORS for value in (weight, bias))
 
 
-def why_own_code(layer: Any) -> str | None:
-    """Why this VideoMAELayer must be called as it is; None if `run_layer` does the same."""
-    if not untouched(layer) or not untouched(layer.attention) or not untouched(layer.intermediate):
-        return "layers with hooks or changed parts run transformers' own code"
-    attention, attention_out, out = layer.attention.attention, layer.attention.output, layer.output
-    same = (
-        (untouched(attention) and untouched(attention_out) and untouched(out))
-        and all(_linear(part, False) for part in (attention.query, attention.key, attention.value))
-        and all(_linear(part.dense, True) for part in (attention_out, layer.intermediate, out))
-        and untouched(attention_out.dropout, nn.Dropout)
-        and untouched(out.dropout, nn.Dropout)
-        and plain_norm(layer.layernorm_before)
-        and plain_norm(layer.layernorm_after)
+def fallback(layer: Any) -> str | None:
+    """What sort of VideoMAELayer this is if transformers' own code must run it; None if `run_layer` does the same."""
+    changed = "layers with hooks or changed parts"
+    if not (untouched(layer) and untouched(layer.attention) and untouched(layer.intermediate)):
+        return changed
+    attention, projection, mlp_out = layer.attention.attention, layer.attention.output, layer.output
+    plain = (
+        (untouched(attention) and untouched(projection) and untouched(mlp_out))
+        and all(untouched(part, nn.Linear) for part in (attention.query, attention.key, attention.value))
+        and all(untouched(part.dense, nn.Linear, True) for part in (projection, layer.intermediate, mlp_out))
+        and all(untouched(part.dropout, nn.Dropout) for part in (projection, mlp_out))
+        and all(untouched(part, nn.LayerNorm, True) for part in (layer.layernorm_before, layer.layernorm_after))
     )
-    if not same:
-        return "layers with hooks or changed parts run transformers' own code"
+    if not plain:
+        return changed
     if layer.training and attention.dropout_prob:
-        return "layers with attention dropout (attention_probs_dropout_prob) run transformers' own code in training"
+        return "layers with attention dropout (attention_probs_dropout_prob) in training"
     return None
 
 
 def run_layer(
-    layer: Any, caches: Caches, x: Tensor, residual: Tensor | None, rows: Tensor | None
+    layer: Any, state: State, x: Tensor, residual: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One VideoMAELayer on x (B, N, D), the last sub-layer's output, and its ``residual``; the new pair.
+    """One VideoMAELayer on the output x (B, N, D) of the last sub-layer and its residual; the next such pair.
 
-    With ``rows`` (B, M) only these tokens come out.
+    With ``rows`` (B, M) it returns only these tokens.
     """
     y, residual = norm(layer.layernorm_before, x, residual)
     attention = layer.attention.attention
-    weight, bias = caches.packed(attention)
+    weight, bias = state.packed(attention)
     heads, scale = attention.num_attention_heads, attention.scaling
     if rows is None:
         y = attend(y, weight, bias, heads, scale)
@@ -185,28 +172,27 @@ def _activated(part: Any, y: Tensor) -> Tensor:
     return act(F.linear(y, part.dense.weight, part.dense.bias))
 
 
-def run_layers(layers: Any, caches: Caches, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x (B, N, D) through all layers: the last sub-layer's output, and the residual that it is still to be added to.
+def run_layers(layers: Any, state: State, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """x (B, N, D) through all layers: the last sub-layer's output, and the residual that is yet to be added.
 
-    With ``rows`` (B, M) the last layer gives only these tokens.
+    With ``rows`` (B, M) the last layer returns only these tokens.
     """
     residual: Tensor | None = None
-    for number, layer in enumerate(layers):
-        last = rows if number == len(layers) - 1 else None
-        reason = why_own_code(layer)
-        if reason is not None:
-            caches.warn_once(f"mar_fast: {reason}")
+    for number, layer in enumerate(layers, 1):
+        last_rows = rows if number == len(layers) else None
+        if what := fallback(layer):
+            state.warn_once(what)
             x, residual = layer(total(x, residual)), None
-            x = x if last is None else take(x, last)
+            x = x if last_rows is None else take(x, last_rows)
             continue
-        run = partial(run_layer, layer, caches)
+        run = partial(run_layer, layer, state)
         if layer.gradient_checkpointing and layer.training:
-            x, residual = layer._gradient_checkpointing_func(run, x, residual, last)
+            x, residual = layer._gradient_checkpointing_func(run, x, residual, last_rows)
         else:
-            x, residual = run(x, residual, last)
+            x, residual = run(x, residual, last_rows)
     return (take(x, rows) if rows is not None and not len(layers) else x), residual
 
 
 def total(x: Tensor, residual: Tensor | None) -> Tensor:
-    """The residual stream with nothing left to add, in its own dtype."""
+    """The residual stream after x is added, in the residual's dtype."""
     return x if residual is None else (residual + x).to(residual.dtype)

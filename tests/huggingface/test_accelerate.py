@@ -13,7 +13,7 @@ from mar_fast import TokenMask, masking
 transformers = pytest.importorskip("transformers")
 
 # float64 shows what float32 hides in rounding, such as a LayerNorm eps that is not theirs.
-BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-11}
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-11}
 # Gradients through the scores, of queries and keys, are differences of large numbers here, where attention is far from
 # uniform, and PyTorch's fused attention rounds them more than the eager one that the copy runs: 3.0e-5 was seen.
 # test_gradients_through_the_scores holds them against float64.
@@ -76,14 +76,14 @@ def gradients(model, output):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def check_same(want, got, bound):
+def check_same(want, got, tolerance):
     assert type(got) is type(want) and list(got.keys()) == list(want.keys())
     for name in want:
         assert got[name].shape == want[name].shape and got[name].dtype == want[name].dtype
-        assert relative(got[name], want[name]) <= bound, name
+        assert relative(got[name], want[name]) <= tolerance, name
 
 
-def check_gradients(plain, fast, want, got, bound):
+def check_gradients(plain, fast, want, got, tolerance):
     want, got = gradients(plain, want), gradients(fast, got)
     assert got.keys() == want.keys()
     for name in want:
@@ -92,8 +92,8 @@ def check_gradients(plain, fast, want, got, bound):
             assert got[name].norm() <= 1e-4 * want[name.replace("key", "query")].norm(), name
             continue
         scores = any(part in name for part in (".query.", ".key.", ".q_bias"))
-        # A gradient of zeros proves nothing: the error is nan then, which fails.
-        assert relative(got[name], want[name]) <= (max(bound, SCORES[want[name].dtype]) if scores else bound), name
+        limit = max(tolerance, SCORES[want[name].dtype]) if scores else tolerance
+        assert relative(got[name], want[name]) <= limit, name  # nan, which fails, if the expected gradient is 0
 
 
 @all_sizes
@@ -101,8 +101,8 @@ def check_gradients(plain, fast, want, got, bound):
 def test_values_and_every_gradient(case, shape, dtype):
     plain, fast, arguments = pair(case, shape, dtype)
     want, got = plain(**arguments), fast(**arguments)
-    check_same(want, got, BOUNDS[dtype])
-    check_gradients(plain, fast, want, got, BOUNDS[dtype])
+    check_same(want, got, TOLERANCES[dtype])
+    check_gradients(plain, fast, want, got, TOLERANCES[dtype])
 
 
 @all_cases
@@ -115,12 +115,12 @@ def test_gradients_through_the_scores(case, shape):
         if hasattr(module, "config"):
             module.config._attn_implementation = "sdpa"
     wide = {name: value.double() if value.is_floating_point() else value for name, value in arguments.items()}
-    truth = gradients(exact, exact(**wide))
+    expected = gradients(exact, exact(**wide))
     worst = []
     for model in (plain, fast):
         found = gradients(model, model(**arguments))
         names = [name for name in found if any(part in name for part in (".query.", ".key.weight", ".q_bias"))]
-        worst.append(max(relative(found[name], truth[name]) for name in names))
+        worst.append(max(relative(found[name], expected[name]) for name in names))
     theirs, ours = worst
     assert ours <= 2 * theirs + 1e-5
 
@@ -301,7 +301,7 @@ def test_keep_in_training_draws_a_mask_for_each_clip(monkeypatch):
 
 @pytest.mark.parametrize("case", ["model, last norm, masked", "classifier, mean pooling, dense"])
 def test_dropout_is_drawn_as_theirs(case):
-    """Not in pre-training, whose decoder has its tokens in another order: the same draws fall on other places."""
+    """Not in pre-training, whose decoder has its tokens in another order: the same draws drop other values."""
     plain, fast, arguments = pair(case, hidden_dropout_prob=0.3)
     without = fast.eval()(**arguments)
     outputs = []

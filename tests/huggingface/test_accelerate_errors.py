@@ -127,15 +127,16 @@ def test_restore_does_not_undo_what_came_after():
     assert torch.equal(mar_fast.restore(fast)(**arguments).loss, plain(**arguments).loss)
 
 
-@pytest.mark.parametrize("entry", ["accelerate", "patch_transformers", "register_attention"])
-def test_old_transformers_are_refused(monkeypatch, entry):
+OLD_CALLS = {
+    "accelerate": mar_fast.accelerate,
+    "patch_transformers": lambda model: mar_fast.patch_transformers().__enter__(),
+    "register_attention": lambda model: mar_fast.register_attention(),
+}
+
+
+@pytest.mark.parametrize("name", OLD_CALLS)
+def test_old_transformers_are_refused(monkeypatch, name):
     model = pair(MODEL)[0]
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     with pytest.raises(ImportError, match=r"transformers: got 4\.57\.6, expected 5\.0 or newer"):
-        if entry == "accelerate":
-            mar_fast.accelerate(model)
-        elif entry == "register_attention":
-            mar_fast.register_attention()
-        else:
-            with mar_fast.patch_transformers():
-                pass
+        OLD_CALLS[name](model)

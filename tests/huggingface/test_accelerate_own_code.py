@@ -168,14 +168,8 @@ def test_other_activations(act):
 
 def test_odd_sizes_go_through_their_convolution():
     """What is over at the edges of a clip is left out by it."""
-    config = transformers.VideoMAEConfig(
-        image_size=(40, 50),
-        num_frames=5,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=CLASSES,
-    )
+    size = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.VideoMAEConfig(image_size=(40, 50), num_frames=5, num_labels=CLASSES, **size)
     plain = transformers.VideoMAEForVideoClassification(config)
     randomise(plain, torch.Generator().manual_seed(0))
     fast = mar_fast.accelerate(copy.deepcopy(plain))

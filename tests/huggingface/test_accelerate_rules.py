@@ -189,14 +189,14 @@ def test_weights_are_packed_once_without_gradients(monkeypatch):
 
 
 def test_position_tables_move_to_the_device_once():
-    caches, source = mar_fast.huggingface.layers.Caches(), torch.randn(1, 6, 4)
+    state, source = mar_fast.huggingface.layers.State(), torch.randn(1, 6, 4)
     device = torch.device("meta")
-    assert caches.table("encoder", source, source.device).data_ptr() == source.data_ptr()
-    moved = caches.table("encoder", source, device)
-    assert moved.device == device and moved.shape == (6, 4) and caches.table("encoder", source, device) is moved
+    assert state.table("encoder", source, source.device).data_ptr() == source.data_ptr()
+    moved = state.table("encoder", source, device)
+    assert moved.device == device and moved.shape == (6, 4) and state.table("encoder", source, device) is moved
     source.add_(1)
-    assert caches.table("encoder", source, device) is not moved
-    assert caches.table("encoder", source.clone(), device) is not moved
+    assert state.table("encoder", source, device) is not moved
+    assert state.table("encoder", source.clone(), device) is not moved
 
 
 def test_without_biases_of_queries_and_values():
@@ -226,7 +226,7 @@ def test_a_number_of_visible_tokens():
 
 @pytest.mark.parametrize("case", [CLASSIFIER, PRETRAINING], ids=["classifier", "pretraining"])
 def test_trainer_takes_two_steps(case, tmp_path):
-    """The same losses as without mar_fast, and weights that have moved to the same place."""
+    """The same losses as without mar_fast, and weights that have moved alike."""
     pytest.importorskip("accelerate")
     plain, fast, arguments = pair(case)
     rows = [{name: value[row] for name, value in arguments.items()} for row in range(BATCH)] * 2

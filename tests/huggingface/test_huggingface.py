@@ -14,7 +14,7 @@ from mar_fast.config import IMAGENET_MEAN, IMAGENET_STD
 transformers = pytest.importorskip("transformers")
 
 # float32 is what users run. float64 shows what float32 hides in rounding, such as a LayerNorm eps of 1e-6 for 1e-12:
-# its bounds are far below every such effect. Position tables are rounded to float32 in both models, and alike.
+# its tolerances are far below every such effect. Position tables are rounded to float32 in both models, alike.
 VALUES = {torch.float32: 1e-5, torch.float64: 1e-11}
 GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-11}
 SHAPES = {

@@ -34,7 +34,7 @@ def heads(out, like):
 
 
 @pytest.fixture
-def flash(monkeypatch):
+def flash_attn(monkeypatch):
     """flash_attn 2's two functions on packed qkv; gives the list of calls, each its arguments by name."""
     calls = []
 
@@ -105,18 +105,24 @@ def xformers(monkeypatch):
     return calls
 
 
+@pytest.fixture(params=["flash_attn", "xformers"])
+def package(request):
+    """The name of a backend, and the calls of its stand-in."""
+    return request.param, request.getfixturevalue(request.param)
+
+
 def strided(qkv):
     """The same values, with a stride of 2 in the last dimension."""
     return torch.stack([qkv, qkv], dim=-1)[..., 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_flash_attn(flash, dtype):
+def test_flash_attn(flash_attn, dtype):
     qkv = attention_operands(dtype)["qkv"]
     out = backends.flash_attn_attention(qkv, SCALE)
     assert out.dtype == dtype and out.shape == (2, 17, 64)
     assert relative(out, oracle.attention(qkv.double(), scale=SCALE)) < 1e-2
-    (call,) = flash
+    (call,) = flash_attn
     assert call.pop("qkv") is qkv  # packed as it is, nothing copied
     assert call == dict(
         dropout_p=0.0, softmax_scale=SCALE, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
@@ -124,25 +130,25 @@ def test_flash_attn(flash, dtype):
     )  # fmt: skip
 
 
-def test_flash_attn_log_sum_exp(flash):
+def test_flash_attn_log_sum_exp(flash_attn):
     qkv = attention_operands(torch.float16)["qkv"].requires_grad_()
     out, lse = backends.flash_attn_attention(qkv, SCALE, return_lse=True)
     want, want_lse = oracle.attention(qkv.double(), scale=SCALE, return_lse=True)
     assert relative(out, want) < 1e-2
     assert lse.dtype == torch.float32 and relative(lse, want_lse) < 1e-5
-    assert flash[0]["return_attn_probs"] is True and flash[0]["deterministic"] is True
+    assert flash_attn[0]["return_attn_probs"] is True and flash_attn[0]["deterministic"] is True
     out.sum().backward()
     assert qkv.grad is not None
     with pytest.raises(RuntimeError, match=r"'flash_attn' has no gradient of the log-sum-exp"):
         backends.flash_attn_attention(qkv, SCALE, return_lse=True)[1].sum().backward()
 
 
-def test_flash_attn_varlen(flash):
+def test_flash_attn_varlen(flash_attn):
     operands = varlen_operands(torch.float16, (5, 0, 12))
     qkv, offsets = operands["qkv"], operands["cu_seqlens"].long()
     out = backends.flash_attn_varlen(qkv, offsets, 12, SCALE)
     assert relative(out, oracle.attention_varlen(qkv.double(), offsets, 12, scale=SCALE)) < 1e-2
-    (call,) = flash
+    (call,) = flash_attn
     assert call["qkv"] is qkv and call["max_seqlen"] == 12
     assert call["cu_seqlens"].dtype == torch.int32 and call["cu_seqlens"].tolist() == offsets.tolist()
     assert call["softmax_scale"] == SCALE and call["dropout_p"] == 0.0 and call["deterministic"] is True
@@ -160,7 +166,7 @@ def test_xformers(xformers, layout, dtype):
     parts = [call.pop(name) for name in ("query", "key", "value")]
     assert all(part.stride(-1) == 1 and part.shape == (2, 17, 2, 32) for part in parts)  # all that it asks for
     if layout is torch.clone:
-        assert [part.data_ptr() for part in parts] == [qkv[:, :, place].data_ptr() for place in range(3)]  # views
+        assert [part.data_ptr() for part in parts] == [qkv[:, :, index].data_ptr() for index in range(3)]  # views
     assert call["scale"] == SCALE and call["p"] == 0.0 and call["attn_bias"] is None and call["op"] is None
 
 
@@ -184,10 +190,9 @@ def test_xformers_varlen(xformers):
     assert call["attn_bias"].lengths == [5, 0, 12] and call["scale"] == SCALE and call["query"].shape == (1, 17, 2, 32)
 
 
-@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
-def test_nothing(backend, request):
+def test_nothing(package):
     """Without tokens the package is not called, and shapes and dtypes are those of any other call."""
-    calls = request.getfixturevalue({"flash_attn": "flash"}.get(backend, backend))
+    backend, calls = package
     out, lse = backends.ATTENTION[backend](torch.empty(2, 0, 3, 4, 8).half(), SCALE, return_lse=True)
     assert out.shape == (2, 0, 32) and out.dtype == torch.float16 and lse.shape == (2, 4, 0)
     assert backends.ATTENTION[backend](torch.empty(0, 5, 3, 4, 8).half(), SCALE).shape == (0, 5, 32)
@@ -195,9 +200,8 @@ def test_nothing(backend, request):
     assert out.shape == (0, 32) and out.dtype == torch.float16 and not calls
 
 
-@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
-def test_autocast(backend, request):
-    request.getfixturevalue({"flash_attn": "flash"}.get(backend, backend))
+def test_autocast(package):
+    backend, _ = package
     with torch.autocast("cpu", torch.bfloat16):
         assert backends.ATTENTION[backend](attention_operands(torch.float32)["qkv"], SCALE).dtype == torch.bfloat16
 
@@ -210,9 +214,8 @@ def cuda(dtype):
     return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
 
 
-@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
-def test_choice(backend, request):
-    request.getfixturevalue({"flash_attn": "flash"}.get(backend, backend))
+def test_choice(package):
+    backend, _ = package
     assert device.attention_backend(torch.empty(0, dtype=torch.float64)) == "eager"
     with kernels.use_backend(backend):
         assert device.attention_backend(cuda(torch.bfloat16)) == backend
@@ -228,7 +231,7 @@ def test_choice(backend, request):
 def test_choice_of_triton(monkeypatch):
     monkeypatch.setattr(device, "HAS_TRITON", True)
     assert device.attention_backend(cuda(torch.bfloat16)) == "triton"
-    assert device.attention_backend(cuda(torch.bfloat16), beyond="heads of at most 128, got 256") == "eager"
+    assert device.attention_backend(cuda(torch.bfloat16), limit="heads of at most 128, got 256") == "eager"
     with kernels.use_backend("triton"), pytest.raises(RuntimeError, match="runs attention_varlen with heads of"):
         device.attention_backend(cuda(torch.bfloat16), "attention_varlen", "with heads of at most 128, got 256")
 
@@ -243,7 +246,7 @@ def test_choice_of_triton(monkeypatch):
     ],
 )
 def test_what_a_package_cannot_run(backend, operand, message, request):
-    request.getfixturevalue({"flash_attn": "flash"}.get(backend, backend))
+    request.getfixturevalue(backend)
     with kernels.use_backend(backend), pytest.raises(RuntimeError) as caught:
         device.attention_backend(operand)
     assert str(caught.value) == f"backend {backend!r} runs attention on CUDA tensors {message}"
@@ -267,10 +270,9 @@ def test_extras_are_in_setup():
 # The ops themselves.
 
 
-@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
-def test_ops_take_the_backend(backend, request, monkeypatch):
+def test_ops_take_the_backend(package, monkeypatch):
     """On a CPU the choice is a clear error; once it is made, the op gives the package's result."""
-    calls = request.getfixturevalue({"flash_attn": "flash"}.get(backend, backend))
+    backend, calls = package
     dense, ragged = attention_operands(torch.float16), varlen_operands(torch.float16, (5, 12))
     want, want_lse = oracle.attention(dense["qkv"].double(), scale=SCALE, return_lse=True)
     with kernels.use_backend(backend):

@@ -31,8 +31,8 @@ def test_any_block(monkeypatch, block, scale):
     assert got.dtype == torch.bfloat16 and got.shape == (2, 37, 80)
     assert relative(got, exact) <= 2 * relative(plain, exact) + 0.5 * torch.finfo(torch.bfloat16).eps
     # No head, clip or query has another's result: their errors are as small one by one.
-    for part, truth in zip(got.flatten(0, 1), exact.flatten(0, 1), strict=True):
-        assert relative(part, truth) < 0.03
+    for part, expected in zip(got.flatten(0, 1), exact.flatten(0, 1), strict=True):
+        assert relative(part, expected) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_cache_that_dies_before_its_weights(made):
 
 def test_the_number_of_weights_is_bounded(made, monkeypatch):
     monkeypatch.setattr(derived, "SOURCES", 4)
-    monkeypatch.setattr(derived, "WAYS", 3)
+    monkeypatch.setattr(derived, "VARIANTS", 3)
     cache, every = Derived(), [weights() for _ in range(11)]
     for weight in every:
         for options in range(5):

@@ -20,10 +20,10 @@ def zeros(*shape, dtype=torch.float32, device=None):
 
 
 def index(*changes, rows=2, count=17, dtype=torch.int32):
-    """0 .. count - 1 in each row, but for {place: value} in the last."""
+    """0 .. count - 1 in each row, but for {position: value} in the last."""
     value = torch.arange(count, dtype=dtype).repeat(rows, 1)
-    for place, entry in changes:
-        value[-1, place] = entry
+    for position, entry in changes:
+        value[-1, position] = entry
     return value
 
 
