@@ -33,7 +33,7 @@ class Sample:
     name: str
     path: Path
     label: int
-    place: str
+    location: str
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def read_annotations(
     seen: dict[str, str] = {}
     for sample in samples:
         if sample.name in seen:
-            raise ValueError(f"{sample.place}: got {sample.name!r} again, after {seen[sample.name]}, expected it once")
-        seen[sample.name] = sample.place
+            first = seen[sample.name]
+            raise ValueError(f"{sample.location}: got {sample.name!r} again, after {first}, expected it once")
+        seen[sample.name] = sample.location
     return Annotations(format, tuple(samples), None if labels is None else len(labels))
 
 
