@@ -268,7 +268,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 _LOST = (
     "transformers 5.5 to 5.17 loses them when it reads a file of the hub; "
-    "mar-fast convert FILE OUT --biases-from ORIGINAL (in Python from_pretrained(..., biases_from=)) puts them back"
+    "mar-fast checkpoint convert FILE OUT --biases-from ORIGINAL "
+    "(in Python from_pretrained(..., biases_from=)) puts them back"
 )
 _FAULTS = {
     "allow_missing": "missing",

@@ -64,7 +64,8 @@ def draw_frames(
     height, width = config.image_size
     # Wide enough for the two lines of text, however few frames there are.
     across = max(1.9 * len(chosen), 8.5)
-    figure = new_figure(figsize=(across, len(rows) * min(across / len(chosen) - 0.1, 2.6) * height / width + 0.9))
+    tall = len(rows) * min(across / len(chosen) - 0.1, 2.6) * height / width + 0.6
+    figure = new_figure(figsize=(across, tall + 0.3 * bool(note)))
     figure.suptitle(fill(title, round(13 * across)), fontsize=10, parse_math=False)  # a file name may have dollars
     figure.supxlabel(fill(note, round(14 * across)), fontsize=9)
     show_frames(figure, rows, {tubelet: t * tubelet for tubelet in chosen})
