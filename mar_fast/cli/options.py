@@ -89,8 +89,9 @@ def load_classifier(checkpoint: str, keep: float | None, dtype: str, device: str
     """
     if keep is not None and not 0 < keep <= 1:
         raise checks.bad("--keep", keep, "a share above 0, up to 1")
+    overrides: dict[str, Any] = {} if keep is None else {"mask_ratio": 1 - keep}
     try:
-        model: MAR = mar_fast.from_pretrained(checkpoint, **({} if keep is None else {"mask_ratio": 1 - keep}))
+        model: MAR = mar_fast.from_pretrained(checkpoint, **overrides)
     except ValueError as error:
         if keep is not None and str(error).startswith("mask_ratio:"):
             raise ValueError(f"--keep: got {keep}, a share of visible patches that is not allowed. {error}") from error

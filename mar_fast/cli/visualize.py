@@ -68,9 +68,9 @@ def visualize(
         model = _load(checkpoint, given, position, model_key, ground_truth_statistics)
         model = model.to(machine.device(device or "auto"), machine.DTYPES[dtype or "fp32"]).eval()
     else:
-        needing = {"--set": given, "--position": position, "--model-key": model_key, "--dtype": dtype}
-        needing |= {"--device": device, "--ground-truth-statistics": ground_truth_statistics}
-        for name in (name for name, value in needing.items() if value):
+        names = ("--set", "--position", "--model-key", "--dtype", "--device", "--ground-truth-statistics")
+        values = (given, position, model_key, dtype, device, ground_truth_statistics)
+        for name in (name for name, value in zip(names, values, strict=True) if value):
             raise checks.bad(name, "it without --checkpoint", "both or neither")
     config = model.config if model is not None else named_config("mar_vit_base")
     if frames is not None and not 1 <= frames <= config.grid[0]:

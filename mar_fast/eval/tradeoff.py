@@ -141,7 +141,7 @@ def measure(
     found = Tradeoff(name, model.load_report is None, dtype, reason, batch, seed, machine.environment(device))
     timed: Tensor | None = None
     generators = {setting: torch.Generator().manual_seed(seed) for setting in settings}
-    tallies = {setting: defaultdict[str, list[float]](list) for setting in settings}
+    tallies = {setting: defaultdict[str, list[Any]](list) for setting in settings}
     for number, path in enumerate(videos):
         say = part(on_step, 0.05 + 0.45 * number / len(videos), 0.45 / len(videos))
         say(f"reading {path.name}", 0.0)
@@ -188,7 +188,7 @@ def _answer(
     views: Tensor,
     batch: int,
     generators: Mapping[MaskSetting, torch.Generator],
-    tallies: Mapping[MaskSetting, defaultdict[str, list[float]]],
+    tallies: Mapping[MaskSetting, defaultdict[str, list[Any]]],
     on_step: OnStep,
 ) -> Answer:
     """Run all settings, the dense one first, on the views of a video.

@@ -280,9 +280,3 @@ def test_bad_files(run, tmp_path):
         code, out, err = run("checkpoint", *arguments)
         assert code == 2 and out == "" and err.startswith("error: ") and message in err
         assert "Traceback" not in err
-
-
-def test_help(run):
-    for command in ("inspect", "convert", "verify"):
-        code, out, _ = run("checkpoint", command, "--help")
-        assert code == 0 and "--set" in out

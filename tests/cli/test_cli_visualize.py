@@ -89,21 +89,36 @@ def test_json(run, checkpoint, drawn):
     assert texts["note"] == "reconstruction: mean and contrast of each patch taken from the clip itself"
 
 
+def drawn_at_random(kind):
+    return lambda clip, grid: getattr(masking, kind)(1, grid, 0.75, generator=torch.Generator().manual_seed(3))
+
+
 KINDS = {
-    "random": lambda clip: masking.random(1, (4, 2, 4), 0.75, generator=torch.Generator().manual_seed(3)),
-    "tube": lambda clip: masking.tube(1, (4, 2, 4), 0.75, generator=torch.Generator().manual_seed(3)),
-    "frame": lambda clip: masking.frame(1, (4, 2, 4), 0.75, generator=torch.Generator().manual_seed(3)),
-    "running": lambda clip: masking.cell_running(1, (4, 2, 4), 0.75, phase=0),
-    "content": lambda clip: masking.content(clip[None], (4, 2, 4), budget=0.25),
+    **{kind: drawn_at_random(kind) for kind in ("random", "tube", "frame")},
+    "running": lambda clip, grid: masking.cell_running(1, grid, 0.75, phase=0),
+    "running --train": lambda clip, grid: masking.cell_running(
+        1, grid, 0.75, temporal_shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "content": lambda clip, grid: masking.content(clip[None], grid, budget=0.25),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(run, checkpoint, drawn, kind):
-    code, _, _ = run("visualize", CLIP, "--checkpoint", checkpoint, "--kind", kind, "--ratio", 0.75, "--seed", 3)
-    clip, mask, want = wanted(mask=KINDS[kind])
-    ((rows, _),) = drawn
-    assert code == 0 and shows(rows, clip, mask, want.video[0])
+    """With a checkpoint, and without one: there on the grid of the usual models, and on the sample clip."""
+    options = ("--kind", *kind.split(), "--ratio", 0.75, "--seed", 3)
+    assert run("visualize", CLIP, "--checkpoint", checkpoint, *options)[0] == 0
+    clip, mask, want = wanted(mask=lambda clip: KINDS[kind](clip, (4, 2, 4)))
+    assert shows(drawn[0][0], clip, mask, want.video[0])
+    code, out, _ = run("visualize", *options, "--json", "--frames", 3, "--force")
+    clip, content = video.read_clip(CLIP, 16), json.loads(out)
+    mask = KINDS[kind](clip, (8, 14, 14))
+    assert code == 0 and content["keep_idx"] == mask.keep_idx.flatten().tolist() and "statistics" not in content
+    assert (content["visible"], content["tokens"], content["grid"]) == (392, 1568, [8, 14, 14])
+    rows, texts = drawn[1]
+    veiled = clip_plot.frames(clip, named_config("mar_vit_base"), mask.bool_masked()[0])
+    assert list(rows) == ["clip", "masked"] and np.array_equal(rows["masked"], veiled) and texts["note"] == ""
+    assert ("training form" in texts["title"]) == ("--train" in kind) and texts["columns"] == 3
 
 
 def test_a_decoder_of_pixels(run, checkpoint, drawn):
@@ -182,62 +197,23 @@ def test_what_is_in_the_picture(tmp_path, monkeypatch, columns, frames):
     """Rows and columns as the axes have them."""
     figures = []
     monkeypatch.setattr(clip_plot, "save", lambda figure, path: figures.append(figure))
-    clip, mask, want = wanted()
-    config = small_model(**{**PRETRAINING, **SIZES}).config
-    masked = mask.bool_masked()[0]
-    rows = {"clip": clip_plot.frames(clip, config), "masked": clip_plot.frames(clip, config, masked)}
-    rows["reconstruction"] = clip_plot.frames(want.video[0], config)
-    texts = {"title": "bikes.mp4, a title", "note": "what was done"}
+    config = small_model(**SIZES).config
+    rows = {name: clip_plot.frames(torch.randint(256, (3, 8, 32, 64), dtype=torch.uint8), config) for name in "abc"}
+    texts = {"title": "bikes.mp4, a $title$", "note": "what was done"}
     clip_plot.draw_frames(rows, config, tmp_path / "a.png", **texts, columns=columns)
     (figure,) = figures
     axes = np.array(figure.axes).reshape(3, len(frames))
     assert [axis.get_title() for axis in axes[0]] == [f"frame {number}" for number in frames]
-    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["clip", "masked", "reconstruction"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["a", "b", "c"]
     assert figure.get_suptitle() == texts["title"] and figure.get_supxlabel() == texts["note"]
     for row, images in zip(axes, rows.values(), strict=True):
         for axis, number in zip(row, frames, strict=True):
             assert np.array_equal(axis.images[0].get_array(), images[number // 2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_masks_without_a_checkpoint(run, drawn, kind):
-    """The grid of the usual models, on the sample clip; a content mask goes by the clip."""
-    ratio = 0.75 if kind == "content" else 0.5
-    code, out, _ = run("visualize", "--kind", kind, "--ratio", ratio, "--seed", 3, "--stride", 2, "--json")
-    clip = video.read_clip(CLIP, 16, stride=2)
-    made = {"running": dict(phase=0), "content": None}.get(kind, dict(generator=torch.Generator().manual_seed(3)))
-    draw = masking.cell_running if kind == "running" else getattr(masking, kind)
-    mask = draw(clip[None], (8, 14, 14), budget=0.25) if made is None else draw(1, (8, 14, 14), 0.5, **made)
-    content = json.loads(out)
-    assert code == 0 and content["keep_idx"] == mask.keep_idx.flatten().tolist() and "statistics" not in content
-    assert content["visible"] == (392 if kind == "content" else 784) and content["tokens"] == 1568
-    ((rows, texts),) = drawn
-    assert list(rows) == ["clip", "masked"] and texts["note"] == "" and len(rows["masked"]) == 8
-
-
-def test_training_form(run, drawn):
-    code, out, _ = run("visualize", "--train", "--ratio", "0.75", "--seed", "3", "--out", "a.png", "--frames", 2)
-    generator = torch.Generator().manual_seed(3)
-    mask = masking.cell_running(1, (8, 14, 14), 0.75, temporal_shuffle=True, generator=generator)
-    clip, config = video.read_clip(CLIP, 16), named_config("mar_vit_base")
-    ((rows, _),) = drawn
-    want = clip_plot.frames(clip, config, mask.bool_masked()[0])
-    assert code == 0 and np.array_equal(rows["masked"], want)
-    assert "running masking, 75%, training form: 392 of 1568 patches visible" in out
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--ground-truth-statistics",
-        "--set depth=1",
-        "--position formula",
-        "--model-key a",
-        "--dtype fp32",
-        "--device cpu",
-    ],
-)
-def test_options_that_need_a_checkpoint(run, tmp_path, option):
-    code, out, err = run("visualize", *option.split())
-    assert code == 2 and out == "" and not list(tmp_path.iterdir())
-    assert err == f"error: {option.split()[0]}: got it without --checkpoint, expected both or neither\n"
+def test_options_that_need_a_checkpoint(run, tmp_path):
+    options = ("--set depth=1", "--position formula", "--model-key a", "--dtype fp32", "--device cpu")
+    for option in (*options, "--ground-truth-statistics"):
+        code, out, err = run("visualize", *option.split())
+        assert code == 2 and out == "" and not list(tmp_path.iterdir())
+        assert err == f"error: {option.split()[0]}: got it without --checkpoint, expected both or neither\n"
