@@ -37,6 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Masked video transformers on visible tokens only.\n\n"
     "Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.",
 )
@@ -46,7 +47,9 @@ app.command("eval")(evaluate)
 app.command()(classify)
 app.command()(tradeoff)
 app.command()(visualize)
-checkpoint = typer.Typer(no_args_is_help=True, help="Look into checkpoint files, convert and compare them.")
+checkpoint = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Look into checkpoint files, convert and compare them."
+)
 checkpoint.command()(inspect)
 checkpoint.command()(convert)
 checkpoint.command()(verify)

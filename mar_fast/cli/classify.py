@@ -6,8 +6,7 @@ import typer
 from rich.table import Table
 
 from .. import eval as evaluation
-from . import options
-from .common import BAD_INPUT, Device, print_json, progress, results, show, show_error
+from . import common, options
 
 
 def classify(
@@ -22,7 +21,7 @@ def classify(
     short: options.ShortOption = "error",
     batch: options.Batch = 8,
     dtype: options.PrecisionOption = "fp32",
-    device: options.DeviceOption = Device.auto,
+    device: options.DeviceOption = common.Device.auto,
     as_json: options.Json = False,
 ) -> None:
     """Print the most probable classes of each video."""
@@ -31,7 +30,7 @@ def classify(
     read = options.view_reader(model.config, views, sampling, stride, short)
     ratio = model.config.mask_ratio
     answers: list[dict[str, Any]] = []
-    with progress() as step:
+    with common.progress() as step:
         for number, path in enumerate(videos):
             step(f"video {number + 1} of {len(videos)}", number / len(videos))
             try:
@@ -47,15 +46,15 @@ def classify(
             ]
             answers.append({"video": str(path), "classes": found})
     if as_json:
-        print_json({"checkpoint": checkpoint, "views": views, "mask_ratio": ratio, "videos": answers})
+        common.print_json({"checkpoint": checkpoint, "views": views, "mask_ratio": ratio, "videos": answers})
     for answer in answers:
         if "error" in answer:
-            show_error(answer["error"])
+            common.show_error(answer["error"])
         elif not as_json:
-            show(f"{answer['video']}, {views} views, {1 - ratio:.0%} of patches visible")
+            common.show(f"{answer['video']}, {views} views, {1 - ratio:.0%} of patches visible")
             table = Table(box=None, show_header=False)
             for found in answer["classes"]:
                 table.add_row(f"{found['probability']:.1%}", options.class_name(names, found["class"]))
-            results.print(table, markup=False)
+            common.results.print(table, markup=False)
     if any("error" in answer for answer in answers):
-        raise typer.Exit(BAD_INPUT)
+        raise typer.Exit(common.BAD_INPUT)

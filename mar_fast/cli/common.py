@@ -18,10 +18,9 @@ CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 # Results go to stdout, everything else to stderr, so that --json can be piped.
-results = Console()
-errors = Console(stderr=True)
-# For tables of many columns, which get the width they need in a file or a pipe.
-wide_results = results if results.is_terminal else Console(width=max(results.width, 180))
+results, errors = Console(), Console(stderr=True)
+if not results.is_terminal:
+    results.width = max(results.width, 180)  # in a file or a pipe, wide tables get the width they need
 
 Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
 Dtype = StrEnum("Dtype", ["auto", "fp32", "bf16", "fp16"])
@@ -30,21 +29,26 @@ Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 WRONG_MODEL = "the fast model differs from the reference beyond rounding; no speed is given"
 
 
-def show(text: str, *, style: str | None = None, console: Console = results) -> None:
-    """Print text as it is: no markup, no colours of its own, no line breaks."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+def show(text: str, style: str | None = None) -> None:
+    """Print text on stdout as it is: no markup, no highlighting, no line breaks."""
+    results.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def tell(text: str, style: str | None = None) -> None:
+    """Print text on stderr as it is."""
+    errors.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_error(text: object) -> None:
     """Print an error on stderr."""
-    show(f"error: {text}", style="red", console=errors)
+    tell(f"error: {text}", style="red")
 
 
 class _ToErrors(logging.Handler):
     """Shows the library's warnings on stderr, as errors are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        show(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow", console=errors)
+        tell(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow")
 
 
 _to_errors = _ToErrors(logging.WARNING)

@@ -9,8 +9,7 @@ import typer
 from .. import from_pretrained, save_checkpoint
 from ..checkpoint.write import LayoutName, check_target
 from ..kernels import checks
-from . import options
-from .common import CHECK_FAILED, show, show_error
+from . import common, options
 
 
 def convert(
@@ -44,12 +43,12 @@ def convert(
     labels = model.load_report.labels
     takes_labels = to == "hf" and model.config.classifier is not None
     save_checkpoint(model, out, layout=to, force=force, labels=labels if takes_labels else None)
-    show(str(model.load_report))
+    common.show(str(model.load_report))
     back = from_pretrained(out).state_dict()
     wrong = [name for name, value in model.state_dict().items() if not torch.equal(value, back[name])]
     if wrong:
-        show_error(f"read back with other values: {', '.join(wrong[:5])}")
-        raise typer.Exit(CHECK_FAILED)
+        common.show_error(f"read back with other values: {', '.join(wrong[:5])}")
+        raise typer.Exit(common.CHECK_FAILED)
     if labels and not takes_labels:
-        show("note: not carried over: the names of classes (id2label in config.json)")
-    show(f"Written: {out} ({to}), {len(back)} parameters, the same bits when read back")
+        common.show("note: not carried over: the names of classes (id2label in config.json)")
+    common.show(f"Written: {out} ({to}), {len(back)} parameters, the same bits when read back")

@@ -9,8 +9,7 @@ from rich.table import Table
 from ..config import named_config
 from ..cost import count
 from ..kernels import checks
-from . import options
-from .common import print_json, results
+from . import common, options
 
 
 def cost(
@@ -19,7 +18,9 @@ def cost(
     classes: Annotated[int, typer.Option(help="Output classes.")] = 174,
     batch: Annotated[int, typer.Option(help="Clips.")] = 1,
     training: Annotated[bool, typer.Option("--training", help="Forward with pixel decoder, and backward.")] = False,
-    peak_tflops: Annotated[float | None, typer.Option(help="Peak rate of a device, TFLOP/s, for the floor.")] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="Peak rate of a device, TFLOP/s: gives a time floor.")
+    ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Its memory bandwidth, GB/s.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def cost(
             got = f"--peak-tflops {peak_tflops}, --bandwidth {bandwidth}"
             raise checks.bad("--peak-tflops and --bandwidth", got, "both or neither")
     if as_json:
-        print_json({"model": model, "rows": rows})
+        common.print_json({"model": model, "rows": rows})
         return
     title = f"{model}, {classes} classes, batch {batch}{', training step' if training else ''}"
     table = Table("multiply-adds, G", title=title)
@@ -62,4 +63,4 @@ def cost(
     table.add_row("bytes moved, GB (16 bit)", *(f"{row['bytes_moved'] / 1e9:.2f}" for row in rows))
     if "floor_seconds" in rows[0]:
         table.add_row("time floor, ms", *(f"{row['floor_seconds'] * 1e3:.3f}" for row in rows))
-    results.print(table)
+    common.results.print(table)

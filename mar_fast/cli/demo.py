@@ -12,30 +12,15 @@ from .. import files, machine
 from ..data import sample_clip
 from ..eval import plot, savings, savings_plot
 from ..eval.measured import FP32_TOLERANCE
-from . import options
-from .common import (
-    CHECK_FAILED,
-    WRONG_MODEL,
-    Device,
-    Dtype,
-    Size,
-    megabytes,
-    ms,
-    print_json,
-    progress,
-    results,
-    show,
-    show_error,
-    write_json,
-)
+from . import common, options
 
 
 def demo(
     clip: options.Clip = None,
-    model: Annotated[Size, typer.Option(help="Size of the ViT.")] = Size.base,
+    model: Annotated[common.Size, typer.Option(help="Size of the ViT.")] = common.Size.base,
     batch: Annotated[int, typer.Option(help="Clips a call.")] = 1,
-    dtype: options.DtypeOption = Dtype.auto,
-    device: options.DeviceOption = Device.auto,
+    dtype: options.DtypeOption = common.Dtype.auto,
+    device: options.DeviceOption = common.Device.auto,
     stride: options.Stride = 4,
     seconds: options.Seconds = 30.0,
     out: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("mar-fast-results"),
@@ -48,21 +33,21 @@ def demo(
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
     path = clip if clip is not None else sample_clip()
     video = options.clip_for(path, savings.model_config(model, "dense"), stride)
-    with progress() as step:
+    with common.progress() as step:
         result = savings.measure(
             model, video, batch=batch, device=machine.device(device), dtype=dtype, budget=seconds, on_step=step
         )
     content = {"clip": path.name, **asdict(result)}
-    write_json(content, written[0])
+    common.write_json(content, written[0])
     if result.correct:
         savings_plot.draw(result, video, written[1])
     if as_json:
-        print_json(content)
+        common.print_json(content)
     else:
         _print(result, path, written)
     if not result.correct:
-        show_error(WRONG_MODEL)
-        raise typer.Exit(CHECK_FAILED)
+        common.show_error(common.WRONG_MODEL)
+        raise typer.Exit(common.CHECK_FAILED)
 
 
 def _print(result: savings.Savings, clip: Path, written: list[Path]) -> None:
@@ -78,10 +63,10 @@ def _print(result: savings.Savings, clip: Path, written: list[Path]) -> None:
     ]
     if result.correct:
         lines += [
-            ("latency, ms: median", lambda row: ms(row.latency.p50)),
-            ("  p20 - p80", lambda row: f"{ms(row.latency.p20)} - {ms(row.latency.p80)}"),
+            ("latency, ms: median", lambda row: common.ms(row.latency.p50)),
+            ("  p20 - p80", lambda row: f"{common.ms(row.latency.p20)} - {common.ms(row.latency.p80)}"),
             ("clips per second", lambda row: f"{row.clips_per_second:.2f}"),
-            ("peak memory, MB", lambda row: megabytes(row.peak_memory)),
+            ("peak memory, MB", lambda row: common.megabytes(row.peak_memory)),
             ("speed-up over dense", lambda row: f"{row.speedup:.2f}x"),
             (f"of {rate / 1e9:,.0f} GFLOP/s matmul rate", lambda row: f"{row.rate_fraction:.0%}"),
         ]
@@ -91,11 +76,11 @@ def _print(result: savings.Savings, clip: Path, written: list[Path]) -> None:
         lines.append((f"  (reference's own, {result.dtype})", lambda row: f"{row.reference_difference:.0e}"))
     for name, cell in lines:
         table.add_row(name, *map(cell, result.rows))
-    results.print(table)
+    common.results.print(table)
     for note in (
         f"{env['device']}; torch {env['torch']}, {env['threads']} threads. dtype: {result.dtype_reason}.",
         "Random weights: speed does not depend on them. dense is a plain ViT classifier, the others are MAR.",
         f"Differences: of the logits, relative to the reference model in fp32 (allowed in fp32: {FP32_TOLERANCE:.0e}).",
         f"Written: {', '.join(str(path) for path in written if path.exists())}",
     ):
-        show(note, style="dim")
+        common.show(note, style="dim")

@@ -11,8 +11,7 @@ from ..data.annotations import FORMATS
 from ..data.video import Sampling
 from ..eval import accuracy
 from ..kernels import checks
-from . import options
-from .common import CHECK_FAILED, Device, errors, print_json, progress, show, show_error
+from . import common, options
 
 Format = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51"]
 # The usual test of each data set: (clips x crops, sampling).
@@ -44,7 +43,7 @@ def evaluate(
     batch: options.Batch = 8,
     workers: Annotated[int, typer.Option(min=1, help="Videos that are read at a time.")] = 2,
     dtype: options.PrecisionOption = "fp32",
-    device: options.DeviceOption = Device.auto,
+    device: options.DeviceOption = common.Device.auto,
     as_json: options.Json = False,
 ) -> None:
     """Measure the accuracy of a checkpoint over a list of videos."""
@@ -54,7 +53,7 @@ def evaluate(
     usual_views, usual_sampling = USUAL.get(listed.format, ("5x3", "stride"))
     views, sampling = views or usual_views, sampling or usual_sampling
     how = sampling if sampling == "uniform" else f"stride {stride}"
-    say(f"{videos}: {count} videos, read as {listed.format} ({FORMATS[listed.format]}); {views} views, {how}")
+    common.tell(f"{videos}: {count} videos, read as {listed.format} ({FORMATS[listed.format]}); {views} views, {how}")
     model = options.load_classifier(checkpoint, keep, dtype, device)
     config = model.config
     if listed.classes not in (None, config.num_classes):
@@ -74,7 +73,7 @@ def evaluate(
     }
     journal = accuracy.Journal(out, settings, force=force)
     if journal.rows:
-        say(f"{out}: {journal.done} videos were finished before; continuing")
+        common.tell(f"{out}: {journal.done} videos were finished before; continuing")
 
     def on_video(so_far: accuracy.Accuracy) -> None:
         top1 = "" if so_far.top1 is None else f", top-1 {so_far.top1:.1%}"
@@ -82,31 +81,26 @@ def evaluate(
 
     work: dict[str, Any] = dict(batch=batch, workers=workers, on_video=on_video)
     try:
-        with progress() as step:
+        with common.progress() as step:
             outcome = accuracy.evaluate(model, listed.samples, read, journal, **work)
     except KeyboardInterrupt:
-        say(f"{out}: {journal.done} of {count} videos finished; the same command continues there")
+        common.tell(f"{out}: {journal.done} of {count} videos finished; the same command continues there")
         raise
     finally:
         journal.close()
     broken = [row for row in journal.rows.values() if "error" in row]
     for row in broken[:SHOWN_ERRORS]:
-        show_error(f"{row['video']}: {row['error']}")
+        common.show_error(f"{row['video']}: {row['error']}")
     if len(broken) > SHOWN_ERRORS:
-        say(f"and {len(broken) - SHOWN_ERRORS} more, all in {out}")
+        common.tell(f"and {len(broken) - SHOWN_ERRORS} more, all in {out}")
     if as_json:
-        print_json({**settings, "format": listed.format, **asdict(outcome), "results": str(out)})
+        common.print_json({**settings, "format": listed.format, **asdict(outcome), "results": str(out)})
     else:
         if outcome.top1 is not None:
             readable = f"{outcome.finished - outcome.broken} videos, {1 - config.mask_ratio:.0%} of patches visible"
-            show(f"top-1 {outcome.top1:.2%}, top-5 {outcome.top5:.2%} of {readable}")
+            common.show(f"top-1 {outcome.top1:.2%}, top-5 {outcome.top5:.2%} of {readable}")
         if broken:
-            show(f"{len(broken)} of {count} videos could not be read")
-        show(f"Written: {out}")
+            common.show(f"{len(broken)} of {count} videos could not be read")
+        common.show(f"Written: {out}")
     if broken and not allow_broken:
-        raise typer.Exit(CHECK_FAILED)
-
-
-def say(text: str) -> None:
-    """A line on stderr."""
-    show(text, console=errors)
+        raise typer.Exit(common.CHECK_FAILED)

@@ -2,8 +2,7 @@
 
 from rich.table import Table
 
-from . import options
-from .common import print_json, results, show
+from . import common, options
 
 
 def inspect(
@@ -26,7 +25,7 @@ def inspect(
         part = part if part in ("encoder", "classifier") else "decoder"
         parts[part] = parts.get(part, 0) + parameter.numel()
     if as_json:
-        print_json({**report.as_dict(), "parameters_of": parts})
+        common.print_json({**report.as_dict(), "parameters_of": parts})
         return
     table = Table("part", title=report.layout, title_justify="left")
     for name in ("embed_dim", "blocks", "heads", "parameters, M"):
@@ -40,5 +39,5 @@ def inspect(
     for part, count in parts.items():
         label = f"{config.classifier} classifier, {config.num_classes} classes" if part == "classifier" else part
         table.add_row(label, *(str(size or "") for size in sizes[part]), f"{count / 1e6:.2f}")
-    results.print(table)
-    show(str(report))
+    common.results.print(table)
+    common.show(str(report))

@@ -20,6 +20,13 @@ from .common import Device, Dtype
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise checks.bad("--seed", seed, "a whole number from 0 to 2^63 - 1")
+    return seed
+
+
 Videos = Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")]
 Clip = Annotated[Path | None, typer.Argument(help="A video file; a short real clip if none is given.")]
 Source = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A file, a Hugging Face folder or a hub id.")]
@@ -38,7 +45,7 @@ PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Of weights 
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bf16 if its matrix products are clearly faster.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU, if there is one.")]
 Seconds = Annotated[float, typer.Option(help="Time for the timed rounds; at least 5 are done.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of everything random.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

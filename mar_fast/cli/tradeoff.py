@@ -15,23 +15,7 @@ from ..eval import plot, tradeoff_plot
 from ..eval.mask_settings import Ensembles, MaskKind, choose, usual_keep
 from ..eval.tradeoff import Best, Tradeoff, measure
 from ..kernels import checks
-from . import options
-from .common import (
-    BAD_INPUT,
-    CHECK_FAILED,
-    WRONG_MODEL,
-    Device,
-    Dtype,
-    Size,
-    megabytes,
-    ms,
-    print_json,
-    progress,
-    show,
-    show_error,
-    wide_results,
-    write_json,
-)
+from . import common, options
 
 USUAL_KINDS = [MaskKind.running, MaskKind.random, MaskKind.content]
 SHOWN_CHANGES = 4
@@ -41,7 +25,8 @@ def tradeoff(
     videos: options.Videos,
     checkpoint: options.OptionalCheckpoint = None,
     random_weights: Annotated[
-        Size | None, typer.Option(help="Instead of a checkpoint, a MAR of this size with random weights: costs only.")
+        common.Size | None,
+        typer.Option(help="Instead of a checkpoint, a MAR of this size with random weights: costs only."),
     ] = None,
     labels: options.Labels = None,
     keep: Annotated[
@@ -62,8 +47,8 @@ def tradeoff(
     stride: options.Stride = 4,
     short: options.ShortOption = "error",
     batch: Annotated[int, typer.Option(min=1, help="Views in a forward pass, at most, and in a timed call.")] = 4,
-    dtype: options.DtypeOption = Dtype.auto,
-    device: options.DeviceOption = Device.auto,
+    dtype: options.DtypeOption = common.Dtype.auto,
+    device: options.DeviceOption = common.Device.auto,
     seconds: options.Seconds = 30.0,
     seed: options.Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for tradeoff.json and tradeoff.png.")] = Path("mar-fast-tradeoff"),
@@ -79,31 +64,31 @@ def tradeoff(
     names = options.class_names(model, labels)
     read = options.view_reader(model.config, views, sampling, stride, short)
     settings, unavailable = choose(model.config, kind or USUAL_KINDS, keep or usual_keep(model.config), ensembles)
-    with progress() as step:
+    with common.progress() as step:
         result = measure(
             model, title, videos, read, settings, dtype=dtype, batch=batch, seed=seed, budget=seconds, on_step=step
         )
     result.unavailable = unavailable
     content = {"views_of_a_video": views, **_named(asdict(result), names)}
-    write_json(content, written[0])
+    common.write_json(content, written[0])
     if result.correct:
         tradeoff_plot.draw(result, written[1])
     elif written[1].exists():
         written[1].unlink()  # of an earlier run, and so not of these results
     if as_json:
-        print_json(content)
+        common.print_json(content)
     else:
         _print(result, views, names, written)
     for error in result.broken.values():
-        show_error(error)
+        common.show_error(error)
     if not result.correct:
-        show_error(WRONG_MODEL)
-        raise typer.Exit(CHECK_FAILED)
+        common.show_error(common.WRONG_MODEL)
+        raise typer.Exit(common.CHECK_FAILED)
     if result.broken:
-        raise typer.Exit(BAD_INPUT)
+        raise typer.Exit(common.BAD_INPUT)
 
 
-def _model(checkpoint: str | None, size: Size | None, device: str, seed: int) -> tuple[MAR, str]:
+def _model(checkpoint: str | None, size: common.Size | None, device: str, seed: int) -> tuple[MAR, str]:
     """The dense model in float32, and what it is called."""
     if (checkpoint is None) == (size is None):
         got = "neither" if checkpoint is None else "both"
@@ -124,9 +109,9 @@ def _named(content: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
 
 
 def _print(result: Tradeoff, views: str, names: list[str] | None, written: list[Path]) -> None:
-    wide_results.print(_points(result))
+    common.results.print(_points(result))
     if result.answers:
-        wide_results.print(_answers(result, names))
+        common.results.print(_answers(result, names))
     env = result.environment
     commit = f", commit {env['commit']}" if env["commit"] else ""
     notes = [
@@ -144,7 +129,7 @@ def _print(result: Tradeoff, views: str, names: list[str] | None, written: list[
     notes += [f"Not available: {label}: {why}" for label, why in result.unavailable.items()]
     notes.append(f"Written: {', '.join(str(path) for path in written if path.exists())}")
     for note in notes:
-        show(note, style="dim", console=wide_results)
+        common.show(note, style="dim")
 
 
 def _points(result: Tradeoff) -> Table:
@@ -155,10 +140,10 @@ def _points(result: Tradeoff) -> Table:
         columns = {
             "visible tokens": lambda p: f"{p.visible_tokens:.0f}" + (f" x {p.passes}" if p.passes > 1 else ""),
             "multiply-adds": lambda p: f"{p.multiply_adds / 1e9:.2f} G",
-            f"latency of {_many(result.timed_views, 'view')}, ms": lambda p: ms(p.latency.p50),
-            "p20 - p80": lambda p: f"{ms(p.latency.p20)} - {ms(p.latency.p80)}",
+            f"latency of {_many(result.timed_views, 'view')}, ms": lambda p: common.ms(p.latency.p50),
+            "p20 - p80": lambda p: f"{common.ms(p.latency.p20)} - {common.ms(p.latency.p80)}",
             "speed-up": lambda p: f"{p.speedup:.2f}x",
-            "memory, MB": lambda p: megabytes(p.peak_memory),
+            "memory, MB": lambda p: common.megabytes(p.peak_memory),
             "views agreeing": lambda p: f"{p.top1_agreement:.1%}",
             "KL, nats": lambda p: f"{p.kl:.3g}",
             "videos agreeing": lambda p: f"{p.same_answers:.1%}",

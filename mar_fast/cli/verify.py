@@ -9,8 +9,7 @@ from rich.table import Table
 
 from ..checkpoint import compare
 from ..kernels import checks
-from . import options
-from .common import CHECK_FAILED, print_json, results, show_error
+from . import common, options
 
 
 def verify(
@@ -33,7 +32,7 @@ def verify(
     found = compare(*models, ratio=ratio, seed=seed)
     within = found.within(tolerance)
     if as_json:
-        print_json({"first": first, "second": second, "tolerance": tolerance, "within": within, **asdict(found)})
+        common.print_json({"first": first, "second": second, "tolerance": tolerance, "within": within, **asdict(found)})
     else:
         table = Table("layer", title=f"{second} against {first}", title_justify="left")
         table.add_column("relative difference", justify="right")
@@ -43,7 +42,7 @@ def verify(
         for where, names in (("first", found.only_first), ("second", found.only_second)):
             for name in names:
                 table.add_row(name, f"only in the {where}", style="red")
-        results.print(table)
+        common.results.print(table)
     if not within:
-        show_error(f"not the same model within {tolerance:.0e}")
-        raise typer.Exit(CHECK_FAILED)
+        common.show_error(f"not the same model within {tolerance:.0e}")
+        raise typer.Exit(common.CHECK_FAILED)

@@ -11,8 +11,7 @@ from ..data import sample_clip
 from ..eval import clip_plot, reconstruct
 from ..eval.mask_settings import MaskKind, draw
 from ..kernels import checks
-from . import options
-from .common import Device, print_json, progress, show
+from . import common, options
 
 # What is written on the picture: where mean and contrast of the dropped patches come from.
 STATISTICS = {
@@ -46,7 +45,9 @@ def visualize(
     position: options.Position = None,
     model_key: options.ModelKey = None,
     dtype: Annotated[options.Precision | None, typer.Option(help="With --checkpoint. Default: fp32.")] = None,
-    device: Annotated[Device | None, typer.Option(help="With --checkpoint. Default: the GPU, if there is one.")] = None,
+    device: Annotated[
+        common.Device | None, typer.Option(help="With --checkpoint. Default: the GPU, if there is one.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("visualize.png"),
     force: options.Force = False,
     as_json: options.Json = False,
@@ -76,7 +77,7 @@ def visualize(
     if frames is not None and not 1 <= frames <= config.grid[0]:
         raise checks.bad("--frames", frames, f"1 to {config.grid[0]}, the tubelets of a clip in time")
     path = clip if clip is not None else sample_clip()
-    with progress() as step:
+    with common.progress() as step:
         step(f"reading {path.name}", 0.1)
         video = options.clip_for(path, config, stride)
         mask = draw(kind, video[None], config, ratio, torch.Generator().manual_seed(seed), train=train)
@@ -103,9 +104,10 @@ def visualize(
         clip_plot.draw_frames(rows, config, out, title=title, note=note, columns=frames)
     if as_json:
         answer |= {"clip": str(path), "kind": kind, "ratio": ratio, "visible": visible, "tokens": len(masked)}
-        print_json({**answer, "grid": config.grid, "keep_idx": (~masked).nonzero().flatten().tolist(), "png": str(out)})
+        answer |= {"grid": config.grid, "keep_idx": (~masked).nonzero().flatten().tolist(), "png": str(out)}
+        common.print_json(answer)
     else:
-        show("\n".join(filter(None, (title, note, f"Written: {out}"))))
+        common.show("\n".join(filter(None, (title, note, f"Written: {out}"))))
 
 
 def _load(

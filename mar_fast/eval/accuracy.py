@@ -119,7 +119,7 @@ def _parse(path: Path, number: int, line: bytes) -> Result:
 
 
 def fingerprint(model: MAR) -> str:
-    """Tells models apart by weights and config, whatever file they came from."""
+    """A hash of weights and config, whatever file they came from."""
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -128,7 +128,7 @@ def fingerprint(model: MAR) -> str:
 
 
 def list_fingerprint(samples: Sequence[Sample]) -> str:
-    """Tells lists apart by the names and labels in them."""
+    """A hash of the names and labels in a list."""
     return hashlib.sha256(json.dumps([[s.name, s.label] for s in samples]).encode()).hexdigest()[:16]
 
 

@@ -113,15 +113,21 @@ def choose(
     found, refused = [MaskSetting(DENSE, 1.0)], dict[str, str]()
     for kind in dict.fromkeys(kinds):
         for share in sorted({share for share in keep if share < 1}, reverse=True):
-            wanted = [MaskSetting(kind, share)]
-            try:
-                wanted += _ensemble(kind, share, ensembles)
-            except ValueError as error:
-                refused[f"{wanted[0].label}, complementary views"] = str(error)
+            single = MaskSetting(kind, share)
+            if kind == "content":  # which allows every share, and has no complement
+                found.append(single)
+                continue
+            wanted = [single]
+            if ensembles != "none":
+                try:
+                    kept = ensemble.fraction(1 - share)
+                    if kept.numerator == 1 or ensembles == "all":
+                        wanted.append(MaskSetting(kind, share, kept.denominator))
+                except ValueError as error:
+                    refused[f"{single.label}, complementary views"] = str(error)
             for setting in wanted:
                 try:
-                    if kind != "content":  # which allows every share, and needs a clip
-                        setting.masks(torch.empty(1, 0), config, torch.Generator())
+                    setting.masks(torch.empty(1, 0), config, torch.Generator())
                     found.append(setting)
                 except ValueError as error:
                     refused[setting.label] = str(error)
@@ -129,11 +135,3 @@ def choose(
         reasons = "; ".join(f"{label}: {why}" for label, why in refused.items()) or "1 is the dense model"
         raise checks.bad("keep", ", ".join(map(str, keep)), f"a share that one of the masks can keep ({reasons})")
     return found, refused
-
-
-def _ensemble(kind: str, keep: float, ensembles: Ensembles) -> list[MaskSetting]:
-    """The complementary masks of a kind and share; none where they are not asked for."""
-    if ensembles == "none" or kind == "content":
-        return []
-    kept = ensemble.fraction(1 - keep)
-    return [MaskSetting(kind, keep, kept.denominator)] if kept.numerator == 1 or ensembles == "all" else []

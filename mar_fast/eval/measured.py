@@ -55,12 +55,8 @@ def check(
 ) -> list[Measured]:
     """Compare a model with the reference, on the same weights and masks, and move it to ``dtype``.
 
-    Args:
-        model: In float32, in eval mode.
-        clip: (1, C, T, H, W).
-        ways: The masks of each way to run the model, one for each of its passes; None is the model's own.
-        dtype: "fp32", "bf16" or "fp16".
-        on_step: Told what is going on and which share is done.
+    The model is in float32 and in eval mode, the clip (1, C, T, H, W). ``ways`` has the masks of each way to run the
+    model, one for each of its passes; None is the model's own.
     """
     plain = reference.MAR(model.config).eval().to(clip.device)
     plain.load_state_dict(model.state_dict())
@@ -112,18 +108,10 @@ def time_all(
     budget: float,
     on_step: OnStep,
 ) -> list[M]:
-    """Time the calls in turn and measure their memory.
+    """Time the calls in turn, for ``budget`` seconds, and measure their memory.
 
-    Args:
-        ways: What is known of each call so far.
-        calls: The calls by name, in the same order.
-        clips: How many clips a call is given.
-        device: Where they run.
-        budget: Seconds for the timed rounds.
-        on_step: Told what is going on and which share is done.
-
-    Returns:
-        The ways, with latency, clips per second, peak memory and speed-up over the first.
+    ``ways`` says what is known of each call so far, and ``clips`` how many clips a call is given. Returned are the ways
+    with latency, clips per second, peak memory and speed-up over the first.
     """
     gc.collect()
     on_step("timing, in turn", 0.0)

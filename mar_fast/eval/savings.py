@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,26 +89,15 @@ def measure(
         model = MAR(config).eval().to(device)
         say = part(on_step, 0.05 + 0.35 * number / len(CASES), 0.35 / len(CASES))
         (checked,) = check(model, video[:1], [[None]], dtype, say)
-        rows.append(
-            Row(
-                case=case,
-                mask_ratio=config.mask_ratio,
-                visible_tokens=config.num_visible,
-                multiply_adds=cost.count(config, batch=batch).multiply_adds,
-                **vars(checked),
-            )
-        )
+        work = cost.count(config, batch=batch).multiply_adds
+        sizes: dict[str, Any] = dict(mask_ratio=config.mask_ratio, visible_tokens=config.num_visible)
+        rows.append(Row(case=case, multiply_adds=work, **sizes, **vars(checked)))
         calls[case] = partial(model, video)
     result = Savings(size, batch, dtype, reason, rates, machine.environment(device), tuple(rows))
     if not result.correct:
         return result
-    rows = time_all(rows, calls, batch, device, budget, part(on_step, 0.4, 0.6))
-    on_step("done", 1.0)
-    return replace(
-        result,
-        rows=tuple(
-            replace(row, rate_fraction=2 * row.multiply_adds / row.latency.p50 / rates[dtype])
-            for row in rows
-            if row.latency is not None
-        ),
-    )
+    timed = []
+    for row in time_all(rows, calls, batch, device, budget, part(on_step, 0.4, 0.6)):
+        assert row.latency is not None
+        timed.append(replace(row, rate_fraction=2 * row.multiply_adds / row.latency.p50 / rates[dtype]))
+    return replace(result, rows=tuple(timed))

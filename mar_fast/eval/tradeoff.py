@@ -117,11 +117,9 @@ def measure(
         videos: Files.
         read: From a file to its views (V, C, T, H, W).
         settings: The dense one first.
-        dtype: "fp32", "bf16", "fp16", or "auto": bf16 where that is clearly faster here, else fp32.
+        dtype, budget, on_step: As in `savings.measure`.
         batch: The most views in a forward pass; the first of these views are timed.
         seed: Of the random masks.
-        budget: Seconds for the timed rounds.
-        on_step: Told what is going on and which share of the whole is done.
 
     Raises:
         ValueError: an argument does not fit, no video can be read, or a score is not finite.

@@ -101,7 +101,7 @@ def _panel(axis: "Axes", points: list[Point], cost: Value, value: Value) -> None
             plot(many, label=f"{kind}, complementary views", **look)
         for point in many:
             start = [p for p in single if p.keep == point.keep]  # a line to what the other passes bring
-            plot([*start, point], ":", color=COLOURS[kind], linewidth=1, zorder=1)
+            plot([*start, point], ":", color=COLOURS[kind], linewidth=1, alpha=0.6, zorder=1)
     plot([dense], "*", color="black", markersize=13, linestyle="none", label=DENSE, zorder=5)
 
 
@@ -117,6 +117,10 @@ def _keep_ratios(axis: "Axes", points: list[Point], cost: Value) -> None:
     upper.set_xlabel("share of patches that a pass sees", fontsize=9, color=GREY)
 
 
+def _power_of_ten(value: float, _: int) -> str:
+    return f"$10^{{{round(math.log10(value))}}}$" if value else "0"
+
+
 def _kl_scale(axis: "Axes", values: list[float]) -> None:
     """Logarithmic, but for the lowest decade, which reaches down to the dense model's 0."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -128,5 +132,5 @@ def _kl_scale(axis: "Axes", values: list[float]) -> None:
     axis.set_yscale("symlog", linthresh=low, linscale=0.5)
     axis.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**decade for decade in decades)]))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
     axis.set_ylim(-0.2 * low, 1.5 * top)

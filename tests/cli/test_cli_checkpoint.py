@@ -250,7 +250,7 @@ def test_verify_parts_and_nan(run, mar, classifier, tmp_path):
     ("arguments", "message"),
     [
         (("--tolerance", "-1"), "--tolerance: got -1.0, expected a number, 0 or more"),
-        (("--seed", "-1"), "Invalid value for '--seed'"),
+        (("--seed", "-1"), "--seed: got -1, expected"),
         (("--ratio", "1"), "ratio: got 1.0, expected a number in [0, 1)"),
         (("--set", "heads=3"), "--set: got 'heads=3', expected FIELD=VALUE with one of the fields num_frames"),
         (("--set", "num_heads"), "--set: got 'num_heads', expected FIELD=VALUE"),

@@ -159,7 +159,7 @@ def test_no_decoder(run, tmp_path):
     [
         (("--out", "a.jpg"), "--out: got 'a.jpg', expected a file name that ends with .png"),
         (("--out", "there.png"), "there.png: already exists, expected a new file"),
-        (("--seed", "-1"), "Invalid value for '--seed'"),
+        (("--seed", "-1"), "--seed: got -1, expected a whole number from 0"),
         (("--ratio", "0.3"), "ratio: got 0.3, expected a whole number of the 4 slots"),
         (("--ratio", "1"), "ratio: got 1.0, expected a number in [0, 1)"),
         (("--kind", "content", "--ratio", "nan"), "--ratio: got nan, expected a number in [0, 1)"),
