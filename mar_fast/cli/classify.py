@@ -54,7 +54,7 @@ def classify(
             common.show(f"{answer['video']}, {views} views, {1 - ratio:.0%} of patches visible")
             table = Table(box=None, show_header=False)
             for found in answer["classes"]:
-                table.add_row(f"{found['probability']:.1%}", options.class_name(names, found["class"]))
+                table.add_row(f"{found['probability']:.1%}", options.class_name(found["name"], found["class"]))
             common.results.print(table, markup=False)
     if any("error" in answer for answer in answers):
         raise typer.Exit(common.BAD_INPUT)

@@ -123,9 +123,9 @@ def class_names(model: MAR, labels: Path | None) -> list[str] | None:
     return names
 
 
-def class_name(names: list[str] | None, number: int) -> str:
-    """The name of a class, or its number where names are not known."""
-    return f"class {number}" if names is None else names[number]
+def class_name(name: str | None, number: int) -> str:
+    """The name of a class, or its number if it has none."""
+    return f"class {number}" if name is None else name
 
 
 def view_reader(

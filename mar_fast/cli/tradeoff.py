@@ -13,7 +13,7 @@ from rich.table import Table
 from .. import MAR, create_model, files, machine
 from ..eval import plot, tradeoff_plot
 from ..eval.mask_settings import Ensembles, MaskKind, choose, usual_keep
-from ..eval.tradeoff import Best, Tradeoff, measure
+from ..eval.tradeoff import Best, Tradeoff, many, measure
 from ..kernels import checks
 from . import common, options
 
@@ -65,11 +65,10 @@ def tradeoff(
     read = options.view_reader(model.config, views, sampling, stride, short)
     settings, unavailable = choose(model.config, kind or USUAL_KINDS, keep or usual_keep(model.config), ensembles)
     with common.progress() as step:
-        result = measure(
-            model, title, videos, read, settings, dtype=dtype, batch=batch, seed=seed, budget=seconds, on_step=step
-        )
+        how: dict[str, Any] = dict(dtype=dtype, batch=batch, seed=seed, budget=seconds, on_step=step)
+        result = measure(model, title, videos, read, settings, names=names, **how)
     result.unavailable = unavailable
-    content = {"views_of_a_video": views, **_named(asdict(result), names)}
+    content = {"views_of_a_video": views, **asdict(result)}
     common.write_json(content, written[0])
     if result.correct:
         tradeoff_plot.draw(result, written[1])
@@ -78,7 +77,7 @@ def tradeoff(
     if as_json:
         common.print_json(content)
     else:
-        _print(result, views, names, written)
+        _print(result, views, written)
     for error in result.broken.values():
         common.show_error(error)
     if not result.correct:
@@ -100,24 +99,15 @@ def _model(checkpoint: str | None, size: common.Size | None, device: str, seed: 
     return model.to(machine.device(device)).eval(), f"ViT-{str(size).capitalize()}, random weights"
 
 
-def _named(content: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
-    """With the names of classes beside their numbers."""
-    for answer in content["answers"]:
-        for best in (answer["dense"], *answer["changed"].values()):
-            best["name"] = None if names is None else names[best["number"]]
-    return content
-
-
-def _print(result: Tradeoff, views: str, names: list[str] | None, written: list[Path]) -> None:
+def _print(result: Tradeoff, views: str, written: list[Path]) -> None:
     common.results.print(_points(result))
     if result.answers:
-        common.results.print(_answers(result, names))
+        common.results.print(_answers(result))
     env = result.environment
     commit = f", commit {env['commit']}" if env["commit"] else ""
     notes = [
         f"{env['device']}; torch {env['torch']}, {env['threads']} threads{commit}. dtype: {result.dtype_reason}.",
-        f"{_many(len(result.answers), 'video')}, {_many(result.views, 'view')} ({views} each), "
-        f"at most {result.batch} in a pass. "
+        f"{result.seen} ({views} each), at most {result.batch} in a pass. "
         f"Latency: of a call with {result.timed_views} of them, all passes and drawn masks included. "
         "Multiply-adds: of one view.",
         "agreeing: with the class that the same weights give on all patches. KL: mean of KL(dense || masked) over the "
@@ -140,7 +130,7 @@ def _points(result: Tradeoff) -> Table:
         columns = {
             "visible tokens": lambda p: f"{p.visible_tokens:.0f}" + (f" x {p.passes}" if p.passes > 1 else ""),
             "multiply-adds": lambda p: f"{p.multiply_adds / 1e9:.2f} G",
-            f"latency of {_many(result.timed_views, 'view')}, ms": lambda p: common.ms(p.latency.p50),
+            f"latency of {many(result.timed_views, 'view')}, ms": lambda p: common.ms(p.latency.p50),
             "p20 - p80": lambda p: f"{common.ms(p.latency.p20)} - {common.ms(p.latency.p80)}",
             "speed-up": lambda p: f"{p.speedup:.2f}x",
             "memory, MB": lambda p: common.megabytes(p.peak_memory),
@@ -156,9 +146,9 @@ def _points(result: Tradeoff) -> Table:
     return table
 
 
-def _answers(result: Tradeoff, names: list[str] | None) -> Table:
+def _answers(result: Tradeoff) -> Table:
     def text(best: Best) -> str:
-        return f"{options.class_name(names, best.number)} ({best.probability:.1%})"
+        return f"{options.class_name(best.name, best.number)} ({best.probability:.1%})"
 
     table = Table(title="Answers, and what changes them", title_justify="left")
     for column in ("video", "dense answer", "changed by"):
@@ -169,7 +159,3 @@ def _answers(result: Tradeoff, names: list[str] | None) -> Table:
             changes[SHOWN_CHANGES:] = [f"and {len(changes) - SHOWN_CHANGES} more"]
         table.add_row(*map(escape, (Path(answer.video).name, text(answer.dense), "\n".join(changes) or "none")))
     return table
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -43,9 +43,10 @@ class Point(Measured):
 
 @dataclass(frozen=True)
 class Best:
-    """The most probable class of a video, by the mean of its views' scores."""
+    """The most probable class of a video, by the mean of its views' scores; its name, where names are known."""
 
     number: int
+    name: str | None
     probability: float
 
 
@@ -95,6 +96,16 @@ class Tradeoff:
         """Of all videos together."""
         return sum(answer.views for answer in self.answers)
 
+    @property
+    def seen(self) -> str:
+        """The views and videos in words."""
+        return f"{many(self.views, 'view')} of {many(len(self.answers), 'video')}"
+
+
+def many(count: int, what: str) -> str:
+    """ "1 view", "2 views"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
 
 def measure(
     model: MAR,
@@ -103,6 +114,7 @@ def measure(
     read: Callable[[Path], Tensor],
     settings: Sequence[MaskSetting],
     *,
+    names: Sequence[str] | None = None,
     dtype: str = "auto",
     batch: int = 4,
     seed: int = 0,
@@ -117,6 +129,7 @@ def measure(
         videos: Files.
         read: From a file to its views (V, C, T, H, W).
         settings: The dense one first.
+        names: Of the classes.
         dtype, budget, on_step: As in `savings.measure`.
         batch: The most views in a forward pass; the first of these views are timed.
         seed: Of the random masks.
@@ -154,14 +167,12 @@ def measure(
             found.points = _checked(model, timed[:1], settings, dtype, seed, part(on_step, 0.0, 0.05))
             if not found.correct:
                 return found
-        found.answers.append(_answer(model, str(path), views, batch, generators, tallies, say))
+        found.answers.append(_answer(model, names, path, views, batch, generators, tallies, say))
     if timed is None:
         reasons = "; ".join(found.broken.values())
         raise checks.bad("VIDEO", f"none of {len(videos)} that can be read ({reasons})", "at least one")
-    points = [
-        replace(point, **{name: fmean(values) for name, values in tally.items()})
-        for point, tally in zip(found.points, tallies.values(), strict=True)
-    ]
+    means: list[dict[str, Any]] = [{name: fmean(own) for name, own in tally.items()} for tally in tallies.values()]
+    points = [replace(point, **own) for point, own in zip(found.points, means, strict=True)]
     calls = {setting.label: _call(model, timed, setting, seed) for setting in settings}
     found.points = time_all(points, calls, len(timed), device, budget, part(on_step, 0.5, 0.5))
     on_step("done", 1.0)
@@ -182,7 +193,8 @@ def _checked(
 @torch.inference_mode()
 def _answer(
     model: MAR,
-    name: str,
+    names: Sequence[str] | None,
+    path: Path,
     views: Tensor,
     batch: int,
     generators: Mapping[MaskSetting, torch.Generator],
@@ -197,7 +209,7 @@ def _answer(
     best = dict[str, Best]()
     dense = torch.empty(0)
     for number, (setting, tally) in enumerate(tallies.items()):
-        on_step(f"{Path(name).name}: {setting.label}", number / len(tallies))
+        on_step(f"{path.name}: {setting.label}", number / len(tallies))
         parts = []
         for some in views.split(batch):
             some = some.to(weight.device)
@@ -216,12 +228,13 @@ def _answer(
         if setting.kind == DENSE:
             dense = logs
         probability, answer = logs.exp().mean(0).max(0)
-        best[setting.label] = Best(int(answer), float(probability))
+        name = None if names is None else names[int(answer)]
+        best[setting.label] = Best(int(answer), name, float(probability))
         tally["top1_agreement"] += (logs.argmax(-1) == dense.argmax(-1)).tolist()
         tally["kl"] += divergence(dense, logs).tolist()
         tally["same_answers"].append(best[setting.label].number == best[DENSE].number)
     changed = {label: own for label, own in best.items() if own.number != best[DENSE].number}
-    return Answer(name, len(views), best[DENSE], changed)
+    return Answer(str(path), len(views), best[DENSE], changed)
 
 
 def divergence(logs: Tensor, others: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .mask_settings import DENSE, MaskKind
 from .plot import MARKERS, OTHERS, OURS, legend_below, new_figure, save, time_scale
-from .tradeoff import Point, Tradeoff
+from .tradeoff import Point, Tradeoff, many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def draw(tradeoff: Tradeoff, path: Path) -> None:
             colour = COLOURS.get(point.kind, "black")
             row[1].plot([low, high], [value(point)] * 2, "|-", color=colour, markersize=7, linewidth=1, alpha=0.7)
     _keep_ratios(axes[0, 0], points, work)
-    views = f"{tradeoff.timed_views} view{'s' if tradeoff.timed_views > 1 else ''}"
+    views = many(tradeoff.timed_views, "view")
     axes[0, 0].set(ylabel="views with the dense model's class, %")
     axes[1, 0].set(ylabel="mean KL(dense || masked), nats", xlabel=f"multiply-adds of a view, all passes, 10$^{power}$")
     axes[1, 0].set_xlim(0, 1.06 * max(map(work, points)))
@@ -64,10 +64,9 @@ def draw(tradeoff: Tradeoff, path: Path) -> None:
 
 
 def _title(tradeoff: Tradeoff) -> str:
-    env, videos = tradeoff.environment, len(tradeoff.answers)
+    env = tradeoff.environment
     commit = f", commit {env['commit']}" if env["commit"] else ""
-    views = f"{tradeoff.views} view{'s' if tradeoff.views > 1 else ''} of {videos} video{'s' if videos > 1 else ''}"
-    first = f"{tradeoff.model}, {tradeoff.dtype}: agreement of masked answers with the dense model's, {views}"
+    first = f"{tradeoff.model}, {tradeoff.dtype}: agreement of masked answers with the dense model's, {tradeoff.seen}"
     return f"{first}\n{env['device']}, torch {env['torch']}{commit}"
 
 

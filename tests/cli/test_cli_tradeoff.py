@@ -42,7 +42,7 @@ def test_command(mar, monkeypatch, tmp_path):
     for text in (
         "three [x].safetensors, fp32: masked against dense", "dense", "running 50 %", "running 50 %, 2 views",
         "running 25 %, 4 views", "random 25 %", "content 25 %", "8 x 4", "16 x 2", "views agreeing", "KL, nats",
-        "latency of 2 views, ms", "p20 - p80", "speed-up", "bikes.mp4", "bigbuckbunny.mp4", "2 videos, 4 views",
+        "latency of 2 views, ms", "p20 - p80", "speed-up", "bikes.mp4", "bigbuckbunny.mp4", "4 views of 2 videos",
         torch.__version__, "asked for", "tradeoff.json", "class of <",
     ):  # fmt: skip
         assert text in out, text
