@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from .. import MARConfig, masking
-from .clip_plot import frames, show_frames
+from .frame_plot import frames, show_frames
 from .plot import new_figure, save, time_scale
 from .savings import CASES, Savings, model_config
 
