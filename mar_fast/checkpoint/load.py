@@ -208,7 +208,8 @@ def _fit(
 _MISSING = "missing in the checkpoint, allowed"
 _LOST = (
     "transformers 5.5 to 5.17 loses them when it reads a file of the hub; "
-    "mar-fast convert FILE OUT --biases-from ORIGINAL (in Python from_pretrained(..., biases_from=)) puts them back"
+    "mar-fast checkpoint convert FILE OUT --biases-from ORIGINAL "
+    "(in Python from_pretrained(..., biases_from=)) puts them back"
 )
 _FAULTS = {
     "allow_missing": "missing",

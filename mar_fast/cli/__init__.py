@@ -9,37 +9,52 @@ import mar_fast
 
 from .bench import SUITE_LIST, bench
 from .classify import classify
-from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors, show_warnings
+from .common import BAD_INPUT, INTERRUPTED, USER_ERRORS, errors, show_error, show_warnings
 from .convert import convert
 from .cost import cost
+from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
-from .masks import masks
-from .reconstruct import reconstruct
-from .report import report
-from .savings import savings
 from .tradeoff import tradeoff
 from .verify import verify
+from .visualize import visualize
+
+# What commands of earlier versions are called now.
+MOVED = {
+    "savings": "mar-fast demo",
+    "masks": "mar-fast visualize",
+    "reconstruct": "mar-fast visualize --checkpoint",
+    "curve": "mar-fast tradeoff",
+    "report": "mar-fast bench --report",
+    "inspect": "mar-fast checkpoint inspect",
+    "convert": "mar-fast checkpoint convert",
+    "verify": "mar-fast checkpoint verify",
+    "kernels": "python -m mar_fast.bench matrix",
+    "tune": "python -m mar_fast.bench tune",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Masked video transformers on visible tokens only.\n\n"
     "Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.",
 )
+app.command()(demo)
 app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
-app.command()(savings)
-app.command()(masks)
-app.command()(reconstruct)
-app.command()(cost)
-app.command()(classify)
 app.command("eval")(evaluate)
+app.command()(classify)
 app.command()(tradeoff)
-app.command()(report)
-app.command()(inspect)
-app.command()(convert)
-app.command()(verify)
+app.command()(visualize)
+checkpoint = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Look into checkpoint files, convert and compare them."
+)
+checkpoint.command()(inspect)
+checkpoint.command()(convert)
+checkpoint.command()(verify)
+app.add_typer(checkpoint, name="checkpoint")
+app.command()(cost)
 
 
 def _version(wanted: bool) -> None:
@@ -61,12 +76,11 @@ def main() -> None:
     """Entry point: what a user can mend is one line on stderr, not a traceback."""
     show_warnings()
     try:
-        if sys.argv[1:2] in (["kernels"], ["tune"]):
-            moved = {"kernels": "matrix", "tune": "tune"}[sys.argv[1]]
-            raise ValueError(f"command: got {sys.argv[1]!r}, which is now: python -m mar_fast.bench {moved}")
+        if sys.argv[1:] and sys.argv[1] in MOVED:
+            raise ValueError(f"command: got {sys.argv[1]!r}, which is now: {MOVED[sys.argv[1]]}")
         app()
     except USER_ERRORS as error:
-        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        show_error(error)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         errors.print("interrupted")

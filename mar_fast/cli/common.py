@@ -1,4 +1,4 @@
-"""What the subcommands share: exit codes, consoles, progress, options."""
+"""What the commands share: exit codes, consoles, progress, numbers as text."""
 
 import json
 import logging
@@ -11,39 +11,51 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
-from .. import MARConfig
-from ..data import read_clip
-from ..files import may_write
+from ..files import write_whole
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 # Results go to stdout, everything else to stderr, so that --json can be piped.
-results = Console()
-errors = Console(stderr=True)
-# For tables of many columns: in a file or a pipe they have the room that they need.
-wide_results = results if results.is_terminal else Console(width=max(results.width, 180))
+results, errors = Console(), Console(stderr=True)
+if not results.is_terminal:
+    results.width = max(results.width, 180)  # in a file or a pipe, wide tables get the width they need
 
 Size = StrEnum("Size", ["small", "base", "large", "huge", "giant"])
 Dtype = StrEnum("Dtype", ["auto", "fp32", "bf16", "fp16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 
+WRONG_MODEL = "the fast model differs from the reference beyond rounding; no speed is given"
+
+
+def show(text: str, style: str | None = None) -> None:
+    """Print text on stdout as it is: no markup, no highlighting, no line breaks."""
+    results.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def tell(text: str, style: str | None = None) -> None:
+    """Print text on stderr as it is."""
+    errors.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_error(text: object) -> None:
+    """Print an error on stderr."""
+    tell(f"error: {text}", style="red")
+
 
 class _ToErrors(logging.Handler):
-    """Warnings of the library as lines on stderr, like errors."""
+    """Shows the library's warnings on stderr, as errors are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = f"{record.levelname.lower()}: {record.getMessage()}"
-        errors.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        tell(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow")
 
 
 _to_errors = _ToErrors(logging.WARNING)
 
 
 def show_warnings() -> None:
-    """Have what the library warns of on stderr, in every command."""
+    """Show the library's warnings on stderr, in every command."""
     logging.getLogger("mar_fast").addHandler(_to_errors)
 
 
@@ -61,28 +73,21 @@ def progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, share: bar.update(task, description=what, completed=share)
 
 
-def check_png(out: Path, force: bool) -> None:
-    """Check, before any work, that a picture may be written there.
-
-    Raises:
-        ValueError: not the name of a PNG.
-        FileExistsError, NotADirectoryError: something stands in the way.
-    """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out: got {str(out)!r}, expected a file name that ends with .png")
-    may_write([out], force)
-
-
 def print_json(content: Any) -> None:
     """Plain JSON on stdout."""
     typer.echo(json.dumps(content, indent=2))
 
 
-def clip_for(path: Path, config: MARConfig, stride: int) -> Tensor:
-    """One clip (C, T, H, W) of the size that a model takes, from the middle of a file."""
-    return read_clip(path, config.num_frames, size=config.image_size, stride=stride)
+def write_json(content: Any, path: Path) -> None:
+    """A JSON file, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def ms(seconds: float) -> str:
     """Seconds as milliseconds, without a unit."""
     return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2f}"
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as megabytes, without a unit."""
+    return "not measured" if size is None else f"{size / 1e6:.0f}"

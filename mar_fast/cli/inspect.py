@@ -1,29 +1,23 @@
-"""mar-fast inspect: what is in a checkpoint, and how it would be read."""
+"""mar-fast checkpoint inspect: what is in a checkpoint, and how it would be read."""
 
-from typing import Annotated
-
-import typer
 from rich.table import Table
 
-from .common import print_json, results
-from .loading import AllowMissing, AllowUnknown, Given, ModelKey, Position, load
+from . import common, options
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A file, a Hugging Face folder or a hub id.")],
-    given: Given = None,
-    position: Position = None,
-    model_key: ModelKey = None,
-    allow_missing: AllowMissing = None,
-    allow_unknown: AllowUnknown = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    checkpoint: options.Source,
+    given: options.Given = None,
+    position: options.Position = None,
+    model_key: options.ModelKey = None,
+    allow_missing: options.AllowMissing = None,
+    allow_unknown: options.AllowUnknown = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show a checkpoint's layout and sizes, what is read, what is not and why."""
-    model = load(
-        checkpoint, given,
-        position=position, model_key=model_key, allow_missing=allow_missing, allow_unknown=allow_unknown,
-    )  # fmt: skip
-    report = model.load_report
+    allowed = dict(allow_missing=allow_missing, allow_unknown=allow_unknown)
+    model = options.load(checkpoint, given, position=position, model_key=model_key, **allowed)
+    report, config = model.load_report, model.config
     assert report is not None
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -31,22 +25,19 @@ def inspect(
         part = part if part in ("encoder", "classifier") else "decoder"
         parts[part] = parts.get(part, 0) + parameter.numel()
     if as_json:
-        print_json({**report.as_dict(), "parameters_of": parts})
+        common.print_json({**report.as_dict(), "parameters_of": parts})
         return
-    config = model.config
-    table = Table(title=report.layout, title_justify="left")
-    for name in ("part", "width", "blocks", "heads", "parameters, M"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+    table = Table("part", title=report.layout, title_justify="left")
+    for name in ("embed_dim", "blocks", "heads", "parameters, M"):
+        table.add_column(name, justify="right")
+    bridging = (config.bridge_embed_dim, config.bridge_depth, config.bridge_num_heads)
     sizes = {
         "encoder": (config.embed_dim, config.depth, config.num_heads),
-        "classifier": (config.bridge_embed_dim, config.bridge_depth, config.bridge_num_heads),
+        "classifier": (config.embed_dim, 0, 0) if config.classifier == "linear" else bridging,
         "decoder": (config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads),
     }
-    if config.classifier == "linear":
-        sizes["classifier"] = (config.embed_dim, 0, 0)
     for part, count in parts.items():
         label = f"{config.classifier} classifier, {config.num_classes} classes" if part == "classifier" else part
-        shown = (str(size) if size else "" for size in sizes[part])
-        table.add_row(label, *shown, f"{count / 1e6:.2f}")
-    results.print(table)
-    results.print(str(report), highlight=False, markup=False, soft_wrap=True)
+        table.add_row(label, *(str(size or "") for size in sizes[part]), f"{count / 1e6:.2f}")
+    common.results.print(table)
+    common.show(str(report))

@@ -28,17 +28,24 @@ _HMDB51_LINE = re.compile(r"(.+\.avi)\s+([012])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Sample:
-    """A labelled video: its name in the list, where it should be, its class counted from 0, where the list has it."""
+    """A labelled video.
+
+    Attributes:
+        name: As in the list.
+        path: Its file, which need not exist.
+        label: Its class, from 0.
+        location: File and line of the list, for messages.
+    """
 
     name: str
     path: Path
     label: int
-    place: str
+    location: str
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """The samples of a list, its format (a key of `FORMATS`), and the number of named classes; None without names."""
+    """The samples of a list, its format (a key of `FORMATS`) and how many classes have names (None: they have none)."""
 
     format: str
     samples: tuple[Sample, ...]
@@ -54,8 +61,8 @@ def read_annotations(
         path: The list; for HMDB51 the folder of split files, or the file of one class.
         root: The folder that the videos' names are relative to; None is the list's own.
         labels: The names of the classes, for formats that have names and not numbers (kinetics, ssv2, ucf101).
-            ucf101 finds classInd.txt beside the list by itself; hmdb51 takes its classes in alphabetical order.
-        format: A key of `FORMATS`, or "auto", which tells by the names and the first line.
+            ucf101 finds classInd.txt beside the list; hmdb51 takes its classes in alphabetical order.
+        format: A key of `FORMATS`, or "auto", which tells by the file's name and first line.
         split: Which split of HMDB51, 1 to 3; only for a folder.
 
     Raises:
@@ -86,8 +93,9 @@ def read_annotations(
     seen: dict[str, str] = {}
     for sample in samples:
         if sample.name in seen:
-            raise ValueError(f"{sample.place}: got {sample.name!r} again, after {seen[sample.name]}, expected it once")
-        seen[sample.name] = sample.place
+            first = seen[sample.name]
+            raise ValueError(f"{sample.location}: got {sample.name!r} again, after {first}, expected it once")
+        seen[sample.name] = sample.location
     return Annotations(format, tuple(samples), None if labels is None else len(labels))
 
 
@@ -139,9 +147,7 @@ def _json_labels(path: Path, content: object) -> list[str]:
     for number, name in pairs:
         if not str(number).isdecimal() or not isinstance(name, str) or int(number) in names:
             got = f"number {number!r} for {name!r}"
-            raise ValueError(
-                f"{path}: got {got}, expected a name for each number, or a number of its own for each name"
-            )
+            raise checks.bad(str(path), got, "a name for each number, or a number of its own for each name")
         names[int(number)] = name
     if sorted(names) != list(range(len(names))):
         missing = next(number for number in range(len(names)) if number not in names)
@@ -162,21 +168,21 @@ def _detect(text: str) -> str:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    """The lines that are not empty, each with its place."""
+    """The lines that are not empty, each with its file and number."""
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
 
 
 def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
-    for place, line in _lines(path, text):
+    for where, line in _lines(path, text):
         found = _LIST_LINE.fullmatch(line)
         if found is None:
-            raise ValueError(f"{place}: got {line[:80]!r}, expected a path and a label number from 0")
+            raise checks.bad(where, repr(line[:80]), "a path and a label number from 0")
         name = found[1]
         if len(name) > 1 and name[0] == name[-1] == '"':
             name = name[1:-1].replace('""', '"')
-        yield Sample(name, root / name, int(found[2]), place)
+        yield Sample(name, root / name, int(found[2]), where)
 
 
 def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
@@ -189,45 +195,43 @@ def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -
                 f"{path}, line 1: got no column {column}, expected label, youtube_id, time_start, time_end"
             )
     for row in rows:
-        place = f"{path}, line {rows.line_num}"
+        where = f"{path}, line {rows.line_num}"
         start, end = row["time_start"] or "", row["time_end"] or ""
         if not row["youtube_id"] or not start.isdecimal() or not end.isdecimal():
-            raise ValueError(f"{place}: got {','.join(map(str, row.values()))!r}, expected an id and whole seconds")
+            raise checks.bad(where, repr(",".join(map(str, row.values()))), "an id and whole seconds")
         name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
         folders = ("", row["label"], row.get("split") or "")
-        yield Sample(
-            name, _find(root, [f"{folder}/{name}" if folder else name for folder in folders]),
-            _number(numbers, row["label"], place), place,
-        )  # fmt: skip
+        found = _find(root, [f"{folder}/{name}" if folder else name for folder in folders])
+        yield Sample(name, found, _number(numbers, row["label"], where), where)
 
 
 def _ssv2(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
     numbers = _numbers("ssv2", labels)
     content = _json(path, text)
     for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
-        place = f"{path}, entry {number}"
+        where = f"{path}, entry {number}"
         named = isinstance(entry, dict) and ("template" in entry or "label" in entry)
         if not named or not isinstance(entry.get("id"), str | int):
-            raise ValueError(f"{place}: got {str(entry)[:80]}, expected an object with id and template or label")
+            raise checks.bad(where, str(entry)[:80], "an object with id and template or label")
         # The names of the classes are the templates without their brackets.
         label = str(entry.get("template", entry.get("label"))).replace("[", "").replace("]", "")
         name = str(entry["id"])
-        yield Sample(name, _find(root, [name]), _number(numbers, label, place), place)
+        yield Sample(name, _find(root, [name]), _number(numbers, label, where), where)
 
 
 def _ucf101(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
     numbers = _numbers("ucf101", labels)
-    for place, line in _lines(path, text):
+    for where, line in _lines(path, text):
         found = _UCF101_LINE.fullmatch(line)
         if found is None:
-            raise ValueError(f"{place}: got {line[:80]!r}, expected Class/file.avi, with or without a number from 1")
-        label = _number(numbers, found[1], place)
+            raise checks.bad(where, repr(line[:80]), "Class/file.avi, with or without a number from 1")
+        label = _number(numbers, found[1], where)
         if found[3] is not None and int(found[3]) != label + 1:
             raise ValueError(
-                f"{place}: got number {found[3]}, expected {label + 1}, that of {found[1]}, counted from 1"
+                f"{where}: got number {found[3]}, expected {label + 1}, that of {found[1]}, counted from 1"
             )
         name = f"{found[1]}/{found[2]}"
-        yield Sample(name, root / name, label, place)
+        yield Sample(name, root / name, label, where)
 
 
 def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
@@ -248,18 +252,21 @@ def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
 def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]) -> Iterator[Sample]:
     numbers = _numbers("hmdb51", labels)
     for action, file in files:
-        for place, line in _lines(file, _text(file)):
+        for where, line in _lines(file, _text(file)):
             row = _HMDB51_LINE.fullmatch(line)
             if row is None:
-                raise ValueError(f"{place}: got {line[:80]!r}, expected name.avi and 0, 1 or 2")
+                raise checks.bad(where, repr(line[:80]), "name.avi and 0, 1 or 2")
             if row[2] == "2":
                 name = f"{action}/{row[1]}"
-                yield Sample(name, root / name, _number(numbers, action, place), place)
+                yield Sample(name, root / name, _number(numbers, action, where), where)
 
 
 _READERS: dict[str, Callable[[Path, str, Path, Sequence[str] | None], Iterator[Sample]]] = {
-    "list": _list, "kinetics": _kinetics, "ssv2": _ssv2, "ucf101": _ucf101,
-}  # fmt: skip
+    "list": _list,
+    "kinetics": _kinetics,
+    "ssv2": _ssv2,
+    "ucf101": _ucf101,
+}
 
 
 def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
@@ -276,9 +283,9 @@ def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
     return numbers
 
 
-def _number(numbers: dict[str, int], label: str | None, place: str) -> int:
+def _number(numbers: dict[str, int], label: str | None, where: str) -> int:
     if label not in numbers:
-        raise ValueError(f"{place}: got class {label!r}, expected one of the {len(numbers)} names of the labels")
+        raise ValueError(f"{where}: got class {label!r}, expected one of the {len(numbers)} names of the labels")
     return numbers[label]
 
 

@@ -1,4 +1,4 @@
-"""Frames of a video file by their numbers, by PyAV (FFmpeg): only what is needed is decoded, and that once.
+"""Frames of a video file by their numbers, with PyAV (FFmpeg): each needed frame is decoded once.
 
 Frames are found by their time stamps, which are read from the packets without decoding. Between two wanted frames
 decoding goes on, or starts anew at a key frame that lies between them.
@@ -109,11 +109,11 @@ class Video:
         raise self._missing(wanted)
 
     def _numbered(self) -> Iterator[tuple[int, "VideoFrame"]]:
-        """Each frame from here on with its number; one without a known time stamp belongs to no place."""
-        places = {stamp: number for number, stamp in enumerate(self.stamps)}
+        """Each frame from here on with its number; one with an unknown time stamp is left out."""
+        numbers = {stamp: number for number, stamp in enumerate(self.stamps)}
         for frame in self.container.decode(self.stream):
-            if frame.pts in places:
-                yield places[frame.pts], frame
+            if frame.pts in numbers:
+                yield numbers[frame.pts], frame
 
     def _missing(self, number: int) -> ValueError:
         seconds = float((self.stamps[number] - self.stamps[0]) * (self.stream.time_base or 0))
@@ -148,8 +148,8 @@ def _index(path: Path, container: "InputContainer", stream: "VideoStream") -> Vi
         stamps, keys = list(range(len(shown))), [0]
     else:
         stamps = sorted(set(times))
-        places = {stamp: number for number, stamp in enumerate(stamps)}
-        keys = sorted({0, *(places[packet.pts] for packet in shown if packet.is_keyframe and packet.pts in places)})
+        numbers = {stamp: number for number, stamp in enumerate(stamps)}
+        keys = sorted({0, *(numbers[packet.pts] for packet in shown if packet.is_keyframe and packet.pts in numbers)})
     return Video(path, container, stream, stamps, keys, counted, Fraction(stream.sample_aspect_ratio or 1))
 
 
@@ -165,7 +165,7 @@ def _stamped_as_stored(container: "InputContainer", stream: "VideoStream", times
 def _check_complete(
     path: Path, container: "InputContainer", stream: "VideoStream", packets: list["Packet"], end: float
 ) -> None:
-    """A file that was cut off would pass for a shorter video: hold it against what its header says, if it does."""
+    """A file that was cut off would pass for a shorter video, so compare it with its header."""
     formats = container.format.name.split(",")
     # Of an mp4 that an editor trimmed, the index has what is to be shown, and the header still counts all.
     said = len(stream.index_entries) if "mp4" in formats else stream.frames

@@ -43,8 +43,8 @@ def pictures(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int] | None
     whole = frame.to_ndarray(format="rgb24", width=full_width, height=full_height, interpolation="BILINEAR")
     image = _upright(whole, turns, mirrored)
     spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
-    places = [(k, crops - 1) for k in range(crops)] if crops > 1 else [(1, 2)]
-    corners = [(spare_height * k // steps, spare_width * k // steps) for k, steps in places]
+    shares = [(k, crops - 1) for k in range(crops)] if crops > 1 else [(1, 2)]
+    corners = [(spare_height * k // steps, spare_width * k // steps) for k, steps in shares]
     return [image[top : top + size[0], left : left + size[1]].copy() for top, left in corners]
 
 

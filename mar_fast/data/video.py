@@ -63,7 +63,7 @@ def read_views(
     size: tuple[int, int] = (224, 224),
     short: Short = "error",
 ) -> Tensor:
-    """Read the views of a multi-view test: several clips along time, each cropped at several places.
+    """Read the views of a multi-view test: several clips along time, with several crops of each.
 
     The usual tests are 5 clips x 3 crops with "stride" (Kinetics-400) and 2 x 3 with "uniform"
     (Something-Something v2). A frame is decoded once, however many views it is in.
@@ -71,16 +71,16 @@ def read_views(
     Args:
         path: The file.
         num_frames: T, frames of each clip.
-        clips: With "stride" their first frames are spread evenly, so that the first clip starts and the last one ends
-            the video. With "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A
-            single clip is in the middle, as `read_clip` takes it.
+        clips: With "stride" they are spread evenly: the first clip starts the video and the last one ends it. With
+            "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A single clip is
+            from the middle, as in `read_clip`.
         crops: The short side is resized to ``size``; crops are spread evenly along the longer one. 3 are left, centre
             and right, or top, centre and bottom; 1 is the centre.
         sampling: "stride" or "uniform", see `read_clip`.
         stride: Frames from one to the next; only for "stride".
         size: (H, W) of the views.
-        short: What a video becomes that has fewer frames than a clip needs: "error", or "repeat", which repeats its
-            last frame ("stride") or takes frames more than once ("uniform").
+        short: For a video with fewer frames than a clip needs: "error", or "repeat", which repeats its last frame
+            ("stride") or takes frames more than once ("uniform").
 
     Returns:
         (clips * crops, C, T, H, W) uint8, RGB, the crops of the first clip first; a view of channels-last memory.
@@ -130,9 +130,9 @@ def choose_clips(
         what = "one for each segment" if sampling == "uniform" else f"{num_frames} frames at stride {stride}"
         raise checks.bad("path", f"a video of {total} frames", f"at least {span}, {what} (or short='repeat')")
     if sampling == "uniform":
-        # Places in the segments, in parts of one: 0, 1/clips, 2/clips, ..., as VideoMAE tests; or the middle.
-        parts, places = (clips, range(clips)) if clips > 1 else (2, range(1, 2))
-        return [[(parts * i + place) * total // (parts * num_frames) for i in range(num_frames)] for place in places]
+        # Where in the segments: at 0, 1/clips, 2/clips, ..., as VideoMAE tests; a single clip at 1/2.
+        parts, offsets = (clips, range(clips)) if clips > 1 else (2, range(1, 2))
+        return [[(parts * i + offset) * total // (parts * num_frames) for i in range(num_frames)] for offset in offsets]
     spare = max(total - span, 0)
     firsts = [spare * k // (clips - 1) for k in range(clips)] if clips > 1 else [spare // 2]
     return [[min(first + i * stride, total - 1) for i in range(num_frames)] for first in firsts]

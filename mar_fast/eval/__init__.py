@@ -1,4 +1,4 @@
-"""What a model is worth: scores of videos, ensembles, the trade-off curve, reconstruction; and their pictures."""
+"""Evaluate a model: scores of videos, ensembles of masks, reconstruction; accuracy, trade-off and pictures (README)."""
 
 from .ensemble import complementary, log_probabilities
 from .reconstruction import reconstruct

@@ -18,13 +18,13 @@ from ..files import may_write, write_whole
 from ..kernels import checks
 from .scores import classify
 
-Row = dict[str, Any]
+Result = dict[str, Any]  # the line of a video: its name, its label, and the classes found or an error
 TOP = 5
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of the videos that could be read whose class is the first, or among the first five; None for none."""
+    """Shares of the readable videos whose class comes first, or is among the first five; None if there are none."""
 
     videos: int
     finished: int
@@ -33,8 +33,8 @@ class Accuracy:
     top5: float | None
 
     @classmethod
-    def of(cls, rows: Mapping[str, Row], videos: int) -> "Accuracy":
-        """Of the rows of a `Journal`, for a list of so many videos."""
+    def of(cls, rows: Mapping[str, Result], videos: int) -> "Accuracy":
+        """Of the rows of a `Journal`, for a list of ``videos`` videos."""
         read = [row for row in rows.values() if "error" not in row]
         shares = [
             sum(row["label"] in row["classes"][:best] for row in read) / len(read) if read else None
@@ -47,18 +47,19 @@ class Journal:
     """A file of JSON lines: first the settings of an evaluation, then a row for each video, appended and flushed.
 
     Args:
-        path: The file. If it is there it is gone on with, unless its settings are other ones.
+        path: The file. An existing one is continued if its settings are the same.
         settings: What the results depend on.
         force: Start anew, whatever the file holds.
 
     Raises:
         FileExistsError: the file holds something else, or results of other settings.
+        ValueError: a line of the file is damaged.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, force: bool = False) -> None:
         may_write([path], force=True)
         self.path = path
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, Result] = {}
         if force or not path.exists() or path.stat().st_size == 0:
             write_whole(path, lambda temporary: temporary.write_text(json.dumps({"settings": settings}) + "\n"))
         else:
@@ -72,8 +73,8 @@ class Journal:
         if set(before) != {"settings"}:
             raise FileExistsError(f"{self.path}: got a file without settings, expected results of mar-fast eval")
         old = before["settings"]
-        other = [f"{key} {old.get(key)!r}, now {settings.get(key)!r}" for key in sorted({*old, *settings})
-                 if old.get(key) != settings.get(key)]  # fmt: skip
+        changed = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
+        other = [f"{key} {old.get(key)!r}, now {settings.get(key)!r}" for key in changed]
         if other:
             raise FileExistsError(
                 f"{self.path}: got results of other settings ({'; '.join(other)}), "
@@ -96,7 +97,7 @@ class Journal:
         """How many videos are finished."""
         return sum(map(self.finished, self.rows))
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Result) -> None:
         """Append a row; it replaces an earlier one of the same video."""
         self.rows[row["video"]] = row
         self._file.write(json.dumps(row) + "\n")
@@ -107,7 +108,7 @@ class Journal:
         self._file.close()
 
 
-def _parse(path: Path, number: int, line: bytes) -> Row:
+def _parse(path: Path, number: int, line: bytes) -> Result:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -118,7 +119,7 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
 
 
 def fingerprint(model: MAR) -> str:
-    """Tells models apart by weights and config, whatever file they came from."""
+    """A hash of weights and config, whatever file they came from."""
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -127,7 +128,7 @@ def fingerprint(model: MAR) -> str:
 
 
 def list_fingerprint(samples: Sequence[Sample]) -> str:
-    """Tells lists apart by the names and labels in them."""
+    """A hash of the names and labels in a list."""
     return hashlib.sha256(json.dumps([[s.name, s.label] for s in samples]).encode()).hexdigest()[:16]
 
 
@@ -140,7 +141,8 @@ def check(model: MAR, samples: Sequence[Sample]) -> None:
     classes = model.config.num_classes
     for sample in samples:
         if not 0 <= sample.label < classes:
-            raise ValueError(f"{sample.place}: got label {sample.label}, expected 0 to {classes - 1}, as the model has")
+            where, label = sample.location, sample.label
+            raise ValueError(f"{where}: got label {label}, expected 0 to {classes - 1}, as the model has")
     if not any(sample.path.is_file() for sample in samples):
         first = f"the first would be {str(samples[0].path)!r}"
         raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
@@ -164,7 +166,7 @@ def evaluate(
         read: From a path to views (V, C, T, H, W). ValueError and OSError count the video as broken.
         journal: Where each result goes as soon as it is there.
         batch: The most views in a forward pass.
-        workers: Videos that are read at once, while the model runs.
+        workers: Videos that are read at a time, while the model runs.
         on_video: Told the accuracy so far, at the start and after each video.
 
     Raises:
@@ -174,7 +176,7 @@ def evaluate(
         raise checks.bad("workers", repr(workers), "a whole number, 1 or more")
     on_video(Accuracy.of(journal.rows, len(samples)))
     for sample, views in _ahead([s for s in samples if not journal.finished(s.name)], read, workers):
-        row: Row = {"video": sample.name, "label": sample.label}
+        row: Result = {"video": sample.name, "label": sample.label}
         if isinstance(views, Exception):
             row["error"] = str(views)
         else:
@@ -189,18 +191,14 @@ def _ahead(
     samples: Sequence[Sample], read: Callable[[Path], Tensor], workers: int
 ) -> Iterator[tuple[Sample, Tensor | Exception]]:
     """Each sample in turn with its views, or with the error that reading it gave; the next ones are read meanwhile."""
-    waiting: deque[tuple[Sample, Future[Tensor]]] = deque()
+    waiting: deque[Future[Tensor]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        rest = iter(samples)
-        while True:
-            while len(waiting) <= workers and (sample := next(rest, None)) is not None:
-                waiting.append((sample, pool.submit(read, sample.path)))
-            if not waiting:
-                return
-            sample, views = waiting.popleft()
+        for number, sample in enumerate(samples):
+            for later in samples[number + len(waiting) : number + workers + 1]:
+                waiting.append(pool.submit(read, later.path))
             try:
-                result: Tensor | Exception = views.result()
+                result: Tensor | Exception = waiting.popleft().result()
             except (ValueError, OSError) as error:
                 result = error
             yield sample, result

@@ -19,7 +19,7 @@ from ..model import MAR
 from ..ragged import RaggedMask
 
 Kind = Literal["running", "random", "tube", "frame"]
-"""The masks that have complements; what content keeps is chosen, and what it drops is not a choice of the same kind."""
+"""The masks that have complements; what a content mask drops is not a content mask."""
 
 MOST_VIEWS = 64
 
@@ -51,9 +51,9 @@ def complementary(
     """The masks of an ensemble: each drops ``ratio``, and together they see every token of a clip equally often.
 
     Args:
-        kind: "running" takes the phases of cell running masking that lie evenly around its cell: 0 and 2 at 50 %, 0 to
-            3 at 75 % of the default cell. "random", "tube" and "frame" deal tokens, places or frames out at random.
-        batch: Number of clips; each is dealt out by itself.
+        kind: "running" takes phases of cell running masking, evenly spaced: 0 and 2 at 50 %, 0 to 3 at 75 % of the
+            default cell. "random", "tube" and "frame" deal out tokens, positions in space or frames at random.
+        batch: Number of clips; each has a deal of its own.
         grid: (T', H', W') tubelets.
         ratio: Share of masked tokens, in [0, 1).
         cell: Of the running mask.
@@ -64,29 +64,25 @@ def complementary(
         n masks where the share kept is k/n in lowest terms; each token of each clip is visible in k of them.
 
     Raises:
-        ValueError: an argument does not fit, or tokens, places or frames cannot be dealt out in n equal parts.
+        ValueError: an argument does not fit, or tokens, positions or frames cannot be dealt out in n equal parts.
     """
     if kind not in get_args(Kind):
         raise checks.bad("kind", repr(kind), "one of " + ", ".join(get_args(Kind)))
     kept = fraction(ratio)
+    target = torch.device(device or (generator.device if generator is not None else "cpu"))
     if kind == "running":
         slots = math.prod(cell)
-        first = masking.cell_running(batch, grid, ratio, cell=cell, phase=0, device=device or _home(generator))
-        rest = range(slots // kept.denominator, slots, slots // kept.denominator)
-        return [first] + [
-            masking.cell_running(batch, grid, ratio, cell=cell, phase=phase, device=first.keep_idx.device)
-            for phase in rest
-        ]
+        phases = range(0, slots, max(1, slots // kept.denominator))
+        return [masking.cell_running(batch, grid, ratio, cell=cell, phase=phase, device=target) for phase in phases]
     # Any random mask of ratio 0 checks batch and grid.
     masking.random(batch, grid, 0.0)
     shape = {"random": grid, "tube": (1, *grid[1:]), "frame": (grid[0], 1, 1)}[kind]
     units, parts = math.prod(shape), kept.denominator
     if units % parts:
-        word = {"random": "tokens", "tube": "places", "frame": "frames of tubelets"}[kind]
+        word = {"random": "tokens", "tube": "positions", "frame": "frames of tubelets"}[kind]
         raise checks.bad("ratio", ratio, f"one whose {parts} views share the {units} {word} of grid {grid} equally")
-    home = torch.device(device) if device is not None else _home(generator)
-    source = generator.device if generator is not None else home
-    order = torch.rand(batch, units, device=source, generator=generator).argsort(1).to(home)
+    source = generator.device if generator is not None else target
+    order = torch.rand(batch, units, device=source, generator=generator).argsort(1).to(target)
     part = order % parts  # (B, units): every part has as many units as any other
     visible = math.prod(grid) // parts * kept.numerator
     return [
@@ -95,10 +91,6 @@ def complementary(
         )
         for view in range(parts)
     ]
-
-
-def _home(generator: torch.Generator | None) -> torch.device:
-    return generator.device if generator is not None else torch.device("cpu")
 
 
 def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | RaggedMask | None]) -> Tensor:

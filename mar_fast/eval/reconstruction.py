@@ -1,9 +1,7 @@
 """reconstruct: a clip whose dropped tubelets are those that the pixel decoder predicts.
 
-The decoder learns targets normalised for each tubelet and channel, so that its prediction says what a tubelet looks
-like but not how bright it is nor how strong its contrast: these have to come from somewhere. By default they are
-estimated from visible tubelets, so that nothing in the result depends on a dropped pixel. Figures in papers take them
-from the clip itself, which shows mean and contrast of every patch that the model never saw; that is on request here.
+The decoder learns targets normalised for each tubelet and channel, so mean and contrast have to come from elsewhere: by
+default they are estimated from visible tubelets, so that nothing in the result depends on a dropped pixel.
 
 In comments: B clips, M dropped tubelets of a clip, N visible ones, K dropped ones of all clips.
 """

@@ -1,42 +1,28 @@
 """What masking saves: a dense ViT against MAR at 50 % and 75 %, on one clip, checked before it is timed."""
 
-import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import MAR, MARConfig, cost, machine, named_config, reference
+from .. import MAR, MARConfig, cost, machine, named_config
 from ..kernels import checks
-from ..timing import Spread, interleaved
+from .measured import Measured, OnStep, check, part, time_all
 
-# The dense row is the plain classifier that one would otherwise use; the masked rows carry MAR's bridging classifier.
+# The dense row is the plain classifier that one would otherwise use; the masked rows have MAR's bridging classifier.
 CASES = {"dense": ("videomae", 0.0), "50 %": ("mar", 0.5), "75 %": ("mar", 0.75)}
 
-# The fast model and the reference sum in different orders; beyond this in float32 it is another function.
-FP32_BOUND = 1e-4
-# In low precision: twice the reference's own rounding error in that dtype, plus this.
-LOW_PRECISION_FLOOR = 1e-3
 
-
-@dataclass(frozen=True)
-class Row:
-    """One case. Times are seconds for a batch, memory is bytes, differences are norms relative to the reference."""
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
+    """One case; multiply-adds are of the whole batch, ``rate_fraction`` is the share of the matrix-product rate."""
 
     case: str
     mask_ratio: float
     visible_tokens: int
     multiply_adds: int
-    difference_fp32: float
-    difference: float
-    reference_difference: float
-    correct: bool
-    latency: Spread | None = None
-    clips_per_second: float | None = None
-    peak_memory: int | None = None
-    speedup: float | None = None
     rate_fraction: float | None = None
 
 
@@ -72,7 +58,7 @@ def measure(
     device: torch.device,
     dtype: str = "auto",
     budget: float = 30.0,
-    on_step: Callable[[str, float], None] = lambda what, share: None,
+    on_step: OnStep = lambda what, share: None,
 ) -> Savings:
     """Check and time the cases.
 
@@ -92,86 +78,26 @@ def measure(
         raise checks.bad("batch", batch, "a whole number, 1 or more")
     checks.positive("seconds", budget)
     on_step("measuring this machine's matrix-product rate", 0.0)
-    wanted = ("fp32", "bf16") if dtype == "auto" else (dtype,)
-    rates = machine.matmul_rates(device, wanted)
-    reason = "asked for"
-    if dtype == "auto":
-        dtype, reason = machine.choose_dtype(device, rates)
+    rates = machine.matmul_rates(device, ("fp32", "bf16") if dtype == "auto" else (dtype,))
+    dtype, reason = machine.choose_dtype(device, rates) if dtype == "auto" else (dtype, "asked for")
     video = clip.to(device).expand(batch, *clip.shape)
 
-    rows, models = [], {}
+    rows, calls = [], {}
     for number, case in enumerate(CASES):
-        on_step(f"{case}: comparing with the reference", 0.05 + 0.35 * number / len(CASES))
-        row, models[case] = check(model_config(size, case), case, video, dtype)
-        rows.append(row)
-        gc.collect()
+        config = model_config(size, case)
+        torch.manual_seed(0)
+        model = MAR(config).eval().to(device)
+        say = part(on_step, 0.05 + 0.35 * number / len(CASES), 0.35 / len(CASES))
+        (checked,) = check(model, video[:1], [[None]], dtype, say)
+        work = cost.count(config, batch=batch).multiply_adds
+        sizes: dict[str, Any] = dict(mask_ratio=config.mask_ratio, visible_tokens=config.num_visible)
+        rows.append(Row(case=case, multiply_adds=work, **sizes, **vars(checked)))
+        calls[case] = partial(model, video)
     result = Savings(size, batch, dtype, reason, rates, machine.environment(device), tuple(rows))
     if not result.correct:
         return result
-
-    runs = {case: _inference(model, video) for case, model in models.items()}
-    on_step("timing, cases in turn", 0.4)
-    latency = interleaved(
-        runs, device, budget=budget, on_round=lambda share: on_step("timing, cases in turn", 0.4 + 0.55 * share)
-    )
-    on_step("measuring peak memory", 0.95)
-    memory = {case: machine.peak_memory(run, device) for case, run in runs.items()}
-    dense = latency["dense"].p50
-    timed = tuple(
-        Row(
-            **{
-                **vars(row),
-                "latency": latency[row.case],
-                "clips_per_second": batch / latency[row.case].p50,
-                "peak_memory": memory[row.case],
-                "speedup": dense / latency[row.case].p50,
-                "rate_fraction": 2 * row.multiply_adds / latency[row.case].p50 / rates[dtype],
-            }
-        )
-        for row in rows
-    )
-    on_step("done", 1.0)
-    return Savings(size, batch, dtype, reason, rates, result.environment, timed)
-
-
-def check(config: MARConfig, case: str, video: Tensor, dtype: str) -> tuple[Row, torch.nn.Module]:
-    """Compare the fast model with the reference on the same weights; returns the row and the model to be timed."""
-    torch.manual_seed(0)
-    plain = reference.MAR(config).eval().to(video.device)
-    fast = MAR(config).eval().to(video.device)
-    fast.load_state_dict(plain.state_dict())
-    # cuDNN would run the reference's convolution in TF32.
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        one = video[:1]
-        truth = plain(one).logits
-        difference_fp32 = relative(fast(one).logits, truth)
-        low = machine.DTYPES[dtype]
-        reference_difference = relative(plain.to(low)(one).logits, truth) if dtype != "fp32" else 0.0
-        fast.to(low)
-        difference = relative(fast(one).logits, truth) if dtype != "fp32" else difference_fp32
-    bound = 2 * reference_difference + LOW_PRECISION_FLOOR
-    row = Row(
-        case=case,
-        mask_ratio=config.mask_ratio,
-        visible_tokens=config.num_visible,
-        multiply_adds=cost.count(config, batch=video.shape[0]).multiply_adds,
-        difference_fp32=difference_fp32,
-        difference=difference,
-        reference_difference=reference_difference,
-        correct=difference_fp32 <= FP32_BOUND and (dtype == "fp32" or difference <= bound),
-    )
-    return row, fast
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``, in float64; NaN counts as infinitely far."""
-    ratio = float((got.double() - want.double()).norm() / want.double().norm())
-    return ratio if ratio == ratio else float("inf")
-
-
-def _inference(model: torch.nn.Module, video: Tensor) -> Callable[[], Any]:
-    @torch.inference_mode()
-    def run() -> Any:
-        return model(video)
-
-    return run
+    timed = []
+    for row in time_all(rows, calls, batch, device, budget, part(on_step, 0.4, 0.6)):
+        assert row.latency is not None
+        timed.append(replace(row, rate_fraction=2 * row.multiply_adds / row.latency.p50 / rates[dtype]))
+    return replace(result, rows=tuple(timed))

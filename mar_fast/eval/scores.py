@@ -1,4 +1,4 @@
-"""What a model answers for a video: the scores of its views, summed."""
+"""classify: the scores of a video's views, summed."""
 
 import torch
 from torch import Tensor

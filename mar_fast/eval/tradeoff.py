@@ -1,9 +1,8 @@
-"""The trade-off curve: what masking costs and saves for one model on given videos, checked before it is timed."""
+"""The trade-off: what masking costs and saves for one model on given videos, checked before it is timed."""
 
-import gc
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,66 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import MAR, MARConfig, RaggedMask, TokenMask, cost, machine, masking, reference
+from .. import MAR, MARConfig, RaggedMask, cost, machine
 from ..kernels import checks
-from ..timing import Spread, interleaved
 from . import ensemble
-from .savings import FP32_BOUND, LOW_PRECISION_FLOOR, relative
-from .tradeoff_settings import DENSE, Mask, Setting
+from .mask_settings import DENSE, MaskSetting
+from .measured import Mask, Measured, OnStep, check, part, time_all
 
 
-@dataclass(frozen=True)
-class Point:
-    """One setting. What is not measured, because a setting is wrong, is None.
+@dataclass(frozen=True, kw_only=True)
+class Point(Measured):
+    """One mask setting. What is not measured, because a setting is wrong, is None.
 
     Attributes:
-        setting: In words; ``kind``, ``keep`` and ``passes`` are its parts (see `Setting`).
-        difference_fp32: Of the logits to those of the reference model, relative, in float32.
-        difference: The same in the dtype that is measured.
-        reference_difference: The reference model's own in that dtype.
-        correct: Whether both are within rounding.
+        setting: In words; ``kind``, ``keep`` and ``passes`` are its parts (see `MaskSetting`).
         visible_tokens: Of a view in one pass; a mean, since content masks differ.
         multiply_adds: Of a view, in all passes.
         top1_agreement: Share of views with the dense model's class.
         kl: Mean over the views of KL(dense || this), in nats.
         same_answers: Share of videos with the dense model's class, scores summed over their views.
-        latency: Seconds of a call: all passes over a batch of views, drawn masks included.
-        views_per_second: By the median.
-        peak_memory: Bytes of a call beyond what is held before it.
-        speedup: Over dense, of medians.
     """
 
     setting: str
     kind: str
     keep: float
     passes: int
-    difference_fp32: float
-    difference: float
-    reference_difference: float
-    correct: bool
     visible_tokens: float | None = None
     multiply_adds: float | None = None
     top1_agreement: float | None = None
     kl: float | None = None
     same_answers: float | None = None
-    latency: Spread | None = None
-    views_per_second: float | None = None
-    peak_memory: int | None = None
-    speedup: float | None = None
 
 
 @dataclass(frozen=True)
 class Best:
-    """The most probable class of a video, by the mean of its views' scores."""
+    """The most probable class of a video, by the mean of its views' scores; its name, where names are known."""
 
     number: int
+    name: str | None
     probability: float
-
-    @classmethod
-    def of(cls, logs: Tensor) -> "Best":
-        """Of the logarithms (V, classes) of its views' scores."""
-        probability, number = logs.exp().mean(0).max(0)
-        return cls(int(number), float(probability))
 
 
 @dataclass(frozen=True)
@@ -83,7 +60,7 @@ class Answer:
     changed: dict[str, Best]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tradeoff:
     """All points and what they were measured on.
 
@@ -93,7 +70,7 @@ class Tradeoff:
         batch: The most views of a forward pass.
         timed_views: The views of a timed call.
         broken: Videos that could not be read, and why.
-        absent: Settings that the model does not allow, and why.
+        unavailable: Settings that the model does not allow, and why.
     """
 
     model: str
@@ -101,13 +78,13 @@ class Tradeoff:
     dtype: str
     dtype_reason: str
     batch: int
-    timed_views: int
     seed: int
     environment: dict[str, str | int]
-    points: tuple[Point, ...]
-    answers: tuple[Answer, ...] = ()
+    timed_views: int = 0
+    points: list[Point] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
     def correct(self) -> bool:
@@ -119,16 +96,15 @@ class Tradeoff:
         """Of all videos together."""
         return sum(answer.views for answer in self.answers)
 
+    @property
+    def seen(self) -> str:
+        """The views and videos in words."""
+        return f"{many(self.views, 'view')} of {many(len(self.answers), 'video')}"
 
-@dataclass
-class _Tally:
-    """What is known of a setting so far: a value for each view, or for each video."""
 
-    same: list[bool] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    tokens: list[float] = field(default_factory=list)
-    multiply_adds: list[int] = field(default_factory=list)
-    same_answers: list[bool] = field(default_factory=list)
+def many(count: int, what: str) -> str:
+    """ "1 view", "2 views"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def measure(
@@ -136,13 +112,14 @@ def measure(
     name: str,
     videos: Sequence[Path],
     read: Callable[[Path], Tensor],
-    settings: Sequence[Setting],
+    settings: Sequence[MaskSetting],
     *,
+    names: Sequence[str] | None = None,
     dtype: str = "auto",
     batch: int = 4,
     seed: int = 0,
     budget: float = 30.0,
-    on_step: Callable[[str, float], None] = lambda what, share: None,
+    on_step: OnStep = lambda what, share: None,
 ) -> Tradeoff:
     """Check every setting, compare its answers with the dense model's, then time all of them in turn.
 
@@ -152,11 +129,10 @@ def measure(
         videos: Files.
         read: From a file to its views (V, C, T, H, W).
         settings: The dense one first.
-        dtype: "fp32", "bf16", "fp16", or "auto": bf16 where that is clearly faster here, else fp32.
+        names: Of the classes.
+        dtype, budget, on_step: As in `savings.measure`.
         batch: The most views in a forward pass; the first of these views are timed.
         seed: Of the random masks.
-        budget: Seconds for the timed rounds.
-        on_step: Told what is going on and which share of the whole is done.
 
     Raises:
         ValueError: an argument does not fit, no video can be read, or a score is not finite.
@@ -173,129 +149,92 @@ def measure(
     if dtype == "auto":
         on_step("measuring this machine's matrix-product rate", 0.0)
         dtype, reason = machine.choose_dtype(device, machine.matmul_rates(device, ("fp32", "bf16")))
-    points: list[Point] = []
+    found = Tradeoff(name, model.load_report is None, dtype, reason, batch, seed, machine.environment(device))
     timed: Tensor | None = None
-    answers, broken = list[Answer](), dict[str, str]()
-    tallies = {setting: _Tally() for setting in settings}
     generators = {setting: torch.Generator().manual_seed(seed) for setting in settings}
-    origin = (name, model.load_report is None, dtype, reason, batch)
-    result = partial(Tradeoff, *origin, seed=seed, environment=machine.environment(device))
+    tallies = {setting: defaultdict[str, list[Any]](list) for setting in settings}
     for number, path in enumerate(videos):
-        say = partial(_part, on_step, 0.05 + 0.45 * number / len(videos), 0.45 / len(videos))
+        say = part(on_step, 0.05 + 0.45 * number / len(videos), 0.45 / len(videos))
         say(f"reading {path.name}", 0.0)
         try:
             views = read(path)
         except (ValueError, OSError) as error:
-            broken[str(path)] = str(error)
+            found.broken[str(path)] = str(error)
             continue
         if timed is None:
             timed = views[:batch].to(device)
-            points = check(model, timed[:1], settings, dtype, seed, partial(_part, on_step, 0.0, 0.05))
-            if not all(point.correct for point in points):
-                return result(len(timed), points=tuple(points), broken=broken)
-        answers.append(_answer(model, str(path), views, batch, generators, tallies, say))
+            found.timed_views = len(timed)
+            found.points = _checked(model, timed[:1], settings, dtype, seed, part(on_step, 0.0, 0.05))
+            if not found.correct:
+                return found
+        found.answers.append(_answer(model, names, path, views, batch, generators, tallies, say))
     if timed is None:
-        reasons = "; ".join(broken.values())
+        reasons = "; ".join(found.broken.values())
         raise checks.bad("VIDEO", f"none of {len(videos)} that can be read ({reasons})", "at least one")
-    points = [_agreeing(point, tally) for point, tally in zip(points, tallies.values(), strict=True)]
-    points = _timed(model, timed, settings, points, seed, budget, partial(_part, on_step, 0.5, 0.5))
+    means: list[dict[str, Any]] = [{name: fmean(own) for name, own in tally.items()} for tally in tallies.values()]
+    points = [replace(point, **own) for point, own in zip(found.points, means, strict=True)]
+    calls = {setting.label: _call(model, timed, setting, seed) for setting in settings}
+    found.points = time_all(points, calls, len(timed), device, budget, part(on_step, 0.5, 0.5))
     on_step("done", 1.0)
-    return result(len(timed), points=tuple(points), answers=tuple(answers), broken=broken)
+    return found
 
 
-def _part(on_step: Callable[[str, float], None], begin: float, size: float, what: str, share: float) -> None:
-    on_step(what, begin + size * share)
-
-
-def check(
-    model: MAR,
-    video: Tensor,
-    settings: Sequence[Setting],
-    dtype: str,
-    seed: int,
-    on_step: Callable[[str, float], None] = lambda what, share: None,
+def _checked(
+    model: MAR, clip: Tensor, settings: Sequence[MaskSetting], dtype: str, seed: int, on_step: OnStep
 ) -> list[Point]:
-    """Compare the model with the reference, on the same weights and masks, and move it to ``dtype``.
-
-    Args:
-        model: In float32.
-        video: (1, C, T, H, W), one view.
-        settings: What to compare; of ensembles all passes.
-        dtype: "fp32", "bf16" or "fp16".
-        seed: Of the random masks.
-        on_step: As in `measure`.
-    """
-    plain = reference.MAR(model.config).eval().to(video.device)
-    plain.load_state_dict(model.state_dict())
-    masks = [setting.masks(video, model.config, torch.Generator().manual_seed(seed)) for setting in settings]
-
-    def logits(run: torch.nn.Module, what: str) -> list[Tensor]:
-        found = []
-        for number, own in enumerate(masks):
-            on_step(f"comparing with the reference, {what}", number / len(masks))
-            given = own if run is model else [_dense_form(mask, model.config, video.device) for mask in own]
-            found.append(torch.cat([run(video, mask, reconstruct=False).logits for mask in given]).float())
-        return found
-
-    # cuDNN would run the reference's convolution in TF32.
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        truth, fast = logits(plain, "fp32"), logits(model, "fp32")
-        low_plain, low_fast = truth, fast
-        if dtype != "fp32":
-            low = machine.DTYPES[dtype]
-            low_plain, low_fast = logits(plain.to(low), dtype), logits(model.to(low), dtype)
-    points = []
-    for setting, *outputs in zip(settings, truth, fast, low_plain, low_fast, strict=True):
-        fp32, theirs, ours = (relative(output, outputs[0]) for output in outputs[1:])
-        bound = FP32_BOUND if dtype == "fp32" else 2 * theirs + LOW_PRECISION_FLOOR
-        correct = fp32 <= FP32_BOUND and ours <= bound
-        points.append(
-            Point(setting.label, setting.kind, setting.keep, setting.passes, fp32, ours, theirs, correct)
-        )  # fmt: skip
-    return points
-
-
-def _dense_form(mask: Mask, config: MARConfig, device: torch.device) -> TokenMask:
-    """The mask of one clip as the reference takes it."""
-    if mask is None:
-        return masking.random(1, config.grid, 0.0, device=device)
-    return mask if isinstance(mask, TokenMask) else TokenMask.from_bool_masked(mask.bool_masked())
+    """Compare all settings with the reference on one view (1, C, T, H, W), and move the model to ``dtype``."""
+    ways = [setting.masks(clip, model.config, torch.Generator().manual_seed(seed)) for setting in settings]
+    return [
+        Point(setting=setting.label, **vars(setting), **vars(checked))
+        for setting, checked in zip(settings, check(model, clip, ways, dtype, on_step), strict=True)
+    ]
 
 
 @torch.inference_mode()
 def _answer(
     model: MAR,
-    name: str,
+    names: Sequence[str] | None,
+    path: Path,
     views: Tensor,
     batch: int,
-    generators: Mapping[Setting, torch.Generator],
-    tallies: Mapping[Setting, _Tally],
-    on_step: Callable[[str, float], None],
+    generators: Mapping[MaskSetting, torch.Generator],
+    tallies: Mapping[MaskSetting, defaultdict[str, list[Any]]],
+    on_step: OnStep,
 ) -> Answer:
-    """Run all settings, the dense one first, on the views of a video; adds to the tallies."""
-    device = next(model.parameters()).device
-    dense, best, changed = torch.empty(0), Best(0, 0.0), dict[str, Best]()
+    """Run all settings, the dense one first, on the views of a video.
+
+    Adds to the tallies: for each field of `Point` that is a mean, its values for the views, or for the video.
+    """
+    weight = next(model.parameters())
+    best = dict[str, Best]()
+    dense = torch.empty(0)
     for number, (setting, tally) in enumerate(tallies.items()):
-        on_step(f"{Path(name).name}: {setting.label}", number / len(tallies))
+        on_step(f"{path.name}: {setting.label}", number / len(tallies))
         parts = []
-        for part in views.split(batch):
-            part = part.to(device)
-            masks = setting.masks(part, model.config, generators[setting])
-            parts.append(ensemble.log_probabilities(model, part, masks).cpu())
-            _count(tally, masks, len(part), model.config)
+        for some in views.split(batch):
+            some = some.to(weight.device)
+            masks = setting.masks(some, model.config, generators[setting])
+            parts.append(ensemble.log_probabilities(model, some, masks).cpu())
+            for mask in masks:
+                lengths = _visible(mask, len(some), model.config)
+                tally["visible_tokens"] += lengths
+                tally["multiply_adds"] += [
+                    setting.passes * cost.count(model.config, visible=length).multiply_adds for length in lengths
+                ]
         logs = torch.cat(parts)
         if not bool(logs.isfinite().all()):
-            short = machine.short_name(next(model.parameters()).dtype)
+            short = machine.short_name(weight.dtype)
             raise checks.bad("model", f"scores of {setting.label} that are not finite in {short}", "finite ones")
-        own = Best.of(logs)
-        if number == 0:
-            dense, best = logs, own
-        elif own.number != best.number:
-            changed[setting.label] = own
-        tally.same += (logs.argmax(-1) == dense.argmax(-1)).tolist()
-        tally.kl += divergence(dense, logs).tolist()
-        tally.same_answers.append(own.number == best.number)
-    return Answer(name, len(views), best, changed)
+        if setting.kind == DENSE:
+            dense = logs
+        probability, answer = logs.exp().mean(0).max(0)
+        name = None if names is None else names[int(answer)]
+        best[setting.label] = Best(int(answer), name, float(probability))
+        tally["top1_agreement"] += (logs.argmax(-1) == dense.argmax(-1)).tolist()
+        tally["kl"] += divergence(dense, logs).tolist()
+        tally["same_answers"].append(best[setting.label].number == best[DENSE].number)
+    changed = {label: own for label, own in best.items() if own.number != best[DENSE].number}
+    return Answer(str(path), len(views), best[DENSE], changed)
 
 
 def divergence(logs: Tensor, others: Tensor) -> Tensor:
@@ -303,64 +242,18 @@ def divergence(logs: Tensor, others: Tensor) -> Tensor:
     return (logs.exp() * (logs - others)).sum(-1).clamp_min(0)  # rounding can leave less than 0
 
 
-def _count(tally: _Tally, masks: Sequence[Mask], views: int, config: MARConfig) -> None:
-    for mask in masks:
-        if isinstance(mask, RaggedMask):
-            lengths = mask.cu_seqlens.diff().tolist()
-        else:
-            lengths = [config.num_tokens if mask is None else mask.num_visible] * views
-        tally.tokens += lengths
-        tally.multiply_adds += [cost.count(config, visible=length).multiply_adds for length in lengths]
+def _visible(mask: Mask, views: int, config: MARConfig) -> list[int]:
+    """The visible tokens of each view."""
+    if isinstance(mask, RaggedMask):
+        return list[int](mask.cu_seqlens.diff().tolist())
+    return [config.num_tokens if mask is None else mask.num_visible] * views
 
 
-def _agreeing(point: Point, tally: _Tally) -> Point:
-    return replace(
-        point,
-        visible_tokens=fmean(tally.tokens),
-        multiply_adds=point.passes * fmean(tally.multiply_adds),
-        top1_agreement=fmean(tally.same),
-        kl=fmean(tally.kl),
-        same_answers=fmean(tally.same_answers),
-    )
-
-
-def _timed(
-    model: MAR,
-    video: Tensor,
-    settings: Sequence[Setting],
-    points: Sequence[Point],
-    seed: int,
-    budget: float,
-    on_step: Callable[[str, float], None],
-) -> list[Point]:
-    gc.collect()
-    runs = {setting.label: _call(model, video, setting, seed) for setting in settings}
-    on_step("timing, settings in turn", 0.0)
-    latency = interleaved(
-        runs, video.device, budget=budget, warm=1,
-        on_round=lambda share: on_step("timing, settings in turn", 0.9 * share),
-    )  # fmt: skip
-    on_step("measuring peak memory", 0.9)
-    memory = {label: machine.peak_memory(run, video.device) for label, run in runs.items()}
-    dense = latency[settings[0].label].p50
-    return [
-        replace(
-            point,
-            latency=latency[point.setting],
-            views_per_second=len(video) / latency[point.setting].p50,
-            peak_memory=memory[point.setting],
-            speedup=dense / latency[point.setting].p50,
-        )
-        for point in points
-    ]
-
-
-def _call(model: MAR, video: Tensor, setting: Setting, seed: int) -> Callable[[], Any]:
+def _call(model: MAR, video: Tensor, setting: MaskSetting, seed: int) -> Callable[[], Any]:
     """A call as a user makes it: masks that are drawn, or go by the clip, are made anew each time."""
     generator = torch.Generator(video.device).manual_seed(seed)
     made = setting.masks(video, model.config, generator)
 
-    @torch.inference_mode()
     def run() -> Any:
         masks = made if setting.fixed else setting.masks(video, model.config, generator)
         return ensemble.log_probabilities(model, video, masks)

@@ -1,4 +1,4 @@
-"""mar-fast inspect, convert and verify: what they print and write, exit codes, bad input."""
+"""mar-fast checkpoint inspect, convert and verify: what they print and write, exit codes, bad input."""
 
 import json
 
@@ -30,11 +30,11 @@ def classifier(tmp_path):
 
 
 def test_inspect(run, mar):
-    code, out, _ = run("inspect", mar)
+    code, out, _ = run("checkpoint", "inspect", mar)
     assert code == 0
     for text in ("MAR", "encoder", "bridging classifier, 11 classes", "decoder", "91 tensors read", "num_heads 3"):
         assert text in out
-    code, out, _ = run("inspect", mar, "--json", "--set", "classifier=none")
+    code, out, _ = run("checkpoint", "inspect", mar, "--json", "--set", "classifier=none")
     content = json.loads(out)
     assert code == 0 and content["layout"] == "MAR" and content["config"]["classifier"] is None
     assert (
@@ -44,11 +44,11 @@ def test_inspect(run, mar):
 
 
 def test_inspect_a_bare_file(run, classifier):
-    code, out, err = run("inspect", classifier)
+    code, out, err = run("checkpoint", "inspect", classifier)
     assert code == 2 and out == "" and "num_heads: got none" in err and "expected num_heads=" in err
-    code, out, _ = run("inspect", classifier, *TOLD)
+    code, out, _ = run("checkpoint", "inspect", classifier, *TOLD)
     assert code == 0 and "weights read under 'module'" in out and "linear classifier, 11 classes" in out
-    code, out, _ = run("inspect", classifier, *TOLD[:2], "--json")
+    code, out, _ = run("checkpoint", "inspect", classifier, *TOLD[:2], "--json")
     assert json.loads(out)["config"]["num_frames"] == 16
 
 
@@ -56,16 +56,18 @@ def test_inspect_what_is_allowed(run, classifier, tmp_path):
     state = torch.load(classifier)["module"]
     state["scale"] = state.pop("head.bias")
     torch.save(state, tmp_path / "b.pth")
-    code, _, err = run("inspect", "b.pth", *TOLD)
+    code, _, err = run("checkpoint", "inspect", "b.pth", *TOLD)
     assert code == 2 and "1 missing (head.bias), 1 unknown (scale)" in err
-    code, out, _ = run("inspect", "b.pth", *TOLD, "--allow-missing", "head.*", "--allow-unknown", "scale")
+    code, out, _ = run("checkpoint", "inspect", "b.pth", *TOLD, "--allow-missing", "head.*", "--allow-unknown", "scale")
     assert code == 0 and "classifier.head.bias: missing in the checkpoint, allowed" in out
 
 
 def test_inspect_model_key(run, tmp_path):
     one, other = (small_model(seed=seed, **PRETRAINING).state_dict() for seed in (1, 2))
     torch.save({"model": one, "model_ema": other}, tmp_path / "a.pth")
-    code, out, _ = run("inspect", "a.pth", *TOLD, "--set", "decoder_num_heads=3", "--model-key", "model_ema")
+    code, out, _ = run(
+        "checkpoint", "inspect", "a.pth", *TOLD, "--set", "decoder_num_heads=3", "--model-key", "model_ema"
+    )
     assert code == 0 and "weights read under 'model_ema'; 'model' not read" in out
 
 
@@ -74,34 +76,34 @@ def test_inspect_model_key(run, tmp_path):
 )
 def test_convert(run, classifier, tmp_path, to, out):
     changed = ("--set", "classifier_norm_eps=1e-5") if to == "hf" else ()
-    code, said, _ = run("convert", classifier, out, "--to", to, *TOLD, *changed)
+    code, said, _ = run("checkpoint", "convert", classifier, out, "--to", to, *TOLD, *changed)
     assert code == 0 and "VideoMAE fine-tuned layout" in said and f"Written: {out} ({to})" in said
     assert "the same bits when read back" in said
     model = from_pretrained(tmp_path / out)
     assert same_weights(model, small_model(**LINEAR)) and model.config.num_heads == 3
-    code, _, err = run("convert", classifier, out, "--to", to, *TOLD, *changed)
+    code, _, err = run("checkpoint", "convert", classifier, out, "--to", to, *TOLD, *changed)
     assert code == 2 and "already exists, expected a new file (or --force" in err
-    assert run("convert", classifier, out, "--to", to, *TOLD, *changed, "--force")[0] == 0
+    assert run("checkpoint", "convert", classifier, out, "--to", to, *TOLD, *changed, "--force")[0] == 0
 
 
 def test_convert_leaves_parts_out(run, mar, tmp_path):
-    code, _, err = run("convert", mar, "pre.safetensors", "--to", "videomae")
+    code, _, err = run("checkpoint", "convert", mar, "pre.safetensors", "--to", "videomae")
     assert (
         code == 2 and "classifier, for VideoMAE's layout: got 'bridging'" in err and "load with classifier=None" in err
     )
     assert not (tmp_path / "pre.safetensors").exists()
-    code, _, _ = run("convert", mar, "pre.safetensors", "--to", "videomae", "--set", "classifier=none")
+    code, _, _ = run("checkpoint", "convert", mar, "pre.safetensors", "--to", "videomae", "--set", "classifier=none")
     assert code == 0
     names = set(load_file(tmp_path / "pre.safetensors"))
     assert "encoder.norm.weight" in names and "mask_token" in names and not any("cls" in name for name in names)
 
 
 def test_convert_checks_before_it_works(run, tmp_path):
-    code, _, err = run("convert", "absent.pth", "out.pth", "--to", "mar")
+    code, _, err = run("checkpoint", "convert", "absent.pth", "out.pth", "--to", "mar")
     assert code == 2 and "path: got 'out.pth', expected a file name that ends with .safetensors" in err
-    code, _, err = run("convert", "absent.pth", "out.safetensors", "--to", "mar")
+    code, _, err = run("checkpoint", "convert", "absent.pth", "out.safetensors", "--to", "mar")
     assert code == 2 and "'absent.pth', which does not exist" in err and not list(tmp_path.iterdir())
-    assert run("convert", "a", "b", "--to", "timm")[0] == 2
+    assert run("checkpoint", "convert", "a", "b", "--to", "timm")[0] == 2
 
 
 def test_convert_reads_back(run, classifier, monkeypatch):
@@ -117,7 +119,7 @@ def test_convert_reads_back(run, classifier, monkeypatch):
         return model
 
     monkeypatch.setattr(sys.modules["mar_fast.cli.convert"], "from_pretrained", other)
-    code, _, err = run("convert", classifier, "new.safetensors", "--to", "videomae", *TOLD)
+    code, _, err = run("checkpoint", "convert", classifier, "new.safetensors", "--to", "videomae", *TOLD)
     assert code == 1 and "read back with other values: classifier.head.bias" in err
 
 
@@ -135,15 +137,18 @@ def lost(tmp_path):
 
 def test_inspect_warns_of_lost_biases(run, lost):
     original, broken = lost
-    code, out, err = run("inspect", broken)
+    code, out, err = run("checkpoint", "inspect", broken)
     told = "all biases of query and value are zero"
     assert code == 0 and told in out
-    assert err.startswith(f"warning: {broken}: {told}") and "mar-fast convert FILE OUT --biases-from ORIGINAL" in err
+    assert (
+        err.startswith(f"warning: {broken}: {told}")
+        and "mar-fast checkpoint convert FILE OUT --biases-from ORIGINAL" in err
+    )
     assert err.count(told) == 1
-    code, out, err = run("inspect", broken, "--json")
+    code, out, err = run("checkpoint", "inspect", broken, "--json")
     (warning,) = json.loads(out)["warnings"]
     assert code == 0 and warning.startswith(told) and "--biases-from" in warning and err.startswith("warning: ")
-    code, out, err = run("inspect", original, "--json")
+    code, out, err = run("checkpoint", "inspect", original, "--json")
     assert code == 0 and json.loads(out)["warnings"] == [] and err == ""
 
 
@@ -151,7 +156,7 @@ def test_inspect_warns_of_lost_biases(run, lost):
 def test_convert_puts_biases_back(run, lost, tmp_path, to, out):
     original, broken = lost
     more = ("--set", "classifier_norm_eps=1e-6") if to else ()
-    code, said, err = run("convert", broken, out, *to, *more, "--biases-from", original)
+    code, said, err = run("checkpoint", "convert", broken, out, *to, *more, "--biases-from", original)
     assert code == 0 and err == ""
     assert f"note: 4 biases of query and value, all zero in the file, put back from {original}" in said
     assert "the other 28 weights that both have are the same" in said and "the same bits when read back" in said
@@ -166,7 +171,7 @@ def test_convert_says_what_was_trained_since(run, lost, tmp_path):
     state = load_file(broken / "model.safetensors")
     state["classifier.bias"] += 1
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    code, said, err = run("convert", broken, "new", "--biases-from", original)
+    code, said, err = run("checkpoint", "convert", broken, "new", "--biases-from", original)
     assert code == 0 and "put back" in said and f"warning: {broken}: 1 of 28 weights that both have differ" in err
 
 
@@ -181,11 +186,11 @@ def test_convert_repairs_nothing_else(run, lost, tmp_path):
         ((broken, "new", "--biases-from", "nowhere"), "source: got 'nowhere', which does not exist"),
         (
             (broken, "new"),
-            "--to: got none, expected one of mar, videomae, hf, mar_fast (hf where --biases-from is given)",
+            "--to: got none, expected one of mar_fast, mar, videomae, hf, or --biases-from",
         ),
         ((broken, "original", "--biases-from", original), "already exists"),
     ):
-        code, out, err = run("convert", *arguments)
+        code, out, err = run("checkpoint", "convert", *arguments)
         assert code == 2 and out == "" and message in err and not (tmp_path / "new").exists()
 
 
@@ -193,19 +198,19 @@ def test_convert_keeps_names_of_classes(run, tmp_path):
     model = small_model(**LINEAR, classifier_norm_eps=1e-5)
     names = [f"class {place}" for place in range(model.config.num_classes)]
     save_checkpoint(model, tmp_path / "a", layout="hf", labels=names)
-    assert run("convert", "a", "b", "--to", "hf")[0] == 0
+    assert run("checkpoint", "convert", "a", "b", "--to", "hf")[0] == 0
     assert from_pretrained(tmp_path / "b").load_report.labels == tuple(names)
-    code, out, _ = run("convert", "a", "c.safetensors", "--to", "mar_fast")
+    code, out, _ = run("checkpoint", "convert", "a", "c.safetensors", "--to", "mar_fast")
     assert code == 0 and "not carried over: the names of classes" in out
 
 
 def test_verify_the_same(run, mar, tmp_path):
     save_checkpoint(from_pretrained(mar), tmp_path / "ours.safetensors")
-    code, out, _ = run("verify", mar, "ours.safetensors")
+    code, out, _ = run("checkpoint", "verify", mar, "ours.safetensors")
     assert code == 0
     for layer in ("encoder.blocks.1", "features", "classifier.blocks.0", "logits", "decoder.blocks.1", "pixels"):
         assert layer in out
-    code, out, _ = run("verify", mar, "ours.safetensors", "--json", "--tolerance", 0)
+    code, out, _ = run("checkpoint", "verify", mar, "ours.safetensors", "--json", "--tolerance", 0)
     content = json.loads(out)
     assert code == 0 and content["within"] and all(layer["difference"] == 0 for layer in content["layers"])
 
@@ -219,7 +224,7 @@ def test_verify_another(run, mar, tmp_path):
         {**other.state_dict(), "encoder.blocks.1.mlp.fc2.bias": state["backbone.blocks.1.mlp.fc2.bias"]}
     )
     save_checkpoint(other, tmp_path / "b.safetensors", layout="mar")
-    code, out, err = run("verify", mar, "b.safetensors", "--json")
+    code, out, err = run("checkpoint", "verify", mar, "b.safetensors", "--json")
     layers = {layer["layer"]: layer["difference"] for layer in json.loads(out)["layers"]}
     assert code == 1 and "not the same model within 1e-05" in err
     assert layers["encoder.blocks.0"] == 0 and layers["encoder.blocks.1"] > 1e-3 and layers["pixels"] > 1e-4
@@ -227,17 +232,17 @@ def test_verify_another(run, mar, tmp_path):
         video = clip(1, seed=0)
         first, second = from_pretrained(mar), from_pretrained(tmp_path / "b.safetensors")
         assert relative(second(video).logits, first(video).logits) > 1e-4
-    assert run("verify", mar, "b.safetensors", "--tolerance", 10)[0] == 0
+    assert run("checkpoint", "verify", mar, "b.safetensors", "--tolerance", 10)[0] == 0
 
 
 def test_verify_parts_and_nan(run, mar, classifier, tmp_path):
-    code, out, _ = run("verify", mar, classifier, *TOLD)
+    code, out, _ = run("checkpoint", "verify", mar, classifier, *TOLD)
     assert code == 1 and "only in the first" in out
     model = small_model()
     with torch.no_grad():
         model.decoder.head.bias[3] = torch.nan
     save_checkpoint(model, tmp_path / "nan.safetensors")
-    code, _, err = run("verify", mar, "nan.safetensors")
+    code, _, err = run("checkpoint", "verify", mar, "nan.safetensors")
     assert code == 2 and "1 with NaN or infinity (decoder.head.bias)" in err
 
 
@@ -253,13 +258,13 @@ def test_verify_parts_and_nan(run, mar, classifier, tmp_path):
     ],
 )
 def test_verify_bad_input(run, mar, arguments, message):
-    code, _, err = run("verify", mar, mar, *arguments)
+    code, _, err = run("checkpoint", "verify", mar, mar, *arguments)
     assert code == 2 and message in err
 
 
 def test_verify_other_clips(run, mar, tmp_path):
     save_checkpoint(small_model(num_frames=4), tmp_path / "b.safetensors")
-    code, _, err = run("verify", mar, "b.safetensors")
+    code, _, err = run("checkpoint", "verify", mar, "b.safetensors")
     assert code == 2 and "second, num_frames: got 4, expected 6, as first" in err
 
 
@@ -272,12 +277,6 @@ def test_bad_files(run, tmp_path):
         (("verify", "b.safetensors", "a.pth"), "conv1.weight"),
         (("inspect", "c/d.pth"), "which does not exist"),
     ):
-        code, out, err = run(*arguments)
+        code, out, err = run("checkpoint", *arguments)
         assert code == 2 and out == "" and err.startswith("error: ") and message in err
         assert "Traceback" not in err
-
-
-def test_help(run):
-    for command in ("inspect", "convert", "verify"):
-        code, out, _ = run(command, "--help")
-        assert code == 0 and "--set" in out

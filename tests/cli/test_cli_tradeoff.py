@@ -35,14 +35,14 @@ def mar(run, checkpoint, tmp_path):
 def test_command(mar, monkeypatch, tmp_path):
     """Table, names, notes and files; a damaged video is named and makes exit code 2, the others are done."""
     # Wide enough that no heading is broken into lines, whatever the times are.
-    monkeypatch.setattr(importlib.import_module("mar_fast.cli.tradeoff"), "wide_results", Console(width=400))
+    monkeypatch.setattr(importlib.import_module("mar_fast.cli.common"), "results", Console(width=400))
     (tmp_path / "bad [x].mp4").write_text("not a video")
     code, out, err = mar(PATHS[0], "bad [x].mp4", PATHS[2], "--labels", "names.txt", "--keep", "0.5", "--keep", "0.25")
     assert code == 2 and "error: path: got 'bad [x].mp4'" in err
     for text in (
         "three [x].safetensors, fp32: masked against dense", "dense", "running 50 %", "running 50 %, 2 views",
         "running 25 %, 4 views", "random 25 %", "content 25 %", "8 x 4", "16 x 2", "views agreeing", "KL, nats",
-        "latency of 2 views, ms", "p20 - p80", "speed-up", "bikes.mp4", "bigbuckbunny.mp4", "2 videos, 4 views",
+        "latency of 2 views, ms", "p20 - p80", "speed-up", "bikes.mp4", "bigbuckbunny.mp4", "4 views of 2 videos",
         torch.__version__, "asked for", "tradeoff.json", "class of <",
     ):  # fmt: skip
         assert text in out, text
@@ -103,7 +103,7 @@ def test_a_wrong_model_makes_exit_code_1(mar, monkeypatch, tmp_path):
         (("--random-weights", "base"), "--checkpoint and --random-weights: got both, expected one of them"),
         (("--kind", "spiral"), "Invalid value"),
         (("--batch", "0"), "Invalid value"),
-        (("--seed", "-1"), "Invalid value"),
+        (("--seed", "-1"), "--seed: got -1, expected a whole number from 0"),
         (("--out", "names.txt"), "names.txt is a file, expected a folder"),
         (("--out", "old"), "already exists, expected a new file (or --force to replace it)"),
         (("--views", "1x1", "--stride", "1000"), "VIDEO: got none of 1 that can be read"),

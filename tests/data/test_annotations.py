@@ -32,7 +32,7 @@ def test_lists_of_paths_and_labels(tmp_path, separator):
     read = read_annotations(tmp_path / "val.csv")
     assert read.format == "list" and read.classes is None
     assert found(read, tmp_path) == [(name, name, label) for label, name in enumerate(names)]
-    assert [sample.place for sample in read.samples] == [f"{tmp_path / 'val.csv'}, line {n}" for n in (1, 3, 5)]
+    assert [sample.location for sample in read.samples] == [f"{tmp_path / 'val.csv'}, line {n}" for n in (1, 3, 5)]
     assert read_annotations(tmp_path / "val.csv", root=tmp_path / "videos").samples[0].path.parent.name == "videos"
 
 

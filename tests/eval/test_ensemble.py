@@ -101,7 +101,7 @@ def test_what_is_dealt_out():
         (("random", 1, GRID, 0.7123), {}, "ratio: got 0.7123, expected one that keeps k/n of the tokens"),
         (("running", 1, GRID, 0.3), {}, "ratio: got 0.3, expected a whole number of the 4 slots"),
         (("running", 1, (8, 3, 6), 0.5), {}, "cell: got"),
-        (("tube", 1, (8, 3, 3), 0.5), {}, "2 views share the 9 places of grid"),
+        (("tube", 1, (8, 3, 3), 0.5), {}, "2 views share the 9 positions of grid"),
         (("frame", 1, (3, 4, 4), 0.5), {}, "2 views share the 3 frames of tubelets"),
         (("random", -1, GRID, 0.5), {}, "batch: got -1"),
         (("random", 1, (8, 4), 0.5), {}, "grid: got"),

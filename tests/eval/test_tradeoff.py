@@ -17,16 +17,14 @@ from tradeoff_cases import PATHS, made
 import mar_fast
 from mar_fast import TokenMask, cost, masking, reference, timing
 from mar_fast.data.video import read_views
-from mar_fast.eval import tradeoff, tradeoff_plot, tradeoff_settings
-from mar_fast.eval.tradeoff_settings import Ensembles, Setting, choose
+from mar_fast.eval import mask_settings, measured, tradeoff, tradeoff_plot
+from mar_fast.eval.mask_settings import MaskSetting, choose
 
 pytestmark = pytest.mark.real_clip
 
-DENSE = Setting("dense", 1.0)
-FEW = [
-    DENSE, Setting("running", 0.5), Setting("running", 0.25, 4), Setting("random", 0.5), Setting("tube", 0.5, 2),
-    Setting("content", 0.25),
-]  # fmt: skip
+DENSE = MaskSetting("dense", 1.0)
+FEW = [("running", 0.5), ("running", 0.25, 4), ("random", 0.5), ("tube", 0.5, 2), ("content", 0.25)]
+FEW = [DENSE, *(MaskSetting(*one) for one in FEW)]
 
 
 def read(path):
@@ -160,8 +158,8 @@ def test_calls_that_are_timed(monkeypatch):
         runs.update(candidates)
         return {name: timing.Spread(0.5, 1.0 + number, 2.0 + number, 7) for number, name in enumerate(candidates)}
 
-    monkeypatch.setattr(tradeoff, "interleaved", catch)
-    monkeypatch.setattr(tradeoff.machine, "peak_memory", lambda run, device: 1234)
+    monkeypatch.setattr(measured, "interleaved", catch)
+    monkeypatch.setattr(measured.machine, "peak_memory", lambda run, device: 1234)
     found = measure(model)
     model.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
     for point, (label, run) in zip(found.points, runs.items(), strict=True):
@@ -177,13 +175,13 @@ def test_calls_that_are_timed(monkeypatch):
             assert first is again and len({id(mask) for mask in masks}) == point.passes
     assert [point.latency.p50 for point in found.points] == [1, 2, 3, 4, 5, 6] and found.timed_views == 2
     assert [point.speedup for point in found.points] == pytest.approx([1 / n for n in range(1, 7)])
-    assert [point.views_per_second for point in found.points] == pytest.approx([2 / n for n in range(1, 7)])
+    assert [point.clips_per_second for point in found.points] == pytest.approx([2 / n for n in range(1, 7)])
     assert {point.peak_memory for point in found.points} == {1234}
 
 
 def test_seed_and_dtype():
     """The same seed gives the same draws, another others; bfloat16 is measured in bfloat16."""
-    settings = [DENSE, Setting("running", 0.5), Setting("random", 0.5)]
+    settings = [DENSE, MaskSetting("running", 0.5), MaskSetting("random", 0.5)]
     first, again, other = ([p.kl for p in measure(settings=settings, seed=seed).points] for seed in (1, 1, 2))
     assert first == again and first[:2] == other[:2] and first[2] != other[2]
     model = made()
@@ -217,7 +215,7 @@ def test_a_wrong_model_gets_no_speed(monkeypatch, where, dtype):
     name = "eager_attention" if where == "attention" else "eager_attention_varlen"
     right = getattr(module, name)
     monkeypatch.setattr(module, name, lambda qkv, *rest: 1.05 * right(qkv, *rest))
-    monkeypatch.setattr(tradeoff, "interleaved", lambda *rest, **options: pytest.fail("a wrong model was timed"))
+    monkeypatch.setattr(measured, "interleaved", lambda *rest, **options: pytest.fail("a wrong model was timed"))
     found = measure(dtype=dtype)
     assert not found.correct and not found.answers
     wrong = {point.setting for point in found.points if not point.correct}
@@ -228,14 +226,14 @@ def test_a_wrong_model_gets_no_speed(monkeypatch, where, dtype):
 
 def test_settings():
     config = made().config
-    found, absent = choose(config, ["running", "random"], [0.5, 1.0, 0.75, 0.5], Ensembles.ONCE)
+    found, absent = choose(config, ["running", "random"], [0.5, 1.0, 0.75, 0.5], "once")
     labels = ["dense", "running 75 %", "running 50 %", "running 50 %, 2 views", "random 75 %", "random 50 %"]
     assert [setting.label for setting in found] == [*labels, "random 50 %, 2 views"] and not absent
-    found, _ = choose(config, ["tube"], [0.75], Ensembles.ALL)
+    found, _ = choose(config, ["tube"], [0.75], "all")
     assert [setting.label for setting in found] == ["dense", "tube 75 %", "tube 75 %, 4 views"]
-    found, _ = choose(config, ["tube", "content"], [0.5], Ensembles.NONE)
+    found, _ = choose(config, ["tube", "content"], [0.5], "none")
     assert [setting.label for setting in found] == ["dense", "tube 50 %", "content 50 %"]
-    found, absent = choose(config, ["running", "random", "frame"], [0.25, 0.3], Ensembles.ALL)
+    found, absent = choose(config, ["running", "random", "frame"], [0.25, 0.3], "all")
     labels = ["random 30 %", "random 25 %", "random 25 %, 4 views", "frame 30 %", "frame 25 %"]
     assert [setting.label for setting in found] == ["dense", "running 25 %", "running 25 %, 4 views", *labels]
     assert set(absent) == {
@@ -243,16 +241,16 @@ def test_settings():
         "frame 25 %, 4 views",
     }  # fmt: skip
     assert "4 slots of cell" in absent["running 30 %"] and "2 frames of tubelets" in absent["frame 25 %, 4 views"]
-    _, absent = choose(config, ["random"], [0.7123], Ensembles.ALL)
+    _, absent = choose(config, ["random"], [0.7123], "all")
     assert "k/n of the tokens" in absent["random 71.23 %, complementary views"]
 
 
 def test_usual_keep_ratios():
     """3/8 where the running cell has it."""
     config = made(num_frames=8).config
-    assert tradeoff_settings.usual_keep(config) == (0.75, 0.5, 0.25)
-    assert tradeoff_settings.usual_keep(replace(config, cell=(2, 2, 2))) == (0.75, 0.5, 0.375, 0.25)
-    found, absent = choose(replace(config, cell=(2, 2, 2)), ["running"], [0.375], Ensembles.ALL)
+    assert mask_settings.usual_keep(config) == (0.75, 0.5, 0.25)
+    assert mask_settings.usual_keep(replace(config, cell=(2, 2, 2))) == (0.75, 0.5, 0.375, 0.25)
+    found, absent = choose(replace(config, cell=(2, 2, 2)), ["running"], [0.375], "all")
     assert [setting.label for setting in found] == ["dense", "running 37.5 %", "running 37.5 %, 8 views"] and not absent
 
 
@@ -269,12 +267,12 @@ def test_usual_keep_ratios():
 )
 def test_settings_errors(kinds, keep, said):
     with pytest.raises(ValueError, match=said):
-        choose(made().config, kinds, keep, Ensembles.ONCE)
+        choose(made().config, kinds, keep, "once")
 
 
 def test_measure_errors(tmp_path):
     with pytest.raises(ValueError, match="settings: got running 50 % first, expected dense"):
-        measure(settings=[Setting("running", 0.5), DENSE])
+        measure(settings=[MaskSetting("running", 0.5), DENSE])
     with pytest.raises(ValueError, match=r"model: got mask_ratio 0.5, expected 0"):
         measure(random_weights(mar_fast.MAR(small_config(decoder_depth=0))))
     with pytest.raises(ValueError, match="batch: got 0"):

@@ -1,0 +1,149 @@
+"""Options that several commands have, and what they stand for: a model, the views of a video, names of classes."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from torch import Tensor
+
+import mar_fast
+
+from .. import MAR, MARConfig, machine
+from ..data import read_clip, read_labels, read_views
+from ..data.video import Sampling, Short
+from ..kernels import checks
+from .common import Device, Dtype
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise checks.bad("--seed", seed, "a whole number from 0 to 2^63 - 1")
+    return seed
+
+
+Videos = Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")]
+Clip = Annotated[Path | None, typer.Argument(help="A video file; a short real clip if none is given.")]
+Source = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A file, a Hugging Face folder or a hub id.")]
+Checkpoint = Annotated[str, typer.Option(help="A file, a folder or a hub id, in any layout.")]
+OptionalCheckpoint = Annotated[str | None, typer.Option(help="A file, a folder or a hub id, in any layout.")]
+
+SamplingOption = Annotated[Sampling, typer.Option(help="stride: every n-th frame; uniform: over the whole video.")]
+Stride = Annotated[int, typer.Option(min=1, help="Step between the frames of a clip, in frames of the file.")]
+ShortOption = Annotated[Short, typer.Option(help="A video with too few frames: an error, or repeat its last frame.")]
+Labels = Annotated[
+    Path | None, typer.Option(help="Names of the classes: one a line, or JSON. Default: the checkpoint's own.")
+]
+Keep = Annotated[float | None, typer.Option(help="Share of visible patches. Default: as the checkpoint says.")]
+Batch = Annotated[int, typer.Option(min=1, help="Views in a forward pass, at most.")]
+PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Of weights and activations.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: bf16 if its matrix products are clearly faster.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU, if there is one.")]
+Seconds = Annotated[float, typer.Option(help="Time for the timed rounds; at least 5 are done.")]
+Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of everything random.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="A field of MARConfig, for example num_heads=3, image_size=192,320, classifier=none; repeatable.",
+    ),
+]
+Position = Annotated[str | None, typer.Option(help="Position table for another size: formula or interpolate.")]
+ModelKey = Annotated[str | None, typer.Option(help="Which of a file's sets of weights, for example model_ema.")]
+AllowMissing = Annotated[list[str] | None, typer.Option(help="Names that may be missing; a pattern, repeatable.")]
+AllowUnknown = Annotated[list[str] | None, typer.Option(help="Names that may be left over; a pattern, repeatable.")]
+
+
+def load(source: str, given: list[str] | None, **options: Any) -> MAR:
+    """from_pretrained with the fields of ``--set``; options that are None or empty are left out."""
+    overrides = dict(_field(item) for item in given or ())
+    options = {name: value for name, value in options.items() if value}
+    try:
+        model: MAR = mar_fast.from_pretrained(source, **options, **overrides)
+    except TypeError as error:  # a field of a wrong type is bad input too
+        raise ValueError(str(error)) from error
+    return model
+
+
+def _field(item: str) -> tuple[str, Any]:
+    name, equals, text = item.partition("=")
+    known = [field.name for field in fields(MARConfig)]
+    if not equals or name not in known:
+        raise checks.bad("--set", repr(item), f"FIELD=VALUE with one of the fields {', '.join(known)}")
+    for form in (text, f"[{text}]"):
+        try:
+            value = json.loads(form)
+        except ValueError:
+            continue
+        return name, tuple(value) if isinstance(value, list) else value
+    return name, None if text.lower() == "none" else text
+
+
+def load_classifier(checkpoint: str, keep: float | None, dtype: str, device: str) -> MAR:
+    """A classifier, ready to run; ``keep`` is the share of visible patches, None for the checkpoint's.
+
+    Raises:
+        ValueError: not a classifier, or a share that its cells do not allow.
+    """
+    if keep is not None and not 0 < keep <= 1:
+        raise checks.bad("--keep", keep, "a share above 0, up to 1")
+    overrides: dict[str, Any] = {} if keep is None else {"mask_ratio": 1 - keep}
+    try:
+        model: MAR = mar_fast.from_pretrained(checkpoint, **overrides)
+    except ValueError as error:
+        if keep is not None and str(error).startswith("mask_ratio:"):
+            raise ValueError(f"--keep: got {keep}, a share of visible patches that is not allowed. {error}") from error
+        raise
+    if model.classifier is None:
+        raise checks.bad("--checkpoint", f"{checkpoint!r}, without a classifier", "one that was trained to classify")
+    return model.to(machine.device(device), machine.DTYPES[dtype]).eval()
+
+
+def class_names(model: MAR, labels: Path | None) -> list[str] | None:
+    """The names in a file of labels, or else those that the model's checkpoint has; None if it has none.
+
+    Raises:
+        ValueError: more or fewer names than classes.
+    """
+    if labels is None:
+        own = model.load_report.labels if model.load_report is not None else None
+        return None if own is None else list(own)
+    names, classes = read_labels(labels), model.config.num_classes
+    if len(names) != classes:
+        raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
+    return names
+
+
+def class_name(name: str | None, number: int) -> str:
+    """The name of a class, or its number if it has none."""
+    return f"class {number}" if name is None else name
+
+
+def view_reader(
+    config: MARConfig, views: str, sampling: Sampling, stride: int, short: Short
+) -> Callable[[Path], Tensor]:
+    """A function from a file to its views (V, C, T, H, W), of the size that a model takes.
+
+    Raises:
+        ValueError: ``views`` is not clips x crops, such as "5x3".
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", views)
+    if found is None:
+        raise checks.bad("--views", repr(views), "clips x crops, for example 5x3 or 1x1")
+    clips, crops = map(int, found.groups())
+    how: dict[str, Any] = dict(clips=clips, crops=crops, sampling=sampling, stride=stride, short=short)
+    return lambda path: read_views(path, config.num_frames, size=config.image_size, **how)
+
+
+def clip_for(path: Path, config: MARConfig, stride: int) -> Tensor:
+    """One clip (C, T, H, W) of the size that a model takes, from the middle of a file."""
+    return read_clip(path, config.num_frames, size=config.image_size, stride=stride)
