@@ -27,13 +27,14 @@ def add_layer_norm(
     """``residual + row_scale[:, None, None] * layer_scale * x``, and its LayerNorm: (normed, the new residual).
 
     Args:
-        x: (B, N, D), the output of a sub-layer.
-        residual: (B, N, D), the stream that it is added to, or None where there is none yet: then it is x.
+        x: (B, N, D), or packed (total, D), the output of a sub-layer.
+        residual: Of x's shape, the stream that it is added to, or None where there is none yet: then it is x.
         weight: (D,), LayerNorm's.
         bias: (D,), LayerNorm's.
         eps: Added to the variance.
         layer_scale: (D,), layer scale (CaiT, arXiv 2103.17239, section 2.1).
-        row_scale: (B,), stochastic depth (arXiv 1603.09382): 0 for a dropped sample, 1 / keep probability else.
+        row_scale: (B,), or (total,) for packed tokens, stochastic depth (arXiv 1603.09382): 0 for a dropped sample, 1 /
+            keep probability else.
 
     Returns:
         ``normed`` in the dtype of the next matrix product: autocast's where it is on, else the residual's; and the new
@@ -64,17 +65,19 @@ def _check(
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
 ) -> None:
-    checks.tensor("x", x, 3, checks.FLOATS, "(B, N, D)")
+    checks.tensor("x", x, None, checks.FLOATS, "(B, N, D) or (total, D)")
+    if x.ndim not in (2, 3):
+        raise checks.bad("x", f"shape {tuple(x.shape)}", "shape (B, N, D) or (total, D)")
     if residual is not None:
-        checks.tensor("residual", residual, 3, checks.FLOATS, "(B, N, D)")
-        checks.size("residual", residual, x.shape, "x's (B, N, D)")
+        checks.tensor("residual", residual, x.ndim, checks.FLOATS, "(B, N, D) or (total, D), as x is")
+        checks.size("residual", residual, x.shape, "x's shape")
     vectors = {"weight": weight, "bias": bias} | ({} if layer_scale is None else {"layer_scale": layer_scale})
     for argument, vector in vectors.items():
         checks.tensor(argument, vector, 1, checks.FLOATS, "(D,)")
-        checks.size(argument, vector, x.shape[2:], "(D,)")
+        checks.size(argument, vector, x.shape[-1:], "(D,)")
     if row_scale is not None:
-        checks.tensor("row_scale", row_scale, 1, checks.FLOATS, "(B,)")
-        checks.size("row_scale", row_scale, x.shape[:1], "(B,)")
+        checks.tensor("row_scale", row_scale, 1, checks.FLOATS, "(B,) or (total,)")
+        checks.size("row_scale", row_scale, x.shape[:1], "(B,) or (total,)")
     for argument, value in (("layer_scale", layer_scale), ("row_scale", row_scale)):
         if value is not None and residual is None:
             raise checks.bad(argument, "a tensor", "None, since residual is None and the stream is x")
@@ -98,7 +101,7 @@ def eager_add_layer_norm(
         if layer_scale is not None:
             x = layer_scale * x
         if row_scale is not None:
-            x = row_scale[:, None, None] * x
+            x = row_scale.view(-1, *[1] * (x.ndim - 1)) * x
         stream = (residual + x).to(residual.dtype)
     # layer_norm keeps its statistics in float32, but takes only operands of one dtype.
     common = torch.promote_types(stream.dtype, weight.dtype)

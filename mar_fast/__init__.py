@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .kernels import debug_checks
     from .masking import TokenMask
     from .model import MAR, MAROutput, create_model, mar_loss
-    from .ragged import RaggedMask
 
 # Loaded on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
 _HOME = {
@@ -23,7 +22,6 @@ _HOME = {
     "MAR": "model",
     "MARConfig": "config",
     "MAROutput": "model",
-    "RaggedMask": "ragged",
     "TokenMask": "masking",
     "accelerate": "huggingface",
     "compile_for_inference": "inference",
@@ -46,7 +44,6 @@ __all__ = [
     "LoadReport",
     "MARConfig",
     "MAROutput",
-    "RaggedMask",
     "TokenMask",
     "accelerate",
     "checkpoint",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .kernels import checks
-from .ragged import RaggedMask
+from .token_mask import TokenMask
 
 
 def content(
@@ -15,7 +15,7 @@ def content(
     *,
     budget: float | None = None,
     threshold: float | None = None,
-) -> RaggedMask:
+) -> TokenMask:
     """Keep the tubelets that change most: up to a share of the whole batch, or from a threshold on.
 
     The change of a tubelet is the mean absolute difference of its frames to the frame before each, over its pixels and
@@ -58,7 +58,7 @@ def content(
     else:
         assert threshold is not None
         visible = (change.double() >= threshold * unit) | best
-    return RaggedMask.from_clips((~visible).view(batch, *grid), grid)
+    return TokenMask.ragged((~visible).view(batch, *grid), grid)
 
 
 def _change(video: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, float]:

@@ -1,12 +1,10 @@
-"""Which tubelets stay visible: TokenMask, cell running masking and the masks that users compare it with.
+"""Masks: cell running masking, and those that users compare it with.
 
 Nothing here waits for the device or makes a shape depend on data: the number of visible tokens follows from the ratio.
 (`content`, whose mask does depend on data, has a file of its own.)
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,110 +13,11 @@ from torch import Tensor
 from .config import check_cell, masked_slots
 from .content import content
 from .kernels import checks
-from .ragged import RaggedMask
+from .token_mask import TokenMask
 
-__all__ = ["RaggedMask", "TokenMask", "cell_running", "content", "frame", "random", "tube"]
+__all__ = ["TokenMask", "cell_running", "content", "frame", "random", "tube"]
 
 Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenMask:
-    """The visible and the dropped tokens of a batch of clips, each row sorted.
-
-    Attributes:
-        keep_idx: (B, N) int32, flat indices t * H' * W' + y * W' + x of the visible tokens.
-        drop_idx: (B, L - N) int32, all others.
-        grid: (T', H', W'), or (L,) where only the flat form was known.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes do not fit; on a CPU also if the two are not a partition of the grid.
-    """
-
-    keep_idx: Tensor
-    drop_idx: Tensor
-    grid: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.grid, tuple) or not all(isinstance(side, int) for side in self.grid):
-            raise checks.bad_type("grid", repr(self.grid), "a tuple (T', H', W') or (L,)")
-        for name in ("keep_idx", "drop_idx"):
-            checks.tensor(name, getattr(self, name), 2, (torch.int32,), "(batch, tokens)")
-        if self.keep_idx.shape[0] != self.drop_idx.shape[0]:
-            raise checks.bad("drop_idx", f"{self.drop_idx.shape[0]} rows", f"{self.keep_idx.shape[0]}, as keep_idx has")
-        tokens = self.keep_idx.shape[1] + self.drop_idx.shape[1]
-        if len(self.grid) not in (1, 3) or math.prod(self.grid) != tokens:
-            raise checks.bad(
-                "grid", self.grid, f"(T', H', W') or (L,) with {tokens} tokens, keep_idx and drop_idx together"
-            )
-        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx)
-        for name in ("keep_idx", "drop_idx"):
-            checks.index_range(name, getattr(self, name), tokens)
-            checks.strictly_ascending(name, getattr(self, name))
-        if checks.may_read(self.keep_idx) and self.drop_idx.numel():
-            both = torch.cat((self.keep_idx, self.drop_idx), 1).sort(1).values
-            checks.strictly_ascending("keep_idx and drop_idx together", both)
-
-    @classmethod
-    def from_bool_masked(cls, masked: Tensor, *, num_visible: int | None = None) -> "TokenMask":
-        """From a bool mask, **True = masked**, as in VideoMAE and Hugging Face.
-
-        Args:
-            masked: (B, L) or (B, T', H', W') bool.
-            num_visible: Visible tokens of every clip. None reads them from the mask, which waits for the device.
-
-        Raises:
-            ValueError, TypeError: a wrong shape or dtype, clips with unequal counts, or a count other than given.
-        """
-        if not isinstance(masked, Tensor) or masked.dtype != torch.bool:
-            got = masked.dtype if isinstance(masked, Tensor) else type(masked).__name__
-            raise checks.bad_type("masked", got, "a bool tensor, True = masked")
-        if masked.ndim not in (2, 4):
-            raise checks.bad("masked", f"shape {tuple(masked.shape)}", "(B, L) or (B, T', H', W')")
-        flat = masked.flatten(1)
-        tokens = flat.shape[1]
-        if num_visible is None or checks.may_read(flat):
-            counts = (~flat).sum(1).unique().tolist()
-            if len(counts) > 1:
-                raise checks.bad("masked", f"clips with {counts} visible tokens", "the same number in every clip")
-            if num_visible is None:
-                num_visible = counts[0] if counts else tokens
-            elif counts and counts[0] != num_visible:
-                raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
-        if not isinstance(num_visible, int) or not 0 <= num_visible <= tokens:
-            raise checks.bad("num_visible", repr(num_visible), f"a whole number from 0 to {tokens}")
-        # A stable sort of the bools puts visible tokens first and leaves both groups in ascending order.
-        order = flat.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)
-        return cls(order[:, :num_visible], order[:, num_visible:], tuple(masked.shape[1:]))
-
-    @staticmethod
-    def ragged(clips: Sequence[Tensor] | Tensor, grid: tuple[int, ...] | None = None) -> RaggedMask:
-        """A mask in which each clip keeps its own number of tokens: see `RaggedMask.from_clips`."""
-        return RaggedMask.from_clips(clips, grid)
-
-    def bool_masked(self) -> Tensor:
-        """(B, L) bool, True = masked."""
-        masked = torch.ones(self.batch, self.num_tokens, dtype=torch.bool, device=self.keep_idx.device)
-        return masked.scatter(1, self.keep_idx.long(), False)
-
-    def to(self, device: torch.device | str) -> "TokenMask":
-        """The same mask on another device."""
-        return TokenMask(self.keep_idx.to(device), self.drop_idx.to(device), self.grid)
-
-    @property
-    def batch(self) -> int:
-        """B, the number of clips."""
-        return self.keep_idx.shape[0]
-
-    @property
-    def num_visible(self) -> int:
-        """N, the visible tokens of each clip."""
-        return self.keep_idx.shape[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """L, all tokens of each clip."""
-        return self.keep_idx.shape[1] + self.drop_idx.shape[1]
 
 
 def cell_running(

@@ -1,5 +1,6 @@
 """add_layer_norm in Triton: rows of D columns, a row whole in one program; statistics and sums in float32."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,27 +164,27 @@ def outputs(
     x_dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed in ``dtype``, the new residual (None where it is x), and (2, B * N) mean and 1 / deviation to be saved."""
+    """normed in ``dtype``, the new residual (None where it is x), and (2, tokens) mean and 1 / deviation if saved."""
     normed = torch.empty_like(x, dtype=dtype, memory_format=DENSE)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
     if not save:
         return normed, new_residual, None  # type: ignore[return-value]
-    statistics = torch.empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, math.prod(x.shape[:-1])), dtype=torch.float32, device=x.device)
     return normed, new_residual, statistics  # type: ignore[return-value]
 
 
 def forward(*inputs: Any) -> Run:
     """Sum and norm in one pass, for the inputs of `outputs`."""
     (x, residual, weight, bias, layer_scale, row_scale), options = inputs[:6], inputs[6:]
-    (batch, count, columns), eps = x.shape, options[0]
+    (*leading, columns), eps = x.shape, options[0]
     if x.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options)
     x_stride, x_copied = rows(x)
     residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
     choice = choose("add_layer_norm_forward", config_forward, x if residual is None else residual, width=columns)
     launch = Launch(
-        add_layer_norm_forward_kernel, (triton.cdiv(batch * count, choice.config.block_m),),
-        (batch * count, columns, count, x_stride, residual_stride, eps), choice,
+        add_layer_norm_forward_kernel, (triton.cdiv(math.prod(leading), choice.config.block_m),),
+        (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps), choice,
         (x_copied, residual_copied, *map(scattered, (weight, bias, layer_scale, row_scale))),
         BLOCK_M=choice.config.block_m, BLOCK_N=block(columns),
     )  # fmt: skip
@@ -264,19 +265,20 @@ def backward(*inputs: Any) -> Run:
     (grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale), options = (
         inputs[:9], inputs[9:],
     )  # fmt: skip
-    batch, count, columns = residual.shape
+    *leading, columns = residual.shape
+    total_rows, count = math.prod(leading), math.prod(leading[1:])  # of one row_scale: 1 for packed tokens
     wanted, x_dtype = _wanted(grad_normed, residual, layer_scale, row_scale, options[2], options[4]), options[2]
     if residual.numel() == 0:
         return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]
     laid = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
     (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = laid
     choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
-    row_tiles = triton.cdiv(batch * count, choice.config.block_m)
+    row_tiles = triton.cdiv(total_rows, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
     launch = Launch(
         add_layer_norm_backward_kernel, (programs,),
-        (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles), choice,
+        (total_rows, columns, count, stride, x_stride, normed_stride, grad_stride, tiles), choice,
         (
             copied, scattered(statistics), scattered(weight), x_copied, scattered(layer_scale), scattered(row_scale),
             normed_copied, grad_copied,
@@ -293,7 +295,7 @@ def backward(*inputs: Any) -> Run:
         written = _memory(wanted, residual, x_dtype, (weight, bias, layer_scale, row_scale))
         of_x, of_residual, of_weight, of_bias, of_layer_scale, _ = written
         part = None if total is None else torch.empty_like(parts, memory_format=DENSE)
-        row_part = torch.empty((batch, count), dtype=torch.float32, device=residual.device) if wanted[5] else None
+        row_part = torch.empty((leading[0], count), dtype=torch.float32, device=residual.device) if wanted[5] else None
         launch(
             residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
             of_x, of_residual, part, row_part,

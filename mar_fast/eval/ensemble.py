@@ -16,7 +16,6 @@ from .. import masking
 from ..kernels import checks
 from ..masking import TokenMask
 from ..model import MAR
-from ..ragged import RaggedMask
 
 Kind = Literal["running", "random", "tube", "frame"]
 """The masks that have complements; what content keeps is chosen, and what it drops is not a choice of the same kind."""
@@ -101,7 +100,7 @@ def _home(generator: torch.Generator | None) -> torch.device:
     return generator.device if generator is not None else torch.device("cpu")
 
 
-def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | RaggedMask | None]) -> Tensor:
+def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | None]) -> Tensor:
     """Logarithm of the softmax scores, averaged over the masks: one forward pass for each.
 
     Args:

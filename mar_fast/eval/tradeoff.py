@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import MAR, MARConfig, RaggedMask, TokenMask, cost, machine, masking, reference
+from .. import MAR, MARConfig, TokenMask, cost, machine, masking, reference
 from ..kernels import checks
 from ..timing import Spread, interleaved
 from . import ensemble
@@ -259,7 +259,7 @@ def _dense_form(mask: Mask, config: MARConfig, device: torch.device) -> TokenMas
     """The mask of one clip as the reference takes it."""
     if mask is None:
         return masking.random(1, config.grid, 0.0, device=device)
-    return mask if isinstance(mask, TokenMask) else TokenMask.from_bool_masked(mask.bool_masked())
+    return mask if mask.cu_seqlens is None else TokenMask.from_bool_masked(mask.bool_masked())
 
 
 @torch.inference_mode()
@@ -305,7 +305,7 @@ def divergence(logs: Tensor, others: Tensor) -> Tensor:
 
 def _count(tally: _Tally, masks: Sequence[Mask], views: int, config: MARConfig) -> None:
     for mask in masks:
-        if isinstance(mask, RaggedMask):
+        if mask is not None and mask.cu_seqlens is not None:
             lengths = mask.cu_seqlens.diff().tolist()
         else:
             lengths = [config.num_tokens if mask is None else mask.num_visible] * views

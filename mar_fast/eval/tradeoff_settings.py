@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import MARConfig, RaggedMask, TokenMask, masking
+from .. import MARConfig, TokenMask, masking
 from ..kernels import checks
 from . import ensemble
 
@@ -20,7 +20,7 @@ KEEP = (0.75, 0.5, 0.25)
 # Only cells of 8 slots, and others that 8 divides, can keep it.
 KEEP_OF_LARGE_CELLS = 0.375
 
-Mask = TokenMask | RaggedMask | None
+Mask = TokenMask | None
 
 
 class Ensembles(StrEnum):

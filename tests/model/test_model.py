@@ -218,8 +218,8 @@ def test_checkpointing_recomputes_blocks(monkeypatch):
 
 def test_drop_path_grows_linearly_and_keeps_the_mean():
     model = mar_fast.MAR(small_config(depth=5, drop_path_rate=0.4))
-    assert [round(b.drop_path, 6) for b in model.encoder.blocks] == [0, 0.1, 0.2, 0.3, 0.4]
-    assert all(b.drop_path == 0 for b in [*model.decoder.blocks, *model.classifier.blocks])
+    assert [round(b.drop_path_rate, 6) for b in model.encoder.blocks] == [0, 0.1, 0.2, 0.3, 0.4]
+    assert all(b.drop_path_rate == 0 for b in [*model.decoder.blocks, *model.classifier.blocks])
     last = model.encoder.blocks[-1].train()
     scale = last.row_scale(torch.empty(20_000, 1, 1))
     assert scale.unique().tolist() == [0, pytest.approx(1 / 0.6)]

@@ -11,7 +11,7 @@ from helpers import relative, small_config
 from test_jit_model import LARGE_TILES
 
 import mar_fast
-from mar_fast import TokenMask, masking, packed, reference
+from mar_fast import TokenMask, masking, reference
 from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 GRID, TOKENS = (2, 4, 4), 32
@@ -201,9 +201,8 @@ def test_equal_lengths_are_a_dense_batch():
 
 def test_drop_path_is_one_draw_for_a_clip():
     mask = ragged(LENGTHS["mixed"])
-    segments = packed.Segments.of(mask)
     block = build(mar_fast.MAR, drop_path_rate=0.5).encoder.blocks[1]
-    drawn = torch.stack([block.row_scale(torch.empty(mask.total_visible, 1, 96), segments) for _ in range(400)])
+    drawn = torch.stack([block.row_scale(torch.empty(mask.total_visible, 96), mask.segments) for _ in range(400)])
     for begin, end in zip(mask.cu_seqlens[:-1], mask.cu_seqlens[1:], strict=True):
         assert (drawn[:, begin:end] == drawn[:, begin : begin + 1]).all()
         assert sorted(drawn[:, begin].unique().tolist()) == [0.0, 2.0]
@@ -218,16 +217,6 @@ def test_any_strides(layout):
     assert torch.equal(view, video)
     one, other = model(view, mask), model(video, mask)
     assert torch.equal(one.logits, other.logits) and torch.equal(one.reconstruction_loss, other.reconstruction_loss)
-
-
-@pytest.mark.parametrize(("layout", "batch"), [*((name, 3) for name in list(LAYOUTS)[:4]), ("planar", 1)])
-def test_clips_are_not_copied(layout, batch):
-    video = LAYOUTS[layout](clips(batch))
-    one = packed.OneClip.of(video, (2, 16, 16))
-    assert one.video.untyped_storage().data_ptr() == video.untyped_storage().data_ptr()
-    frames = one.tokens // 16 * 2
-    for number, clip in enumerate(video):
-        assert torch.equal(one.video[0, :, number * frames : number * frames + 4], clip)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
