@@ -85,6 +85,17 @@ def _other_layout(operands: Operands) -> Operands:
     return dict(video=video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
 
 
+def _packed(operands: Operands) -> Operands:
+    """As a ragged batch: rows packed, with the clip of each, or with the offsets of clips."""
+    index = "drop_idx" if "drop_idx" in operands else "keep_idx"
+    clips, count = operands[index].shape
+    rows = {name: operands[name].flatten(0, 1) for name in (index, "visible", "pixels") if name in operands}
+    offsets = torch.arange(clips + 1, dtype=torch.int32, device=operands[index].device) * count
+    if "visible" in rows:
+        return rows | dict(cu_seqlens=offsets)
+    return rows | dict(clip_idx=(offsets[:-1] // count).repeat_interleave(count))
+
+
 @functools.cache
 def calls(device: str) -> tuple[Call, ...]:
     """All of them, the most usual of each op first."""
@@ -113,6 +124,7 @@ def _elementwise(device: torch.device) -> Iterator[Call]:
             if dtype == BF16:
                 yield _autocast(_call(case, "", single))
                 yield _autocast(_call(case, scales, lambda o: single(o) | scaled(single(o)), "layer_scale"))
+    yield _call(op_cases.scatter_tokens(device, BF16, CLIPS, VISIBLE, 512), ", ragged", _packed, "pos_embed")
     case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
     yield _call(case, ", no residual", lambda operands: dict(residual=None))
 
@@ -133,6 +145,7 @@ def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
         for more, change in changes.items():
             yield _call(case, more, change)
             yield _call(case, f"{more}, planar", functools.partial(_planar, change))
+        yield _call(case, ", ragged", _packed)
 
 
 def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
@@ -143,6 +156,8 @@ def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
     for dtype in FLOATS:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
         yield from (_call(case), _call(case, ", gradient of the clip", also="video"))
+        yield _call(case, ", ragged", _packed, "video")
+    yield _call(op_cases.gather_patch_embed(device, BF16, CLIPS, VISIBLE, 768, torch.uint8), ", ragged", _packed)
     yield _autocast(_call(op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)))
 
 

@@ -36,10 +36,13 @@ def find(
 def tokens_of(clip, keep_idx, cu_seqlens, batch, count, keep_stride_b, keep_stride_n):
     """Where a clip's part of ``keep_idx`` begins, its first visible token, and how many it has."""
     if cu_seqlens is None:
-        return keep_idx + clip * keep_stride_b, clip * count, count
-    first = tl.load(cu_seqlens + clip, mask=clip < batch, other=0).to(tl.int64)
-    end = tl.load(cu_seqlens + clip + 1, mask=clip < batch, other=0).to(tl.int64)
-    return keep_idx + first * keep_stride_n, first, (end - first).to(tl.int32)
+        first = clip * count
+        row = keep_idx + clip * keep_stride_b
+    else:
+        first = tl.load(cu_seqlens + clip, mask=clip < batch, other=0).to(tl.int64)
+        row = keep_idx + first * keep_stride_n
+        count = tl.load(cu_seqlens + clip + 1, mask=clip < batch, other=0).to(tl.int32) - first.to(tl.int32)
+    return row, first, count
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def _visible(keep_idx: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[
 
 
 def outputs(
-    visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None
+    visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """(B, L, D) in visible's dtype."""
     batch = visible.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -264,9 +264,9 @@ def test_float64_is_left_to_pytorch(poisoned):
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("frozen", [(), ("pos_embed",), ("visible", "mask_token")], ids=str)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_opcheck(index, frozen):
-    values = leaves(operands_of(make_index(2, 17, index), 154, dtype=torch.float16), frozen)
+@pytest.mark.parametrize("case", [{}, dict(index=torch.int64), dict(lengths=(5, 0, 12))], ids=str)
+def test_opcheck(case, frozen):
+    values = leaves(scatter_operands(torch.float16, **case), frozen)
     torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(),))
 
 
