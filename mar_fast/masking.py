@@ -33,7 +33,7 @@ def cell_running(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> TokenMask:
-    """Cell running masking (MAR, arXiv 2207.11660, section 3.2): every place is seen in turn.
+    """Cell running masking (MAR, arXiv 2207.11660, section 3.2): every position is seen in turn.
 
     A cell of S slots masks a run of d = ratio * S slots, which moves by one slot with every step in time:
     ``masked(t, s) = ((s - direction * t - phase) mod S) < d``. Slots are numbered (t, y, x) within the cell; for a
@@ -69,17 +69,17 @@ def cell_running(
     _check_ratio(ratio)
     slots, masked_count = math.prod(cell), masked_slots("ratio", ratio, cell)
     steps, rows, columns = (extent // side for extent, side in zip(grid, cell, strict=True))
-    places = rows * columns
+    cells = rows * columns  # in space
     device = _device(device, generator)
 
     if phase is None:
-        shape = (batch, 1 if spatial_repeat else places)
+        shape = (batch, 1 if spatial_repeat else cells)
         phase = _to(torch.randint(slots, shape, **_source(generator, device)), device)
     elif isinstance(phase, Tensor):
         counts = phase.dtype != torch.bool and not phase.is_floating_point() and not phase.is_complex()
-        if not counts or tuple(phase.shape) not in ((batch,), (batch, places)):
+        if not counts or tuple(phase.shape) not in ((batch,), (batch, cells)):
             got = f"{phase.dtype} of shape {tuple(phase.shape)}"
-            raise checks.bad("phase", got, f"a number or integers of shape ({batch},) or ({batch}, {places})")
+            raise checks.bad("phase", got, f"a number or integers of shape ({batch},) or ({batch}, {cells})")
         phase = _to((phase[:, None] if phase.ndim == 1 else phase) % slots, device)
     elif isinstance(phase, int) and not isinstance(phase, bool):
         phase = torch.full((batch, 1), phase % slots, device=device)
@@ -90,11 +90,11 @@ def cell_running(
     if temporal_shuffle:
         step = _to(torch.rand(batch, steps, **_source(generator, device)), device).argsort(1)
     slot = torch.arange(slots, device=device)
-    # (B, steps, places or 1, slots)
+    # (B, steps, cells or 1, slots)
     run = (slot - direction * step[:, :, None, None] - phase[:, None, :, None]) % slots
-    masked = (run < masked_count).expand(batch, steps, places, slots)
+    masked = (run < masked_count).expand(batch, steps, cells, slots)
     masked = masked.reshape(batch, steps, rows, columns, *cell).permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, *grid)
-    return _partition(masked, math.prod(grid) // slots * (slots - masked_count))
+    return TokenMask.from_bool_masked(masked, num_visible=math.prod(grid) // slots * (slots - masked_count))
 
 
 def random(
@@ -105,14 +105,11 @@ def random(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> TokenMask:
-    """Tokens masked independently of place and time, floor(ratio * L) of them in every clip (MAE, arXiv 2111.06377).
+    """Tokens masked independently of each other, floor(ratio * L) of them in every clip (MAE, arXiv 2111.06377).
 
     Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    _check_batch_and_grid(batch, grid)
-    tokens = math.prod(grid)
-    masked = _draw(batch, tokens, _masked_count(tokens, ratio), generator, device)
-    return _partition(masked.reshape(batch, *grid), tokens - _masked_count(tokens, ratio))
+    return _drawn(batch, grid, (0, 1, 2), ratio, generator, device)
 
 
 def tube(
@@ -125,13 +122,9 @@ def tube(
 ) -> TokenMask:
     """One random mask in space, the same at all times (VideoMAE, arXiv 2203.12602, section 3.3).
 
-    floor(ratio * H' * W') places are masked. Arguments and errors as in `cell_running`; any ratio in [0, 1).
+    floor(ratio * H' * W') positions are masked. Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    _check_batch_and_grid(batch, grid)
-    places = grid[1] * grid[2]
-    count = _masked_count(places, ratio)
-    masked = _draw(batch, places, count, generator, device).reshape(batch, 1, grid[1], grid[2])
-    return _partition(masked.expand(batch, *grid), grid[0] * (places - count))
+    return _drawn(batch, grid, (1, 2), ratio, generator, device)
 
 
 def frame(
@@ -146,10 +139,26 @@ def frame(
 
     Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
+    return _drawn(batch, grid, (0,), ratio, generator, device)
+
+
+def _drawn(
+    batch: int,
+    grid: Grid,
+    axes: tuple[int, ...],
+    ratio: float,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> TokenMask:
+    """Masks drawn over these axes of the grid, all choices equally likely, and repeated along the others."""
     _check_batch_and_grid(batch, grid)
-    count = _masked_count(grid[0], ratio)
-    masked = _draw(batch, grid[0], count, generator, device).reshape(batch, grid[0], 1, 1)
-    return _partition(masked.expand(batch, *grid), (grid[0] - count) * grid[1] * grid[2])
+    shape = [side if axis in axes else 1 for axis, side in enumerate(grid)]
+    total = math.prod(shape)
+    count = _masked_count(total, ratio)
+    target = _device(device, generator)
+    noise = torch.rand(batch, total, **_source(generator, target))
+    masked = _to(noise.argsort(1) < count, target).view(batch, *shape).expand(batch, *grid)
+    return TokenMask.from_bool_masked(masked, num_visible=math.prod(grid) // total * (total - count))
 
 
 def _check_batch_and_grid(batch: int, grid: Grid) -> None:
@@ -186,16 +195,3 @@ def _source(generator: torch.Generator | None, device: torch.device) -> dict[str
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     # To a GPU without waiting; to the CPU a copy that is not waited for could be read too early.
     return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def _draw(
-    batch: int, total: int, count: int, generator: torch.Generator | None, device: torch.device | str | None
-) -> Tensor:
-    """(B, total) bool with ``count`` True in every row, all choices equally likely."""
-    target = _device(device, generator)
-    noise = torch.rand(batch, total, **_source(generator, target))
-    return _to(noise.argsort(1) < count, target)
-
-
-def _partition(masked: Tensor, num_visible: int) -> TokenMask:
-    return TokenMask.from_bool_masked(masked, num_visible=num_visible)

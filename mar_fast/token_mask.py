@@ -55,47 +55,35 @@ class TokenMask:
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
-        if self.cu_seqlens is None:
-            self._check_equal()
-        else:
-            self._check_ragged(self.cu_seqlens)
-        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx, cu_seqlens=self.cu_seqlens)
-        if checks.may_read(self.keep_idx) or checks.may_read(self.drop_idx):
-            self._check_partition()
-
-    def _check_equal(self) -> None:
+        ndim, shape = (2, "(B, tokens), or (tokens,) with cu_seqlens") if self.cu_seqlens is None else (1, "(tokens,)")
         for name in ("keep_idx", "drop_idx"):
-            checks.tensor(name, getattr(self, name), 2, (torch.int32,), "(B, tokens), or (tokens,) with cu_seqlens")
-        (batch, visible), (rows, dropped) = self.keep_idx.shape, self.drop_idx.shape
-        if rows != batch:
-            raise checks.bad("drop_idx", f"{rows} rows", f"{batch}, as keep_idx has")
-        if self.num_tokens != visible + dropped:
-            accepted = f"(T', H', W') or (L,) with {visible + dropped} tokens, keep_idx and drop_idx together"
-            raise checks.bad("grid", self.grid, accepted)
-        if self.max_seqlen is not None:
-            raise checks.bad("max_seqlen", self.max_seqlen, "None, since cu_seqlens is None")
-
-    def _check_ragged(self, cu_seqlens: Tensor) -> None:
-        for name in ("keep_idx", "drop_idx"):
-            checks.tensor(name, getattr(self, name), 1, (torch.int32,), "(tokens,), since cu_seqlens is given")
-        checks.tensor("cu_seqlens", cu_seqlens, 1, (torch.int32,), "(B + 1,)")
-        if len(cu_seqlens) == 0:
-            raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
-        total, every = len(self.keep_idx), self.batch * self.num_tokens
-        if total + len(self.drop_idx) != every:
-            got = f"{total} and {len(self.drop_idx)} values"
-            accepted = f"{every} together: {self.batch} clips of {self.num_tokens} tokens"
-            raise checks.bad("keep_idx and drop_idx", got, accepted)
+            checks.tensor(name, getattr(self, name), ndim, (torch.int32,), shape)
+        if self.cu_seqlens is not None:
+            checks.tensor("cu_seqlens", self.cu_seqlens, 1, (torch.int32,), "(B + 1,)")
+            if len(self.cu_seqlens) == 0:
+                raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
+        elif len(self.drop_idx) != self.batch:
+            raise checks.bad("drop_idx", f"{len(self.drop_idx)} rows", f"{self.batch}, as keep_idx has")
+        total, every = self.total_visible, self.batch * self.num_tokens
+        if total + self.drop_idx.numel() != every:
+            got = f"{total} and {self.drop_idx.numel()} values"
+            raise checks.bad("keep_idx and drop_idx", got, f"{every} together: {self.batch} clips of grid {self.grid}")
         least = -(-total // self.batch) if self.batch else 0
-        if not isinstance(self.max_seqlen, int) or not least <= self.max_seqlen <= self.num_tokens:
+        if self.cu_seqlens is None:
+            if self.max_seqlen is not None:
+                raise checks.bad("max_seqlen", self.max_seqlen, "None, since cu_seqlens is None")
+        elif not isinstance(self.max_seqlen, int) or not least <= self.max_seqlen <= self.num_tokens:
             accepted = f"a whole number from {least} to {self.num_tokens}, since {self.batch} clips keep {total} tokens"
             raise checks.bad("max_seqlen", repr(self.max_seqlen), accepted)
-        if checks.may_read(cu_seqlens):
-            lengths = check_offsets("cu_seqlens", cu_seqlens, total).tolist()
+        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx, cu_seqlens=self.cu_seqlens)
+        if self.cu_seqlens is not None and checks.may_read(self.cu_seqlens):
+            lengths = check_offsets("cu_seqlens", self.cu_seqlens, total).tolist()
             if 0 in lengths:
                 raise checks.bad("cu_seqlens", f"no visible token in clip {lengths.index(0)}", "at least one")
-            if max(lengths, default=0) > self.max_seqlen:
+            if max(lengths, default=0) > (self.max_seqlen or 0):
                 raise checks.bad("max_seqlen", self.max_seqlen, f"at least {max(lengths)}, of the clip that has most")
+        if checks.may_read(self.keep_idx) or checks.may_read(self.drop_idx):
+            self._check_partition()
 
     def _check_partition(self) -> None:
         every = []
@@ -156,28 +144,30 @@ class TokenMask:
             ValueError, TypeError: kinds, shapes, dtypes or devices do not fit, an index is out of the grid or twice in
                 a clip (on a CPU), or a clip has no visible token.
         """
+        device = None
         if grid is not None:
             check_grid(grid)
         if isinstance(clips, Tensor):
+            device = clips.device
             if clips.dtype != torch.bool or clips.ndim not in (2, 4):
                 got = f"{clips.dtype} of shape {tuple(clips.shape)}"
                 raise checks.bad("clips", got, "a list of tensors, or bool (B, L) or (B, T', H', W')")
+            grid = tuple(clips.shape[1:]) if grid is None else grid
         elif not isinstance(clips, list | tuple) or not all(isinstance(clip, Tensor) for clip in clips):
             raise checks.bad_type("clips", type(clips).__name__, "a list of tensors, one for each clip")
-        elif clips and clips[0].dtype == torch.bool:
-            clips = _stacked(clips)
-        if isinstance(clips, Tensor):
-            grid = tuple(clips.shape[1:]) if grid is None else grid
-            masked = clips.flatten(1)
-            if masked.shape[1] != math.prod(grid):
-                raise checks.bad("grid", grid, f"{masked.shape[1]} tokens, as the masks have")
-            lengths = (~masked).sum(1).tolist()
-            if 0 in lengths:
-                raise checks.bad(f"clips[{lengths.index(0)}]", "no visible token", "at least one False in every clip")
-        elif grid is None:
+        elif grid is None and clips and clips[0].dtype == torch.bool:
+            grid = tuple(clips[0].shape)
+        if grid is None:
             raise checks.bad("grid", None, "(T', H', W') or (L,): indices do not tell how many tokens there are")
+        tokens = math.prod(grid)
+        rows = [_masked(f"clips[{number}]", clip, clips[0], tokens) for number, clip in enumerate(clips)]
+        masked = torch.stack(rows) if rows else torch.ones(0, tokens, dtype=torch.bool, device=device)
+        if len(clips) and clips[0].dtype == torch.bool:
+            lengths = (~masked).sum(1).tolist()
         else:
-            masked, lengths = _masked(clips, math.prod(grid)), [len(clip) for clip in clips]
+            lengths = [len(clip) for clip in clips]
+        if 0 in lengths:
+            raise checks.bad(f"clips[{lengths.index(0)}]", "no visible token", "at least one in every clip")
         # Visible tokens first, as in from_bool_masked, of all clips at once.
         order = (masked.flatten().to(torch.uint8).argsort(stable=True) % masked.shape[1]).to(torch.int32)
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(masked.device)
@@ -209,11 +199,7 @@ class TokenMask:
 
     @property
     def num_visible(self) -> int:
-        """N, the visible tokens of each clip.
-
-        Raises:
-            ValueError: the mask is ragged.
-        """
+        """N, the visible tokens of each clip; an error if the mask is ragged."""
         if self.cu_seqlens is not None:
             raise checks.bad("num_visible", "a ragged mask", "one whose clips keep equally many tokens (total_visible)")
         return self.keep_idx.shape[1]
@@ -258,28 +244,20 @@ def check_grid(grid: object) -> None:
         raise checks.bad("grid", grid, "(T', H', W') or (L,)")
 
 
-def _stacked(clips: Sequence[Tensor]) -> Tensor:
-    """Bool masks of single clips -> (B, L) or (B, T', H', W')."""
-    for number, clip in enumerate(clips):
-        name = f"clips[{number}]"
+def _masked(name: str, clip: Tensor, first: Tensor, tokens: int) -> Tensor:
+    """(L,) bool, True = masked, of a clip's visible indices or of its bool mask, whichever ``first`` is."""
+    checks.same_device("clips[0]", first.device, **{name: clip})
+    if first.dtype == torch.bool:
         checks.tensor(name, clip, None, (torch.bool,), "(L,) or (T', H', W'), a bool mask like clips[0]")
         if clip.ndim not in (1, 3):
             raise checks.bad(name, f"shape {tuple(clip.shape)}", "(L,) or (T', H', W')")
-        checks.size(name, clip, clips[0].shape, "the shape of clips[0]")
-        checks.same_device("clips[0]", clips[0].device, **{name: clip})
-    return torch.stack(list(clips))
-
-
-def _masked(clips: Sequence[Tensor], tokens: int) -> Tensor:
-    """Visible indices of single clips -> (B, L) bool, True = masked."""
-    masked = torch.ones(len(clips), tokens, dtype=torch.bool, device=clips[0].device if clips else None)
-    for number, clip in enumerate(clips):
-        name = f"clips[{number}]"
-        checks.tensor(name, clip, 1, checks.INDICES, "(visible tokens,), indices like clips[0]")
-        checks.same_device("clips[0]", masked.device, **{name: clip})
-        if not 0 < len(clip) <= tokens:
-            raise checks.bad(name, f"{len(clip)} visible tokens", f"from 1 to {tokens}")
-        checks.index_range(name, clip, tokens)
-        checks.unique_rows(name, clip[None])
-        masked[number].scatter_(0, clip.long(), False)
-    return masked
+        checks.size(name, clip, first.shape, "the shape of clips[0]")
+        if clip.numel() != tokens:
+            raise checks.bad("grid", f"one of {tokens} tokens", f"{clip.numel()} tokens, as the masks have")
+        return clip.flatten()
+    checks.tensor(name, clip, 1, checks.INDICES, "(visible tokens,), indices like clips[0]")
+    if len(clip) > tokens:
+        raise checks.bad(name, f"{len(clip)} visible tokens", f"from 1 to {tokens}")
+    checks.index_range(name, clip, tokens)
+    checks.unique_rows(name, clip[None])
+    return torch.ones(tokens, dtype=torch.bool, device=clip.device).scatter(0, clip.long(), False)

@@ -163,20 +163,9 @@ def outputs(
     return torch.empty((), dtype=torch.float32, device=pixels.device)
 
 
-def _launch(
-    name: str,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    clip_idx: Tensor | None,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    *,
-    backward: bool,
-) -> Launch:
-    channels, (t, h, w), count, drop_strides = video.shape[1], patch_size, 1, (*drop_idx.stride(), 0)
+def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
+    pixels, video, drop_idx, clip_idx, (t, h, w), mean, std, normalize = inputs
+    channels, count, drop_strides = video.shape[1], 1, (*drop_idx.stride(), 0)
     if clip_idx is None:
         count, drop_strides = drop_idx.shape[1], drop_idx.stride()
     pixel_stride, copied = rows(pixels)

@@ -205,15 +205,9 @@ def gradients(
     )
 
 
-def backward(
-    grad: Tensor,
-    keep_idx: Tensor,
-    mask_token: Tensor,
-    pos_embed: Tensor,
-    cu_seqlens: Tensor | None,
-    needs: Sequence[bool],
-) -> Run:
-    """All gradients in one pass over grad."""
+def backward(*inputs: Any) -> Run:
+    """All gradients in one pass over grad, for the inputs of `gradients`."""
+    (grad, keep_idx, _, _, cu_seqlens), needs = inputs[:5], inputs[5]
     batch, length, columns = grad.shape
     count, keep_strides, most = _visible(keep_idx, cu_seqlens, length)
     if grad.numel() == 0:
@@ -233,17 +227,15 @@ def backward(
     # One group alone leaves its sums in the gradient itself.
     add_pos = sum_parts(grad, groups, length * columns) if needs[2] and groups > 1 else None
 
-    def run(
-        grad: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        results = gradients(grad, keep_idx, mask_token, pos_embed, cu_seqlens, needs)
+    def run(grad: Tensor, keep_idx: Tensor, *rest: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        results = gradients(grad, keep_idx, *rest, needs)
         grad_visible, grad_mask, grad_pos = results
         device, mask_part, pos_part = grad.device, None, grad_pos
         if add_mask is not None:
             mask_part = torch.empty((groups * tiles, columns), dtype=torch.float32, device=device)
         if add_pos is not None:
             pos_part = torch.empty((groups, length, columns), dtype=torch.float32, device=device)
-        launch(grad, keep_idx, cu_seqlens, grad_visible, mask_part, pos_part)
+        launch(grad, keep_idx, rest[-1], grad_visible, mask_part, pos_part)
         if add_mask is not None:
             add_mask(mask_part, grad_mask)
         if add_pos is not None:

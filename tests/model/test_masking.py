@@ -246,7 +246,7 @@ REFUSED = [
     ("keep_idx", three, i32([[0, 0]]), i32([[1]])), ("drop_idx", three, i32([[0]]), i32([[1], [2]])),
     ("keep_idx", three, i32([[0, 3]]), i32([[1]])), ("drop_idx", three, i32([[0, 1]]), i32([[-1]])),
     ("keep_idx", three, i32([[0]]).long(), i32([[1, 2]])), ("drop_idx", three, i32([[0]]), i32([[1, 2]]).float()),
-    ("keep_idx", three, i32([0]), i32([[1, 2]])), ("grid", three, i32([[0]]), i32([[1]])),
+    ("keep_idx", three, i32([0]), i32([[1, 2]])), ("keep_idx and drop_idx", three, i32([[0]]), i32([[1]])),
     ("grid", TokenMask, i32([[0]]), i32([[1, 2]]), (1, 3)), ("num_visible", partial(from_bool, num_visible=2), HALF),
     ("masked", from_bool, HALF.int()), ("masked", from_bool, HALF[0]), ("masked", from_bool, UNEVEN),
     ("num_visible", partial(from_bool, num_visible=3), HALF.to("meta")),
