@@ -57,15 +57,24 @@ def gather_patch_embed(
     """
     key, run = _plans.find(video, keep_idx, weight, bias, pos_embed, clip_idx, mean, std)
     if run is None:
-        mean, std = _check(video, keep_idx, weight, bias, pos_embed, clip_idx, mean, std)
+        checks.tensor("weight", weight, 5, checks.FLOATS, "(D, C, t, h, w)")
+        columns, channels, t, h, w = weight.shape
+        tokens = check_video("video", video, (t, h, w), channels)
+        check_index("keep_idx", keep_idx, clip_idx, video, "N")
+        checks.tensor("bias", bias, 1, (weight.dtype,), "(D,)")
+        checks.size("bias", bias, (columns,), "(D,)")
+        checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
+        checks.size("pos_embed", pos_embed, (tokens, columns), "(L, D)")
+        others = dict(keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed, clip_idx=clip_idx)
+        checks.same_device("video", video.device, **others)
+        mean, std = check_normalisation(mean, std, channels)
     if checks.may_read(keep_idx):
-        tokens = pos_embed.shape[0]
-        checks.index_range("keep_idx", keep_idx, tokens)
+        checks.index_range("keep_idx", keep_idx, pos_embed.shape[0])
         if clip_idx is None:
             checks.unique_rows("keep_idx", keep_idx)
         else:
             checks.index_range("clip_idx", clip_idx, video.shape[0])
-            checks.unique_rows("keep_idx", (clip_idx.long() * tokens + keep_idx)[None])
+            checks.unique_rows("keep_idx", (clip_idx.long() * pos_embed.shape[0] + keep_idx)[None])
     training = torch.is_grad_enabled()
     if key is not None and training:
         _folded.forget(weight)  # a step may follow
@@ -78,30 +87,6 @@ def gather_patch_embed(
         _plans.keep(key, run)
     out: Tensor = run(video, keep_idx, weight, bias, pos_embed, clip_idx)
     return out
-
-
-def _check(
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    clip_idx: Tensor | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """All but the values of the indices; returns mean and std as tuples."""
-    checks.tensor("weight", weight, 5, checks.FLOATS, "(D, C, t, h, w)")
-    columns, channels, t, h, w = weight.shape
-    tokens = check_video("video", video, (t, h, w), channels)
-    check_index("keep_idx", keep_idx, clip_idx, video, "N")
-    checks.tensor("bias", bias, 1, (weight.dtype,), "(D,)")
-    checks.size("bias", bias, (columns,), "(D,)")
-    checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
-    checks.size("pos_embed", pos_embed, (tokens, columns), "(L, D)")
-    others = dict(keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed, clip_idx=clip_idx)
-    checks.same_device("video", video.device, **others)
-    return check_normalisation(mean, std, channels)
 
 
 def check_index(argument: str, index: Tensor, clip_idx: Tensor | None, video: Tensor, count: str) -> None:

@@ -49,7 +49,23 @@ def masked_patch_loss(
     """
     key, run = _plans.find(pixels, video, drop_idx, clip_idx, patch_size, mean, std, normalize)
     if run is None:
-        mean, std = _check(pixels, video, drop_idx, clip_idx, patch_size, mean, std, normalize)
+        whole = isinstance(patch_size, tuple) and len(patch_size) == 3
+        if not whole or not all(isinstance(step, int) and step > 0 for step in patch_size):
+            raise checks.bad("patch_size", repr(patch_size), "three whole numbers (t, h, w) above 0")
+        t, h, w = patch_size
+        if normalize and t * h * w < 2:
+            raise checks.bad(
+                "patch_size", patch_size, "at least 2 values a channel, or normalize=False: a variance needs two"
+            )
+        checks.tensor("video", video, 5, (torch.uint8, *checks.FLOATS), "(B, C, T, H, W)")
+        channels = video.shape[1]
+        check_video("video", video, patch_size, channels)
+        check_index("drop_idx", drop_idx, clip_idx, video, "M")
+        shape = "(B, M, t*h*w*C)" if clip_idx is None else "(total, t*h*w*C)"
+        checks.tensor("pixels", pixels, drop_idx.ndim + 1, checks.FLOATS, shape)
+        checks.size("pixels", pixels, (*drop_idx.shape, t * h * w * channels), shape)
+        mean, std = check_normalisation(mean, std, channels)
+        checks.same_device("video", video.device, pixels=pixels, drop_idx=drop_idx, clip_idx=clip_idx)
     if checks.may_read(drop_idx):
         t, h, w = patch_size
         checks.index_range("drop_idx", drop_idx, video.shape[2] // t * (video.shape[3] // h) * (video.shape[4] // w))
@@ -64,37 +80,6 @@ def masked_patch_loss(
         run = _plans.keep(key, jit.masked_patch_loss.plan(*tensors, patch_size, mean, std, normalize))
     loss: Tensor = run(pixels, video, drop_idx, clip_idx)
     return loss
-
-
-def _check(
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    clip_idx: Tensor | None,
-    patch_size: tuple[int, int, int],
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    normalize: bool,
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """All but the values of the indices; returns mean and std as tuples."""
-    whole = isinstance(patch_size, tuple) and len(patch_size) == 3
-    if not whole or not all(isinstance(step, int) and step > 0 for step in patch_size):
-        raise checks.bad("patch_size", repr(patch_size), "three whole numbers (t, h, w) above 0")
-    t, h, w = patch_size
-    if normalize and t * h * w < 2:
-        raise checks.bad(
-            "patch_size", patch_size, "at least 2 values a channel, or normalize=False: a variance needs two"
-        )
-    checks.tensor("video", video, 5, (torch.uint8, *checks.FLOATS), "(B, C, T, H, W)")
-    channels = video.shape[1]
-    check_video("video", video, patch_size, channels)
-    check_index("drop_idx", drop_idx, clip_idx, video, "M")
-    shape = "(B, M, t*h*w*C)" if clip_idx is None else "(total, t*h*w*C)"
-    checks.tensor("pixels", pixels, drop_idx.ndim + 1, checks.FLOATS, shape)
-    checks.size("pixels", pixels, (*drop_idx.shape, t * h * w * channels), shape)
-    mean, std = check_normalisation(mean, std, channels)
-    checks.same_device("video", video.device, pixels=pixels, drop_idx=drop_idx, clip_idx=clip_idx)
-    return mean, std
 
 
 def eager_masked_patch_loss(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import check_cell, masked_slots
 from .content import content
 from .kernels import checks
-from .token_mask import TokenMask
+from .token_mask import TokenMask, check_grid
 
 __all__ = ["TokenMask", "cell_running", "content", "frame", "random", "tube"]
 
@@ -164,8 +164,7 @@ def _drawn(
 def _check_batch_and_grid(batch: int, grid: Grid) -> None:
     if not isinstance(batch, int) or batch < 0:
         raise checks.bad("batch", repr(batch), "a whole number, 0 or more")
-    if not isinstance(grid, tuple) or len(grid) != 3 or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise checks.bad("grid", repr(grid), "three whole numbers (T', H', W') above 0")
+    check_grid(grid, (3,))
 
 
 def _check_ratio(ratio: float) -> None:

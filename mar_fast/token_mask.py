@@ -236,12 +236,12 @@ class TokenMask:
         return Segments(self.cu_seqlens, self.max_seqlen, clip_index(self.cu_seqlens, self.keep_idx.shape[0]))
 
 
-def check_grid(grid: object) -> None:
-    """Check that ``grid`` is (T', H', W') or (L,), whole numbers above 0."""
-    if not isinstance(grid, tuple) or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise checks.bad_type("grid", repr(grid), "a tuple (T', H', W') or (L,) of whole numbers above 0")
-    if len(grid) not in (1, 3):
-        raise checks.bad("grid", grid, "(T', H', W') or (L,)")
+def check_grid(grid: object, dimensions: tuple[int, ...] = (1, 3)) -> None:
+    """Check that ``grid`` is (T', H', W'), or (L,) where one dimension is accepted, whole numbers above 0."""
+    sides = grid if isinstance(grid, tuple) else ()
+    if len(sides) not in dimensions or not all(isinstance(side, int) and side > 0 for side in sides):
+        accepted = "(T', H', W') or (L,)" if 1 in dimensions else "(T', H', W')"
+        raise checks.bad("grid", repr(grid), f"a tuple {accepted} of whole numbers above 0")
 
 
 def _masked(name: str, clip: Tensor, first: Tensor, tokens: int) -> Tensor:

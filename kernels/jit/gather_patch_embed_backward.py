@@ -221,7 +221,7 @@ def backward(*inputs: Any) -> Run:
             value if value is None else value.zero_() for value in gradients(*operands, *options, needs)
         ]
     stride, copied = rows(grad)
-    cast, index_copied, clips_copied = grad.dtype != work, scattered(keep_idx), scattered(clip_idx)
+    cast, indices_copied = grad.dtype != work, scattered(keep_idx) or scattered(clip_idx)
     work_stride = grad.shape[-1] if cast else stride
     every_row = tuple(range(grad.ndim - 1))
     of_video = _video_gradient(work_stride, grad, video, keep_idx, weight, work) if needs[0] else None
@@ -239,10 +239,8 @@ def backward(*inputs: Any) -> Run:
         )
         if copied:
             grad = grad.contiguous()
-        if index_copied:
-            keep_idx = keep_idx.contiguous()
-        if clips_copied and clip_idx is not None:
-            clip_idx = clip_idx.contiguous()
+        if indices_copied:
+            keep_idx, clip_idx = keep_idx.contiguous(), None if clip_idx is None else clip_idx.contiguous()
         # Products read the gradient many times.
         rounded = grad.to(work, memory_format=torch.contiguous_format) if cast else grad
         if of_video is not None:
