@@ -155,7 +155,7 @@ def _visible(keep_idx: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[
 
 
 def outputs(
-    visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None = None
+    visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
     """(B, L, D) in visible's dtype."""
     batch = visible.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -159,14 +159,6 @@ def test_linear_classifier_without_final_norm(dtype):
     assert_as_alone(ragged(LENGTHS["mixed"]), video, dtype, classifier="linear", final_norm=False, decoder_depth=0)
 
 
-def test_float64_is_exact():
-    """Not only within the bound: to the last digits, every gradient."""
-    mask, video = ragged(LENGTHS["mixed"]), clips(4, dtype=torch.float64)
-    ours = results(together, build(mar_fast.MAR, torch.float64), video, mask)
-    for name, want in results(alone, build(reference.MAR, torch.float64), video, mask).items():
-        assert relative(ours[name], want) < 1e-12, name
-
-
 @pytest.mark.triton_too
 def test_equal_lengths_are_a_dense_batch():
     """Drop path and dropout too: drawn for the same clips and tokens, in the same order."""
