@@ -104,6 +104,7 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
         for width in (384, 512):
             case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
             yield from (case, _changed(case, ", learnt positions", also=("pos_embed",)))
+        yield _changed(case, ", ragged", _ragged)
         for width in (*(width for width, _ in SIZES.values()), *([4096] if dtype == BF16 else ())):
             case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
             with_scales = partial(_changed, case, ", layer scale and drop path", also=("layer_scale",))
@@ -122,6 +123,17 @@ def _other_layout(o: Operands) -> Operands:
     return dict(video=video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
 
 
+def _ragged(o: Operands) -> Operands:
+    """Rows packed as in a ragged batch, with the clip of each or with the offsets of clips."""
+    index = "drop_idx" if "drop_idx" in o else "keep_idx"
+    clips, count = o[index].shape
+    packed = {name: o[name].flatten(0, 1) for name in (index, "visible", "pixels") if name in o}
+    clip = torch.arange(clips + 1, dtype=torch.int32, device=o[index].device)
+    return packed | (
+        dict(cu_seqlens=clip * count) if "visible" in o else dict(clip_idx=clip[:-1].repeat_interleave(count))
+    )
+
+
 def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
     changes: dict[str, Change] = {
         "": lambda o: {},
@@ -133,6 +145,7 @@ def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
         case = op_cases.masked_patch_loss(device, dtype, CLIPS, VISIBLE)
         for more, change in changes.items():
             yield from (_changed(case, more, change), _changed(case, f"{more}, planar", change, _other_layout))
+        yield _changed(case, ", ragged", _ragged)
 
 
 def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
@@ -143,8 +156,9 @@ def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
     for dtype in FLOATS:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
         yield from (case, _changed(case, ", gradient of the clip", also=("video",)))
+        yield _changed(case, ", ragged", _ragged, also=("video",))
     case = op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)
-    yield _changed(case, "", autocast=True)
+    yield from (_changed(case, "", autocast=True), _changed(case, ", ragged", _ragged, autocast=True))
 
 
 def _attention(device: torch.device) -> Iterator[OpCase]:

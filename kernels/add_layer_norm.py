@@ -29,13 +29,14 @@ def add_layer_norm(
     """``residual + row_scale[:, None, None] * layer_scale * x``, and its LayerNorm: (normed, new residual).
 
     Args:
-        x: (B, N, D), the output of a sub-layer.
-        residual: (B, N, D), the stream that x is added to, or None before there is one: the new residual is then x.
+        x: (B, N, D), or packed (total, D), the output of a sub-layer.
+        residual: Of x's shape, the stream that x is added to, or None before there is one: the new residual is then x.
         weight: (D,), LayerNorm's.
         bias: (D,), LayerNorm's.
         eps: Added to the variance.
         layer_scale: (D,), layer scale (CaiT, arXiv 2103.17239, section 2.1).
-        row_scale: (B,), stochastic depth (arXiv 1603.09382): 0 for a dropped sample, else 1 / keep probability.
+        row_scale: (B,), or (total,) for packed tokens, stochastic depth (arXiv 1603.09382): 0 for a dropped sample, else
+            1 / keep probability.
 
     Returns:
         ``normed`` in the dtype of the next matrix product (autocast's if it is on, else the residual's), and the new
@@ -58,9 +59,12 @@ def add_layer_norm(
 
 
 def _check(x: Tensor, eps: float, **others: Any) -> None:
-    checks.tensor("x", x, 3, checks.FLOATS, "(B, N, D)")
-    shapes = {"residual": "(B, N, D)", "weight": "(D,)", "bias": "(D,)", "layer_scale": "(D,)", "row_scale": "(B,)"}
-    sizes = {"(B, N, D)": x.shape, "(D,)": x.shape[2:], "(B,)": x.shape[:1]}
+    checks.tensor("x", x, None, checks.FLOATS, "(B, N, D) or (total, D)")
+    if x.ndim not in (2, 3):
+        raise checks.bad("x", f"shape {tuple(x.shape)}", "shape (B, N, D) or (total, D)")
+    rows, whole = ("(B,)", "(B, N, D)") if x.ndim == 3 else ("(total,)", "(total, D)")
+    shapes = {"residual": whole, "weight": "(D,)", "bias": "(D,)", "layer_scale": "(D,)", "row_scale": rows}
+    sizes = {whole: x.shape, "(D,)": x.shape[-1:], rows: x.shape[:1]}
     for argument, shape in shapes.items():
         value = others[argument]
         if value is None and argument not in ("weight", "bias"):
@@ -88,7 +92,7 @@ def eager_add_layer_norm(
         if layer_scale is not None:
             x = layer_scale * x
         if row_scale is not None:
-            x = row_scale[:, None, None] * x
+            x = row_scale.view(-1, *[1] * (x.ndim - 1)) * x
         stream = (residual + x).to(residual.dtype)
     # F.layer_norm has float32 statistics, but requires operands of one dtype.
     common = torch.promote_types(stream.dtype, weight.dtype)

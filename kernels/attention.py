@@ -9,6 +9,7 @@ from torch import Tensor
 from . import backends, checks, cpu_attention
 from .device import HAS_TRITON, architecture, attention_backend, without_autocast, working_dtype
 from .plan import Plans, Run
+from .varlen import check_offsets, clip_index
 
 if HAS_TRITON:
     from .jit import attention as jit
@@ -86,7 +87,10 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
             raise checks.bad("max_seqlen", repr(max_seqlen), "a whole number of tokens, 0 or more")
         scale = _check_scale(scale, qkv.shape[-1])
         checks.same_device("qkv", qkv.device, cu_seqlens=cu_seqlens)
-    _check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    if checks.may_read(cu_seqlens):
+        longest = max(check_offsets("cu_seqlens", cu_seqlens, qkv.shape[0]).tolist(), default=0)
+        if longest > max_seqlen:
+            raise checks.bad("max_seqlen", max_seqlen, f"at least {longest}, the longest sequence")
     if run is None:
         assert scale is not None
         dtype = working_dtype(qkv, qkv.dtype)
@@ -126,18 +130,6 @@ def _in(dtype: torch.dtype, qkv: Tensor, plan: Run) -> Run:
     return plan if dtype == qkv.dtype else lambda qkv, *rest: plan(qkv.to(dtype), *rest)
 
 
-def _check_offsets(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    if not checks.may_read(cu_seqlens):
-        return
-    lengths = cu_seqlens.diff()
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != total or bool((lengths < 0).any()):
-        raise checks.bad("cu_seqlens", f"offsets from {first} to {last}", f"rising offsets from 0 to total = {total}")
-    longest = int(torch.max(lengths)) if lengths.numel() else 0
-    if longest > max_seqlen:
-        raise checks.bad("max_seqlen", max_seqlen, f"at least {longest}, the longest sequence")
-
-
 def eager_attention(qkv: Tensor, scale: float) -> Tensor:
     """`attention` in plain PyTorch."""
     dtype = working_dtype(qkv, qkv.dtype)
@@ -168,6 +160,5 @@ def eager_attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, sca
     # A row without any key would be NaN, and so would its gradient: slot 0 is always a key. Padded rows are not read.
     is_key = (slot < lengths) | (slot == 0)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None], scale=scale)
-    token = torch.arange(total, device=device)
-    clip = torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)
-    return out.transpose(1, 2)[clip, token - cu_seqlens[clip]].flatten(1)
+    clip = clip_index(cu_seqlens, total)
+    return out.transpose(1, 2)[clip, torch.arange(total, device=device) - cu_seqlens[clip]].flatten(1)

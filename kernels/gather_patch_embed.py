@@ -24,11 +24,12 @@ def gather_patch_embed(
     weight: Tensor,
     bias: Tensor,
     pos_embed: Tensor,
+    clip_idx: Tensor | None = None,
     *,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Embed the visible tubelets of a clip; no other pixel is read (MAR, arXiv 2207.11660, section 3.1).
+    """Embed the visible tubelets of clips; no other pixel is read (MAR, arXiv 2207.11660, section 3.1).
 
     Equal to a convolution of stride and kernel (t, h, w) over the normalised clip, plus position, at ``keep_idx``.
 
@@ -38,62 +39,66 @@ def gather_patch_embed(
             bytes, or of what divides such a line; otherwise they copy it first, dropped pixels too. uint8 is divided
             by 255 and, where mean and std are given, normalised with them in float32; floating point counts as
             already normalised.
-        keep_idx: (B, N) int32 or int64, flat indices into the grid (T/t, H/h, W/w), in any order, in each row unique.
+        keep_idx: (B, N) int32 or int64, flat indices into the grid (T/t, H/h, W/w), in any order, unique in each clip;
+            (total,) where clips keep different numbers of tubelets.
         weight: (D, C, t, h, w), the convolution's.
         bias: (D,), of the weight's dtype.
         pos_embed: (L, D), added in float32.
+        clip_idx: (total,) int32 or int64, the clip of each tubelet in a ``keep_idx`` of that shape; None for (B, N).
         mean: one number a channel, for pixels in [0, 1].
         std: one number a channel, with mean.
 
     Returns:
-        (B, N, D) in the weight's dtype, also under autocast, where the product works in autocast's dtype. Gradients
-        flow to weight, bias, pos_embed and a floating-point video.
+        (B, N, D) or (total, D) in the weight's dtype, also under autocast, where the product works in autocast's
+        dtype. Gradients flow to weight, bias, pos_embed and a floating-point video.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
     """
-    key, run = _plans.find(video, keep_idx, weight, bias, pos_embed, mean, std)
+    key, run = _plans.find(video, keep_idx, weight, bias, pos_embed, clip_idx, mean, std)
     if run is None:
-        mean, std = _check(video, keep_idx, weight, bias, pos_embed, mean, std)
+        checks.tensor("weight", weight, 5, checks.FLOATS, "(D, C, t, h, w)")
+        columns, channels, t, h, w = weight.shape
+        tokens = check_video("video", video, (t, h, w), channels)
+        check_index("keep_idx", keep_idx, clip_idx, video, "N")
+        checks.tensor("bias", bias, 1, (weight.dtype,), "(D,)")
+        checks.size("bias", bias, (columns,), "(D,)")
+        checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
+        checks.size("pos_embed", pos_embed, (tokens, columns), "(L, D)")
+        others = dict(keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed, clip_idx=clip_idx)
+        checks.same_device("video", video.device, **others)
+        mean, std = check_normalisation(mean, std, channels)
     if checks.may_read(keep_idx):
         checks.index_range("keep_idx", keep_idx, pos_embed.shape[0])
-        checks.unique_rows("keep_idx", keep_idx)
+        if clip_idx is None:
+            checks.unique_rows("keep_idx", keep_idx)
+        else:
+            checks.index_range("clip_idx", clip_idx, video.shape[0])
+            checks.unique_rows("keep_idx", (clip_idx.long() * pos_embed.shape[0] + keep_idx)[None])
     training = torch.is_grad_enabled()
     if key is not None and training:
         _folded.forget(weight)  # a step may follow
     if run is None:
         if not (takes_triton("gather_patch_embed", weight) and takes_triton("gather_patch_embed", video)):
-            return eager_gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std)
-        inputs = (video, keep_idx, weight, bias, pos_embed, mean, std, working_dtype(weight, weight.dtype))
+            return eager_gather_patch_embed(video, keep_idx, weight, bias, pos_embed, clip_idx, mean, std)
+        inputs = (video, keep_idx, weight, bias, pos_embed, clip_idx, mean, std, working_dtype(weight, weight.dtype))
         keeping = key is not None and not training
         run = jit.forward(*inputs, kept=_folded) if keeping else jit.gather_patch_embed.plan(*inputs)
         _plans.keep(key, run)
-    out: Tensor = run(video, keep_idx, weight, bias, pos_embed)
+    out: Tensor = run(video, keep_idx, weight, bias, pos_embed, clip_idx)
     return out
 
 
-def _check(
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """All but the values of the indices; returns mean and std as tuples."""
-    checks.tensor("weight", weight, 5, checks.FLOATS, "(D, C, t, h, w)")
-    columns, channels, t, h, w = weight.shape
-    tokens = check_video("video", video, (t, h, w), channels)
-    checks.tensor("keep_idx", keep_idx, 2, checks.INDICES, "(B, N)")
-    if keep_idx.shape[0] != video.shape[0]:
-        raise checks.bad("keep_idx", f"{keep_idx.shape[0]} rows", f"{video.shape[0]}, one for each clip of video")
-    checks.tensor("bias", bias, 1, (weight.dtype,), "(D,)")
-    checks.size("bias", bias, (columns,), "(D,)")
-    checks.tensor("pos_embed", pos_embed, 2, checks.FLOATS, "(L, D)")
-    checks.size("pos_embed", pos_embed, (tokens, columns), "(L, D)")
-    checks.same_device("video", video.device, keep_idx=keep_idx, weight=weight, bias=bias, pos_embed=pos_embed)
-    return check_normalisation(mean, std, channels)
+def check_index(argument: str, index: Tensor, clip_idx: Tensor | None, video: Tensor, count: str) -> None:
+    """Check the shapes of flat indices: a row for each clip of video, or packed with the clip of each in clip_idx."""
+    if clip_idx is None:
+        checks.tensor(argument, index, 2, checks.INDICES, f"(B, {count}), or (total,) with clip_idx")
+        if index.shape[0] != video.shape[0]:
+            raise checks.bad(argument, f"{index.shape[0]} rows", f"{video.shape[0]}, one for each clip of video")
+    else:
+        checks.tensor(argument, index, 1, checks.INDICES, "(total,), since clip_idx is given")
+        checks.tensor("clip_idx", clip_idx, 1, checks.INDICES, "(total,)")
+        checks.size("clip_idx", clip_idx, index.shape, f"{argument}'s (total,)")
 
 
 def check_video(argument: str, video: Tensor, patch_size: Triple, channels: int) -> int:
@@ -138,11 +143,14 @@ def tubelets(video: Tensor, patch_size: Triple) -> Tensor:
     return grid.permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def gather_tubelets(video: Tensor, index: Tensor, patch_size: Triple) -> Tensor:
-    """(B, C, T, H, W), (B, N) -> (B, N, C, t, h, w): only the pixels of the indexed tubelets are read."""
+def gather_tubelets(video: Tensor, index: Tensor, patch_size: Triple, clip_idx: Tensor | None = None) -> Tensor:
+    """(B, C, T, H, W), (B, N) -> (B, N, C, t, h, w): only the pixels of the indexed tubelets are read.
+
+    With ``clip_idx`` (total,) and an index (total,) the result is (total, C, t, h, w).
+    """
     grid = tubelets(video, patch_size)
     rows, columns = grid.shape[2:4]
-    clip = torch.arange(video.shape[0], device=video.device)[:, None]
+    clip = torch.arange(video.shape[0], device=video.device)[:, None] if clip_idx is None else clip_idx
     return grid[clip, index // (rows * columns), index // columns % rows, index % columns]
 
 
@@ -152,17 +160,18 @@ def eager_gather_patch_embed(
     weight: Tensor,
     bias: Tensor,
     pos_embed: Tensor,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    clip_idx: Tensor | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> Tensor:
     """What `gather_patch_embed` means, in plain PyTorch."""
     t, h, w = weight.shape[2:]
-    patches = gather_tubelets(video, keep_idx, (t, h, w))  # (B, N, C, t, h, w)
+    patches = gather_tubelets(video, keep_idx, (t, h, w), clip_idx)  # (B, N, C, t, h, w) or (total, C, t, h, w)
     if video.dtype == torch.uint8:
         patches = patches.float() / 255
         if mean is not None and std is not None:
             centre, spread = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (mean, std))
             patches = (patches - centre) / spread
-    patches = patches.flatten(2).to(weight.dtype)
+    patches = patches.flatten(-4).to(weight.dtype)
     # Embedding and position are added in float32 at least, whatever the dtype of the weights.
     return (F.linear(patches, weight.flatten(1), bias) + pos_embed[keep_idx]).to(weight.dtype)

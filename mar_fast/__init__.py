@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .kernels import debug_checks
     from .masking import TokenMask
     from .model import MAR, MAROutput, create_model, mar_loss
-    from .ragged import RaggedMask
 
 # Imported on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
 _NAMES = {
@@ -25,7 +24,6 @@ _NAMES = {
     "kernels": ("debug_checks",),
     "masking": ("TokenMask",),
     "model": ("MAR", "MAROutput", "create_model", "mar_loss"),
-    "ragged": ("RaggedMask",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("checkpoint", "cost", "data", "eval", "kernels", "masking", "reference")
@@ -36,7 +34,6 @@ __all__ = [
     "LoadReport",
     "MARConfig",
     "MAROutput",
-    "RaggedMask",
     "TokenMask",
     "accelerate",
     "checkpoint",

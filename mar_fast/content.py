@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .kernels import checks
-from .ragged import RaggedMask
+from .token_mask import TokenMask, check_grid
 
 
 def content(
@@ -15,7 +15,7 @@ def content(
     *,
     budget: float | None = None,
     threshold: float | None = None,
-) -> RaggedMask:
+) -> TokenMask:
     """Keep the tubelets that change most: up to a share of the whole batch, or from a threshold on.
 
     The change of a tubelet is the mean absolute difference of its frames to the frame before each, over its pixels and
@@ -41,8 +41,7 @@ def content(
     Raises:
         ValueError, TypeError: an argument does not fit, or a floating-point clip is not finite.
     """
-    if not isinstance(grid, tuple) or len(grid) != 3 or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise checks.bad("grid", repr(grid), "three whole numbers (T', H', W') above 0")
+    check_grid(grid, (3,))
     if (budget is None) == (threshold is None):
         raise checks.bad("budget and threshold", f"budget={budget}, threshold={threshold}", "one of them")
     if budget is not None and (not isinstance(budget, int | float) or not 0 < budget <= 1):
@@ -58,7 +57,7 @@ def content(
     else:
         assert threshold is not None
         visible = (change.double() >= threshold * unit) | best
-    return RaggedMask.from_clips((~visible).view(batch, *grid), grid)
+    return TokenMask.ragged((~visible).view(batch, *grid), grid)
 
 
 def _change(video: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, float]:

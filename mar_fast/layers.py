@@ -1,6 +1,7 @@
 """What encoder, decoder and classifier are made of: constants, attention, MLP and the block, on the ops of kernels/.
 
-In comments: B clips, L tokens in the grid, N visible, M dropped, D width.
+In comments: B clips, L tokens in the grid, N visible, M dropped, D channels of a token. Where clips keep different
+numbers of tokens these are packed, (total, D) and not (B, N, D), and `Segments` say where clips begin and end.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
 from .kernels.derived import Derived
-from .packed import Segments
+from .token_mask import Segments
 
 
 class Constant(nn.Module):
@@ -32,26 +33,26 @@ class Constant(nn.Module):
         return self
 
 
-def sinusoid_table(tokens: int, width: int) -> Tensor:
+def sinusoid_table(tokens: int, dim: int) -> Tensor:
     """(L, D) float32: angle(p, i) = p / 10000 ** (2 * (i // 2) / D), even columns sin, odd cos; from float64."""
     position = torch.arange(tokens, dtype=torch.float64)[:, None]
-    column = torch.arange(width)
-    angle = position / 10000.0 ** (2 * (column // 2).double() / width)
+    column = torch.arange(dim)
+    angle = position / 10000.0 ** (2 * (column // 2).double() / dim)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def position_table(grid: tuple[int, int, int], made_for: tuple[int, int, int] | None, width: int) -> Tensor:
+def position_table(grid: tuple[int, int, int], made_for: tuple[int, int, int] | None, dim: int) -> Tensor:
     """(L, D) float32: the sinusoid table of ``grid``, or that of ``made_for`` interpolated trilinearly to ``grid``.
 
-    Between the centres of tubelets, as F.interpolate without align_corners; beyond the outermost ones the table goes on
-    as it is there. The interpolation is done in float64.
+    As F.interpolate does it without align_corners: between the centres of tubelets, and beyond the outermost centres
+    the table is constant. The interpolation is done in float64.
     """
     if made_for is None or made_for == grid:
-        return sinusoid_table(math.prod(grid), width)
-    table = sinusoid_table(math.prod(made_for), width).double()
-    volume = table.T.reshape(1, width, *made_for)
+        return sinusoid_table(math.prod(grid), dim)
+    table = sinusoid_table(math.prod(made_for), dim).double()
+    volume = table.T.reshape(1, dim, *made_for)
     resized = F.interpolate(volume, size=grid, mode="trilinear", align_corners=False)
-    return resized.reshape(width, -1).T.contiguous().float()
+    return resized.reshape(dim, -1).T.contiguous().float()
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -63,44 +64,44 @@ def attend(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    heads: int,
+    num_heads: int,
     scale: float | None = None,
     segments: Segments | None = None,
 ) -> Tensor:
-    """Self-attention before its last projection: x (B, N, D), packed qkv weight (3 * D, D), bias (3 * D,).
+    """Self-attention before its last projection: x (B, N, D), qkv weight (3 * D, D), bias (3 * D,) -> (B, N, D).
 
-    Packed tokens (total, 1, D) attend within their ``segments``.
+    Packed tokens (total, D) attend to those of their own clip.
     """
-    qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1))
+    qkv = F.linear(x, weight, bias).unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d) or (total, 3, H, d)
     if segments is None:
         return attention(qkv, scale=scale)
-    return attention_varlen(qkv.flatten(0, 1), segments.cu_seqlens, segments.max_seqlen, scale=scale)[:, None]
+    return attention_varlen(qkv, segments.cu_seqlens, segments.max_seqlen, scale=scale)
 
 
 def attend_rows(
-    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, heads: int, scale: float | None = None
+    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, scale: float | None = None
 ) -> Tensor:
     """The same with keys and values from all tokens x (B, L, D), and queries only from ``rows`` (B, M, D)."""
-    width = weight.shape[0] // 3
-    query_bias, key_value_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    query = F.linear(rows, weight[:width], query_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-    key_value = F.linear(x, weight[width:], key_value_bias).unflatten(-1, (2, heads, -1))
-    key, value = (part.transpose(1, 2) for part in key_value.unbind(2))
+    dim = weight.shape[0] // 3
+    query_bias, key_value_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
+    query = F.linear(rows, weight[:dim], query_bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, M, d)
+    key_value = F.linear(x, weight[dim:], key_value_bias).unflatten(-1, (2, num_heads, -1))  # (B, L, 2, H, d)
+    key, value = (part.transpose(1, 2) for part in key_value.unbind(2))  # (B, H, L, d)
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention. The qkv bias is (q_bias, 0, v_bias), or a full one with ``key_bias``."""
 
-    def __init__(self, width: int, heads: int, key_bias: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, key_bias: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
-        self.q_bias = None if key_bias else nn.Parameter(torch.zeros(width))
-        self.v_bias = None if key_bias else nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
-        # Zeros that are there already: packing is one launch then.
-        self.k_bias = None if key_bias else Constant(partial(torch.zeros, width))
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=key_bias)
+        self.q_bias = None if key_bias else nn.Parameter(torch.zeros(dim))
+        self.v_bias = None if key_bias else nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        # Zeros made in advance, so that the three biases are joined by one launch.
+        self.k_bias = None if key_bias else Constant(partial(torch.zeros, dim))
         self._packed = Derived()
 
     def qkv_bias(self) -> Tensor:
@@ -113,33 +114,33 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); packed tokens (total, 1, D) attend within their ``segments``."""
-        return self.proj(attend(x, self.qkv.weight, self.qkv_bias(), self.heads, segments=segments))
+        """(B, N, D) -> (B, N, D), or packed (total, D) -> (total, D)."""
+        return self.proj(attend(x, self.qkv.weight, self.qkv_bias(), self.num_heads, segments=segments))
 
     def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Keys and values from all tokens x (B, L, D), queries only from ``rows`` (B, M, D) -> (B, M, D)."""
-        return self.proj(attend_rows(x, rows, self.qkv.weight, self.qkv_bias(), self.heads))
+        return self.proj(attend_rows(x, rows, self.qkv.weight, self.qkv_bias(), self.num_heads))
 
 
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        x = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        """(..., D) -> (..., D)."""
+        x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
         if not (self.training and self.dropout):
             return self.fc2(x)
         return F.dropout(self.fc2(F.dropout(x, self.dropout)), self.dropout)
 
 
-# What goes from block to block: x, the output of the last sub-layer; the residual that it is added to, None before the
-# first one; and the drop path's scale of x, (B,). The sum is left to the next norm, which does both in one pass.
+# What goes from block to block: x, the output of the last sub-layer; the residual that it is still to be added to, None
+# before the first block; and drop path's scale of x, (B,) or (total,). The next norm adds and normalises in one pass.
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -148,28 +149,28 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
+        dim: int,
+        num_heads: int,
         mlp_ratio: float,
         eps: float,
         *,
-        drop_path: float = 0.0,
+        drop_path_rate: float = 0.0,
         dropout: float = 0.0,
         key_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, key_bias)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, round(width * mlp_ratio), dropout)
-        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, key_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), dropout)
+        self.drop_path_rate = drop_path_rate
         self.dropout = dropout
 
     def row_scale(self, x: Tensor, segments: Segments | None = None) -> Tensor | None:
-        """(B,) 0 for the samples whose x is dropped, 1 / keep probability for the others; (total,) if packed."""
-        if not self.training or not self.drop_path:
+        """(B,) 0 for clips whose x is dropped, 1 / keep probability for the others; (total,) if packed."""
+        if not self.training or not self.drop_path_rate:
             return None
-        keep, batch = 1 - self.drop_path, x.shape[0] if segments is None else segments.batch
+        keep, batch = 1 - self.drop_path_rate, len(x) if segments is None else len(segments.cu_seqlens) - 1
         scale = torch.empty(batch, dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
         return scale if segments is None else scale.index_select(0, segments.clip_idx)
 
@@ -181,7 +182,7 @@ class Block(nn.Module):
         rows: Tensor | None = None,
         segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One block of the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
+        """One block on the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
         y, residual = norm(self.norm1, x, residual, row_scale)
         if rows is None:
             x = self.attn(y, segments)
@@ -207,10 +208,7 @@ def run_blocks(
     last_rows: Tensor | None = None,
     segments: Segments | None = None,
 ) -> Stream:
-    """x (B, N, D) through all blocks; the last one gives only ``last_rows`` (B, M), where they are given.
-
-    With ``segments`` x is packed, (total, 1, D).
-    """
+    """x (B, N, D), or packed (total, D), through all blocks; the last one gives only ``last_rows`` (B, M) if given."""
     stream: Stream = (x, None, None)
     for number, block in enumerate(blocks, 1):
         rows = last_rows if number == len(blocks) else None
@@ -219,3 +217,12 @@ def run_blocks(
         else:
             stream = block(*stream, rows, segments)
     return stream
+
+
+def mean_of_tokens(x: Tensor, segments: Segments | None) -> Tensor:
+    """(B, N, D), or packed (total, D) -> (B, D): packed tokens are summed in float32 at least, in a fixed order."""
+    if segments is None:
+        return x.mean(1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = torch.segment_reduce(wide, "sum", offsets=segments.cu_seqlens, axis=0, unsafe=True)
+    return total / segments.cu_seqlens.diff()[:, None]

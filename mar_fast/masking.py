@@ -1,12 +1,10 @@
-"""Which tubelets stay visible: TokenMask, cell running masking and the masks that users compare it with.
+"""Masks: cell running masking, and those that users compare it with.
 
 Nothing here waits for the device or makes a shape depend on data: the number of visible tokens follows from the ratio.
 (`content`, whose mask does depend on data, has a file of its own.)
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,110 +13,11 @@ from torch import Tensor
 from .config import check_cell, masked_slots
 from .content import content
 from .kernels import checks
-from .ragged import RaggedMask
+from .token_mask import TokenMask, check_grid
 
-__all__ = ["RaggedMask", "TokenMask", "cell_running", "content", "frame", "random", "tube"]
+__all__ = ["TokenMask", "cell_running", "content", "frame", "random", "tube"]
 
 Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenMask:
-    """The visible and the dropped tokens of a batch of clips, each row sorted.
-
-    Attributes:
-        keep_idx: (B, N) int32, flat indices t * H' * W' + y * W' + x of the visible tokens.
-        drop_idx: (B, L - N) int32, all others.
-        grid: (T', H', W'), or (L,) where only the flat form was known.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes do not fit; on a CPU also if the two are not a partition of the grid.
-    """
-
-    keep_idx: Tensor
-    drop_idx: Tensor
-    grid: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.grid, tuple) or not all(isinstance(side, int) for side in self.grid):
-            raise checks.bad_type("grid", repr(self.grid), "a tuple (T', H', W') or (L,)")
-        for name in ("keep_idx", "drop_idx"):
-            checks.tensor(name, getattr(self, name), 2, (torch.int32,), "(batch, tokens)")
-        if self.keep_idx.shape[0] != self.drop_idx.shape[0]:
-            raise checks.bad("drop_idx", f"{self.drop_idx.shape[0]} rows", f"{self.keep_idx.shape[0]}, as keep_idx has")
-        tokens = self.keep_idx.shape[1] + self.drop_idx.shape[1]
-        if len(self.grid) not in (1, 3) or math.prod(self.grid) != tokens:
-            raise checks.bad(
-                "grid", self.grid, f"(T', H', W') or (L,) with {tokens} tokens, keep_idx and drop_idx together"
-            )
-        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx)
-        for name in ("keep_idx", "drop_idx"):
-            checks.index_range(name, getattr(self, name), tokens)
-            checks.strictly_ascending(name, getattr(self, name))
-        if checks.may_read(self.keep_idx) and self.drop_idx.numel():
-            both = torch.cat((self.keep_idx, self.drop_idx), 1).sort(1).values
-            checks.strictly_ascending("keep_idx and drop_idx together", both)
-
-    @classmethod
-    def from_bool_masked(cls, masked: Tensor, *, num_visible: int | None = None) -> "TokenMask":
-        """From a bool mask, **True = masked**, as in VideoMAE and Hugging Face.
-
-        Args:
-            masked: (B, L) or (B, T', H', W') bool.
-            num_visible: Visible tokens of every clip. None reads them from the mask, which waits for the device.
-
-        Raises:
-            ValueError, TypeError: a wrong shape or dtype, clips with unequal counts, or a count other than given.
-        """
-        if not isinstance(masked, Tensor) or masked.dtype != torch.bool:
-            got = masked.dtype if isinstance(masked, Tensor) else type(masked).__name__
-            raise checks.bad_type("masked", got, "a bool tensor, True = masked")
-        if masked.ndim not in (2, 4):
-            raise checks.bad("masked", f"shape {tuple(masked.shape)}", "(B, L) or (B, T', H', W')")
-        flat = masked.flatten(1)
-        tokens = flat.shape[1]
-        if num_visible is None or checks.may_read(flat):
-            counts = (~flat).sum(1).unique().tolist()
-            if len(counts) > 1:
-                raise checks.bad("masked", f"clips with {counts} visible tokens", "the same number in every clip")
-            if num_visible is None:
-                num_visible = counts[0] if counts else tokens
-            elif counts and counts[0] != num_visible:
-                raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
-        if not isinstance(num_visible, int) or not 0 <= num_visible <= tokens:
-            raise checks.bad("num_visible", repr(num_visible), f"a whole number from 0 to {tokens}")
-        # A stable sort of the bools puts visible tokens first and leaves both groups in ascending order.
-        order = flat.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)
-        return cls(order[:, :num_visible], order[:, num_visible:], tuple(masked.shape[1:]))
-
-    @staticmethod
-    def ragged(clips: Sequence[Tensor] | Tensor, grid: tuple[int, ...] | None = None) -> RaggedMask:
-        """A mask in which each clip keeps its own number of tokens: see `RaggedMask.from_clips`."""
-        return RaggedMask.from_clips(clips, grid)
-
-    def bool_masked(self) -> Tensor:
-        """(B, L) bool, True = masked."""
-        masked = torch.ones(self.batch, self.num_tokens, dtype=torch.bool, device=self.keep_idx.device)
-        return masked.scatter(1, self.keep_idx.long(), False)
-
-    def to(self, device: torch.device | str) -> "TokenMask":
-        """The same mask on another device."""
-        return TokenMask(self.keep_idx.to(device), self.drop_idx.to(device), self.grid)
-
-    @property
-    def batch(self) -> int:
-        """B, the number of clips."""
-        return self.keep_idx.shape[0]
-
-    @property
-    def num_visible(self) -> int:
-        """N, the visible tokens of each clip."""
-        return self.keep_idx.shape[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """L, all tokens of each clip."""
-        return self.keep_idx.shape[1] + self.drop_idx.shape[1]
 
 
 def cell_running(
@@ -134,7 +33,7 @@ def cell_running(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> TokenMask:
-    """Cell running masking (MAR, arXiv 2207.11660, section 3.2): every place is seen in turn.
+    """Cell running masking (MAR, arXiv 2207.11660, section 3.2): every position is seen in turn.
 
     A cell of S slots masks a run of d = ratio * S slots, which moves by one slot with every step in time:
     ``masked(t, s) = ((s - direction * t - phase) mod S) < d``. Slots are numbered (t, y, x) within the cell; for a
@@ -170,17 +69,17 @@ def cell_running(
     _check_ratio(ratio)
     slots, masked_count = math.prod(cell), masked_slots("ratio", ratio, cell)
     steps, rows, columns = (extent // side for extent, side in zip(grid, cell, strict=True))
-    places = rows * columns
+    cells = rows * columns  # in space
     device = _device(device, generator)
 
     if phase is None:
-        shape = (batch, 1 if spatial_repeat else places)
+        shape = (batch, 1 if spatial_repeat else cells)
         phase = _to(torch.randint(slots, shape, **_source(generator, device)), device)
     elif isinstance(phase, Tensor):
         counts = phase.dtype != torch.bool and not phase.is_floating_point() and not phase.is_complex()
-        if not counts or tuple(phase.shape) not in ((batch,), (batch, places)):
+        if not counts or tuple(phase.shape) not in ((batch,), (batch, cells)):
             got = f"{phase.dtype} of shape {tuple(phase.shape)}"
-            raise checks.bad("phase", got, f"a number or integers of shape ({batch},) or ({batch}, {places})")
+            raise checks.bad("phase", got, f"a number or integers of shape ({batch},) or ({batch}, {cells})")
         phase = _to((phase[:, None] if phase.ndim == 1 else phase) % slots, device)
     elif isinstance(phase, int) and not isinstance(phase, bool):
         phase = torch.full((batch, 1), phase % slots, device=device)
@@ -191,11 +90,11 @@ def cell_running(
     if temporal_shuffle:
         step = _to(torch.rand(batch, steps, **_source(generator, device)), device).argsort(1)
     slot = torch.arange(slots, device=device)
-    # (B, steps, places or 1, slots)
+    # (B, steps, cells or 1, slots)
     run = (slot - direction * step[:, :, None, None] - phase[:, None, :, None]) % slots
-    masked = (run < masked_count).expand(batch, steps, places, slots)
+    masked = (run < masked_count).expand(batch, steps, cells, slots)
     masked = masked.reshape(batch, steps, rows, columns, *cell).permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, *grid)
-    return _partition(masked, math.prod(grid) // slots * (slots - masked_count))
+    return TokenMask.from_bool_masked(masked, num_visible=math.prod(grid) // slots * (slots - masked_count))
 
 
 def random(
@@ -206,14 +105,11 @@ def random(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> TokenMask:
-    """Tokens masked independently of place and time, floor(ratio * L) of them in every clip (MAE, arXiv 2111.06377).
+    """Tokens masked independently of each other, floor(ratio * L) of them in every clip (MAE, arXiv 2111.06377).
 
     Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    _check_batch_and_grid(batch, grid)
-    tokens = math.prod(grid)
-    masked = _draw(batch, tokens, _masked_count(tokens, ratio), generator, device)
-    return _partition(masked.reshape(batch, *grid), tokens - _masked_count(tokens, ratio))
+    return _drawn(batch, grid, (0, 1, 2), ratio, generator, device)
 
 
 def tube(
@@ -226,13 +122,9 @@ def tube(
 ) -> TokenMask:
     """One random mask in space, the same at all times (VideoMAE, arXiv 2203.12602, section 3.3).
 
-    floor(ratio * H' * W') places are masked. Arguments and errors as in `cell_running`; any ratio in [0, 1).
+    floor(ratio * H' * W') positions are masked. Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    _check_batch_and_grid(batch, grid)
-    places = grid[1] * grid[2]
-    count = _masked_count(places, ratio)
-    masked = _draw(batch, places, count, generator, device).reshape(batch, 1, grid[1], grid[2])
-    return _partition(masked.expand(batch, *grid), grid[0] * (places - count))
+    return _drawn(batch, grid, (1, 2), ratio, generator, device)
 
 
 def frame(
@@ -247,17 +139,32 @@ def frame(
 
     Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
+    return _drawn(batch, grid, (0,), ratio, generator, device)
+
+
+def _drawn(
+    batch: int,
+    grid: Grid,
+    axes: tuple[int, ...],
+    ratio: float,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> TokenMask:
+    """Masks drawn over these axes of the grid, all choices equally likely, and repeated along the others."""
     _check_batch_and_grid(batch, grid)
-    count = _masked_count(grid[0], ratio)
-    masked = _draw(batch, grid[0], count, generator, device).reshape(batch, grid[0], 1, 1)
-    return _partition(masked.expand(batch, *grid), (grid[0] - count) * grid[1] * grid[2])
+    shape = [side if axis in axes else 1 for axis, side in enumerate(grid)]
+    total = math.prod(shape)
+    count = _masked_count(total, ratio)
+    target = _device(device, generator)
+    noise = torch.rand(batch, total, **_source(generator, target))
+    masked = _to(noise.argsort(1) < count, target).view(batch, *shape).expand(batch, *grid)
+    return TokenMask.from_bool_masked(masked, num_visible=math.prod(grid) // total * (total - count))
 
 
 def _check_batch_and_grid(batch: int, grid: Grid) -> None:
     if not isinstance(batch, int) or batch < 0:
         raise checks.bad("batch", repr(batch), "a whole number, 0 or more")
-    if not isinstance(grid, tuple) or len(grid) != 3 or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise checks.bad("grid", repr(grid), "three whole numbers (T', H', W') above 0")
+    check_grid(grid, (3,))
 
 
 def _check_ratio(ratio: float) -> None:
@@ -287,16 +194,3 @@ def _source(generator: torch.Generator | None, device: torch.device) -> dict[str
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     # To a GPU without waiting; to the CPU a copy that is not waited for could be read too early.
     return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def _draw(
-    batch: int, total: int, count: int, generator: torch.Generator | None, device: torch.device | str | None
-) -> Tensor:
-    """(B, total) bool with ``count`` True in every row, all choices equally likely."""
-    target = _device(device, generator)
-    noise = torch.rand(batch, total, **_source(generator, target))
-    return _to(noise.argsort(1) < count, target)
-
-
-def _partition(masked: Tensor, num_visible: int) -> TokenMask:
-    return TokenMask.from_bool_masked(masked, num_visible=num_visible)

@@ -4,7 +4,10 @@ Only what is needed is computed: no dropped tubelet is embedded, and the pixel h
 and its MLP run on dropped tokens only. The numbers are those of `mar_fast.reference`.
 
 Parameters carry VideoMAE's pre-training names (``encoder.*``, ``decoder.*``, ``mask_token``, ``encoder_to_decoder``),
-plus ``classifier.*``. In comments: B clips, L tokens in the grid, N visible, M = L - N dropped, D width.
+plus ``classifier.*``. In comments: B clips, L tokens in the grid, N visible, M = L - N dropped, D channels of a token.
+
+One forward serves equal and ragged masks. With a ragged one tokens are packed, (total, D) and not (B, N, D), and
+`Segments` say where each clip begins and ends; they are None for an equal mask.
 """
 
 from functools import partial
@@ -16,10 +19,9 @@ from torch import Tensor, nn
 
 from .config import MARConfig, named_config
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from .layers import Attention, Block, Constant, norm, position_table, run_blocks
-from .masking import TokenMask, cell_running
-from .packed import OneClip, Segments, segment_mean
-from .ragged import RaggedMask
+from .layers import Attention, Block, Constant, mean_of_tokens, norm, position_table, run_blocks
+from .masking import cell_running
+from .token_mask import Segments, TokenMask
 
 if TYPE_CHECKING:
     from .checkpoint import LoadReport
@@ -30,11 +32,11 @@ class MAROutput(NamedTuple):
 
     Attributes:
         logits: (B, classes).
-        features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a `RaggedMask`.
+        features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a ragged mask.
         reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets (of all clips together).
         pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order;
-            (B * L - total, t * h * w * C) for a `RaggedMask`, whose ``drop_cu_seqlens`` say where clips begin.
-        cu_seqlens: (B + 1,) int32 for a `RaggedMask`: the features of clip i are [cu_seqlens[i], cu_seqlens[i + 1]).
+            (B * L - total, t * h * w * C) for a ragged mask, whose ``drop_cu_seqlens`` say where clips begin.
+        cu_seqlens: (B + 1,) int32 for a ragged mask: the features of clip i are [cu_seqlens[i], cu_seqlens[i + 1]).
             None for any other mask.
     """
 
@@ -97,76 +99,50 @@ class Encoder(nn.Module):
         self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, config.embed_dim))
         rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
         shape = (config.embed_dim, config.num_heads, config.mlp_ratio, config.encoder_eps)
-        self.blocks = nn.ModuleList(Block(*shape, drop_path=rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(*shape, drop_path_rate=rate) for rate in rates)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.final_norm_eps) if config.final_norm else None
 
-    def forward(self, video: Tensor, keep_idx: Tensor) -> Tensor:
-        """(B, C, T, H, W), (B, N) -> (B, N, D)."""
-        return self._run(self._embed(video, keep_idx, self.pos_embed.value), None)
-
-    def forward_packed(self, clips: OneClip, keep_idx: Tensor, segments: Segments) -> Tensor:
-        """Visible tokens (total,) of all clips -> (total, 1, D)."""
-        position, (_, rows, columns) = self.pos_embed.value, self.config.grid
-        tokens = clips.video.shape[2] // self.config.patch_size[0] * rows * columns
-        # Indices into one long clip say nothing of places in a grid, so positions are added here.
-        nowhere = torch.zeros_like(position[:1]).expand(tokens, -1)
-        x = self._embed(clips.video, clips.places(keep_idx, segments.clip_idx), nowhere)[0]
-        x = (x + position.index_select(0, keep_idx)).to(x.dtype)
-        return self._run(x[:, None], segments)
-
-    def _embed(self, video: Tensor, keep_idx: Tensor, position: Tensor) -> Tensor:
+    def forward(self, video: Tensor, keep_idx: Tensor, segments: Segments | None) -> Tensor:
+        """(B, C, T, H, W), (B, N) -> (B, N, D), or packed (total,) -> (total, D)."""
         config, proj = self.config, self.patch_embed.proj
-        bias = proj.bias
-        assert bias is not None
-        return gather_patch_embed(video, keep_idx, proj.weight, bias, position, mean=config.mean, std=config.std)
-
-    def _run(self, x: Tensor, segments: Segments | None) -> Tensor:
-        x, residual, row_scale = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
+        clip_idx = None if segments is None else segments.clip_idx
+        assert proj.bias is not None
+        x = gather_patch_embed(
+            video, keep_idx, proj.weight, proj.bias, self.pos_embed.value, clip_idx, mean=config.mean, std=config.std
+        )  # (B, N, D)
+        x, residual, row_scale = run_blocks(self.blocks, x, config.gradient_checkpointing, segments=segments)
         if self.norm is not None:
             return norm(self.norm, x, residual, row_scale)[0]
         assert residual is not None
-        return residual + (x if row_scale is None else row_scale[:, None, None] * x).to(residual.dtype)
+        if row_scale is not None:
+            x = row_scale.view(-1, *[1] * (x.ndim - 1)) * x
+        return residual + x.to(residual.dtype)
 
 
 class PixelDecoder(nn.Module):
-    """A light ViT over all places that predicts the pixels of the dropped ones. Training only."""
+    """A light ViT over all tokens of the grid that predicts the pixels of the dropped ones. Training only."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.decoder_embed_dim
-        self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, width))
-        shape = (width, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_eps)
+        dim = config.decoder_embed_dim
+        self.pos_embed = Constant(partial(position_table, config.grid, config.position_grid, dim))
+        shape = (dim, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_eps)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.decoder_depth))
-        self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
-        self.head = nn.Linear(width, config.patch_values)
+        self.norm = nn.LayerNorm(dim, eps=config.decoder_norm_eps)
+        self.head = nn.Linear(dim, config.patch_values)
 
-    def forward(self, visible: Tensor, mask_token: Tensor, keep_idx: Tensor, drop_idx: Tensor) -> Tensor:
-        """(B, N, decoder width) -> (B, M, t * h * w * C), what only dropped tokens need computed only for them."""
-        x = scatter_tokens(visible, keep_idx, mask_token, self.pos_embed.value)
-        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows=drop_idx)
-        return self.head(norm(self.norm, *stream)[0])
-
-    def forward_packed(self, visible: Tensor, mask_token: Tensor, place: Tensor, dropped: Tensor, batch: int) -> Tensor:
-        """Visible tokens (total, 1, decoder width) -> (1, dropped tokens of all clips, t * h * w * C).
-
-        Args:
-            visible: (total, 1, decoder width).
-            mask_token: (decoder width,).
-            place: (1, total), where among the B * L places of all clips the visible tokens belong.
-            dropped: (1, B * L - total), the other places.
-            batch: B.
-        """
-        position = self.pos_embed.value
-        tokens, width = position.shape
-        # The places of all clips as those of one; each clip has the same positions, which are added once they stand.
-        nowhere = torch.zeros_like(position[:1]).expand(batch * tokens, -1)
-        x = scatter_tokens(visible.transpose(0, 1), place, mask_token, nowhere).view(batch, tokens, width)
-        x = (x + position).to(x.dtype)
-        # Clips drop different numbers of tokens, so the last block, too, runs on all; the head does not.
-        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
-        assert residual is not None
-        x, residual = (value.flatten(0, 1).index_select(0, dropped[0])[None] for value in (x, residual))
+    def forward(self, visible: Tensor, mask_token: Tensor, mask: TokenMask) -> Tensor:
+        """(B, N, decoder_embed_dim) -> (B, M, t * h * w * C), or both packed: visible tokens in, dropped ones out."""
+        drop_clip_idx = mask.drop_clip_idx
+        x = scatter_tokens(visible, mask.keep_idx, mask_token, self.pos_embed.value, mask.cu_seqlens)  # (B, L, D)
+        # Of the last block only dropped tokens are needed. Where clips drop different numbers it runs on all of them.
+        last_rows = mask.drop_idx if drop_clip_idx is None else None
+        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows)  # (B, M, D)
+        if drop_clip_idx is not None:
+            assert residual is not None
+            rows = drop_clip_idx * mask.num_tokens + mask.drop_idx
+            x, residual = (value.flatten(0, 1).index_select(0, rows) for value in (x, residual))  # (B * L - total, D)
         return self.head(norm(self.norm, x, residual)[0])
 
 
@@ -176,18 +152,18 @@ class BridgingClassifier(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.bridge_embed_dim
-        self.proj = nn.Linear(config.embed_dim, width, bias=False)
-        shape = (width, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
+        dim = config.bridge_embed_dim
+        self.proj = nn.Linear(config.embed_dim, dim, bias=False)
+        shape = (dim, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
         extra: dict[str, Any] = dict(dropout=config.bridge_dropout, key_bias=True)
         self.blocks = nn.ModuleList(Block(*shape, **extra) for _ in range(config.bridge_depth))
-        self.norm = nn.LayerNorm(width, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(width, config.num_classes)
+        self.norm = nn.LayerNorm(dim, eps=config.classifier_norm_eps)
+        self.head = nn.Linear(dim, config.num_classes)
 
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
-        """(B, N, D), or packed (total, 1, D) with their ``segments`` -> (B, classes)."""
+        """(B, N, D), or packed (total, D) -> (B, classes)."""
         # Back to the weights' dtype: under autocast the residual stream stays in float32.
-        x = self.proj(features).to(self.proj.weight.dtype)
+        x = self.proj(features).to(self.proj.weight.dtype)  # (B, N, bridge_embed_dim)
         x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         assert residual is not None
         return classify(self, mean_of_tokens(residual + x, segments), self.config.head_dropout)
@@ -203,13 +179,8 @@ class LinearClassifier(nn.Module):
         self.head = nn.Linear(config.embed_dim, config.num_classes)
 
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
-        """(B, N, D), or packed (total, 1, D) with their ``segments`` -> (B, classes)."""
+        """(B, N, D), or packed (total, D) -> (B, classes)."""
         return classify(self, mean_of_tokens(features, segments), self.config.head_dropout)
-
-
-def mean_of_tokens(x: Tensor, segments: Segments | None) -> Tensor:
-    """(B, N, D), or packed (total, 1, D) -> (B, D)."""
-    return x.mean(1) if segments is None else segment_mean(x, segments)
 
 
 def classify(classifier: BridgingClassifier | LinearClassifier, pooled: Tensor, dropout: float) -> Tensor:
@@ -261,7 +232,7 @@ class MAR(nn.Module):
     def forward(
         self,
         video: Tensor,
-        mask: TokenMask | RaggedMask | None = None,
+        mask: TokenMask | None = None,
         *,
         reconstruct: bool | None = None,
         generator: torch.Generator | None = None,
@@ -272,7 +243,7 @@ class MAR(nn.Module):
             video: (B, C, T, H, W) of the config's size, any strides. uint8 is normalised on the fly; floating point
                 counts as already normalised.
             mask: Which tokens are visible. None draws running masks of the config's mask_ratio: in eval the test form
-                (phase 0), in training a random phase for each clip and temporal shuffle. With a `RaggedMask` tokens
+                (phase 0), in training a random phase for each clip and temporal shuffle. With a ragged mask tokens
                 stay packed from end to end: nothing is padded, and each clip gives what it gives alone.
             reconstruct: Whether to predict the dropped pixels. None means in training, if there is a decoder.
             generator: Source of the random masks; None is torch's default.
@@ -285,69 +256,58 @@ class MAR(nn.Module):
             reconstruct = self.training and self.decoder is not None
         if reconstruct and self.decoder is None:
             raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
-        if isinstance(mask, RaggedMask):
-            return self._forward_ragged(video, mask, reconstruct)
-        keep_idx, drop_idx = self._indices(video, mask, generator)
-        features = self.encoder(video, keep_idx)
-        logits = None if self.classifier is None else self.classifier(features)
-        if not reconstruct:
-            return MAROutput(logits, features, None, None)
-        assert self.decoder is not None
-        # As in the classifier, the residual stream begins in the weights' dtype.
-        visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)
-        pixels = self.decoder(visible, self.mask_token.flatten(), keep_idx, drop_idx)
-        return MAROutput(logits, features, self._loss(pixels, video, drop_idx), pixels)
+        mask = self._mask(video, mask, generator)
+        segments = mask.segments
+        features = self.encoder(video, mask.keep_idx, segments)  # (B, N, D) or (total, D)
+        logits = None if self.classifier is None else self.classifier(features, segments)  # (B, classes)
+        pixels = loss = None
+        if reconstruct:
+            assert self.decoder is not None
+            # As in the classifier, the residual stream begins in the weights' dtype.
+            visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)  # (B, N, decoder_embed_dim)
+            pixels = self.decoder(visible, self.mask_token.flatten(), mask)  # (B, M, t * h * w * C)
+            loss = self._loss(pixels, video, mask)
+        return MAROutput(logits, features, loss, pixels, mask.cu_seqlens)
 
-    def _forward_ragged(self, video: Tensor, mask: RaggedMask, reconstruct: bool) -> MAROutput:
-        self._check_mask(video, mask)
-        segments, clips = Segments.of(mask), OneClip.of(video, self.config.patch_size)
-        features = self.encoder.forward_packed(clips, mask.keep_idx, segments)
-        logits = None if self.classifier is None else self.classifier(features, segments)
-        flat = features.flatten(0, 1)
-        if not reconstruct:
-            return MAROutput(logits, flat, None, None, mask.cu_seqlens)
-        assert self.decoder is not None
-        visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)
-        place, dropped = (
-            (clip_idx * mask.num_tokens + index)[None]
-            for clip_idx, index in ((segments.clip_idx, mask.keep_idx), (mask.drop_clip_idx, mask.drop_idx))
-        )
-        pixels = self.decoder.forward_packed(visible, self.mask_token.flatten(), place, dropped, mask.batch)
-        loss = self._loss(pixels, clips.video, clips.places(mask.drop_idx, mask.drop_clip_idx))
-        return MAROutput(logits, flat, loss, pixels[0], mask.cu_seqlens)
-
-    def _loss(self, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
+    def _loss(self, pixels: Tensor, video: Tensor, mask: TokenMask) -> Tensor:
         config = self.config
         return masked_patch_loss(
-            pixels, video, drop_idx,
-            patch_size=config.patch_size, mean=config.mean, std=config.std, normalize=config.norm_pix_loss,
-        )  # fmt: skip
+            pixels,
+            video,
+            mask.drop_idx,
+            mask.drop_clip_idx,
+            patch_size=config.patch_size,
+            mean=config.mean,
+            std=config.std,
+            normalize=config.norm_pix_loss,
+        )
 
-    def _indices(
-        self, video: Tensor, mask: TokenMask | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _mask(self, video: Tensor, mask: TokenMask | None, generator: torch.Generator | None) -> TokenMask:
+        """The given mask, checked, or the model's own."""
         config, batch = self.config, video.shape[0]
+        if mask is None and self.training and config.mask_ratio:
+            return cell_running(
+                batch,
+                config.grid,
+                config.mask_ratio,
+                cell=config.cell,
+                temporal_shuffle=True,
+                generator=generator,
+                device=video.device,
+            )
         if mask is None:
-            if not self.training or not config.mask_ratio:
-                return self.test_keep_idx.value.expand(batch, -1), self.test_drop_idx.value.expand(batch, -1)
-            mask = cell_running(
-                batch, config.grid, config.mask_ratio,
-                cell=config.cell, temporal_shuffle=True, generator=generator, device=video.device,
-            )  # fmt: skip
+            keep_idx, drop_idx = (test.value.expand(batch, -1) for test in (self.test_keep_idx, self.test_drop_idx))
+            return TokenMask(keep_idx, drop_idx, config.grid)
         if not isinstance(mask, TokenMask):
             raise checks.bad_type("mask", type(mask).__name__, "a TokenMask (TokenMask.from_bool_masked takes bools)")
-        self._check_mask(video, mask)
-        if mask.num_visible == 0:
-            raise checks.bad("mask", "no visible token", "at least one in every clip")
-        return mask.keep_idx, mask.drop_idx
-
-    def _check_mask(self, video: Tensor, mask: TokenMask | RaggedMask) -> None:
-        config, batch = self.config, video.shape[0]
         if mask.num_tokens != config.num_tokens or (len(mask.grid) == 3 and mask.grid != config.grid):
             raise checks.bad("mask", f"a grid {mask.grid}", f"{config.grid}, the model's, {config.num_tokens} tokens")
         if mask.batch != batch:
             raise checks.bad("mask", f"{mask.batch} clips", f"{batch}, as video has")
         checks.same_device("video", video.device, mask=mask.keep_idx)
+        if mask.cu_seqlens is None and mask.num_visible == 0:
+            raise checks.bad("mask", "no visible token", "at least one in every clip")
+        return mask
 
     def _check_video(self, video: Tensor) -> None:
         config = self.config

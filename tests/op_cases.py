@@ -70,9 +70,22 @@ def make_index(batch, count, dtype=torch.int32, tokens=TOKENS):
     return torch.rand(batch, tokens).argsort(1)[:, :count].sort(1).values.to(dtype)
 
 
+def packed(name, lengths, dtype=torch.int32, tokens=TOKENS):
+    """Indices of clips with so many tokens, and the clip of each: both (total,), in any order."""
+    rows = [make_index(1, length, dtype, tokens)[0] for length in lengths]
+    clips = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(dtype)
+    order = torch.randperm(len(clips))
+    return {name: torch.cat([clips[:0], *rows])[order], "clip_idx": clips[order]}
+
+
 def gather_operands(
-    dtype, batch=2, count=17, video=None, layout="contiguous", patch=PATCH, grid=GRID, width=33, index=torch.int32
-):
+    dtype, batch=2, count=17, video=None, layout="contiguous", patch=PATCH, grid=GRID, width=33, index=torch.int32,
+    lengths=None,
+):  # fmt: skip
+    """With ``lengths`` a ragged batch of so many clips, its tokens in any order."""
+    if lengths is not None:
+        equal = gather_operands(dtype, len(lengths), 0, video, layout, patch, grid, width)
+        return equal | packed("keep_idx", lengths, index, math.prod(grid))
     tokens = math.prod(grid)
     return dict(
         video=make_clip(batch, video or dtype, layout, patch, grid),
@@ -113,7 +126,14 @@ def gelu_operands(dtype, shape=(2, 17, 33)):
     return dict(x=x.to(dtype), bias=torch.randn(shape[-1]).to(dtype))
 
 
-def scatter_operands(dtype, batch=2, count=17, width=33, index=torch.int32):
+def scatter_operands(dtype, batch=2, count=17, width=33, index=torch.int32, lengths=None):
+    if lengths is not None:
+        rows = [make_index(1, length, index)[0] for length in lengths]
+        return scatter_operands(dtype, 0, 0, width) | dict(
+            visible=torch.randn(sum(lengths), width).to(dtype),
+            keep_idx=torch.cat([torch.empty(0, dtype=index), *rows]),
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(index),
+        )
     return dict(
         visible=torch.randn(batch, count, width).to(dtype),
         keep_idx=make_index(batch, count, index),
@@ -122,7 +142,10 @@ def scatter_operands(dtype, batch=2, count=17, width=33, index=torch.int32):
     )
 
 
-def loss_operands(dtype, batch=2, count=17, video=None, layout="contiguous", index=torch.int32):
+def loss_operands(dtype, batch=2, count=17, video=None, layout="contiguous", index=torch.int32, lengths=None):
+    if lengths is not None:
+        equal = loss_operands(dtype, len(lengths), 0, video, layout)
+        return equal | dict(pixels=torch.randn(sum(lengths), 90).to(dtype)) | packed("drop_idx", lengths, index)
     return dict(
         pixels=torch.randn(batch, count, 90).to(dtype),
         video=make_clip(batch, video or dtype, layout),
@@ -133,20 +156,24 @@ def loss_operands(dtype, batch=2, count=17, video=None, layout="contiguous", ind
 # PyTorch's own computation of the same, in the operands' dtype.
 
 
-def plain_gather(video, keep_idx, weight, bias, pos_embed, *, mean=None, std=None):
+def clips_of(index, clip_idx):
+    return torch.arange(len(index))[:, None] if clip_idx is None else clip_idx
+
+
+def plain_gather(video, keep_idx, weight, bias, pos_embed, clip_idx=None, *, mean=None, std=None):
     if video.dtype == torch.uint8:
         video = video / 255
         if mean is not None:
             video = (video - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
     tokens = F.conv3d(video.to(weight.dtype), weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     tokens = tokens + pos_embed
-    return tokens.gather(1, keep_idx.long()[..., None].expand(-1, -1, tokens.shape[2])).to(weight.dtype)
+    return tokens[clips_of(keep_idx, clip_idx), keep_idx].to(weight.dtype)
 
 
 def plain_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
     if residual is not None:
         x = x if layer_scale is None else x * layer_scale
-        x = residual + (x if row_scale is None else x * row_scale.view(-1, 1, 1))
+        x = residual + (x if row_scale is None else x * row_scale.view(-1, *[1] * (x.ndim - 1)))
     return F.layer_norm(x, weight.shape, weight, bias, eps), x
 
 
@@ -154,26 +181,28 @@ def plain_gelu(x, bias):
     return F.gelu(x + bias)
 
 
-def plain_scatter(visible, keep_idx, mask_token, pos_embed):
-    tokens = mask_token.repeat(len(visible), len(pos_embed), 1).to(visible.dtype)
-    clips = torch.arange(len(visible))[:, None]
+def plain_scatter(visible, keep_idx, mask_token, pos_embed, cu_seqlens=None):
+    lengths = None if cu_seqlens is None else cu_seqlens.diff()
+    tokens = mask_token.repeat(len(visible if lengths is None else lengths), len(pos_embed), 1).to(visible.dtype)
+    clips = clips_of(visible, None if lengths is None else torch.arange(len(lengths)).repeat_interleave(lengths))
     return (tokens.index_put((clips, keep_idx), visible) + pos_embed).to(visible.dtype)
 
 
-def plain_loss(pixels, video, drop_idx, *, patch_size, mean=None, std=None, normalize=True):
+def plain_loss(pixels, video, drop_idx, clip_idx=None, *, patch_size, mean=None, std=None, normalize=True):
     if pixels.numel() == 0:
         return pixels.float().sum()
     video = video.float().detach() / (255 if video.dtype == torch.uint8 else 1)
     for step, place in zip(patch_size, (2, 4, 6), strict=True):
         video = video.unflatten(place, (-1, step))
     cells = video.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)  # (B, L, t*h*w, C)
-    cells = cells[torch.arange(len(cells))[:, None], drop_idx]
+    cells = cells[clips_of(drop_idx, clip_idx), drop_idx]
     if normalize:
-        cells = (cells - cells.mean(2, keepdim=True)) / (cells.std(2, keepdim=True) + 1e-6)
-    return F.mse_loss(pixels.float(), cells.flatten(2))
+        cells = (cells - cells.mean(-2, keepdim=True)) / (cells.std(-2, keepdim=True) + 1e-6)
+    return F.mse_loss(pixels.float(), cells.flatten(-2))
 
 
-# Operands and options of one ordinary call.
+RAGGED = (5, 0, 12)
+# Operands and options of one ordinary call: by the op's name, and by that and "ragged".
 OPS = {
     "gather_patch_embed": (gather_operands, {}),
     "attention": (attention_operands, {}),
@@ -182,13 +211,16 @@ OPS = {
     "bias_gelu": (gelu_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
     "masked_patch_loss": (loss_operands, dict(patch_size=PATCH)),
+    "ragged gather_patch_embed": (functools.partial(gather_operands, lengths=RAGGED), {}),
+    "ragged scatter_tokens": (functools.partial(scatter_operands, lengths=RAGGED), {}),
+    "ragged masked_patch_loss": (functools.partial(loss_operands, lengths=RAGGED), dict(patch_size=PATCH)),
 }
 
 
 def call(name):
     """The op with its options, and the operands for it."""
     operands, options = OPS[name]
-    return functools.partial(getattr(kernels, name), **options), operands(torch.float32)
+    return functools.partial(getattr(kernels, name.split()[-1]), **options), operands(torch.float32)
 
 
 def check(name, plain, operands, *, floor=None, **options):

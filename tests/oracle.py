@@ -31,17 +31,23 @@ def _channels(values, like):
     return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1, 1)
 
 
-def gather_patch_embed(video, keep_idx, weight, bias, pos_embed, *, mean=None, std=None):
+def _tokens(index, clip_idx):
+    """(B, N), or (total,) with the clip of each: (clip, flat index) of every token in order."""
+    if clip_idx is not None:
+        return list(zip(clip_idx.tolist(), index.tolist(), strict=True))
+    return [(clip, entry) for clip, row in enumerate(index.tolist()) for entry in row]
+
+
+def gather_patch_embed(video, keep_idx, weight, bias, pos_embed, clip_idx=None, *, mean=None, std=None):
     """One dot product for each visible token and output channel."""
     tokens = []
-    for clip, row in enumerate(keep_idx.tolist()):
-        for index in row:
-            cells = _tubelet(video, clip, index, weight.shape[2:]).to(weight.dtype)
-            if video.dtype == torch.uint8:
-                cells = cells / 255
-                if mean is not None:
-                    cells = (cells - _channels(mean, cells)) / _channels(std, cells)
-            tokens.append((weight * cells).sum(dim=(1, 2, 3, 4)) + bias + pos_embed[index])
+    for clip, index in _tokens(keep_idx, clip_idx):
+        cells = _tubelet(video, clip, index, weight.shape[2:]).to(weight.dtype)
+        if video.dtype == torch.uint8:
+            cells = cells / 255
+            if mean is not None:
+                cells = (cells - _channels(mean, cells)) / _channels(std, cells)
+        tokens.append((weight * cells).sum(dim=(1, 2, 3, 4)) + bias + pos_embed[index])
     return _stack(tokens, (*keep_idx.shape, len(bias)), weight)
 
 
@@ -75,9 +81,11 @@ def add_layer_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row
     total = x
     if residual is not None:
         scale = 1 if layer_scale is None else layer_scale
-        total = residual + (scale if row_scale is None else row_scale[:, None, None] * scale) * x
-    centred = total - total.mean(2, keepdim=True)
-    variance = (centred * centred).mean(2, keepdim=True)
+        if row_scale is not None:
+            scale = row_scale.view(-1, *[1] * (x.ndim - 1)) * scale
+        total = residual + scale * x
+    centred = total - total.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weight + bias, total
 
 
@@ -87,34 +95,36 @@ def bias_gelu(x, bias):
     return value * 0.5 * torch.erfc(-value / math.sqrt(2))
 
 
-def scatter_tokens(visible, keep_idx, mask_token, pos_embed):
+def scatter_tokens(visible, keep_idx, mask_token, pos_embed, cu_seqlens=None):
     """Token by token: the visible one that belongs there, or the mask token."""
-    batch, _, width = visible.shape
-    tokens = []
-    for clip, row in enumerate(keep_idx.tolist()):
+    clips, tokens = list(zip(visible, keep_idx.tolist(), strict=True)), []
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        clips = list(zip(visible.split(lengths), map(torch.Tensor.tolist, keep_idx.split(lengths)), strict=True))
+        clips = clips if lengths else []  # split gives one part at least
+    for values, row in clips:
         for index in range(len(pos_embed)):
-            token = visible[clip, row.index(index)] if index in row else mask_token
+            token = values[row.index(index)] if index in row else mask_token
             tokens.append(token + pos_embed[index])
-    return _stack(tokens, (batch, len(pos_embed), width), visible)
+    return _stack(tokens, (len(clips), *pos_embed.shape), visible)
 
 
-def masked_patch_loss(pixels, video, drop_idx, *, patch_size, mean=None, std=None, normalize=True):
+def masked_patch_loss(pixels, video, drop_idx, clip_idx=None, *, patch_size, mean=None, std=None, normalize=True):
     """The sum of squared errors patch by patch, over the number of values. The clip gets no gradient."""
     total = (pixels * 0).sum()
-    for clip, row in enumerate(drop_idx.tolist()):
-        for place, index in enumerate(row):
-            cells = _tubelet(video.detach(), clip, index, patch_size).to(pixels.dtype)
-            if video.dtype == torch.uint8:
-                cells = cells / 255
-            elif mean is not None:
-                cells = cells * _channels(std, cells) + _channels(mean, cells)
-            if normalize:
-                count = math.prod(patch_size)
-                cells = cells - cells.sum(dim=(1, 2, 3), keepdim=True) / count
-                variance = (cells * cells).sum(dim=(1, 2, 3), keepdim=True) / (count - 1)
-                cells = cells / (variance.sqrt() + 1e-6)
-            target = torch.stack([channel.flatten() for channel in cells], dim=1).flatten()  # (t, h, w, C)
-            total = total + ((pixels[clip, place] - target) ** 2).sum()
+    for prediction, (clip, index) in zip(pixels.flatten(0, -2), _tokens(drop_idx, clip_idx), strict=True):
+        cells = _tubelet(video.detach(), clip, index, patch_size).to(pixels.dtype)
+        if video.dtype == torch.uint8:
+            cells = cells / 255
+        elif mean is not None:
+            cells = cells * _channels(std, cells) + _channels(mean, cells)
+        if normalize:
+            count = math.prod(patch_size)
+            cells = cells - cells.sum(dim=(1, 2, 3), keepdim=True) / count
+            variance = (cells * cells).sum(dim=(1, 2, 3), keepdim=True) / (count - 1)
+            cells = cells / (variance.sqrt() + 1e-6)
+        target = torch.stack([channel.flatten() for channel in cells], dim=1).flatten()  # (t, h, w, C)
+        total = total + ((prediction - target) ** 2).sum()
     return total / max(pixels.numel(), 1)
 
 

@@ -1,5 +1,6 @@
 """add_layer_norm in Triton. A program holds whole rows of D columns; statistics and sums are in float32."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,19 +164,19 @@ def outputs(
     x_dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed in ``dtype``, the new residual (None if it is x), and for backward (2, B * N) mean and 1 / deviation."""
+    """normed in ``dtype``, the new residual (None if it is x), and for backward (2, tokens) mean and 1 / deviation."""
     normed = torch.empty_like(x, dtype=dtype, memory_format=DENSE)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
     if not save:
         return normed, new_residual, None  # type: ignore[return-value]
-    statistics = torch.empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, math.prod(x.shape[:-1])), dtype=torch.float32, device=x.device)
     return normed, new_residual, statistics  # type: ignore[return-value]
 
 
 def forward(*inputs: Any) -> Run:
     """Sum and norm in one pass; the inputs are those of `outputs`."""
     (x, residual, weight, bias, layer_scale, row_scale), options = inputs[:6], inputs[6:]
-    (batch, count, columns), eps = x.shape, options[0]
+    (*leading, columns), eps = x.shape, options[0]
     if x.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options)
     x_stride, x_copied = rows(x)
@@ -183,8 +184,8 @@ def forward(*inputs: Any) -> Run:
     choice = choose("add_layer_norm_forward", config_forward, x if residual is None else residual, width=columns)
     launch = Launch(
         add_layer_norm_forward_kernel,
-        (triton.cdiv(batch * count, choice.config.block_m),),
-        (batch * count, columns, count, x_stride, residual_stride, eps),
+        (triton.cdiv(math.prod(leading), choice.config.block_m),),
+        (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps),
         choice,
         (x_copied, residual_copied, *map(scattered, (weight, bias, layer_scale, row_scale))),
         BLOCK_M=choice.config.block_m,
@@ -246,21 +247,22 @@ def backward(*inputs: Any) -> Run:
     """All gradients in one pass; the inputs are those of `gradients`."""
     grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale, *options = inputs
     *_, x_dtype, _, needs = options
-    batch, count, columns = residual.shape
+    *leading, columns = residual.shape
+    total_rows, count = math.prod(leading), math.prod(leading[1:])  # of one row_scale: 1 for packed tokens
     written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     if residual.numel() == 0:
         return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]
     layouts = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
     (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = layouts
     choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
-    row_tiles = triton.cdiv(batch * count, choice.config.block_m)
+    row_tiles = triton.cdiv(total_rows, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
     copies = list(map(scattered, (statistics, weight, layer_scale, row_scale)))
     launch = Launch(
         add_layer_norm_backward_kernel,
         (programs,),
-        (batch * count, columns, count, stride, x_stride, normed_stride, grad_stride, tiles),
+        (total_rows, columns, count, stride, x_stride, normed_stride, grad_stride, tiles),
         choice,
         (copied, *copies[:2], x_copied, *copies[2:], normed_copied, grad_copied),
         WEIGHT=written[2],
@@ -278,7 +280,7 @@ def backward(*inputs: Any) -> Run:
         grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale = operands
         results = _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale)
         part = None if add_parts is None else torch.empty_like(parts, memory_format=DENSE)
-        row_part = torch.empty((batch, count), dtype=torch.float32, device=residual.device) if written[5] else None
+        row_part = torch.empty((leading[0], count), dtype=torch.float32, device=residual.device) if written[5] else None
         launch(
             residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
             results[0], results[1], part, row_part,

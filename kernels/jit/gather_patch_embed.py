@@ -1,6 +1,6 @@
 """gather_patch_embed in Triton, forward: a matrix product whose left operand is gathered from the clip as it is needed.
 
-M = B * N visible tubelets, K = C * t * h * w values in each (see tubelets.py), D columns.
+M visible tubelets of all clips, K = C * t * h * w values in each (see tubelets.py), D columns.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, colum
 
 @triton.jit
 def gather_patch_embed_forward_kernel(
-    video, index, weight, bias, position, out, rows, columns, values, per_clip, grid_rows, grid_columns,
+    video, index, clip_idx, weight, bias, position, out, rows, columns, values, per_clip, grid_rows, grid_columns,
     s_clip, s_channel, s_frame, s_line, s_position,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -58,7 +58,7 @@ def gather_patch_embed_forward_kernel(
     o_row = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     b_index, start = tubelet_start(
-        index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
+        index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
     # Columns beyond the last repeat that one: a mask would be held in registers all along.
     p_weight = weight + tl.minimum(o_column, columns - 1)[None, :] * K
@@ -116,11 +116,12 @@ def outputs(
     weight: Tensor,
     bias: Tensor,
     pos_embed: Tensor,
+    clip_idx: Tensor | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     work: torch.dtype,
 ) -> Tensor:
-    """(B, N, D) in the weight's dtype."""
+    """(B, N, D) or (total, D) in the weight's dtype."""
     return torch.empty((*keep_idx.shape, weight.shape[0]), dtype=weight.dtype, device=weight.device)
 
 
@@ -131,7 +132,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
         *inputs: The product works in ``work``, the last one.
         kept: Where the weight as the product takes it is kept between calls; None if it must be made in each.
     """
-    (video, keep_idx, weight, bias, pos_embed), options = inputs[:5], inputs[5:]
+    (video, keep_idx, weight, bias, pos_embed, clip_idx), options = inputs[:6], inputs[6:]
     (columns, channels, t, h, w), (mean, std, work) = weight.shape, options
     count = keep_idx.numel()
     if count * columns == 0:
@@ -150,14 +151,16 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     tile = choice.config
     launch = Launch(
         gather_patch_embed_forward_kernel, (triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n),),
-        (count, columns, channels * t * h * w, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w,
+        (count, columns, channels * t * h * w, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w,
          *layout.strides, pos_stride), choice,
-        (False, not keep_idx.is_contiguous(), False, not uint8 and scattered(bias), pos_copied),
+        (False, scattered(keep_idx), scattered(clip_idx), False, not uint8 and scattered(bias), pos_copied),
         T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=channels * t * h * w, SCALE=UINT8_SCALE if uint8 else 1,
         PRECISION=precision(video), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
 
-    def run(video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor) -> Tensor:
+    def run(
+        video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
+    ) -> Tensor:
         out = torch.empty_like(template, memory_format=DENSE)
         if copied:
             video = video.clone(memory_format=torch.contiguous_format)
@@ -165,7 +168,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
             weight, bias = fold(weight, bias)
         elif fold is not None:
             weight, _ = fold(weight)
-        launch(video, keep_idx, weight, bias, pos_embed, out)
+        launch(video, keep_idx, clip_idx, weight, bias, pos_embed, out)
         return out
 
     return run
@@ -177,7 +180,7 @@ gather_patch_embed = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda tensors, outputs: (*tensors[:3], tensors[4]),
+    saves=lambda tensors, outputs: (*tensors[:3], *tensors[4:6]),
     differentiable=("video", "weight", "bias", "pos_embed"),
     flops=(flops.gather_patch_embed, flops.gather_patch_embed_backward),
     opaque=("backward",),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, precision, rows
+from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, precision, rows, scattered
 from .op import Run
 from .tubelets import (
     Channels,
@@ -25,7 +25,7 @@ from .tubelets import (
 
 @triton.jit
 def gather_patch_embed_backward_weight_kernel(
-    grad, video, index, part, rows, columns, per_clip, grid_rows, grid_columns, tiles,
+    grad, video, index, clip_idx, part, rows, columns, per_clip, grid_rows, grid_columns, tiles,
     s_grad, s_clip, s_channel, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -43,7 +43,7 @@ def gather_patch_embed_backward_weight_kernel(
     for tile in range(tiles):
         o_row = (split * tiles + tile) * BLOCK_K + tl.arange(0, BLOCK_K)
         _, start = tubelet_start(
-            index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
+            index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
         )
         p_video = video + start[:, None] + in_tubelet[None, :]
         p_grad = grad + o_row.to(tl.int64)[:, None] * s_grad + o_column[None, :]
@@ -57,7 +57,7 @@ def gather_patch_embed_backward_weight_kernel(
 
 @triton.jit
 def gather_patch_embed_backward_video_kernel(
-    grad, weight, index, grad_video, rows, columns, per_clip, grid_rows, grid_columns,
+    grad, weight, index, clip_idx, grad_video, rows, columns, per_clip, grid_rows, grid_columns,
     s_grad, s_clip, s_channel, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -78,7 +78,7 @@ def gather_patch_embed_backward_video_kernel(
         b_weight = tl.load(p_weight, mask=m_column[:, None] & m_k[None, :], other=0.0)
         b_video = tl.dot(b_grad, b_weight, b_video, input_precision=PRECISION)
     _, start = tubelet_start(
-        index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
+        index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
     p_video = (
         grad_video + start[:, None] + offset_in_tubelet(o_k, s_channel, s_frame, s_line, T, H, RUN, VECTOR)[None, :]
@@ -185,6 +185,7 @@ def gradients(
     keep_idx: Tensor,
     weight: Tensor,
     pos_embed: Tensor,
+    clip_idx: Tensor | None,
     mean: Channels,
     std: Channels,
     work: torch.dtype,
@@ -201,15 +202,16 @@ def gradients(
 
 def backward(*inputs: Any) -> Run:
     """Each gradient by launches of its own, for the inputs of `gradients`; one that is not needed is not computed."""
-    (grad, video, keep_idx, weight, pos_embed), options, needs = inputs[:5], inputs[5:8], inputs[8]
+    (grad, video, keep_idx, weight, pos_embed, clip_idx), options, needs = inputs[:6], inputs[6:9], inputs[9]
     work = options[2]
     if grad.numel() == 0:
         return lambda *operands: [
             value if value is None else value.zero_() for value in gradients(*operands, *options, needs)
         ]
     stride, copied = rows(grad)
-    cast, index_copied = grad.dtype != work, not keep_idx.is_contiguous()
-    work_stride = grad.shape[2] if cast else stride
+    cast, indices_copied = grad.dtype != work, scattered(keep_idx) or scattered(clip_idx)
+    work_stride = grad.shape[-1] if cast else stride
+    every_row = tuple(range(grad.ndim - 1))
     of_video = _video_gradient(work_stride, grad, video, keep_idx, weight, work) if needs[0] else None
     of_weight = _weight_gradient(work_stride, grad, video, keep_idx, weight, *options) if needs[1] else None
     of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
@@ -218,27 +220,27 @@ def backward(*inputs: Any) -> Run:
     written = (needs[0], needs[1], False, needs[3])  # the bias's is a sum of PyTorch's
 
     def run(
-        grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, pos_embed: Tensor
+        grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         grad_video, grad_weight, grad_bias, grad_pos = gradients(
-            grad, video, keep_idx, weight, pos_embed, *options, written
+            grad, video, keep_idx, weight, pos_embed, clip_idx, *options, written
         )
         if copied:
             grad = grad.contiguous()
-        if index_copied:
-            keep_idx = keep_idx.contiguous()
+        if indices_copied:
+            keep_idx, clip_idx = keep_idx.contiguous(), None if clip_idx is None else clip_idx.contiguous()
         # Products read the gradient many times.
         rounded = grad.to(work, memory_format=torch.contiguous_format) if cast else grad
         if of_video is not None:
-            of_video(rounded, keep_idx, weight, grad_video)
+            of_video(rounded, keep_idx, clip_idx, weight, grad_video)
         if needs[2]:
-            grad_bias = grad.sum((0, 1))
+            grad_bias = grad.sum(every_row)
         if of_weight is not None:
             grad_sum = None
             if sums:
                 same = grad_bias is not None and rounded is grad and grad.dtype == torch.float32
-                grad_sum = grad_bias if same else rounded.sum((0, 1), dtype=torch.float32)
-            of_weight(rounded, video, keep_idx, grad_sum, grad_weight)
+                grad_sum = grad_bias if same else rounded.sum(every_row, dtype=torch.float32)
+            of_weight(rounded, video, keep_idx, clip_idx, grad_sum, grad_weight)
         if of_positions is not None:
             of_positions(grad, keep_idx, grad_pos)
         return grad_video, grad_weight, grad_bias, grad_pos
@@ -250,7 +252,7 @@ def _weight_gradient(
     stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, mean: Channels, std: Channels,
     work: torch.dtype,
 ) -> Run:  # fmt: skip
-    """``run(grad, video, keep_idx, grad_sum, out)``: (M, D) -> (D, C, t, h, w)."""
+    """``run(grad, video, keep_idx, clip_idx, grad_sum, out)``: (M, D) -> (D, C, t, h, w)."""
     columns, channels, t, h, w = weight.shape
     count, values = keep_idx.numel(), channels * t * h * w
     layout, copied = layout_of(video, (t, h, w))
@@ -265,7 +267,7 @@ def _weight_gradient(
     splits = triton.cdiv(row_tiles, tiles)
     launch = Launch(
         gather_patch_embed_backward_weight_kernel, (programs * splits,),
-        (count, columns, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w, tiles, stride, *layout.strides),
+        (count, columns, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w, tiles, stride, *layout.strides),
         choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
         PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
@@ -279,11 +281,13 @@ def _weight_gradient(
         C=channels, AREA=t * h * w, BLOCK_N=block_n,
     )  # fmt: skip
 
-    def run(grad: Tensor, video: Tensor, keep_idx: Tensor, grad_sum: Tensor | None, out: Tensor) -> None:
+    def run(
+        grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, grad_sum: Tensor | None, out: Tensor
+    ) -> None:
         part = torch.empty_like(parts, memory_format=DENSE)
         if copied:
             video = video.clone(memory_format=torch.contiguous_format)
-        launch(grad, video, keep_idx, part)
+        launch(grad, video, keep_idx, clip_idx, part)
         add(part, grad_sum, out)
 
     return run
@@ -292,7 +296,7 @@ def _weight_gradient(
 def _video_gradient(
     stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, work: torch.dtype
 ) -> Run:
-    """``run(grad, keep_idx, weight, out)``: (M, D) -> (B, C, T, H, W), zero but for the indexed tubelets."""
+    """``run(grad, keep_idx, clip_idx, weight, out)``: (M, D) -> (B, C, T, H, W), zero but for the indexed tubelets."""
     columns, channels, t, h, w = weight.shape
     count, values = keep_idx.numel(), channels * t * h * w
     layout, copied = layout_of(gradient_memory(video), (t, h, w))
@@ -305,15 +309,15 @@ def _video_gradient(
     launch = Launch(
         gather_patch_embed_backward_video_kernel,
         (triton.cdiv(count, tile.block_m) * triton.cdiv(values, tile.block_n),),
-        (count, columns, keep_idx.shape[1], video.shape[3] // h, video.shape[4] // w, stride, *layout.strides),
+        (count, columns, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w, stride, *layout.strides),
         choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
         PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
 
-    def run(grad: Tensor, keep_idx: Tensor, weight: Tensor, out: Tensor) -> None:
+    def run(grad: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor, out: Tensor) -> None:
         if fold is not None:
             weight, _ = fold(weight)
-        launch(grad, weight, keep_idx, out.zero_())
+        launch(grad, weight, keep_idx, clip_idx, out.zero_())
 
     return run
 

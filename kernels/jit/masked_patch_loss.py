@@ -11,19 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows
+from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Run
 from .tubelets import of_channel
 
 
 @triton.jit
 def tubelet(
-    video, drop_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
+    video, drop_idx, clip_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
     stride_b, stride_t, stride_h, stride_w, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Its first pixel, in the first channel."""
+    """Its first pixel, in the first channel. With ``clip_idx`` a row says itself of which clip it is: count is 1."""
     clip = (row // count).to(tl.int64)
     index = tl.load(drop_idx + clip * drop_stride_b + (row % count).to(tl.int64) * drop_stride_m).to(tl.int64)
+    if clip_idx is not None:
+        clip = tl.load(clip_idx + row).to(tl.int64)
     o_t = index // (grid_h * grid_w) * T
     o_h = index // grid_w % grid_h * H
     o_w = index % grid_w * W
@@ -87,7 +89,8 @@ def values(
 
 @triton.jit
 def masked_patch_loss_kernel(
-    pixels, video, drop_idx, grad, out, count, grid_h, grid_w, factor, pixel_stride, drop_stride_b, drop_stride_m,
+    pixels, video, drop_idx, clip_idx, grad, out,
+    count, grid_h, grid_w, factor, pixel_stride, drop_stride_b, drop_stride_m,
     stride_b, stride_c, stride_t, stride_h, stride_w, SCALE: tl.constexpr, SHIFT: tl.constexpr, NORMALIZE: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
@@ -95,7 +98,7 @@ def masked_patch_loss_kernel(
     """A tubelet's part of the loss, to its slot in ``out``; with ``grad`` the gradient of its pixels."""
     row = tl.program_id(0)
     first = tubelet(
-        video, drop_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
+        video, drop_idx, clip_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
         stride_b, stride_t, stride_h, stride_w, T, H, W,
     )  # fmt: skip
     if SIDE_BY_SIDE:
@@ -149,6 +152,7 @@ def outputs(
     pixels: Tensor,
     video: Tensor,
     drop_idx: Tensor,
+    clip_idx: Tensor | None,
     patch_size: Sequence[int],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -158,19 +162,11 @@ def outputs(
     return torch.empty((), dtype=torch.float32, device=pixels.device)
 
 
-def _launch(
-    name: str,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    *,
-    backward: bool,
-) -> Launch:
-    channels, (t, h, w), count = video.shape[1], patch_size, drop_idx.shape[1]
+def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
+    pixels, video, drop_idx, clip_idx, (t, h, w), mean, std, normalize = inputs
+    channels, count, drop_strides = video.shape[1], 1, (*drop_idx.stride(), 0)
+    if clip_idx is None:
+        count, drop_strides = drop_idx.shape[1], drop_idx.stride()
     pixel_stride, copied = rows(pixels)
     scale, shift = (1.0,) * channels, (0.0,) * channels
     if video.dtype == torch.uint8:
@@ -183,11 +179,11 @@ def _launch(
         block_p = block(t * h * w * channels, block_c) // block_c
     stride_b, stride_c, stride_t, stride_h, stride_w = video.stride()
     return Launch(
-        masked_patch_loss_kernel, (pixels.shape[0] * count,),
+        masked_patch_loss_kernel, (drop_idx.numel(),),
         (count, video.shape[3] // h, video.shape[4] // w, (2 if backward else 1) / pixels.numel(),
-         pixel_stride, *drop_idx.stride(), stride_b, stride_c, stride_t, stride_h, stride_w),
+         pixel_stride, *drop_strides, stride_b, stride_c, stride_t, stride_h, stride_w),
         choose(name, config, pixels, backward=backward, values=t * h * w * channels, side_by_side=side_by_side),
-        (copied,),
+        (copied, False, False, scattered(clip_idx)),
         SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w,
         BLOCK_P=block_p, BLOCK_C=block_c, SIDE_BY_SIDE=side_by_side,
     )  # fmt: skip
@@ -195,18 +191,18 @@ def _launch(
 
 def forward(*inputs: Any) -> Run:
     """The mean squared error, for the inputs of `outputs`."""
-    (pixels, video, drop_idx), options = inputs[:3], inputs[3:]
+    pixels, options, count = inputs[0], inputs[4:], inputs[2].numel()
     if pixels.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options).zero_()
-    launch = _launch("masked_patch_loss_forward", pixels, video, drop_idx, *options, backward=False)
-    choice, count = choose("masked_patch_loss_sum", config_sum, pixels), pixels.shape[0] * pixels.shape[1]
+    launch = _launch("masked_patch_loss_forward", *inputs, backward=False)
+    choice = choose("masked_patch_loss_sum", config_sum, pixels)
     add = Launch(masked_patch_loss_sum_kernel, (1,), (count,), choice, BLOCK_N=min(choice.config.block_n, block(count)))
 
     loss, parts = (like(shape, torch.float32, pixels.device) for shape in ((), (count,)))
 
-    def run(pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
+    def run(*tensors: Any) -> Tensor:
         out, part = torch.empty_like(loss), torch.empty_like(parts, memory_format=DENSE)
-        launch(pixels, video, drop_idx, None, part)
+        launch(*tensors, None, part)
         add(part, out)
         return out
 
@@ -218,6 +214,7 @@ def gradients(
     pixels: Tensor,
     video: Tensor,
     drop_idx: Tensor,
+    clip_idx: Tensor | None,
     patch_size: Sequence[int],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -230,14 +227,14 @@ def gradients(
 
 def backward(*inputs: Any) -> Run:
     """From a target made once more, for the inputs of `gradients`; ``grad`` stays on the device."""
-    (pixels, video, drop_idx), options = inputs[1:4], inputs[4:]
+    pixels, options = inputs[1], inputs[5:]
     if pixels.numel() == 0:
         return lambda *operands: gradients(*operands, *options)
-    launch = _launch("masked_patch_loss_backward", pixels, video, drop_idx, *options[:-1], backward=True)
+    launch = _launch("masked_patch_loss_backward", *inputs[1:-1], backward=True)
 
-    def run(grad: Tensor, pixels: Tensor, video: Tensor, drop_idx: Tensor) -> tuple[Tensor]:
-        results = gradients(grad, pixels, video, drop_idx, *options)
-        launch(pixels, video, drop_idx, grad, *results)
+    def run(grad: Tensor, *tensors: Any) -> tuple[Tensor]:
+        results = gradients(grad, *tensors, *options)
+        launch(*tensors, grad, *results)
         return results
 
     return run
@@ -249,7 +246,7 @@ masked_patch_loss = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda tensors, outputs: tensors[:3],
+    saves=lambda tensors, outputs: tensors[:4],
     differentiable=("pixels",),
     opaque=("backward",),
 )

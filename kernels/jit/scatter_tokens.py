@@ -1,6 +1,7 @@
 """scatter_tokens in Triton: B clips, L positions in the grid, N of them visible, D columns; sums in float32."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -32,8 +33,21 @@ def find(
 
 
 @triton.jit
+def tokens_of(clip, keep_idx, cu_seqlens, batch, count, keep_stride_b, keep_stride_n):
+    """Where a clip's part of ``keep_idx`` begins, its first visible token, and how many it has."""
+    if cu_seqlens is None:
+        first = clip * count
+        row = keep_idx + clip * keep_stride_b
+    else:
+        first = tl.load(cu_seqlens + clip, mask=clip < batch, other=0).to(tl.int64)
+        row = keep_idx + first * keep_stride_n
+        count = tl.load(cu_seqlens + clip + 1, mask=clip < batch, other=0).to(tl.int32) - first.to(tl.int32)
+    return row, first, count
+
+
+@triton.jit
 def scatter_tokens_forward_kernel(
-    visible, keep_idx, mask_token, pos_embed, out,
+    visible, keep_idx, mask_token, pos_embed, cu_seqlens, out,
     length, count, columns, tiles, visible_stride, keep_stride_b, keep_stride_n, pos_stride,
     SAMPLES: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -44,9 +58,11 @@ def scatter_tokens_forward_kernel(
     m_position = o_position < length
     m_column = o_column < columns
     m_tile = m_position[:, None] & m_column[None, :]
-    o_token = find(keep_idx + clip * keep_stride_b, first, o_position, count, keep_stride_n, SAMPLES, STEP, WINDOW)
+    batch = tl.num_programs(0) // tiles
+    row, token, here = tokens_of(clip, keep_idx, cu_seqlens, batch, count, keep_stride_b, keep_stride_n)
+    o_token = find(row, first, o_position, here, keep_stride_n, SAMPLES, STEP, WINDOW)
     m_visible = o_token >= 0
-    p_visible = visible + (clip * count + o_token)[:, None] * visible_stride + o_column[None, :]
+    p_visible = visible + (token + o_token)[:, None] * visible_stride + o_column[None, :]
     # [BLOCK_M, BLOCK_N]
     b_visible = tl.load(p_visible, mask=m_visible[:, None] & m_tile, other=0.0).to(tl.float32)
     b_mask_token = tl.load(mask_token + o_column, mask=m_column, other=0.0).to(tl.float32)
@@ -59,7 +75,7 @@ def scatter_tokens_forward_kernel(
 
 @triton.jit
 def scatter_tokens_backward_kernel(
-    grad, keep_idx, grad_visible, mask_part, pos_part,
+    grad, keep_idx, cu_seqlens, grad_visible, mask_part, pos_part,
     batch, length, count, columns, clips, grad_stride, keep_stride_b, keep_stride_n,
     SAMPLES: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -76,8 +92,9 @@ def scatter_tokens_backward_kernel(
         clip = group * clips + step
         # Beyond the last clip nothing is loaded.
         m_clip = (o_position < tl.where(clip < batch, length, 0))[:, None] & m_column[None, :]
-        here = tl.where(clip < batch, count, 0)
-        o_token = find(keep_idx + clip * keep_stride_b, first, o_position, here, keep_stride_n, SAMPLES, STEP, WINDOW)
+        row, token, here = tokens_of(clip, keep_idx, cu_seqlens, batch, count, keep_stride_b, keep_stride_n)
+        here = tl.where(clip < batch, here, 0)
+        o_token = find(row, first, o_position, here, keep_stride_n, SAMPLES, STEP, WINDOW)
         m_visible = o_token >= 0
         if mask_part is None and pos_part is None:
             m_clip = m_clip & m_visible[:, None]
@@ -85,7 +102,7 @@ def scatter_tokens_backward_kernel(
         # [BLOCK_M, BLOCK_N]
         b_grad = tl.load(p_grad, mask=m_clip, other=0.0)
         if grad_visible is not None:
-            p_visible = grad_visible + (clip * count + o_token)[:, None] * columns + o_column[None, :]
+            p_visible = grad_visible + (token + o_token)[:, None] * columns + o_column[None, :]
             tl.store(p_visible, b_grad.to(grad_visible.dtype.element_ty), mask=m_clip & m_visible[:, None])
         b_wide = b_grad.to(tl.float32)
         if mask_part is not None:
@@ -122,18 +139,31 @@ def config_backward(arch: str, dtype: torch.dtype, *, columns: int, positions: b
     return LaunchConfig(16, 128)  # at most 94 registers
 
 
-def _search(count: int, tile: LaunchConfig) -> dict[str, int]:
-    return dict(SAMPLES=block(triton.cdiv(count, STEP)), STEP=STEP, WINDOW=block(STEP + tile.block_m))
+def _search(most: int, tile: LaunchConfig) -> dict[str, int]:
+    """Constants of `find`, for clips of at most so many visible tokens."""
+    return dict(SAMPLES=block(triton.cdiv(most, STEP)), STEP=STEP, WINDOW=block(STEP + tile.block_m))
 
 
-def outputs(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+def _visible(keep_idx: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[int, tuple[int, ...], int]:
+    """Visible tokens of each clip, strides of keep_idx by clip and token, and the most that a clip may have."""
+    if cu_seqlens is None:
+        return keep_idx.shape[1], keep_idx.stride(), keep_idx.shape[1]
+    return 0, (0, *keep_idx.stride()), length
+
+
+def outputs(
+    visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
     """(B, L, D) in visible's dtype."""
-    return torch.empty((visible.shape[0], *pos_embed.shape), dtype=visible.dtype, device=visible.device)
+    batch = visible.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty((batch, *pos_embed.shape), dtype=visible.dtype, device=visible.device)
 
 
-def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Run:
+def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None) -> Run:
     """The whole sequence."""
-    (batch, count, columns), length = visible.shape, pos_embed.shape[0]
+    length, columns = pos_embed.shape
+    batch = visible.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count, keep_strides, most = _visible(keep_idx, cu_seqlens, length)
     if batch * length * columns == 0:
         return outputs
     (stride, copied), (pos_stride, pos_copied) = rows(visible), rows(pos_embed)
@@ -142,21 +172,26 @@ def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Te
     tiles = triton.cdiv(length, tile.block_m)
     launch = Launch(
         scatter_tokens_forward_kernel, (batch * tiles, triton.cdiv(columns, tile.block_n)),
-        (length, count, columns, tiles, stride, *keep_idx.stride(), pos_stride), choice,
-        (copied, False, scattered(mask_token), pos_copied),
-        **_search(count, tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        (length, count, columns, tiles, stride, *keep_strides, pos_stride), choice,
+        (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens)),
+        **_search(most, tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
 
-    def run(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
-        out = outputs(visible, keep_idx, mask_token, pos_embed)
-        launch(visible, keep_idx, mask_token, pos_embed, out)
+    def run(*tensors: Any) -> Tensor:
+        out = outputs(*tensors)
+        launch(*tensors, out)
         return out
 
     return run
 
 
 def gradients(
-    grad: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, needs: Sequence[bool]
+    grad: Tensor,
+    keep_idx: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    cu_seqlens: Tensor | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of visible, mask_token and pos_embed."""
     device = grad.device
@@ -167,9 +202,11 @@ def gradients(
     )
 
 
-def backward(grad: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, needs: Sequence[bool]) -> Run:
-    """All gradients in one pass over grad."""
-    (batch, count), (_, length, columns) = keep_idx.shape, grad.shape
+def backward(*inputs: Any) -> Run:
+    """All gradients in one pass over grad, for the inputs of `gradients`."""
+    (grad, keep_idx, _, _, cu_seqlens), needs = inputs[:5], inputs[5]
+    batch, length, columns = grad.shape
+    count, keep_strides, most = _visible(keep_idx, cu_seqlens, length)
     if grad.numel() == 0:
         return lambda *operands: [value if value is None else value.zero_() for value in gradients(*operands, needs)]
     stride, copied = rows(grad)
@@ -179,23 +216,23 @@ def backward(grad: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tens
     groups, tiles = triton.cdiv(batch, clips), triton.cdiv(length, tile.block_m)
     launch = Launch(
         scatter_tokens_backward_kernel, (groups, tiles, triton.cdiv(columns, tile.block_n)),
-        (batch, length, count, columns, clips, stride, *keep_idx.stride()), choice, (copied,),
-        **_search(count, tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        (batch, length, count, columns, clips, stride, *keep_strides), choice,
+        (copied, False, scattered(cu_seqlens)),
+        **_search(most, tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
     add_mask = sum_parts(grad, groups * tiles, columns) if needs[1] else None
     # One group alone leaves its sums in the gradient itself.
     add_pos = sum_parts(grad, groups, length * columns) if needs[2] and groups > 1 else None
 
-    def run(
-        grad: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        results = grad_visible, grad_mask, grad_pos = gradients(grad, keep_idx, mask_token, pos_embed, needs)
+    def run(grad: Tensor, keep_idx: Tensor, *rest: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        results = gradients(grad, keep_idx, *rest, needs)
+        grad_visible, grad_mask, grad_pos = results
         device, mask_part, pos_part = grad.device, None, grad_pos
         if add_mask is not None:
             mask_part = torch.empty((groups * tiles, columns), dtype=torch.float32, device=device)
         if add_pos is not None:
             pos_part = torch.empty((groups, length, columns), dtype=torch.float32, device=device)
-        launch(grad, keep_idx, grad_visible, mask_part, pos_part)
+        launch(grad, keep_idx, rest[-1], grad_visible, mask_part, pos_part)
         if add_mask is not None:
             add_mask(mask_part, grad_mask)
         if add_pos is not None:

@@ -24,13 +24,17 @@ UINT8_CENTRE, UINT8_SCALE = 128, 64
 
 @triton.jit
 def tubelet_start(
-    index, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line,
+    index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Flat index of each row's tubelet, and the offset of its first pixel. Rows beyond the last repeat that one."""
+    """Flat index of each row's tubelet, and the offset of its first pixel. Rows beyond the last repeat that one.
+
+    ``clip_idx`` says of which clip a row is; without it each clip has ``per_clip`` rows.
+    """
     o_row = tl.minimum(o_row, rows - 1)
     b_index = tl.load(index + o_row).to(tl.int32)
-    clip = (o_row // per_clip).to(tl.int64)
+    b_clip = o_row // per_clip if clip_idx is None else tl.load(clip_idx + o_row)
+    clip = b_clip.to(tl.int64)
     frame = (b_index // (grid_rows * grid_columns)).to(tl.int64) * T
     line = (b_index // grid_columns % grid_rows).to(tl.int64) * H
     column = (b_index % grid_columns).to(tl.int64)

@@ -16,7 +16,6 @@ from .. import masking
 from ..kernels import checks
 from ..masking import TokenMask
 from ..model import MAR
-from ..ragged import RaggedMask
 
 Kind = Literal["running", "random", "tube", "frame"]
 """The masks that have complements; what a content mask drops is not a content mask."""
@@ -93,7 +92,7 @@ def complementary(
     ]
 
 
-def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | RaggedMask | None]) -> Tensor:
+def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | None]) -> Tensor:
     """Logarithm of the softmax scores, averaged over the masks: one forward pass for each.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from .. import MARConfig, RaggedMask, TokenMask, masking
+from .. import MARConfig, TokenMask, masking
 from ..kernels import checks
 from . import ensemble
 from .measured import Mask
@@ -22,7 +22,7 @@ DENSE = "dense"
 
 def draw(
     kind: str, video: Tensor, config: MARConfig, ratio: float, generator: torch.Generator, *, train: bool = False
-) -> TokenMask | RaggedMask:
+) -> TokenMask:
     """A mask over a batch of clips (B, C, T, H, W) that drops ``ratio``; for content, of all clips together.
 
     The running mask is the test form, or with ``train`` the training form: random phase, shuffled in time.

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import MAR, RaggedMask, TokenMask, machine, reference
+from .. import MAR, TokenMask, machine, reference
 from ..timing import Spread, interleaved
 
 # The fast model and the reference sum in different orders; beyond this in float32 it is another function.
@@ -16,7 +16,7 @@ FP32_TOLERANCE = 1e-4
 # In low precision: twice the reference's own rounding error in that dtype, plus this.
 LOW_PRECISION_FLOOR = 1e-3
 
-Mask = TokenMask | RaggedMask | None
+Mask = TokenMask | None
 OnStep = Callable[[str, float], None]
 
 
@@ -87,7 +87,9 @@ def check(
 
 def _for_reference(mask: Mask) -> TokenMask | None:
     """The mask of one clip as the reference takes it."""
-    return TokenMask.from_bool_masked(mask.bool_masked()) if isinstance(mask, RaggedMask) else mask
+    if mask is None or mask.cu_seqlens is None:
+        return mask
+    return TokenMask.from_bool_masked(mask.bool_masked())
 
 
 def relative(got: Tensor, want: Tensor) -> float:

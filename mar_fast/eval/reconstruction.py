@@ -15,7 +15,6 @@ from ..kernels import checks
 from ..kernels.gather_patch_embed import per_channel, tubelets
 from ..masking import TokenMask
 from ..model import MAR
-from ..ragged import RaggedMask
 
 
 class Reconstruction(NamedTuple):
@@ -33,9 +32,7 @@ class Reconstruction(NamedTuple):
 
 
 @torch.no_grad()
-def reconstruct(
-    model: MAR, video: Tensor, mask: TokenMask | RaggedMask, *, ground_truth_statistics: bool = False
-) -> Reconstruction:
+def reconstruct(model: MAR, video: Tensor, mask: TokenMask, *, ground_truth_statistics: bool = False) -> Reconstruction:
     """Predict the dropped tubelets of clips and put them where they belong.
 
     Where the model's target is normalised (``norm_pix_loss``), mean and standard deviation of each dropped tubelet
@@ -58,8 +55,8 @@ def reconstruct(
         raise checks.bad("model", "one without a pixel decoder", "one with a pixel decoder, as pre-training leaves it")
     if model.training:
         raise checks.bad("model", "one in training mode", "model.eval()")
-    if not isinstance(mask, TokenMask | RaggedMask):
-        raise checks.bad_type("mask", type(mask).__name__, "a TokenMask or a RaggedMask")
+    if not isinstance(mask, TokenMask):
+        raise checks.bad_type("mask", type(mask).__name__, "a TokenMask")
     if ground_truth_statistics and not config.norm_pix_loss:
         raise checks.bad("ground_truth_statistics", True, "False: this model predicts pixels (norm_pix_loss=False)")
     out = model(video, mask, reconstruct=True)

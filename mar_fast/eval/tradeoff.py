@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import MAR, MARConfig, RaggedMask, cost, machine
+from .. import MAR, MARConfig, cost, machine
 from ..kernels import checks
 from . import ensemble
 from .mask_settings import DENSE, MaskSetting
@@ -244,7 +244,7 @@ def divergence(logs: Tensor, others: Tensor) -> Tensor:
 
 def _visible(mask: Mask, views: int, config: MARConfig) -> list[int]:
     """The visible tokens of each view."""
-    if isinstance(mask, RaggedMask):
+    if mask is not None and mask.cu_seqlens is not None:
         return list[int](mask.cu_seqlens.diff().tolist())
     return [config.num_tokens if mask is None else mask.num_visible] * views
 

@@ -43,9 +43,6 @@ class Says(torch.nn.Module):
     def forward(self, *_):
         return self.pixels
 
-    def forward_packed(self, *_):
-        return self.pixels[None]
-
 
 def predicting(pixels, **overrides):
     model = small_model(**overrides)
@@ -250,7 +247,7 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             reconstruct(model, video, mask)
-    with pytest.raises(TypeError, match="mask: got Tensor, expected a TokenMask or a RaggedMask"):
+    with pytest.raises(TypeError, match="mask: got Tensor, expected a TokenMask"):
         reconstruct(small_model(), video, MASKED)
     with pytest.raises(ValueError, match="video: got shape"):
         reconstruct(small_model(), video[:, :, :4], mask)

@@ -271,7 +271,7 @@ def test_the_custom_op_keeps_none(folds):
     with torch.no_grad():
         for _ in range(2):
             torch.ops.mar_fast.gather_patch_embed(
-                video, module.fixed["keep_idx"], module.weight, module.bias, module.fixed["pos_embed"], MEAN, STD,
+                video, module.fixed["keep_idx"], module.weight, module.bias, module.fixed["pos_embed"], None, MEAN, STD,
                 torch.float32,
             )  # fmt: skip
     assert len(folds) == 2 and not len(_folded)

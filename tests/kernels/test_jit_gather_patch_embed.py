@@ -156,9 +156,10 @@ def test_crops(crop, video, monkeypatch):
         )
 
 
-def test_a_lone_clip_is_not_copied(monkeypatch):
+@pytest.mark.parametrize("case", [dict(batch=1), dict(lengths=(3,))], ids=str)
+def test_a_lone_clip_is_not_copied(case, monkeypatch):
     """The stride of an extent of 1 may be any number."""
-    operands = gather_operands(torch.float32, batch=1, **FLAT)
+    operands = gather_operands(torch.float32, **FLAT, **case)
     video = operands["video"]
     operands["video"] = video.as_strided(video.shape, (7, *video.stride()[1:]))
     copies = clips_copied(monkeypatch)
@@ -166,9 +167,10 @@ def test_a_lone_clip_is_not_copied(monkeypatch):
     assert not copies
 
 
-def test_odd_patches_are_never_copied(monkeypatch):
+@pytest.mark.parametrize("lengths", [None, (5, 0, 12)], ids=str)
+def test_odd_patches_are_never_copied(lengths, monkeypatch):
     """Lines of 5 values cannot be loaded several at a time anyway."""
-    operands = gather_operands(torch.float32, layout="cropped")
+    operands = gather_operands(torch.float32, layout="cropped", lengths=lengths)
     copies = clips_copied(monkeypatch)
     oracle.outcome(kernels.gather_patch_embed, operands)
     assert not copies

@@ -170,16 +170,19 @@ def test_bitwise_repeatable():
 # The custom op, which torch.compile sees.
 
 
-def custom(video, keep_idx, weight, bias, pos_embed, mean=None, std=None):
-    return torch.ops.mar_fast.gather_patch_embed(video, keep_idx, weight, bias, pos_embed, mean, std, weight.dtype)
+def custom(video, keep_idx, weight, bias, pos_embed):
+    operands = (video, keep_idx, weight, bias, pos_embed)
+    return torch.ops.mar_fast.gather_patch_embed(*operands, None, None, None, weight.dtype)
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "ragged"])
 def test_opcheck(layout, video):
-    operands = gather_operands(torch.float32, count=3, grid=(1, 2, 2), video=video, layout=layout, width=7)
+    case = dict(lengths=(1, 0, 3)) if layout == "ragged" else dict(count=3, layout=layout)
+    operands = gather_operands(torch.float32, grid=(1, 2, 2), video=video, width=7, **case)
     operands = [value.requires_grad_() if value.is_floating_point() else value for value in operands.values()]
+    operands += [None] * (6 - len(operands))
     options = (list(MEAN), list(STD), torch.float32)
     torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, *options))
 
@@ -190,7 +193,7 @@ def test_opcheck_of_nothing():
         value.requires_grad_() if value.is_floating_point() else value
         for value in gather_operands(torch.float32, count=0).values()
     ]
-    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, None, None, torch.float32))
+    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, None, None, None, torch.float32))
 
 
 def compiling(program, seen):

@@ -256,7 +256,8 @@ def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
     with SizesOfAll() as all_sizes:
         loss = kernels.masked_patch_loss(**operands, patch_size=REAL["patch"])
     assert sizes == [1, 10] and max(all_sizes.seen) <= 10
-    assert [value.data_ptr() for value in loss.grad_fn.saved_tensors] == [v.data_ptr() for v in operands.values()]
+    *saved, clip_idx = loss.grad_fn.saved_tensors
+    assert [value.data_ptr() for value in saved] == [v.data_ptr() for v in operands.values()] and clip_idx is None
     loss.backward()
     assert sizes == [1, 10, 2 * 5 * 1536]
 
@@ -309,9 +310,10 @@ def test_float64_pixels_are_left_to_pytorch(poisoned):
 @pytest.mark.compiles
 @pytest.mark.parametrize("options", [(None, None, True), (MEAN, STD, False)], ids=str)
 @pytest.mark.parametrize("video", [torch.float16, torch.uint8])
-@pytest.mark.parametrize("count", [0, 3])
-def test_opcheck(count, video, options):
-    operands = loss_operands(torch.float16, count=count, video=video, layout="channels_last")
+@pytest.mark.parametrize("case", [dict(count=0), dict(count=3), dict(lengths=(1, 0, 3))], ids=str)
+def test_opcheck(case, video, options):
+    operands = dict(clip_idx=None) | loss_operands(torch.float16, **case, video=video, layout="channels_last")
+    operands["clip_idx"] = operands.pop("clip_idx")
     operands["pixels"].requires_grad_()
     custom = torch.ops.mar_fast.masked_patch_loss.default
     torch.library.opcheck(custom, (*operands.values(), PATCH, *options))
@@ -335,7 +337,7 @@ def test_compiled(video, dtype):
 
 RUNS = {
     "function": functools.partial(kernels.masked_patch_loss, patch_size=PATCH),
-    "custom op": lambda **values: torch.ops.mar_fast.masked_patch_loss(*values.values(), PATCH, None, None, True),
+    "custom op": lambda **values: torch.ops.mar_fast.masked_patch_loss(*values.values(), None, PATCH, None, None, True),
 }
 
 

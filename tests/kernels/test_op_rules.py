@@ -18,6 +18,7 @@ from op_cases import (
     TOKENS,
     attention_operands,
     call,
+    clips_of,
     loss_operands,
     make_clip,
     scatter_operands,
@@ -28,15 +29,17 @@ from op_cases import (
 from mar_fast import kernels
 from mar_fast.kernels import checks, device
 
-WITH_VIDEO = ["gather_patch_embed", "masked_patch_loss"]
+WITH_VIDEO = [name for name in OPS if name.endswith(("gather_patch_embed", "masked_patch_loss"))]
 
 
 # What may be read.
 
 
-def tubelets(index):
-    """(B, N) -> (B, 1, T, H, W): True on every pixel of the indexed tubelets."""
-    mask = torch.zeros(len(index), TOKENS, dtype=torch.bool).scatter(1, index.long(), True).view(-1, 1, *GRID)
+def tubelets(video, index, clip_idx):
+    """(B, 1, T, H, W): True on every pixel of the indexed tubelets."""
+    mask = torch.zeros(len(video), TOKENS, dtype=torch.bool)
+    mask[clips_of(index, clip_idx), index] = True
+    mask = mask.view(-1, 1, *GRID)
     for dim, step in enumerate(PATCH, 2):
         mask = mask.repeat_interleave(step, dim)
     return mask
@@ -48,8 +51,9 @@ def test_other_tubelets_have_no_influence(name):
     """NaN in every tubelet that is not indexed changes no bit of any output or gradient."""
     op, operands = call(name)
     clean, seeds, clean_gradients = oracle.outcome(op, operands)
-    index = operands["keep_idx" if name == "gather_patch_embed" else "drop_idx"]
-    operands["video"] = operands["video"].masked_fill(~tubelets(index), torch.nan)
+    index = operands.get("keep_idx", operands.get("drop_idx"))
+    seen = tubelets(operands["video"], index, operands.get("clip_idx"))
+    operands["video"] = operands["video"].masked_fill(~seen, torch.nan)
     outputs, _, gradients = oracle.outcome(op, operands, seeds)
     assert torch.equal(outputs[0], clean[0])
     for operand, gradient in gradients.items():
@@ -106,10 +110,12 @@ def test_autocast(name, dtype):
     clean, seeds, clean_gradients = oracle.outcome(op, operands)
     with torch.autocast(DEVICE, dtype):
         outputs, _, gradients = oracle.outcome(op, operands, seeds)
-    assert [out.dtype for out in outputs] == [dtype if half == torch.bfloat16 else half for half in AUTOCAST[name]]
+    assert [out.dtype for out in outputs] == [
+        dtype if half == torch.bfloat16 else half for half in AUTOCAST[op.func.__name__]
+    ]
     finest = 1e-4 if dtype == torch.bfloat16 else 1e-5
     for got, want in zip(outputs, clean, strict=True):
-        in_half = name == "gather_patch_embed" or got.dtype == dtype
+        in_half = name.endswith("gather_patch_embed") or got.dtype == dtype
         assert finest < relative(got, want) < 1e-2 if in_half else relative(got, want) < 1e-6
     for key, gradient in gradients.items():
         if gradient is not None:  # master weights: float32, computed in 16 bits
@@ -141,7 +147,7 @@ COMPILED = [(name, False) for name in OPS] + [(name, True) for name in WITH_VIDE
 def test_compiles_without_a_break(name, uint8):
     op, operands = call(name)
     if uint8:
-        operands["video"] = make_clip(2, torch.uint8)
+        operands["video"] = make_clip(len(operands["video"]), torch.uint8)
     if name in WITH_VIDEO:
         op = functools.partial(op, mean=MEAN, std=STD)
     torch.compiler.reset()
@@ -200,7 +206,10 @@ def test_use_backend_eager(name):
 @pytest.mark.parametrize("name", OPS)
 def test_use_backend_triton_that_cannot_run(name):
     op, operands = call(name)
-    with kernels.use_backend("triton"), pytest.raises(RuntimeError, match=f"runs {name} on CUDA tensors.*, got .*cpu"):
+    with (
+        kernels.use_backend("triton"),
+        pytest.raises(RuntimeError, match=f"runs {name.split()[-1]} on CUDA tensors.*, got .*cpu"),
+    ):
         op(**operands)
 
 

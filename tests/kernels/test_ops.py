@@ -47,6 +47,10 @@ GATHER = [
     dict(count=7, patch=(2, 16, 16), grid=(2, 2, 3), width=96, video=torch.uint8),  # the real patch
     dict(count=0),
     dict(batch=0),
+    dict(lengths=(5, 0, 12), layout="cropped"),
+    dict(lengths=(98, TOKENS, 1), video=torch.uint8, layout="channels_last", index=torch.int64),
+    dict(lengths=(0, 0)),
+    dict(lengths=()),
 ]
 
 
@@ -161,6 +165,12 @@ def test_add_layer_norm(case, eps, dtype):
     assert (normed.dtype, residual.dtype) == (dtype, dtype)
 
 
+@every_dtype
+def test_add_layer_norm_of_packed_tokens(dtype):
+    operands = norm_operands(dtype, count=1)
+    check("add_layer_norm", plain_norm, operands | {name: operands[name][:, 0] for name in ("x", "residual")})
+
+
 def test_residual_keeps_float32():
     """An x in bfloat16, as autocast makes it, is added to a float32 residual without rounding it."""
     operands = norm_operands(torch.float32, without=("layer_scale", "row_scale"))  # which would be float32 themselves
@@ -191,11 +201,18 @@ def test_linear_gelu():
     oracle.assert_as_good("linear_gelu", got, F.gelu(x @ weight.T + bias), want, floor=floor)
 
 
+SCATTER = [
+    *(dict(batch=batch, count=count) for batch, count in [(2, 1), (2, 17), (1, 98), (2, 130), (2, TOKENS)]),
+    *(dict(count=0), dict(batch=0)),
+    *(dict(lengths=lengths) for lengths in LENGTHS),
+]
+
+
 @every_dtype
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("batch", "count"), [(2, 1), (2, 17), (1, 98), (2, 130), (2, TOKENS), (2, 0), (0, 17)])
-def test_scatter_tokens(batch, count, index, dtype):
-    (out,) = check("scatter_tokens", plain_scatter, scatter_operands(dtype, batch, count, index=index))
+@pytest.mark.parametrize("case", SCATTER, ids=str)
+def test_scatter_tokens(case, index, dtype):
+    (out,) = check("scatter_tokens", plain_scatter, scatter_operands(dtype, **case, index=index))
     assert out.dtype == dtype
 
 
@@ -210,6 +227,10 @@ LOSS = [
     dict(count=17, video=torch.float32),
     dict(count=0),
     dict(batch=0),
+    dict(lengths=(5, 0, 12), layout="cropped"),
+    dict(lengths=(98, TOKENS, 1), video=torch.uint8, layout="channels_last", index=torch.int64),
+    dict(lengths=(0, 0)),
+    dict(lengths=()),
 ]
 
 

@@ -2,11 +2,12 @@
 
 import json
 from collections import namedtuple
+from functools import partial
 
 import oracle
 import pytest
 import torch
-from op_cases import cropped, strided
+from op_cases import cropped, gather_operands, loss_operands, scatter_operands, strided
 from plan_cases import (
     CONFIGS,
     PATCH,
@@ -99,6 +100,25 @@ def nothing_runs(poisoned):
     yield
     assert not poisoned.allocated
     poisoned.allocated = None
+
+
+RAGGED = {
+    "gather_patch_embed": partial(gather_operands, torch.float32, patch=PATCH, grid=(1, 3, 4), width=9),
+    "scatter_tokens": partial(scatter_operands, torch.float32, width=9),
+    "masked_patch_loss": partial(loss_operands, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_and_equal_batches(name, made):
+    """Packed tokens never take the plan of an equal batch, and other lengths of as many tokens are no new plan."""
+    op = partial(getattr(kernels, name), **({"patch_size": PATCH} if name == "masked_patch_loss" else {}))
+    every = [RAGGED[name](lengths=lengths) for lengths in ((2, 0, 4), (3, 2, 1))]
+    assert_planned_as_unplanned(name, [(op, operands) for operands in (*every, RAGGED[name](batch=3, count=2))])
+    for operands in every:
+        made.clear()
+        outcome(op, operands)
+        assert not made
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -1,4 +1,4 @@
-"""The content mask against its definition, pixel by pixel in exact arithmetic, and the model that runs on it."""
+"""The content mask against its definition, pixel by pixel in exact arithmetic."""
 
 import math
 from fractions import Fraction
@@ -9,12 +9,10 @@ pytest.importorskip("hypothesis")
 
 import numpy as np
 import torch
-from helpers import relative, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mar_fast
-from mar_fast import TokenMask, masking
+from mar_fast import masking
 
 GRID = (2, 3, 4)
 
@@ -127,20 +125,6 @@ def test_same_on_a_gpu():
     for options in ({"budget": 0.37}, {"threshold": 0.005}):
         mask = masking.content(clips.cuda(), GRID, **options)
         assert mask.keep_idx.is_cuda and kept(mask) == kept(masking.content(clips, GRID, **options))
-
-
-@pytest.mark.triton_too
-def test_the_model_runs_on_it():
-    """Each clip as with an ordinary mask of the same tokens."""
-    config = small_config(depth=1, bridge_depth=1)
-    model = mar_fast.MAR(config).eval()
-    clips = torch.randint(256, (3, 3, 4, 64, 64), dtype=torch.uint8)
-    clips[0, :, 1:] = clips[0, :, :1]
-    mask = masking.content(clips, config.grid, budget=0.4)
-    out, rows = model(clips, mask), mask.bool_masked()
-    assert mask.cu_seqlens[1] == 1 and out.features.shape == (39, 96)
-    alone = [model(clips[i : i + 1], TokenMask.from_bool_masked(rows[i : i + 1])).logits for i in range(3)]
-    assert relative(out.logits, torch.cat(alone)) < 1e-5
 
 
 ZEROS = torch.zeros(2, 3, 4, 48, 64, dtype=torch.uint8)

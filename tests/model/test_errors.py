@@ -202,7 +202,7 @@ BAD_CALLS = {
         r"phase: got torch.int64 of shape \(3,\), expected .*\(2,\) or \(2, 4\)",
     ),
     "batch": (lambda: masking.random(-1, GRID, 0.5), ValueError, "batch: got -1, expected a whole number, 0 or more"),
-    "grid": (lambda: masking.tube(1, (4, 4), 0.5), ValueError, r"grid: got \(4, 4\), expected three whole numbers"),
+    "grid": (lambda: masking.tube(1, (4, 4), 0.5), ValueError, r"grid: got \(4, 4\), expected a tuple \(T', "),
     "ratio": (lambda: masking.frame(1, GRID, 1.0), ValueError, r"ratio: got 1.0, expected a number in \[0, 1\)"),
     "bool mask of ints": (
         lambda: TokenMask.from_bool_masked(index(0, 1)),
@@ -242,7 +242,7 @@ BAD_CALLS = {
     "wrong grid": (
         lambda: TokenMask(index(0, 1), index(2, 3), (1, 2, 3)),
         ValueError,
-        r"grid: got \(1, 2, 3\), .*4 tokens",
+        r"keep_idx and drop_idx: got 2 and 2 values, expected 6 .*grid \(1, 2, 3\)",
     ),
     "cost of a name": (lambda: cost.count("mar_vit_base"), TypeError, "config: got str, expected a MARConfig"),
     "cost method": (

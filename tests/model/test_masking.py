@@ -228,13 +228,14 @@ def test_bool_masks_go_round(grid, batch, share, told, seed):
     assert np.array_equal(mask.bool_masked().numpy(), flat)
 
 
-def test_to_keeps_everything_but_the_device():
-    mask = FIXED["place"](2)
-    assert indices(mask.to("cpu")) == indices(mask)
-    for device in ("cpu", "meta"):
-        moved = mask.to(device)
-        assert moved.keep_idx.device.type == moved.drop_idx.device.type == device
-        assert (moved.grid, moved.num_visible, moved.num_tokens) == (GRID, 96, 128)
+@pytest.mark.parametrize("mask", [FIXED["place"](2), TokenMask.ragged(torch.rand(3, *GRID) > 0.5)])
+def test_to_keeps_everything_but_the_device(mask):
+    assert torch.equal(mask.to("cpu").bool_masked(), mask.bool_masked())
+    moved = mask.to("meta")
+    tensors = [value for value in (moved.keep_idx, moved.drop_idx, moved.cu_seqlens) if value is not None]
+    assert len(tensors) == (2 if mask.cu_seqlens is None else 3) and all(value.is_meta for value in tensors)
+    for name in ("grid", "max_seqlen", "batch", "total_visible", "num_tokens"):
+        assert getattr(moved, name) == getattr(mask, name)
 
 
 i32, three = partial(torch.tensor, dtype=torch.int32), partial(TokenMask, grid=(3,))
@@ -246,7 +247,7 @@ REFUSED = [
     ("keep_idx", three, i32([[0, 0]]), i32([[1]])), ("drop_idx", three, i32([[0]]), i32([[1], [2]])),
     ("keep_idx", three, i32([[0, 3]]), i32([[1]])), ("drop_idx", three, i32([[0, 1]]), i32([[-1]])),
     ("keep_idx", three, i32([[0]]).long(), i32([[1, 2]])), ("drop_idx", three, i32([[0]]), i32([[1, 2]]).float()),
-    ("keep_idx", three, i32([0]), i32([[1, 2]])), ("grid", three, i32([[0]]), i32([[1]])),
+    ("keep_idx", three, i32([0]), i32([[1, 2]])), ("keep_idx and drop_idx", three, i32([[0]]), i32([[1]])),
     ("grid", TokenMask, i32([[0]]), i32([[1, 2]]), (1, 3)), ("num_visible", partial(from_bool, num_visible=2), HALF),
     ("masked", from_bool, HALF.int()), ("masked", from_bool, HALF[0]), ("masked", from_bool, UNEVEN),
     ("num_visible", partial(from_bool, num_visible=3), HALF.to("meta")),

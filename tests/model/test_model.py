@@ -115,18 +115,22 @@ def test_linear_classifier_without_final_norm(dtype):
     assert_close(*pair("B", "linear"), masks("random"), dtype)
 
 
-def test_keep_all_has_zero_reconstruction_loss_and_finite_gradients():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_keep_all_has_zero_reconstruction_loss_and_finite_gradients(ragged):
     fast, _ = pair("B", "bridging")
     fast.train().zero_grad()
-    out = fast(clip(), masks("keep all"))
-    assert out.pixels.shape == (2, 0, 1536) and out.reconstruction_loss == 0
+    out = fast(clip(), TokenMask.ragged(torch.zeros(2, *GRID).bool()) if ragged else masks("keep all"))
+    assert out.pixels.shape == ((0, 1536) if ragged else (2, 0, 1536)) and out.reconstruction_loss == 0
+    assert (out.cu_seqlens is not None) == ragged
     mar_fast.mar_loss(out, torch.tensor([1, 2])).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in fast.parameters())
 
 
-def test_dropped_pixels_are_never_read():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_dropped_pixels_are_never_read(ragged):
     fast, _ = pair("B", "bridging")
     mask = masks("random")
+    mask = TokenMask.ragged(mask.bool_masked(), GRID) if ragged else mask
     video = torch.randn(2, 3, 4, 64, 64)
     holes = mask.bool_masked().reshape(2, 2, 4, 4).repeat_interleave(2, 1)
     holes = holes.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None]
@@ -189,9 +193,11 @@ def test_reconstruct_follows_training_unless_told():
     assert headless.logits is None and headless.reconstruction_loss is None
 
 
-def test_gradient_checkpointing_changes_no_number():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gradient_checkpointing_changes_no_number(ragged):
     """Drop path too is drawn again as before."""
     results = []
+    mask = TokenMask.ragged([torch.arange(5), torch.arange(9, 32)], GRID) if ragged else masks("random")
     for checkpointing in (False, True):
         config = small_config(
             gradient_checkpointing=checkpointing, drop_path_rate=0.5, bridge_dropout=0.1, head_dropout=0.1
@@ -199,7 +205,7 @@ def test_gradient_checkpointing_changes_no_number():
         torch.manual_seed(1)
         model = mar_fast.MAR(config).train()
         torch.manual_seed(2)
-        out = model(clip(), masks("random"))
+        out = model(clip(), mask)
         mar_fast.mar_loss(out, torch.tensor([1, 2])).backward()
         results.append((out.logits, *(p.grad for p in model.parameters())))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -218,8 +224,8 @@ def test_checkpointing_recomputes_blocks(monkeypatch):
 
 def test_drop_path_grows_linearly_and_keeps_the_mean():
     model = mar_fast.MAR(small_config(depth=5, drop_path_rate=0.4))
-    assert [round(b.drop_path, 6) for b in model.encoder.blocks] == [0, 0.1, 0.2, 0.3, 0.4]
-    assert all(b.drop_path == 0 for b in [*model.decoder.blocks, *model.classifier.blocks])
+    assert [round(b.drop_path_rate, 6) for b in model.encoder.blocks] == [0, 0.1, 0.2, 0.3, 0.4]
+    assert all(b.drop_path_rate == 0 for b in [*model.decoder.blocks, *model.classifier.blocks])
     last = model.encoder.blocks[-1].train()
     scale = last.row_scale(torch.empty(20_000, 1, 1))
     assert scale.unique().tolist() == [0, pytest.approx(1 / 0.6)]

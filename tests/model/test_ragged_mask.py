@@ -1,14 +1,14 @@
-"""RaggedMask: made from every form and back, and every check of it."""
+"""Ragged masks: made from every form and back, and every check of them."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_ragged import GRID, LENGTHS, build, clips, ragged
+from test_ragged import build, clips, ragged
 
 import mar_fast
-from mar_fast import RaggedMask, TokenMask
+from mar_fast import TokenMask
 from mar_fast.kernels import debug_checks
 
 
@@ -30,7 +30,7 @@ def test_masks_go_round(grid, batch, form):
     mask = {
         "bools": lambda: TokenMask.ragged(list(shaped), grid),
         "one tensor": lambda: TokenMask.ragged(shaped),
-        "flat bools": lambda: RaggedMask.from_clips(list(flat), grid),
+        "flat bools": lambda: TokenMask.ragged(list(flat), grid),
         "int32": lambda: TokenMask.ragged([index.int() for index in visible], grid),
         "int64": lambda: TokenMask.ragged(tuple(visible), grid),
     }[form]()
@@ -47,27 +47,23 @@ def test_masks_go_round(grid, batch, form):
     assert np.array_equal(mask.bool_masked().numpy(), rows)
 
 
-def test_to_keeps_everything_but_the_device():
-    mask = ragged(LENGTHS["mixed"])
-    assert torch.equal(mask.to("cpu").bool_masked(), mask.bool_masked())
-    moved = mask.to("meta")
-    assert {moved.keep_idx.device.type, moved.drop_idx.device.type, moved.cu_seqlens.device.type} == {"meta"}
-    assert (moved.grid, moved.max_seqlen, moved.batch, moved.total_visible) == (GRID, 32, 4, 55)
-
-
 i32 = partial(torch.tensor, dtype=torch.int32)
 NONE = i32([]).int()
 
 
 def three(keep, drop, offsets, longest, grid=(3,)):
-    return RaggedMask(i32(keep), i32(drop), i32(offsets), longest, grid)
+    return TokenMask(i32(keep), i32(drop), grid, i32(offsets), longest)
 
 
 REFUSED = {
-    "rows": ("keep_idx", lambda: RaggedMask(i32([[0]]), i32([1, 2]), i32([0, 1]), 1, (3,))),
-    "dtype": ("drop_idx", lambda: RaggedMask(i32([0]), torch.tensor([1, 2]), i32([0, 1]), 1, (3,))),
-    "no offsets": ("cu_seqlens", lambda: RaggedMask(NONE, NONE, NONE, 0, (3,))),
-    "offsets of floats": ("cu_seqlens", lambda: RaggedMask(i32([0]), i32([1, 2]), torch.tensor([0.0, 1.0]), 1, (3,))),
+    "rows": ("keep_idx", lambda: TokenMask(i32([[0]]), i32([1, 2]), (3,), i32([0, 1]), 1)),
+    "dtype": ("drop_idx", lambda: TokenMask(i32([0]), torch.tensor([1, 2]), (3,), i32([0, 1]), 1)),
+    "no longest": ("max_seqlen", lambda: three([0, 1], [2], [0, 2], None)),
+    "longest without offsets": ("max_seqlen", lambda: TokenMask(i32([[0]]), i32([[1, 2]]), (3,), None, 1)),
+    "rows without offsets": ("keep_idx", lambda: TokenMask(i32([0]), i32([1, 2]), (3,))),
+    "the number of each clip": ("num_visible", lambda: ragged((3, 4)).num_visible),
+    "no offsets": ("cu_seqlens", lambda: TokenMask(NONE, NONE, (3,), NONE, 0)),
+    "offsets of floats": ("cu_seqlens", lambda: TokenMask(i32([0]), i32([1, 2]), (3,), torch.tensor([0.0, 1.0]), 1)),
     "too few tokens": ("keep_idx and drop_idx", lambda: three([0], [1], [0, 1], 1)),
     "grid of two": ("grid", lambda: three([0], [1, 2], [0, 1], 1, (3, 1))),
     "grid of floats": ("grid", lambda: three([0], [1, 2], [0, 1], 1, (3.0,))),
@@ -84,7 +80,7 @@ REFUSED = {
     "unsorted": ("keep_idx", lambda: three([1, 0], [2], [0, 2], 2)),
     "twice": ("drop_idx", lambda: three([1], [2, 2], [0, 1], 1)),
     "kept and dropped": ("keep_idx and drop_idx together", lambda: three([0, 1], [1], [0, 2], 2)),
-    "devices": ("cu_seqlens", lambda: RaggedMask(i32([0]), i32([1]), i32([0, 1]).to("meta"), 1, (2,))),
+    "devices": ("cu_seqlens", lambda: TokenMask(i32([0]), i32([1]), (2,), i32([0, 1]).to("meta"), 1)),
     "clips of None": ("clips", lambda: TokenMask.ragged(None)),
     "clips of lists": ("clips", lambda: TokenMask.ragged([[0, 1]], (3,))),
     "a tensor of indices": ("clips", lambda: TokenMask.ragged(i32([[0, 1]]), (3,))),
