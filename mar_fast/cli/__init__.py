@@ -16,7 +16,6 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .masks import masks
 from .reconstruct import reconstruct
-from .report import report
 from .savings import savings
 from .tradeoff import tradeoff
 from .verify import verify
@@ -36,7 +35,6 @@ app.command()(cost)
 app.command()(classify)
 app.command("eval")(evaluate)
 app.command()(tradeoff)
-app.command()(report)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
