@@ -4,14 +4,14 @@ A machine drifts as a whole. The providers of a case are timed in turn, so drift
 baseline / ours of one run does not feel it. Ours is worse where that ratio fell by more than 5 % and the ranges of the
 two ratios, p20 to p80, do not meet; better where it rose by as much. What is newly withheld or unavailable is worse.
 
-Records hold percentiles, not rounds. So the range of a ratio is put together from those of both times as if rounds
+Records hold percentiles, not rounds, so the range of a ratio is put together from those of both times as if rounds
 scattered independently: in logarithms, the root of the sum of squares on each side. Percentiles of few rounds
-understate a range and scatter themselves: `FEW_ROUNDS` widens it by 80 % for 5 rounds, 20 % for 10, 5 % for 20.
+understate a range: `FEW_ROUNDS` widens it by 80 % for 5 rounds, 20 % for 10, 5 % for 20.
 
 Tested with drawn runs of 30 cases whose true ratio moves by 0.75 % (one sigma) from run to run, and whose rounds
 scatter by 1 % with 5 rounds, 1.5 % with 10, 2 % with 20 or more: fewer than 5 % of comparisons of unchanged code raise
-an alarm, and more than 95 % of cases that became 10 % slower are found. Where rounds scatter more, less is found:
-measure longer, on an idle machine. Where the ratio itself moves more from run to run, there are more false alarms.
+an alarm, more than 95 % of cases that became 10 % slower are found. Where rounds scatter more, less is found; where
+the ratio itself moves more from run to run, there are more false alarms.
 """
 
 import math
@@ -69,7 +69,6 @@ class Comparison:
 
     def __str__(self) -> str:
         cells = [("ours", "baseline", "before (p20 - p80)", "after (p20 - p80)", "change", "")]
-        # Worse comes first, then better.
         for one in sorted(self.changes, key=lambda change: ("worse", "better", "").index(change.verdict)):
             spreads = (f"{spread.p50:.2f}x ({spread.p20:.2f} - {spread.p80:.2f})" for spread in one[1:])
             cells.append((_where(one.record), one.record.baseline, *spreads, f"{one.share:+.1%}", one.verdict))
@@ -78,20 +77,15 @@ class Comparison:
         lines = [f"CAUTION: {notice}; a change below may be due to that" for notice in self.notices]
         lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         lines += [f"worse: {_where(record)} is {record.metric} now: {record.note}" for record in self.lost]
-        worse, better = verdicts.count("worse") + len(self.lost), verdicts.count("better")
-        lines.append(f"{len(verdicts)} ratios compared: {worse} worse, {better} better.")
+        worse = verdicts.count("worse") + len(self.lost)
+        lines.append(f"{len(verdicts)} ratios compared: {worse} worse, {verdicts.count('better')} better.")
         if self.unjudged:
             lines.append(f"{self.unjudged} times of ours are in one run only, or have no baseline there.")
         return "\n".join(lines)
 
 
 def compare(before: list[Record], after: list[Record], *, allow_other_device: bool = False) -> Comparison:
-    """Set two runs side by side.
-
-    Args:
-        before: The records of one run.
-        after: Those of the other.
-        allow_other_device: Set records of different devices side by side; without it these are an error.
+    """Set the records of two runs side by side, also of two devices if that is asked for.
 
     Raises:
         ValueError: the devices differ, or a run has a record twice.
@@ -100,10 +94,7 @@ def compare(before: list[Record], after: list[Record], *, allow_other_device: bo
     for name in ("device", "torch", "triton"):
         values = ["; ".join(sorted({getattr(record, name) for record in run})) for run in (before, after)]
         if name == "device" and values[0] != values[1] and not allow_other_device:
-            raise ValueError(
-                f"after: got measurements on {values[1]}, expected them on {values[0]} as before "
-                "(another device changes ratios as well as code does)"
-            )
+            raise ValueError(f"after: got measurements on {values[1]}, expected them on {values[0]} as before")
         if values[0] != values[1]:
             notices.append(f"{name} differs: {values[0]} before, {values[1]} after")
     old, new = (_by_key(run, name, allow_other_device) for run, name in ((before, "before"), (after, "after")))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEEP_RATIO_SUITES = ("encoder", "training", "dropin")
-PEER_SUITES = (*KEEP_RATIO_SUITES, "kernels")
 PANELS = 8  # on one picture of peers; more would not fit a page
 SAVED, ADDED, WHISKER = "#56B4E9", "#D55E00", "#444444"
 DASHES, HATCHES = ("-", "--", ":"), ("", "///", "...")  # where there are more providers than colours
@@ -43,9 +42,8 @@ def pictures(found: list[Record]) -> list[Picture]:
         for suite, title, draw in _of_device(own):
             words = f"{device if len(devices) > 1 else ''} {suite} {title}".lower().replace("%", "percent")
             name = re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")
-            if any(picture.name == f"{name}.png" for picture in planned):  # titles that differ only in signs
-                name = f"{name}-{len(planned)}"
-            planned.append(Picture(f"{name}.png", suite, device, partial(draw, title)))
+            end = f"-{len(planned)}" if f"{name}.png" in [one.name for one in planned] else ""  # differs in signs only
+            planned.append(Picture(f"{name}{end}.png", suite, device, partial(draw, title)))
     return planned
 
 
@@ -68,7 +66,7 @@ def _of_device(found: list[Record]) -> Iterator[tuple[str, str, Callable[[str, P
                 yield suite, f"{case}, {what}: step by step", partial(_waterfall, points)
             if suite in KEEP_RATIO_SUITES and len({point.x for point in points if point.metric == "time"}) > 1:
                 yield suite, f"{case}, {what}: time and memory by keep ratio", partial(_keep_ratio, points, looks)
-        if suite in PEER_SUITES:
+        if suite in (*KEEP_RATIO_SUITES, "kernels"):
             what = f"{op or suite}, {what}"
             panels = list(grouped(times, lambda record: record.workload).values())
             for page in range(0, len(panels), PANELS):
@@ -105,7 +103,7 @@ def _percentiles(found: list[Record], factor: float) -> tuple[Any, tuple[Any, An
 
 
 def _bars(axis: "Axes", times: list[Record], colours: list[str], texts: list[str], widest: float = 0.0) -> Any:
-    """A horizontal bar for each time, a text beside it; ``widest``, in seconds, is what else must fit."""
+    """A horizontal bar for each time, and a text beside it, not nearer than ``widest`` seconds."""
     factor, unit = time_scale([widest, *(one.p80 for one in times)])
     middle, errors = _percentiles(times, factor)
     bars = axis.barh(range(len(times)), middle, xerr=errors, height=0.72, color=colours, ecolor=WHISKER, capsize=2)
@@ -140,21 +138,18 @@ def _peers(panels: list[list[Record]], looks: Looks, title: str, path: Path) -> 
 
 def _waterfall(found: list[Record], title: str, path: Path) -> None:
     """A bar for each step, with its gain, that of all so far, memory and error beside it."""
-    steps = [{one.metric: one for one in step} for _, step in sorted(grouped(found, lambda one: one.x).items())]
-    steps = [step for step in steps if "time" in step]
-    times = [step["time"] for step in steps]
-    before = [times[0], *times]
+    times = sorted((one for one in found if one.metric == "time"), key=lambda one: one.x)
+    more = {(one.x, one.metric): f", {one.metric} {one.words}" for one in found}
     texts = [
-        f"{one.words}, {earlier.p50 / one.p50:.2f}x by the step, {times[0].p50 / one.p50:.2f}x in all"
-        + "".join(f", {name} {step[name].words}" for name in ("peak memory", "error") if name in step)
-        for earlier, one, step in zip(before, times, steps, strict=False)
+        f"{one.words}, {before.p50 / one.p50:.2f}x by the step, {times[0].p50 / one.p50:.2f}x in all"
+        + "".join(more.get((one.x, metric), "") for metric in ("peak memory", "error"))
+        for before, one in zip([times[0], *times], times, strict=False)
     ]
     figure = _figure(title, times[0], 12, 0.42 * len(times) + 1.7)
     axis = figure.subplots()
     longest = max(one.p80 for one in times)
     _, middle = _bars(axis, times, [OURS] * len(times), texts, longest)
     axis.set_xlim(0, 2.2 * axis.get_xlim()[1] / 1.3)
-    # What the step takes away, pale, from its own time to that of the step before; what it adds, hatched.
     earlier = np.concatenate((middle[:1], middle[:-1]))
     rows, pale, hatched = range(len(times)), np.maximum(earlier - middle, 0), np.maximum(middle - earlier, 0)
     axis.barh(rows, pale, left=middle, height=0.72, color=SAVED, alpha=0.35)

@@ -41,29 +41,24 @@ def replaced(text: str, results: Path) -> str:
     return BLOCK.sub(fresh, text)
 
 
-def update(room: Path, *, check: bool) -> int:
-    """Bring README.md in ``room`` up to date with its results; with ``check`` say what is stale and return 1 if any."""
-    readme = room / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    fresh = replaced(text, room / "results")
-    if fresh != text and check:
-        print(*difflib.unified_diff(text.split("\n"), fresh.split("\n"), "README.md", "results", lineterm=""), sep="\n")
-        print("bench/README.md is stale: python -m mar_fast.bench.readme_tables writes it anew", file=sys.stderr)
-        return 1
-    if fresh != text:
-        write_whole(readme, lambda temporary: temporary.write_text(fresh, encoding="utf-8"))
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the tables, or check them; exit code 1 if they are stale, 2 where they cannot be made."""
+def main(arguments: list[str] | None = None, room: Path = ROOM) -> int:
+    """Write or check the tables of ``room``/README.md; exit code 1 if they are stale, 2 if they cannot be made."""
     parser = argparse.ArgumentParser(prog="python -m mar_fast.bench.readme_tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is stale")
+    check, readme = parser.parse_args(arguments).check, room / "README.md"
     try:
-        return update(ROOM, check=parser.parse_args(arguments).check)
+        text = readme.read_text(encoding="utf-8")
+        fresh = replaced(text, room / "results")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not check:
+        write_whole(readme, lambda temporary: temporary.write_text(fresh, encoding="utf-8"))
+    elif fresh != text:
+        print(*difflib.unified_diff(text.split("\n"), fresh.split("\n"), "README.md", "results", lineterm=""), sep="\n")
+        print("bench/README.md is stale: python -m mar_fast.bench.readme_tables writes it anew", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

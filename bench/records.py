@@ -1,7 +1,6 @@
 """Measurements as flat records, one JSON line each: made, written, read, and their figures in words."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,8 +124,7 @@ def load(paths: Iterable[Path]) -> list[Record]:
         if not files or not files[0].is_file():
             got = "a folder without such files" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"{path}: got {got}, expected a record file or a folder of files *{SUFFIX}")
-        for file in files:
-            found += read(file)
+        found += [record for file in files for record in read(file)]
     return found
 
 
@@ -166,10 +164,8 @@ def in_words(value: float, unit: str, metric: str = "") -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent from 0.001 to a million."""
+    """Three significant digits from 1 to a million, three decimals from 0.001 to 1."""
     size = abs(value)
-    if not math.isfinite(value) or size == 0:
-        return f"{value:g}"
-    if size >= 1e6 or size < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(float(f'{size:.2e}'))))}f}"
+    if not 1e-3 <= size < 1e6:
+        return f"{value:.2e}" if value else "0"
+    return f"{value:,.{sum(size < limit for limit in (99.95, 9.995, 0.9995))}f}"

@@ -70,8 +70,7 @@ def page(found: list[Record], planned: list[Picture]) -> str:
         for suite, group in own.groupby("suite", sort=False):
             lines += [f"### {tables.escaped(suite)}", ""]
             for mode, made in tables.of_suite(group):
-                lines += [*([f"#### {tables.escaped(mode)}", ""] if mode else []), *made, ""]
-            for picture in planned:
-                if (picture.suite, picture.device) == (suite, device):
-                    lines += [f"![{picture.name}]({picture.name})", ""]
+                lines += [*([f"#### {tables.escaped(mode)}", ""] if mode else []), *made]
+            own_pictures = [picture.name for picture in planned if (picture.suite, picture.device) == (suite, device)]
+            lines += [f"![{name}]({name})\n" for name in own_pictures]
     return "\n".join(lines).rstrip() + "\n"
