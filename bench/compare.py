@@ -68,10 +68,10 @@ class Comparison:
         return bool(self.lost) or any(change.verdict == "worse" for change in self.changes)
 
     def __str__(self) -> str:
-        cells = [("ours", "baseline", "before (p20 - p80)", "after (p20 - p80)", "change", "")]
+        cells = [["ours", "baseline", "before (p20 - p80)", "after (p20 - p80)", "change", ""]]
         for one in sorted(self.changes, key=lambda change: ("worse", "better", "").index(change.verdict)):
             spreads = (f"{spread.p50:.2f}x ({spread.p20:.2f} - {spread.p80:.2f})" for spread in one[1:])
-            cells.append((_where(one.record), one.record.baseline, *spreads, f"{one.share:+.1%}", one.verdict))
+            cells.append([_where(one.record), one.record.baseline, *spreads, f"{one.share:+.1%}", one.verdict])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         verdicts = [change.verdict for change in self.changes]
         lines = [f"CAUTION: {notice}; a change below may be due to that" for notice in self.notices]

@@ -198,7 +198,7 @@ def measure(
         Of provider "roofline": the least work, and the time it takes at this machine's ceilings.
     """
     torch.compiler.reset()  # a function is compiled for a few shapes only, all cases together
-    found: dict[str, list[Record]] = {provider.name: [] for provider in case.providers} | {FLOOR: []}
+    found: dict[str, list[Record]] = {name: [] for name in (*(provider.name for provider in case.providers), FLOOR)}
     positions = {provider.name: provider.x for provider in case.providers if provider.x is not None}
 
     def keep(name: str, metric: str, value: Spread | float, unit: str = "1", *, note: str = "") -> None:

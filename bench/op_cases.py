@@ -118,7 +118,7 @@ def attention_peers(device: torch.device) -> dict[str, Function]:
         return flex(query, key, value).transpose(1, 2).flatten(2)
 
     def on_backend(backend: str, qkv: Tensor) -> Tensor:
-        with kernels.use_backend(backend):  # type: ignore[arg-type]
+        with kernels.use_backend(backend):
             return kernels.attention(qkv)
 
     return {
@@ -330,7 +330,8 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
     )
 
 
-WIDTH_AND_HEADS = {"small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16)}
+# Width and heads of an encoder.
+SIZES = {"small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16)}
 
 
 def op_cases(
@@ -338,7 +339,7 @@ def op_cases(
 ) -> Iterator[OpCase]:
     """Every op at every size, batch and keep ratio."""
     for size, batch, share in itertools.product(sizes, batches, kept):
-        width, heads = WIDTH_AND_HEADS[size]
+        width, heads = SIZES[size]
         tokens = round(TOKENS * share)
         for pixels in (dtype, torch.uint8):
             yield gather_patch_embed(device, dtype, batch, tokens, width, pixels)

@@ -111,7 +111,8 @@ def plain(workload: Workload, *, sdpa: bool = True, autocast: bool = False) -> P
 def plain_compiled(workload: Workload, mode: str | None = None) -> Prepared:
     """PlainMAR, in training with its losses, under torch.compile: one graph of fixed shapes."""
     model = _built(workload, PlainMAR)
-    run = torch.compile(plain_loss if workload.training else model, fullgraph=True, dynamic=False, mode=mode)
+    what: Any = plain_loss if workload.training else model
+    run = torch.compile(what, fullgraph=True, dynamic=False, mode=mode)
     if workload.training:
         return first_call_timed(learner(workload, model, lambda workload: run(model, *_operands(workload))))
     operands = _operands(workload)[:2]

@@ -54,7 +54,8 @@ class Record:
         """A record of a spread or a single figure, measured in ``environment`` (see `machine.environment`)."""
         spread = value if isinstance(value, Spread) else Spread(float(value), float(value), float(value), 1)
         origin = {key: str(environment[key]) for key in ("device", "torch", "triton", "commit", "date")}
-        return cls(**{"mode": "", "unit": "1", "x": 0.0, "dtype": ""} | asdict(spread) | origin | names)
+        fields: dict[str, Any] = {"mode": "", "unit": "1", "x": 0.0, "dtype": ""} | asdict(spread) | origin | names
+        return cls(**fields)
 
     @property
     def ours(self) -> bool:

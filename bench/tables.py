@@ -8,7 +8,7 @@ from .op_cases import PART
 from .records import NO_TIME, Record, in_words
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
 
 KEYS = ["case", "dtype", "x", "provider"]
 COLUMNS = ["time", "p20 - p80", "rounds", "speed-up", "over its dense", "of the step", "of the floor"]

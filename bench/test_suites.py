@@ -33,10 +33,10 @@ def test_provider(benchmark: Any, measured: tuple[str, int, str], options: RunOp
     torch.compiler.reset()
     try:
         prepared = provider.prepare()
-    except Exception as error:
+    except Exception as failure:
         if suite in OWN_SUITES or name.startswith(OURS):
             raise
-        pytest.skip(f"unavailable: {harness.reason(error)}")
+        pytest.skip(f"unavailable: {harness.reason(failure)}")
     if provider.checked:
         error = harness.difference(prepared.outputs(), (provider.expected or case.expected)())
         assert error <= case.tolerance
