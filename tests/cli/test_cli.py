@@ -128,7 +128,7 @@ def test_cost_tables(run):
 
 def test_version_and_help(run):
     assert run("--version")[1].startswith("mar-fast 0.")
-    for command in ("bench", "savings", "report", "masks", "cost", "classify", "eval"):
+    for command in ("bench", "savings", "masks", "cost", "classify", "eval"):
         assert run(command, "--help")[0] == 0
 
 
