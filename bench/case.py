@@ -1,8 +1,7 @@
-"""What is measured: a case is one job, its candidates are the ways to do it."""
+"""What is measured: a case is one workload, its providers are the ways to do it, one of them the baseline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from mar_fast.machine import short_name
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunOptions:
     """What all cases of a run have in common.
 
     Attributes:
@@ -20,7 +19,7 @@ class Setting:
         sizes: Encoders to take: "small", "base", "large", ...
         batches: Batch sizes.
         quick: Few and small cases, a few rounds.
-        budget: Seconds for the timed rounds of a case.
+        seconds: For the timed rounds of a case.
         clip: A video file, for the pipeline; None is a short real clip that a package ships.
     """
 
@@ -29,7 +28,7 @@ class Setting:
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
     quick: bool = False
-    budget: float = 12.0
+    seconds: float = 12.0
     clip: str | None = None
 
     @property
@@ -40,11 +39,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A candidate made ready to run.
+    """A provider made ready to run.
 
     Attributes:
         run: One call, as it is timed and as its memory is measured.
-        outputs: What the check compares with the truth.
+        outputs: What is compared with the expected outputs.
         compile_seconds: Of a compiled one.
     """
 
@@ -54,20 +53,20 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to do the job. ``prepare`` raises where it cannot be had on this machine: it is absent then.
+class Provider:
+    """One way to do the workload. ``prepare`` raises where it cannot run on this machine: it is unavailable then.
 
     Attributes:
-        provider: Its name.
+        name: "mar_fast", or "mar_fast, compiled", ...; others are peers.
         prepare: Makes it ready.
-        truth: Its own right outputs, where it computes something else than the case's.
-        checked: Whether outputs are compared; not for a bound that does only a part of the job.
-        x: Its own place on the x axis, where the case's is not its.
+        expected: Its own expected outputs, where it computes another function than the case's.
+        checked: Whether outputs are compared; not where it does only a part of the work.
+        x: Its own position on the x axis, where it differs from the case's.
     """
 
-    provider: str
+    name: str
     prepare: Callable[[], Prepared]
-    truth: Callable[[], list[Tensor]] | None = None
+    expected: Callable[[], list[Tensor]] | None = None
     checked: bool = True
     x: float | None = None
 
@@ -88,29 +87,23 @@ class Floor:
         return max(2 * self.multiply_adds / peak_flops, self.bytes_moved / bandwidth)
 
 
-def _gone() -> Any:
-    raise RuntimeError("this case has been measured, and what it held is gone")
-
-
 @dataclass(frozen=True)
 class Case:
-    """One job at one size.
+    """One workload at one size.
 
     Attributes:
         suite: "encoder", ...
         name: What it is, without ``x``.
-        mode: "inference", "training step", "forward", "backward", or "" where it has no meaning.
-        x: Keep ratio, tokens, ...: the place on a plot's x axis.
+        mode: "inference", "training step", "forward", "backward".
+        x: Keep ratio, tokens, ...: the position on a plot's x axis.
         dtype: That the products work in.
         clips: Clips of one call, for the throughput; 0 where that has no meaning.
-        candidates: In the order of the table.
-        truth: The right outputs, in float64.
-        bound: Largest difference that is let pass, a norm relative to the truth.
-        yardstick: A provider; others may differ from the truth by twice as much as that one, and a little more.
+        providers: In the order of the table.
+        expected: The right outputs, in float64.
+        tolerance: Largest difference that passes, a norm relative to that of the expected outputs.
+        baseline: The provider that speed-ups are over. Others may differ from float64 by twice as much as it does.
         floor: The least work, if it is known.
-        baseline: The provider that speed-ups are given over; "" is the first one.
-        slack: The little more.
-        share: Of the setting's seconds for timed rounds: less where calls are short or cases are many.
+        share: Of a run's seconds for timed rounds: less where calls are short or cases are many.
     """
 
     suite: str
@@ -119,19 +112,12 @@ class Case:
     x: float
     dtype: torch.dtype
     clips: int
-    candidates: tuple[Candidate, ...]
-    truth: Callable[[], list[Tensor]]
-    bound: float
-    yardstick: str = ""
+    providers: tuple[Provider, ...]
+    expected: Callable[[], list[Tensor]]
+    tolerance: float
+    baseline: str
     floor: Floor | None = None
-    baseline: str = ""
-    slack: float = 1e-3
     share: float = 1.0
-
-    def emptied(self) -> "Case":
-        """The same without its candidates' models and operands, which would stay in memory as long as it does."""
-        candidates = tuple(replace(one, prepare=_gone, truth=None) for one in self.candidates)
-        return replace(self, candidates=candidates, truth=_gone)
 
     @property
     def dtype_name(self) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mar_fast.bench import session
-from mar_fast.bench.case import Setting
+from mar_fast.bench import harness
+from mar_fast.bench.case import RunOptions
+from mar_fast.bench.suites import SUITES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,33 +15,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
 
 
-def setting_of(config: pytest.Config) -> Setting:
-    """The setting of this run; ceilings are measured for it once."""
-    if not hasattr(config, "mar_fast_setting"):
-        options = config.option
-        config.mar_fast_setting = session.setting_for(  # type: ignore[attr-defined]
-            device=options.bench_device, dtype=options.bench_dtype, quick=not options.full
-        )
-    return config.mar_fast_setting[0]  # type: ignore[attr-defined]
+def options_of(config: pytest.Config) -> RunOptions:
+    """The options of this run; ceilings are measured for it once."""
+    if not hasattr(config, "mar_fast_options"):
+        given = config.option
+        config.mar_fast_options = harness.options_for(  # type: ignore[attr-defined]
+            device=given.bench_device, dtype=given.bench_dtype, quick=not given.full
+        )[0]
+    return config.mar_fast_options  # type: ignore[attr-defined]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each suite, case and candidate: ``-k encoder``, ``-k "kernels and SDPA"``."""
+    """One test for each suite, case and provider: ``-k encoder``, ``-k "kernels and SDPA"``."""
     if "measured" not in metafunc.fixturenames:
         return
-    from mar_fast.bench import session
-    from mar_fast.bench.suites import SUITES
-
-    setting, found, names = setting_of(metafunc.config), [], []
-    for name in session.chosen_suites(["all"]):
-        for number, case in enumerate(SUITES[name].cases(setting)):
-            for candidate in case.candidates:
-                found.append((name, number, candidate.provider))
-                names.append(f"{name}, {case.name}, x = {case.x:g}, {case.mode}, {candidate.provider}")
+    found, names = [], []
+    for name in harness.chosen_suites(["all"]):
+        for number, case in enumerate(SUITES[name].cases(options_of(metafunc.config))):
+            for provider in case.providers:
+                found.append((name, number, provider.name))
+                names.append(f"{name}, {case.name}, x = {case.x:g}, {case.mode}, {provider.name}")
     metafunc.parametrize("measured", found, ids=names)
 
 
 @pytest.fixture
-def setting(request: pytest.FixtureRequest) -> Setting:
-    """The setting of this run."""
-    return setting_of(request.config)
+def options(request: pytest.FixtureRequest) -> RunOptions:
+    """The options of this run."""
+    return options_of(request.config)

@@ -12,14 +12,17 @@ from pathlib import Path
 
 from mar_fast import files, machine
 
-from . import host, records, rows, runner, session
+from . import harness, host, records
 from .case import Case
+from .op_cases import PART
+from .records import Record
 
 # Peers of the short run: the plainest good one, the fastest known, and each of them once more in a CUDA graph.
 PEERS = (
     "PyTorch SDPA", "PyTorch SDPA, CUDA graph", "SDPA cuDNN", "SDPA flash", "PyTorch", "PyTorch, compiled",
-    "reshape + index + linear", "the same, compiled", "cuBLAS on gathered patches",
+    "reshape + index + linear", "reshape + index + linear, compiled", PART,
 )  # fmt: skip
+GRAPH = ", CUDA graph"
 OURS = ("mar_fast", "mar_fast, CUDA graph")
 COMPILED = "PyTorch SDPA, compiled"  # a minute each: where it decides
 SUITES = ("kernels", "encoder", "training")
@@ -50,8 +53,7 @@ TARGETS = (
 
 
 def short(case: Case) -> Case | None:
-    """A case of the short run with its candidates, or None for one that is left out."""
-    wanted = {*PEERS, *OURS}
+    """A case of the short run with its providers, or None for one that is left out."""
     if case.suite == "encoder" and (case.x == 1 or (case.x == 0.25 and case.clips != 32)):
         return None
     if case.suite != "encoder" and "32" not in re.findall(r"\d+", case.name):
@@ -60,45 +62,43 @@ def short(case: Case) -> Case | None:
         return None
     if case.suite == "kernels" and case.x == 1568 and not case.name.startswith("attention"):
         return None
+    wanted = {*PEERS, *OURS}
     if case.suite in ("encoder", "training") and case.clips == 32 and case.x == 0.5:
         wanted.add(COMPILED)
-    return replace(case, candidates=tuple(one for one in case.candidates if one.provider in wanted), yardstick="")
+    return replace(case, providers=tuple(one for one in case.providers if one.name in wanted))
 
 
-def target(row: records.Record) -> str:
-    """What is aimed at for a row of ours; "" where nothing is."""
+def target(record: Record) -> str:
+    """What is aimed at for a record of ours; "" where nothing is."""
     for suite, case, mode, x, aim in TARGETS:
-        if (row.suite, row.mode) == (suite, mode) and re.match(case, row.case) and x in (None, row.x):
+        if (record.suite, record.mode) == (suite, mode) and re.match(case, record.case) and x in (None, record.x):
             return aim
     return ""
 
 
-def table(found: Iterable[records.Record]) -> str:
+def table(found: Iterable[Record]) -> str:
     """A line for each of our times. A CUDA graph's peers are CUDA graphs."""
     lines = [f"{'what':78} {'ours':>9} {'best peer':>9} {'ratio':>6} {'target':>7} {'floor':>5}  peer"]
-    for setting, group in rows.grouped(found, rows.setting).items():
-        times = {row.provider: row for row in group if row.metric == "time"}
-        floor = next((row.p50 for row in group if row.metric == "floor"), None)
-        for name, row in times.items():
-            if not records.is_ours(setting.suite, name):
+    for group in records.grouped(found, lambda record: record.workload).values():
+        times = [record for record in group if record.metric == "time"]
+        floor = next((record.p50 for record in group if record.metric == "floor"), None)
+        for own in times:
+            if not own.ours:
                 continue
-            graph = name.endswith("CUDA graph")
-            peers = {
-                peer: other.p50 for peer, other in times.items()
-                if not records.is_ours(setting.suite, peer) and peer.endswith("CUDA graph") == graph
-                and peer != "cuBLAS on gathered patches"
-            }  # fmt: skip
-            best = min(peers, key=peers.__getitem__, default=None)
-            what = f"{setting.suite}: {setting.case}, {setting.mode}, {setting.x:g}{', CUDA graph' if graph else ''}"
-            cells = [runner.seconds(row.p50), "-", "-"]
-            if best is not None:
-                cells[1:] = [runner.seconds(peers[best]), f"{peers[best] / row.p50:.2f}x"]
-            share = f"{floor / row.p50:.0%}" if floor else ""
-            lines.append(
-                f"{what:78} {cells[0]:>9} {cells[1]:>9} {cells[2]:>6} {target(row):>7} {share:>5}  {best or ''}"
-            )
-        for provider, why in {row.provider: row.note for row in group if row.metric in rows.NO_TIME}.items():
-            lines.append(f"{setting.case}, {setting.mode}: {provider}: {why}")
+            graph = own.provider.endswith(GRAPH)
+            peers = [
+                other
+                for other in times
+                if not other.ours and other.provider.endswith(GRAPH) == graph and other.provider != PART
+            ]
+            best = min(peers, key=lambda other: other.p50, default=None)
+            what = f"{own.suite}: {own.case}, {own.mode}, {own.x:g}{', CUDA graph' if graph else ''}"
+            theirs, ratio = (best.words, f"{best.p50 / own.p50:.2f}x") if best else ("-", "-")
+            share = f"{floor / own.p50:.0%}" if floor else ""
+            peer = best.provider if best else ""
+            lines.append(f"{what:78} {own.words:>9} {theirs:>9} {ratio:>6} {target(own):>7} {share:>5}  {peer}")
+        lost = {record.provider: record for record in group if record.metric in records.NO_TIME}
+        lines += [f"{one.case}, {one.mode}: {one.provider}: {one.note}" for one in lost.values()]
     return "\n".join(lines)
 
 
@@ -120,19 +120,17 @@ def main(arguments: list[str]) -> int:
     figures = host.measure(device, quick=not options.full)
     print(host.table(figures, device), flush=True)
     records.write(paths[host.SUITE], host.rows(figures, device))
-    if options.full:
-        setting, _, rates = session.setting_for(device="cuda", dtype="bf16")
-    else:
-        setting, _, rates = session.setting_for(
-            device="cuda", dtype="bf16", sizes=("base",), batches=(32, 8, 1), seconds=options.seconds
-        )
-    everything, wrong = [], 0
+    short_run = {} if options.full else dict(sizes=("base",), batches=(32, 8, 1), seconds=options.seconds)
+    chosen, _, rates = harness.options_for(device="cuda", dtype="bf16", **short_run)
+    everything: list[Record] = []
     for name in names:
-        done = session.run(
-            [name], setting, rates, out=paths[name], say=lambda text: print(text, flush=True),
-            chosen=None if options.full else short,
-        )  # fmt: skip
-        everything += done.rows
-        wrong += done.wrong
+        everything += harness.run(
+            [name],
+            chosen,
+            rates,
+            out=paths[name],
+            say=lambda text: print(text, flush=True),
+            chosen=(lambda case: case) if options.full else short,
+        )
     print(table(everything), flush=True)
-    return int(wrong > 0)
+    return int(harness.failures(everything) > 0)

@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mar_fast.timing import Spread
 
 from . import records
 from .plain import PlainMAR
+from .records import Record
 
 Call = Callable[[], object]
 # What a call of an op may cost, in units, and its backward in times F.layer_norm's own forward and backward.
@@ -223,15 +225,14 @@ def table(figures: Figures, device: torch.device) -> str:
     return "\n".join(lines)
 
 
-def rows(figures: Figures, device: torch.device) -> list[records.Record]:
+def rows(figures: Figures, device: torch.device) -> list[Record]:
     """The figures as records."""
-    environment = machine.environment(device)
-    found = []
-    for (what, mode), (seconds, ratio) in figures.items():
-        common = dict(suite=SUITE, case=what, provider=records.OURS, mode=mode, dtype="fp32", x=0.0)
-        for spread, metric, unit in ((seconds, "host time", "s"), (ratio, "host ratio", "")):
-            found.append(records.Record.of(environment, spread, metric=metric, unit=unit, **common))  # type: ignore[arg-type]
-    return found
+    make = partial(Record.of, machine.environment(device), suite=SUITE, provider=records.OURS, dtype="fp32")
+    return [
+        make(spread, case=what, mode=mode, metric=metric, unit=unit)
+        for (what, mode), spreads in figures.items()
+        for spread, metric, unit in zip(spreads, ("host time", "host ratio"), ("s", ""), strict=True)
+    ]
 
 
 def main(arguments: list[str]) -> int:

@@ -40,7 +40,7 @@ def name(number: int) -> str:
 def launches(number: int, target: str, passes: Sequence[str] = PASSES) -> list[Recorded]:
     """What a call launches on a target: "forward" is without gradients, "backward" with them, and both ways."""
     call = calls("meta")[number]
-    ours, wanted = call.providers["mar_fast"], call.differentiated
+    ours, wanted = call.ours, call.differentiated
     return recorded(lambda: [results(ours, call.operands(), wanted, mode) for mode in passes], target)
 
 
@@ -71,10 +71,10 @@ def _changed(case: OpCase, more: str, *changes: Change, also: tuple[str, ...] = 
             made |= change(made)
         return made
 
-    ours, label = case.providers["mar_fast"], f"{case.label}{more}{', autocast' * autocast}"
-    providers = {"mar_fast": _autocast()(ours) if autocast else ours}
+    ours, label = case.ours, f"{case.label}{more}{', autocast' * autocast}"
+    ours = _autocast()(ours) if autocast else ours
     differentiated = (*case.differentiated, *also)
-    return replace(case, label=label, operands=operands, providers=providers, differentiated=differentiated)
+    return replace(case, label=label, operands=operands, ours=ours, differentiated=differentiated)
 
 
 @contextmanager
@@ -173,5 +173,5 @@ def _attention(device: torch.device) -> Iterator[OpCase]:
             return dict(qkv=o["qkv"].flatten(0, 1), cu_seqlens=offsets, max_seqlen=tokens)
 
         case = op_cases.attention(device, dtype, 16, tokens, heads, size)
-        varlen = replace(case, op="attention_varlen", providers={"mar_fast": kernels.attention_varlen})
+        varlen = replace(case, op="attention_varlen", ours=kernels.attention_varlen)
         yield from (case, _changed(varlen, "", ragged))

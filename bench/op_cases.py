@@ -1,13 +1,13 @@
 """The ops and their peers: for one op and shape, every way to compute it that is present on this machine.
 
-Each case holds operands, a set of them for each turn so that none is left in a cache, and providers: functions of the
-operands that give the same output. The first provider is ours.
+An op's operands, and its providers: functions of the operands that give the same output, ours and its peers.
 """
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,20 +22,31 @@ from mar_fast.kernels.masked_patch_loss import eager_masked_patch_loss
 from mar_fast.kernels.scatter_tokens import eager_scatter_tokens
 
 Operands = dict[str, Any]
-Provider = Callable[..., Any]
+Function = Callable[..., Any]
 GRID, PATCH, CHANNELS = (8, 14, 14), (2, 16, 16), 3
 TOKENS = 1568
+PART = "cuBLAS on gathered patches"  # does a part of the work, on a GPU
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op at one shape. ``flops`` and ``bytes`` are of the forward pass: the least that any provider must do.
+    """One op at one shape.
 
-    ``backward`` says how many times as much of each the backward pass must do at least: it reads the gradients of the
-    outputs and what it recomputes from, and writes those of the differentiated operands.
-
-    ``bounds`` are functions that do only a part of the work, for comparison: their results are not checked. ``graph``
-    says whether the forward pass is timed as a CUDA graph.
+    Attributes:
+        op: Its name.
+        label: The shape in words.
+        tokens: Of a clip, for the x axis.
+        dtype: Of the operands that are activations or weights.
+        operands: Makes a set of operands.
+        ours: The op.
+        peers: Other functions of the operands with the same output; the first one that is measured is the baseline.
+        eager: The peer that is what our op runs on a CPU: there it is not measured against itself.
+        differentiated: Operands that get gradients.
+        flops, bytes: The least that the forward pass must compute and move.
+        backward: How many times as much of each the backward pass must do at least: it reads the gradients of the
+            outputs and what it recomputes from, and writes those of the differentiated operands.
+        part: A peer of the forward pass on a GPU that does only a part of the work: its results are not checked.
+        small: Whether launches cost the host more than the device; on a GPU it is then timed in a CUDA graph.
     """
 
     op: str
@@ -43,13 +54,15 @@ class OpCase:
     tokens: int
     dtype: torch.dtype
     operands: Callable[[], Operands]
-    providers: Mapping[str, Provider]
+    ours: Function
+    peers: Mapping[str, Function]
+    eager: str
     differentiated: tuple[str, ...]
     flops: float
     bytes: float
     backward: tuple[float, float]
-    bounds: Mapping[str, Provider] = field(default_factory=dict)
-    graph: bool = False
+    part: Mapping[str, Function] = field(default_factory=dict)
+    small: bool = False
 
 
 def random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -62,12 +75,7 @@ def index(device: torch.device, batch: int, count: int) -> Tensor:
     return torch.rand(batch, TOKENS, device=device).argsort(1)[:, :count].sort(1).values.int()
 
 
-def bytes_of(*tensors: Tensor) -> int:
-    """Bytes that the tensors hold."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def compiled(function: Provider) -> Provider:
+def compiled(function: Function) -> Function:
     """The same under torch.compile, one graph."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -78,7 +86,7 @@ def sdpa(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def with_sdpa(backend: SDPBackend) -> Provider:
+def with_sdpa(backend: SDPBackend) -> Function:
     """The same by one of its backends."""
 
     def attend(qkv: Tensor) -> Tensor:
@@ -95,40 +103,50 @@ def naive_attention(qkv: Tensor) -> Tensor:
     return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
-def attention_peers(device: torch.device) -> dict[str, Provider]:
+def attention_peers(device: torch.device) -> dict[str, Function]:
     """Every other attention that this machine has."""
-    peers = {"SDPA": sdpa, "scores written out": naive_attention}
-    if device.type == "cuda":
-        peers["SDPA flash"] = with_sdpa(SDPBackend.FLASH_ATTENTION)
-        peers["SDPA cuDNN"] = with_sdpa(SDPBackend.CUDNN_ATTENTION)
-        peers["SDPA efficient"] = with_sdpa(SDPBackend.EFFICIENT_ATTENTION)
+    backends = {
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    backends = backends if device.type == "cuda" else {}
     flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
 
     def flex_attention(qkv: Tensor) -> Tensor:
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         return flex(query, key, value).transpose(1, 2).flatten(2)
 
-    peers["flex_attention"] = flex_attention
-    for backend in ("xformers", "flash_attn"):
-        peers[backend] = functools.partial(on_backend, backend, kernels.attention)
-    return peers
+    def on_backend(backend: str, qkv: Tensor) -> Tensor:
+        with kernels.use_backend(backend):
+            return kernels.attention(qkv)
 
-
-def on_backend(backend: str, op: Provider, *args: Any, **kwargs: Any) -> Any:
-    """The op on a named backend; RuntimeError where that is not installed."""
-    with kernels.use_backend(backend):
-        return op(*args, **kwargs)
+    return {
+        **{f"SDPA {name}": with_sdpa(backend) for name, backend in backends.items()},
+        "SDPA": sdpa,
+        "scores written out": naive_attention,
+        "flex_attention": flex_attention,
+        **{name: functools.partial(on_backend, name) for name in ("xformers", "flash_attn")},
+    }
 
 
 def attention(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, heads: int, size: int = 64) -> OpCase:
     """Attention over visible tokens."""
     flops = 4.0 * batch * heads * tokens**2 * size
     return OpCase(
-        "attention", f"{batch} clips, {tokens} tokens, {heads} heads of {size}", tokens, dtype,
-        lambda: dict(qkv=random(device, dtype, batch, tokens, 3, heads, size)),
-        {"mar_fast": kernels.attention} | attention_peers(device), ("qkv",),
-        flops, 4.0 * batch * tokens * heads * size * dtype.itemsize, (2.5, 2.0),
-    )  # fmt: skip
+        op="attention",
+        label=f"{batch} clips, {tokens} tokens, {heads} heads of {size}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=lambda: dict(qkv=random(device, dtype, batch, tokens, 3, heads, size)),
+        ours=kernels.attention,
+        peers=attention_peers(device),
+        eager="SDPA",
+        differentiated=("qkv",),
+        flops=flops,
+        bytes=4.0 * batch * tokens * heads * size * dtype.itemsize,
+        backward=(2.5, 2.0),
+    )
 
 
 def gather_patch_embed(
@@ -144,9 +162,12 @@ def gather_patch_embed(
         else:
             clip = random(device, pixels, batch, 3, 16, 224, 224)
         return dict(
-            video=clip, keep_idx=index(device, batch, tokens), weight=random(device, dtype, width, 3, *PATCH) / 40,
-            bias=random(device, dtype, width), pos_embed=random(device, torch.float32, TOKENS, width),
-        )  # fmt: skip
+            video=clip,
+            keep_idx=index(device, batch, tokens),
+            weight=random(device, dtype, width, 3, *PATCH) / 40,
+            bias=random(device, dtype, width),
+            pos_embed=random(device, torch.float32, TOKENS, width),
+        )
 
     def floating(video: Tensor, weight: Tensor) -> Tensor:
         if not raw:
@@ -174,17 +195,24 @@ def gather_patch_embed(
 
     moved = batch * tokens * (values * pixels.itemsize + width * dtype.itemsize) + values * width * dtype.itemsize
     return OpCase(
-        "gather_patch_embed", f"{batch} clips, {tokens} of 1568 tubelets, width {width}, {str(pixels)[6:]} clip",
-        tokens, dtype, operands,
-        {
-            "mar_fast": functools.partial(kernels.gather_patch_embed, **normalise),
+        op="gather_patch_embed",
+        label=f"{batch} clips, {tokens} of 1568 tubelets, width {width}, {str(pixels)[6:]} clip",
+        tokens=tokens,
+        dtype=dtype,
+        operands=operands,
+        ours=functools.partial(kernels.gather_patch_embed, **normalise),
+        peers={
             "reshape + index + linear": reshape_index_linear,
-            "the same, compiled": compiled(reshape_index_linear),
+            "reshape + index + linear, compiled": compiled(reshape_index_linear),
             "Conv3d of all, then index": conv_then_index,
         },
-        ("weight", "bias"), 2.0 * batch * tokens * values * width, float(moved), (1.0, 1.0),
-        {"cuBLAS on gathered patches": linear_of_gathered},
-    )  # fmt: skip
+        eager="reshape + index + linear",
+        differentiated=("weight", "bias"),
+        flops=2.0 * batch * tokens * values * width,
+        bytes=float(moved),
+        backward=(1.0, 1.0),
+        part={PART: linear_of_gathered},
+    )
 
 
 def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
@@ -199,10 +227,20 @@ def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens:
         return F.layer_norm(residual, weight.shape, weight, bias, 1e-6), residual
 
     return OpCase(
-        "add_layer_norm", f"{batch} clips, {tokens} tokens, width {width}", tokens, dtype, operands,
-        {"mar_fast": kernels.add_layer_norm, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("x", "residual", "weight", "bias"), 0.0, 4.0 * batch * tokens * width * dtype.itemsize, (0.0, 1.0),
-    )  # fmt: skip
+        op="add_layer_norm",
+        label=f"{batch} clips, {tokens} tokens, width {width}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=operands,
+        ours=kernels.add_layer_norm,
+        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
+        eager="PyTorch",
+        differentiated=("x", "residual", "weight", "bias"),
+        flops=0.0,
+        bytes=4.0 * batch * tokens * width * dtype.itemsize,
+        backward=(0.0, 1.0),
+        small=True,
+    )
 
 
 def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
@@ -212,11 +250,20 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
         return F.gelu(x + bias)
 
     return OpCase(
-        "bias_gelu", f"{batch} clips, {tokens} tokens, width {width}", tokens, dtype,
-        lambda: dict(x=random(device, dtype, batch, tokens, width), bias=random(device, dtype, width)),
-        {"mar_fast": kernels.bias_gelu, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("x", "bias"), 0.0, 2.0 * batch * tokens * width * dtype.itemsize, (0.0, 1.5),
-    )  # fmt: skip
+        op="bias_gelu",
+        label=f"{batch} clips, {tokens} tokens, width {width}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=lambda: dict(x=random(device, dtype, batch, tokens, width), bias=random(device, dtype, width)),
+        ours=kernels.bias_gelu,
+        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
+        eager="PyTorch",
+        differentiated=("x", "bias"),
+        flops=0.0,
+        bytes=2.0 * batch * tokens * width * dtype.itemsize,
+        backward=(0.0, 1.5),
+        small=True,
+    )
 
 
 def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
@@ -224,16 +271,28 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
 
     def operands() -> Operands:
         return dict(
-            visible=random(device, dtype, batch, tokens, width), keep_idx=index(device, batch, tokens),
-            mask_token=random(device, dtype, width), pos_embed=random(device, torch.float32, TOKENS, width),
-        )  # fmt: skip
+            visible=random(device, dtype, batch, tokens, width),
+            keep_idx=index(device, batch, tokens),
+            mask_token=random(device, dtype, width),
+            pos_embed=random(device, torch.float32, TOKENS, width),
+        )
 
     plain = eager_scatter_tokens
     return OpCase(
-        "scatter_tokens", f"{batch} clips, {tokens} of 1568 tokens, width {width}", tokens, dtype, operands,
-        {"mar_fast": kernels.scatter_tokens, "PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        ("visible", "mask_token"), 0.0, float(batch * (tokens + TOKENS) * width * dtype.itemsize), (0.0, 1.0),
-    )  # fmt: skip
+        op="scatter_tokens",
+        label=f"{batch} clips, {tokens} of 1568 tokens, width {width}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=operands,
+        ours=kernels.scatter_tokens,
+        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
+        eager="PyTorch",
+        differentiated=("visible", "mask_token"),
+        flops=0.0,
+        bytes=float(batch * (tokens + TOKENS) * width * dtype.itemsize),
+        backward=(0.0, 1.0),
+        small=True,
+    )
 
 
 def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, tokens: int) -> OpCase:
@@ -255,52 +314,38 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
 
     plain = functools.partial(eager_masked_patch_loss, **options)
     return OpCase(
-        "masked_patch_loss", f"{batch} clips, {tokens} of 1568 tubelets dropped", tokens, dtype, operands,
-        {
-            "mar_fast": functools.partial(kernels.masked_patch_loss, **options),
-            "all patches, then index": all_then_index,
-            "PyTorch": plain,
-            "PyTorch, compiled": compiled(plain),
-        },
-        ("pixels",), 0.0, float(batch * tokens * 1536 * (1 + dtype.itemsize)),
-        (0.0, 2 * dtype.itemsize / (1 + dtype.itemsize)),  # the error read, if it was kept, and the gradient written
-    )  # fmt: skip
+        op="masked_patch_loss",
+        label=f"{batch} clips, {tokens} of 1568 tubelets dropped",
+        tokens=tokens,
+        dtype=dtype,
+        operands=operands,
+        ours=functools.partial(kernels.masked_patch_loss, **options),
+        peers={"PyTorch": plain, "all patches, then index": all_then_index, "PyTorch, compiled": compiled(plain)},
+        eager="PyTorch",
+        differentiated=("pixels",),
+        flops=0.0,
+        bytes=float(batch * tokens * 1536 * (1 + dtype.itemsize)),
+        backward=(0.0, 2 * dtype.itemsize / (1 + dtype.itemsize)),
+        small=True,
+    )
 
 
 # Width and heads of an encoder.
-SIZES = {
-    "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16),
-}  # fmt: skip
-SMALL = ("add_layer_norm", "bias_gelu", "scatter_tokens", "masked_patch_loss")
+SIZES = {"small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16)}
 
 
 def op_cases(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sequence[str],
-    batches: Sequence[int],
-    kept: Sequence[float],
-    *,
-    graph: bool = False,
-) -> Iterator[OpCase]:
-    """Every op at every size, batch and keep ratio; ``graph``: small ops are timed as CUDA graphs."""
-    for case in _all(device, dtype, sizes, batches, kept):
-        yield replace(case, graph=graph and case.op in SMALL)
-
-
-def _all(
     device: torch.device, dtype: torch.dtype, sizes: Sequence[str], batches: Sequence[int], kept: Sequence[float]
 ) -> Iterator[OpCase]:
-    for size in sizes:
+    """Every op at every size, batch and keep ratio."""
+    for size, batch, share in itertools.product(sizes, batches, kept):
         width, heads = SIZES[size]
-        for batch in batches:
-            for share in kept:
-                tokens = round(TOKENS * share)
-                for pixels in (dtype, torch.uint8):
-                    yield gather_patch_embed(device, dtype, batch, tokens, width, pixels)
-                yield attention(device, dtype, batch, tokens, heads)
-                yield add_layer_norm(device, dtype, batch, tokens, width)
-                yield bias_gelu(device, dtype, batch, tokens, 4 * width)
-                if share < 1:
-                    yield scatter_tokens(device, dtype, batch, tokens, width // 2)
-                    yield masked_patch_loss(device, dtype, batch, TOKENS - tokens)
+        tokens = round(TOKENS * share)
+        for pixels in (dtype, torch.uint8):
+            yield gather_patch_embed(device, dtype, batch, tokens, width, pixels)
+        yield attention(device, dtype, batch, tokens, heads)
+        yield add_layer_norm(device, dtype, batch, tokens, width)
+        yield bias_gelu(device, dtype, batch, tokens, 4 * width)
+        if share < 1:
+            yield scatter_tokens(device, dtype, batch, tokens, width // 2)
+            yield masked_patch_loss(device, dtype, batch, TOKENS - tokens)

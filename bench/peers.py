@@ -1,12 +1,12 @@
-"""Whole models that classify the same clips, each behind one small interface: ours and what one would otherwise use.
+"""Whole models that classify the same clips or learn from them: ours, and what one would otherwise use.
 
-A peer is a function of a `Job` that gives `Prepared`. All start from the same weights, the reference's, and get the
-same normalised clips.
+A peer is a function of a `Workload` that gives `Prepared`, in inference the logits and in training a step (float32
+weights under autocast, AdamW). All start from the same weights, the reference's, and get the same normalised clips.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,164 +16,116 @@ import mar_fast
 from mar_fast import reference
 from mar_fast.inference import Backend
 
-from .case import Candidate, Prepared
-from .jobs import (
-    CHECKED_CLIPS,
+from .case import Prepared, Provider
+from .plain import PlainMAR, patch_loss
+from .transformers_peers import hugging_face
+from .workloads import (
     WEIGHT,
-    Job,
+    Workload,
     classifier,
-    compiled_learner,
+    first_call_timed,
+    frozen,
     learner,
     materialise,
     original_loss,
     sum_of_losses,
-    timed,
 )
-from .plain import PlainMAR, patch_loss
-from .transformers_peers import hugging_face
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inference
+REFERENCE, BASELINE = "reference, autocast", "PyTorch SDPA"
+Prepare = Callable[[Workload], Prepared]
 
 
-def ours(job: Job) -> Prepared:
-    """mar_fast.MAR with weights in the job's dtype."""
-    model = _ours(job).to(job.dtype)
-    return classifier(job, lambda job: model(job.clips).logits)
+def _built(workload: Workload, kind: Callable[..., Any], *, autocast: bool = False) -> Any:
+    """A model with the workload's weights, in inference in its dtype unless that comes by autocast."""
+    model = kind(workload.config).to(workload.device).train(workload.training)
+    model.load_state_dict(workload.weights)
+    return model if autocast or workload.training else model.to(workload.dtype)
 
 
-def ours_compiled(job: Job, backend: Backend = "inductor") -> Prepared:
-    """The same through compile_for_inference."""
-    materialise(job)
-    compiled = mar_fast.compile_for_inference(_ours(job).to(job.dtype), job.clips, backend=backend)
-    return Prepared(
-        lambda: compiled(job.clips).logits,
-        lambda: [compiled(job.clips).logits[:CHECKED_CLIPS]],
-        compiled.compile_seconds,
-    )
+def ours(workload: Workload) -> Prepared:
+    """mar_fast.MAR; in training its loss straight from the clip."""
+    model = _built(workload, mar_fast.MAR)
+    if workload.training:
+        return learner(workload, model, partial(_our_loss, model))
+    return classifier(workload, lambda workload: model(workload.clips).logits)
 
 
-def _ours(job: Job) -> mar_fast.MAR:
-    model = mar_fast.MAR(job.config).to(job.device).train(job.training)
-    model.load_state_dict(job.weights)
-    return model
+def ours_compiled(workload: Workload, backend: Backend = "inductor") -> Prepared:
+    """The same through compile_for_inference, in training under torch.compile."""
+    model = _built(workload, mar_fast.MAR)
+    if workload.training:
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        return first_call_timed(learner(workload, model, partial(_our_loss, compiled)))
+    materialise(workload)
+    return frozen(model, (workload.clips,), lambda out: out.logits, backend)
 
 
-def original(job: Job) -> Prepared:
-    """reference.MAR as the original is run: all tubelets embedded, attention written out, float32 under autocast."""
-    model = _reference(job)
-
-    def logits(job: Job) -> Tensor:
-        with job.autocast():
-            return model(job.clips, job.mask).logits
-
-    return classifier(job, logits)
+def _our_loss(model: Any, workload: Workload) -> Tensor:
+    return mar_fast.mar_loss(model(workload.clips, workload.mask), workload.target, reconstruction_weight=WEIGHT)
 
 
-def _reference(job: Job) -> reference.MAR:
-    model = reference.MAR(job.config).to(job.device).train(job.training)
-    model.load_state_dict(job.weights)
-    return model
+def ours_plain_loss(workload: Workload) -> Prepared:
+    """Training of our model with the reconstruction's target written out: the step before the fused loss."""
+    model = _built(workload, mar_fast.MAR)
 
-
-def plain(job: Job, *, sdpa: bool = True, autocast: bool = False) -> Prepared:
-    """PlainMAR; its weights in the job's dtype, or float32 under autocast."""
-    model = _plain(job, sdpa)
-    if not autocast:
-        model = model.to(job.dtype)
-
-    def logits(job: Job) -> Tensor:
-        with job.autocast() if autocast else nullcontext():
-            return model(job.clips, job.mask.keep_idx.long())[0]
-
-    return classifier(job, logits)
-
-
-def _plain(job: Job, sdpa: bool = True) -> PlainMAR:
-    model = PlainMAR(job.config, sdpa=sdpa).to(job.device).train(job.training)
-    model.load_state_dict(job.weights)
-    return model
-
-
-def plain_compiled(job: Job, mode: str | None = None) -> Prepared:
-    """PlainMAR under torch.compile, in one graph of fixed shapes."""
-    materialise(job)
-    model, keep_idx = _plain(job).to(job.dtype), job.mask.keep_idx.long()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
-
-    @torch.inference_mode()
-    def logits() -> Tensor:
-        return compiled(job.clips, keep_idx)[0]
-
-    return Prepared(logits, lambda: [logits()[:CHECKED_CLIPS]], timed(logits))
-
-
-def plain_frozen(job: Job, backend: Backend = "inductor") -> Prepared:
-    """PlainMAR through compile_for_inference: what is left between this and ours is the model."""
-    materialise(job)
-    example = (job.clips, job.mask.keep_idx.long())
-    compiled = mar_fast.compile_for_inference(_plain(job).to(job.dtype), example, backend=backend)
-    return Prepared(
-        lambda: compiled(*example)[0], lambda: [compiled(*example)[0][:CHECKED_CLIPS]], compiled.compile_seconds
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training steps: float32 weights under autocast, AdamW
-
-
-def ours_training(job: Job) -> Prepared:
-    """mar_fast.MAR, its loss straight from the clip."""
-    model = _ours(job)
-    return learner(job, model, lambda job: _our_loss(model, job))
-
-
-def ours_training_compiled(job: Job) -> Prepared:
-    """The same under torch.compile."""
-    model = _ours(job)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    return compiled_learner(job, model, lambda job: _our_loss(compiled, job))
-
-
-def _our_loss(model: Any, job: Job) -> Tensor:
-    return mar_fast.mar_loss(model(job.clips, job.mask), job.target, reconstruction_weight=WEIGHT)
-
-
-def ours_training_plain_loss(job: Job) -> Prepared:
-    """Our model, but the target of the reconstruction is written out: the step before the fused loss."""
-    model: Any = _ours(job)
-
-    def loss(job: Job) -> Tensor:
-        features = model.encoder(job.clips, job.mask.keep_idx)
+    def loss(workload: Workload) -> Tensor:
+        keep_idx, drop_idx = workload.mask.keep_idx, workload.mask.drop_idx
+        features = model.encoder(workload.clips, keep_idx)
         logits = model.classifier(features)
         visible = model.encoder_to_decoder(features).to(model.mask_token.dtype)
-        pixels = model.decoder(visible, model.mask_token.flatten(), job.mask.keep_idx, job.mask.drop_idx)
-        return sum_of_losses(logits, patch_loss(pixels, job.clips, job.mask.drop_idx.long(), job.config), job.target)
+        pixels = model.decoder(visible, model.mask_token.flatten(), keep_idx, drop_idx)
+        reconstruction = patch_loss(pixels, workload.clips, drop_idx.long(), workload.config)
+        return sum_of_losses(logits, reconstruction, workload.target)
 
-    return learner(job, model, loss)
-
-
-def original_training(job: Job) -> Prepared:
-    """reference.MAR as the original trains."""
-    model = _reference(job)
-    return learner(job, model, lambda job: original_loss(model(job.clips, job.mask), job))
+    return learner(workload, model, loss)
 
 
-def plain_training(job: Job, *, sdpa: bool = True) -> Prepared:
-    """PlainMAR."""
-    model = _plain(job, sdpa)
-    return learner(job, model, lambda job: plain_loss(model, *_operands(job)))
+def original(workload: Workload) -> Prepared:
+    """reference.MAR as the original runs it: all tubelets embedded, attention written out, float32 under autocast."""
+    model = _built(workload, reference.MAR, autocast=True)
+    if workload.training:
+        return learner(workload, model, lambda work: original_loss(model(work.clips, work.mask), work))
+
+    def logits(workload: Workload) -> Tensor:
+        with workload.autocast():
+            return model(workload.clips, workload.mask).logits
+
+    return classifier(workload, logits)
 
 
-def plain_training_compiled(job: Job, mode: str | None = None) -> Prepared:
-    """PlainMAR and its losses under torch.compile."""
-    model = _plain(job)
-    compiled = torch.compile(plain_loss, fullgraph=True, dynamic=False, mode=mode)
-    return compiled_learner(job, model, lambda job: compiled(model, *_operands(job)))
+def plain(workload: Workload, *, sdpa: bool = True, autocast: bool = False) -> Prepared:
+    """PlainMAR; in inference its weights in the workload's dtype, or float32 under autocast."""
+    model = _built(workload, partial(PlainMAR, sdpa=sdpa), autocast=autocast)
+    if workload.training:
+        return learner(workload, model, lambda workload: plain_loss(model, *_operands(workload)))
+
+    operands = _operands(workload)[:2]
+
+    def logits(workload: Workload) -> Tensor:
+        with workload.autocast() if autocast else nullcontext():
+            return model(*operands)[0]
+
+    return classifier(workload, logits)
 
 
-def _operands(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return job.clips, job.mask.keep_idx.long(), job.mask.drop_idx.long(), job.target
+def plain_compiled(workload: Workload, mode: str | None = None) -> Prepared:
+    """PlainMAR, in training with its losses, under torch.compile: one graph of fixed shapes."""
+    model = _built(workload, PlainMAR)
+    what: Any = plain_loss if workload.training else model
+    run = torch.compile(what, fullgraph=True, dynamic=False, mode=mode)
+    if workload.training:
+        return first_call_timed(learner(workload, model, lambda workload: run(model, *_operands(workload))))
+    operands = _operands(workload)[:2]
+    return first_call_timed(classifier(workload, lambda workload: run(*operands)[0]))
+
+
+def plain_frozen(workload: Workload, backend: Backend = "inductor") -> Prepared:
+    """PlainMAR through compile_for_inference: what is left between this and ours is the model."""
+    return frozen(_built(workload, PlainMAR), _operands(workload)[:2], lambda out: out[0], backend)
+
+
+def _operands(workload: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return workload.clips, workload.mask.keep_idx.long(), workload.mask.drop_idx.long(), workload.target
 
 
 def plain_loss(model: PlainMAR, clips: Tensor, keep_idx: Tensor, drop_idx: Tensor, target: Tensor) -> Tensor:
@@ -183,47 +135,19 @@ def plain_loss(model: PlainMAR, clips: Tensor, keep_idx: Tensor, drop_idx: Tenso
     return sum_of_losses(logits, patch_loss(pixels, clips, drop_idx, model.config), target)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-YARDSTICK = "reference, autocast"
-
-
-def inference_candidates(job: Job, *, compiled: bool = True) -> tuple[Candidate, ...]:
-    """Every way to the logits, without or with those that compile for a minute; CUDA graphs on a GPU alone."""
-    graphs = job.device.type == "cuda"
-    found: list[tuple[str, Callable[[Job], Prepared]]] = [(YARDSTICK, original), ("PyTorch SDPA", plain)]
-    if graphs:
-        found.append(("PyTorch SDPA, CUDA graph", functools.partial(plain_frozen, backend="graph")))
-    if compiled:
-        found += [
-            ("PyTorch SDPA, compiled", plain_compiled),
-            ("PyTorch SDPA, max-autotune", functools.partial(plain_compiled, mode="max-autotune")),
-            ("PyTorch SDPA, frozen", plain_frozen),
-        ]
-    found.append(("mar_fast", ours))
-    if graphs:
-        found.append(("mar_fast, CUDA graph", functools.partial(ours_compiled, backend="graph")))
-    if compiled:
-        found.append(("mar_fast, compiled", ours_compiled))
-    return (*_candidates(job, found), hugging_face(job))
-
-
-def training_candidates(job: Job, *, compiled: bool = True) -> tuple[Candidate, ...]:
-    """Every way to take a training step."""
-    found: list[tuple[str, Callable[[Job], Prepared]]] = [
-        (YARDSTICK, original_training),
-        ("PyTorch SDPA", plain_training),
+def providers(workload: Workload, *, compiled: bool = True) -> tuple[Provider, ...]:
+    """Every way to the logits or to a step, without or with those that compile for a minute; CUDA graphs on a GPU."""
+    graphs = workload.device.type == "cuda" and not workload.training
+    every: list[tuple[str, Prepare, bool]] = [
+        (REFERENCE, original, True),
+        (BASELINE, plain, True),
+        (f"{BASELINE}, CUDA graph", partial(plain_frozen, backend="graph"), graphs),
+        (f"{BASELINE}, compiled", plain_compiled, compiled),
+        (f"{BASELINE}, max-autotune", partial(plain_compiled, mode="max-autotune"), compiled),
+        (f"{BASELINE}, frozen", plain_frozen, compiled and not workload.training),
+        ("mar_fast", ours, True),
+        ("mar_fast, CUDA graph", partial(ours_compiled, backend="graph"), graphs),
+        ("mar_fast, compiled", ours_compiled, compiled),
     ]
-    if compiled:
-        found += [
-            ("PyTorch SDPA, compiled", plain_training_compiled),
-            ("PyTorch SDPA, max-autotune", functools.partial(plain_training_compiled, mode="max-autotune")),
-        ]
-    found.append(("mar_fast", ours_training))
-    if compiled:
-        found.append(("mar_fast, compiled", ours_training_compiled))
-    return (*_candidates(job, found), hugging_face(job))
-
-
-def _candidates(job: Job, found: list[tuple[str, Callable[[Job], Prepared]]]) -> Iterator[Candidate]:
-    return (Candidate(provider, functools.partial(prepare, job)) for provider, prepare in found)
+    found = (Provider(name, partial(prepare, workload)) for name, prepare, wanted in every if wanted)
+    return (*found, hugging_face(workload))

@@ -1,6 +1,6 @@
 """The suites under pytest-benchmark: ``pytest bench --benchmark-only -k encoder``.
 
-The cases and candidates are those of ``mar-fast bench``. pytest-benchmark runs one after the other, so a drift of the
+The cases and providers are those of ``mar-fast bench``. pytest-benchmark runs one after the other, so a drift of the
 machine falls on some of them only: for a comparison take ``mar-fast bench``, which runs them in turn.
 """
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mar_fast import machine
-from mar_fast.bench import runner
-from mar_fast.bench.case import Setting
-from mar_fast.bench.records import is_ours
+from mar_fast.bench import harness
+from mar_fast.bench.case import RunOptions
+from mar_fast.bench.records import OURS, OWN_SUITES
 from mar_fast.bench.suites import SUITES, flops
 
 
@@ -25,36 +25,37 @@ def _nothing_left() -> Any:
     gc.collect()
 
 
-def test_candidate(benchmark: Any, measured: tuple[str, int, str], setting: Setting) -> None:
+def test_provider(benchmark: Any, measured: tuple[str, int, str], options: RunOptions) -> None:
     """Right by float64, then timed; error, memory and time to compile go with the figures."""
-    suite, number, provider = measured
-    case = next(itertools.islice(SUITES[suite].cases(setting), number, None))
-    candidate = next(one for one in case.candidates if one.provider == provider)
+    suite, number, name = measured
+    case = next(itertools.islice(SUITES[suite].cases(options), number, None))
+    provider = next(one for one in case.providers if one.name == name)
     torch.compiler.reset()
     try:
-        prepared = candidate.prepare()
-    except Exception as error:
-        if is_ours(suite, provider):
+        prepared = provider.prepare()
+    except Exception as failure:
+        if suite in OWN_SUITES or name.startswith(OURS):
             raise
-        pytest.skip(f"absent: {runner.reason(error)}")
-    if candidate.checked:
-        truth = (candidate.truth or case.truth)()
-        difference = max(runner.relative(got, want) for got, want in zip(prepared.outputs(), truth, strict=True))
-        assert difference <= case.bound
-        benchmark.extra_info["error"] = difference
+        pytest.skip(f"unavailable: {harness.reason(failure)}")
+    if provider.checked:
+        error = harness.difference(prepared.outputs(), (provider.expected or case.expected)())
+        assert error <= case.tolerance
+        benchmark.extra_info["error"] = error
     benchmark.group = f"{case.suite}: {case.name}, x = {case.x:g}, {case.mode}"
-    benchmark.extra_info["provider"] = candidate.provider
-    benchmark.extra_info["dtype"] = case.dtype_name
-    benchmark.extra_info["compile seconds"] = prepared.compile_seconds
+    benchmark.extra_info |= {
+        "provider": name,
+        "dtype": case.dtype_name,
+        "compile seconds": prepared.compile_seconds,
+    }
     benchmark.pedantic(prepared.run, rounds=5, warmup_rounds=2)
-    benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, setting.device)
+    benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, options.device)
 
 
-def test_flops(benchmark: Any, setting: Setting) -> None:
+def test_flops(benchmark: Any, options: RunOptions) -> None:
     """The suite that runs nothing: how long the arithmetic takes, and that its numbers are the paper's."""
-    found = benchmark(SUITES["flops"].conclude, setting, [])
-    for row in found:
-        if row.metric == "multiply-adds" and row.provider == "original, by formula":
-            size = next((size for size in flops.PAPER if row.case == f"ViT-{flops.LETTERS[size]}"), None)
+    found = benchmark(SUITES["flops"].conclude, options, [], machine.environment(options.device))
+    for record in found:
+        if record.metric == "multiply-adds" and record.provider == "original, by formula":
+            size = next((size for size in flops.PAPER if record.case == f"ViT-{flops.LETTERS[size]}"), None)
             if size is not None:
-                assert math.isclose(round(row.value / 1e9), flops.PAPER[size][0][row.x])
+                assert math.isclose(round(record.p50 / 1e9), flops.PAPER[size][0][record.x])

@@ -1,13 +1,12 @@
 """transformers' VideoMAE, as it is and as `mar_fast.accelerate` makes it: what the drop-in is, and is measured against.
 
-Models of a job all have the same random weights, those of transformers' own initialisation, and get the same clips.
+All models of a workload have the same random weights, by transformers' own initialisation, and get the same clips.
 """
 
-import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,46 +15,55 @@ from torch import Tensor
 
 import mar_fast
 
-from .case import Candidate, Prepared
-from .jobs import CHECKED_CLIPS, Job, classifier, compiled_learner, learner, loss_and_gradients, timed
+from .case import Prepared, Provider
+from .workloads import Workload, classifier, first_call_timed, frozen, learner, loss_and_gradients
 
 CLASSIFICATION, PRE_TRAINING = "VideoMAEForVideoClassification", "VideoMAEForPreTraining"
-BEFORE, BY_HAND = "transformers", "transformers, masked by hand"
+BASELINE, BY_HAND = "transformers", "transformers, masked by hand"
 
 # Of a model, clips (B, T, C, H, W), bools (B, L) and classes (B,): the logits, or in training the loss.
 Call = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 Change = Callable[[Any], Any]
 
 
-def build(job: Job, kind: str = CLASSIFICATION) -> Any:
-    """A model of transformers of the size of the job's encoder, and of its decoder in pre-training, with SDPA.
+def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
+    """A model of transformers of the size of the workload's encoder, and of its decoder in pre-training, with SDPA.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
         ValueError: transformers has no such model.
     """
     transformers = importlib.import_module("transformers")
-    config = job.config
+    config = workload.config
     if config.patch_size[1] != config.patch_size[2]:
         raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch_size[1:]}")
     decoder = {}
     if kind == PRE_TRAINING:
         decoder = dict(
-            decoder_num_hidden_layers=config.decoder_depth, decoder_hidden_size=config.decoder_embed_dim,
+            decoder_num_hidden_layers=config.decoder_depth,
+            decoder_hidden_size=config.decoder_embed_dim,
             decoder_num_attention_heads=config.decoder_num_heads,
             decoder_intermediate_size=4 * config.decoder_embed_dim,
-        )  # fmt: skip
+        )
     torch.manual_seed(0)
     model = getattr(transformers, kind)(
         transformers.VideoMAEConfig(
-            image_size=config.image_size, num_frames=config.num_frames, patch_size=config.patch_size[1],
-            tubelet_size=config.patch_size[0], num_channels=config.channels, hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
-            intermediate_size=round(config.embed_dim * config.mlp_ratio), num_labels=config.num_classes,
-            layer_norm_eps=config.encoder_eps, attn_implementation="sdpa", **decoder,
+            image_size=config.image_size,
+            num_frames=config.num_frames,
+            patch_size=config.patch_size[1],
+            tubelet_size=config.patch_size[0],
+            num_channels=config.channels,
+            hidden_size=config.embed_dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            intermediate_size=round(config.embed_dim * config.mlp_ratio),
+            num_labels=config.num_classes,
+            layer_norm_eps=config.encoder_eps,
+            attn_implementation="sdpa",
+            **decoder,
         )
-    )  # fmt: skip
-    return model.to(job.device).train(job.training)
+    )
+    return model.to(workload.device).train(workload.training)
 
 
 def dense_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
@@ -83,23 +91,18 @@ def reconstruction_loss(model: Any, clips: Tensor, bools: Tensor, target: Tensor
     return loss
 
 
-def operands(model: Any, job: Job) -> tuple[Any, Tensor, Tensor, Tensor]:
+def operands(model: Any, workload: Workload) -> tuple[Any, Tensor, Tensor, Tensor]:
     """The model and what it is called with, clips in its dtype: transformers' own code takes no other."""
-    return model, job.clips.to(model.dtype).transpose(1, 2), job.mask.bool_masked(), job.target
+    return model, workload.clips.to(model.dtype).transpose(1, 2), workload.mask.bool_masked(), workload.target
 
 
-def truth(job: Job, call: Call, kind: str = CLASSIFICATION) -> list[Tensor]:
+def expected(workload: Workload, call: Call, kind: str = CLASSIFICATION) -> list[Tensor]:
     """transformers' own code in float64: logits, or with training the loss and all gradients in one."""
-    few, model = job.few(), build(job, kind).double()
-    if job.training:
+    few, model = workload.few(), build(workload, kind).double()
+    if workload.training:
         return loss_and_gradients(call(*operands(model, few)), model)
     with torch.inference_mode():
         return [call(*operands(model, few))]
-
-
-def as_it_is(model: Any) -> Any:
-    """The `Change` that changes nothing."""
-    return model
 
 
 def accelerated(model: Any, **options: Any) -> Any:
@@ -109,75 +112,69 @@ def accelerated(model: Any, **options: Any) -> Any:
         return mar_fast.accelerate(model, **options)
 
 
-def eager(job: Job, call: Call, kind: str = CLASSIFICATION, change: Change = as_it_is) -> Prepared:
+def eager(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
     """Without a compiler; ``change`` is done to the model first."""
-    model = _made(job, kind, change)
-    if job.training:
-        return learner(job, model, lambda job: call(*operands(model, job)))
-    return classifier(job, lambda job: call(*operands(model, job)))
+    model = _built(workload, kind, change)
+    make = partial(learner, workload, model) if workload.training else partial(classifier, workload)
+    return make(lambda workload: call(*operands(model, workload)))
 
 
-def compiled(job: Job, call: Call, kind: str = CLASSIFICATION, change: Change = as_it_is) -> Prepared:
+def compiled(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
     """Under torch.compile; where transformers chooses tokens by bools the graph breaks."""
-    model = _made(job, kind, change)
-    run = torch.compile(call, dynamic=False)
-    if job.training:
-        return compiled_learner(job, model, lambda job: run(*operands(model, job)))
-    found = classifier(job, lambda job: run(*operands(model, job)))
-    return replace(found, compile_seconds=timed(found.run))
+    return first_call_timed(eager(workload, torch.compile(call, dynamic=False), kind, change))
 
 
-def frozen(job: Job, change: Change) -> Prepared:
-    """A classifier through `mar_fast.compile_for_inference`."""
-    model = _made(job, CLASSIFICATION, change)
-    clips = operands(model, job)[1]
-    run = mar_fast.compile_for_inference(model, clips)
-    return Prepared(lambda: run(clips).logits, lambda: [run(clips).logits[:CHECKED_CLIPS]], run.compile_seconds)
+def accelerated_and_compiled(workload: Workload, change: Change) -> Prepared:
+    """A classifier that was accelerated, through `mar_fast.compile_for_inference`."""
+    model = _built(workload, CLASSIFICATION, change)
+    return frozen(model, operands(model, workload)[1:2], lambda out: out.logits, "inductor")
 
 
-def _made(job: Job, kind: str, change: Change) -> Any:
-    model = build(job, kind)
-    return change(model if job.training else model.to(job.dtype))
+def _built(workload: Workload, kind: str, change: Change | None) -> Any:
+    model = build(workload, kind)
+    model = model if workload.training else model.to(workload.dtype)
+    return change(model) if change else model
 
 
-def hugging_face(job: Job) -> Candidate:
+def hugging_face(workload: Workload) -> Provider:
     """The dense classifier, for the suites that measure our own model."""
-    call = classification_loss if job.training else dense_logits
-    own_truth = functools.partial(truth, job, call)
-    return Candidate("Hugging Face VideoMAE, dense", functools.partial(eager, job, call), truth=own_truth)
+    call = classification_loss if workload.training else dense_logits
+    prepare = partial(eager, workload, call)
+    return Provider("Hugging Face VideoMAE, dense", prepare, expected=partial(expected, workload, call))
 
 
-def before_and_after(job: Job, *, with_compiled: bool) -> tuple[Candidate, ...]:
+def inference_providers(workload: Workload, *, with_compiled: bool) -> tuple[Provider, ...]:
     """A classifier's logits: transformers' own ways to them, and ours.
 
     With a mask transformers' own call is of another function, the dense one: its logits from visible tokens take calls
     of the model's parts.
     """
-    keep = 1 - job.config.mask_ratio
-    ours = functools.partial(accelerated, keep=keep)
-    dense_truth = functools.partial(truth, job, dense_logits)
-    found = [
-        Candidate(BEFORE, functools.partial(eager, job, dense_logits), truth=None if keep == 1 else dense_truth),
-        Candidate("mar_fast", functools.partial(eager, job, dense_logits, change=ours)),
+    keep = 1 - workload.config.mask_ratio
+    ours = partial(accelerated, keep=keep)
+    dense = None if keep == 1 else partial(expected, workload, dense_logits)
+    name, call = (BASELINE, dense_logits) if keep == 1 else (BY_HAND, masked_logits)
+    every = [
+        (BASELINE, partial(eager, workload, dense_logits), True),
+        (BY_HAND, partial(eager, workload, masked_logits), keep < 1),
+        (f"{name}, compiled", partial(compiled, workload, call), with_compiled),
+        ("mar_fast", partial(eager, workload, dense_logits, change=ours), True),
+        ("mar_fast, compiled", partial(accelerated_and_compiled, workload, ours), with_compiled),
     ]
-    name, call = BEFORE, dense_logits
-    if keep < 1:
-        name, call = BY_HAND, masked_logits
-        found.insert(1, Candidate(name, functools.partial(eager, job, call)))
-    if with_compiled:
-        found.insert(-1, Candidate(f"{name}, compiled", functools.partial(compiled, job, call)))
-        found.append(Candidate("mar_fast, compiled", functools.partial(frozen, job, ours)))
-    return tuple(found)
+    return tuple(
+        Provider(name, prepare, expected=dense if name == BASELINE else None)
+        for name, prepare, wanted in every
+        if wanted
+    )
 
 
-def step_before_and_after(job: Job, kind: str, *, with_compiled: bool) -> tuple[Candidate, ...]:
+def step_providers(workload: Workload, kind: str, *, with_compiled: bool) -> tuple[Provider, ...]:
     """A training step of a dense classifier or of pre-training: transformers' own, and the same model accelerated."""
     call, ours = classification_loss, accelerated
     if kind == PRE_TRAINING:
-        call, ours = reconstruction_loss, functools.partial(accelerated, num_visible=job.mask.num_visible)
+        call, ours = reconstruction_loss, partial(accelerated, num_visible=workload.mask.num_visible)
     ways = [("", eager)] + ([(", compiled", compiled)] if with_compiled else [])
     return tuple(
-        Candidate(name + how, functools.partial(way, job, call, kind, change))
-        for name, change in ((BEFORE, as_it_is), ("mar_fast", ours))
+        Provider(name + how, partial(way, workload, call, kind, change))
+        for name, change in ((BASELINE, None), ("mar_fast", ours))
         for how, way in ways
     )

@@ -43,7 +43,7 @@ def results(number: int, kernel: str, config: LaunchConfig) -> list[Tensor]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
     try:
         with use_backend("triton"), forced({kernel: config}):
-            ours, operands, wanted = call.providers["mar_fast"], _operands(number), call.differentiated
+            ours, operands, wanted = call.ours, _operands(number), call.differentiated
             found = [one for mode in PASSES for one in suite.results(ours, operands, wanted, mode)]
             torch.cuda.synchronize()
             return found
@@ -54,7 +54,7 @@ def results(number: int, kernel: str, config: LaunchConfig) -> list[Tensor]:
 def seconds(number: int, backward: bool, kernel: str, config: LaunchConfig) -> float:
     """The device's time for a call's forward or backward pass."""
     call, operands = calls("cuda")[number], _operands(number)
-    ours = call.providers["mar_fast"]
+    ours = call.ours
     with use_backend("triton"), forced({kernel: config}):
         run = suite.backward_of(ours, operands, call.differentiated) if backward else suite.forward_of(ours, operands)
         run()  # has its launches looked up

@@ -35,8 +35,8 @@ def add_layer_norm(
         bias: (D,), LayerNorm's.
         eps: Added to the variance.
         layer_scale: (D,), layer scale (CaiT, arXiv 2103.17239, section 2.1).
-        row_scale: (B,), or (total,) for packed tokens, stochastic depth (arXiv 1603.09382): 0 for a dropped sample, else
-            1 / keep probability.
+        row_scale: (B,), or (total,) for packed tokens, stochastic depth (arXiv 1603.09382): 0 for a dropped sample,
+            else 1 / keep probability.
 
     Returns:
         ``normed`` in the dtype of the next matrix product (autocast's if it is on, else the residual's), and the new

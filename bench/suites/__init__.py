@@ -1,31 +1,28 @@
 """The suites by name: what each measures, as cases, and what it concludes from them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..case import Case, Setting
-from ..runner import Finding, Outcome, findings_text
+from ..case import Case, RunOptions
+from ..records import Record
 from . import dropin, encoder, flops, kernels, pipeline, scaling, training, waterfall
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its cases, one after the other, findings from all of their outcomes together, and these in words.
+    """A suite: its cases, one after the other, and what follows from all of their records and the environment.
 
     ``needs`` is a package without which it has nothing to measure.
     """
 
     about: str
-    cases: Callable[[Setting], Iterator[Case]]
-    conclude: Callable[[Setting, list[Outcome]], list[Finding]] = lambda setting, outcomes: []
-    describe: Callable[[list[Finding]], str] = findings_text
+    cases: Callable[[RunOptions], Iterator[Case]]
+    conclude: Callable[[RunOptions, list[Record], Mapping[str, str | int]], list[Record]] = lambda *_: []
     needs: str = ""
 
 
 SUITES = {
-    "flops": Suite(
-        "multiply-adds and parameters against the paper; nothing is run", flops.cases, flops.conclude, flops.table
-    ),
+    "flops": Suite("multiply-adds and parameters against the paper; nothing is run", flops.cases, flops.conclude),
     "encoder": Suite("clips to logits, against every peer", encoder.cases),
     "training": Suite("forward, backward and optimizer, against every peer", training.cases),
     "waterfall": Suite("from the dense model to ours, one step at a time", waterfall.cases),

@@ -1,16 +1,24 @@
-"""What several suites agree on: keep ratios, names, models, bounds."""
+"""What several suites agree on: keep ratios, names, models, tolerances, the least work."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 import mar_fast
-from mar_fast import MARConfig
+from mar_fast import MARConfig, cost
+
+from .. import peers, workloads
+from ..case import Case, Floor, Provider
+from ..workloads import Workload
 
 KEPT = (0.5, 0.25, 1.0)
 CLASSES = 174  # Something-Something v2
 LETTERS = {"small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 
-# What logits, losses or all gradients together may differ from float64 by, whatever the yardstick does.
-ABSOLUTE_BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# What logits, losses or all gradients together may differ from float64 by, whatever the baseline does.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
@@ -24,3 +32,54 @@ def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
 def case_name(size: str, batch: int) -> str:
     """ "ViT-B, batch 1"."""
     return f"ViT-{LETTERS[size]}, batch {batch}"
+
+
+def model_case(
+    suite: str,
+    name: str,
+    workload: Workload,
+    providers: tuple[Provider, ...],
+    *,
+    expected: Callable[[], list[Tensor]] | None = None,
+    baseline: str = peers.BASELINE,
+    x: float | None = None,
+    floor: Floor | None = None,
+    share: float = 1.0,
+) -> Case:
+    """A workload of a whole model; ``expected`` and ``floor`` are the reference's by default, ``x`` the keep ratio."""
+    return Case(
+        suite=suite,
+        name=name,
+        mode="training step" if workload.training else "inference",
+        x=1 - workload.config.mask_ratio if x is None else x,
+        dtype=workload.dtype,
+        clips=workload.batch,
+        providers=providers,
+        expected=expected or partial(workloads.expected, workload),
+        tolerance=TOLERANCE[workload.dtype],
+        baseline=baseline,
+        floor=floor or least_work(workload),
+        share=share,
+    )
+
+
+def least_work(workload: Workload) -> Floor:
+    """The least work of a forward pass over float32 clips, or of a training step.
+
+    The optimizer of a step reads and writes gradient, weight and two moments in float32.
+    """
+    training = workload.training
+    count = cost.count(
+        workload.config,
+        batch=workload.batch,
+        reconstruct=training and workload.config.decoder_depth > 0,
+        training=training,
+        bytes_per_value=workload.dtype.itemsize,
+        bytes_per_pixel=4,
+    )
+    optimizer = 7 * 4 * count.parameters if training else 0
+    return Floor(
+        count.multiply_adds,
+        count.bytes_moved + optimizer,
+        lambda flops, bandwidth: count.floor_seconds(flops, bandwidth) + optimizer / bandwidth,
+    )

@@ -5,7 +5,8 @@ works on this one runs at the pace of the slower of the two: the verdict is that
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,78 +15,84 @@ from torch import Tensor
 import mar_fast
 from mar_fast.data import sample_clip, video
 
-from ..case import Candidate, Case, Prepared, Setting
-from ..jobs import Job, truth
-from ..runner import Finding, Outcome
-from .common import ABSOLUTE_BOUND, LETTERS, model_config
+from .. import records
+from ..case import Case, Prepared, Provider, RunOptions
+from ..records import Record
+from ..workloads import Workload, expected
+from .common import LETTERS, TOLERANCE, model_config
 
 DECODE, MODEL, BOTH = "decode", "mar_fast", "mar_fast, decode and model"
 
 
-def cases(setting: Setting) -> Iterator[Case]:
+def cases(options: RunOptions) -> Iterator[Case]:
     """50 % and 75 % masking, and the dense model, on one clip."""
-    size = setting.sizes[0]
-    for keep in (0.5,) if setting.quick else (0.5, 0.25, 1.0):
-        yield pipeline_case(setting, size, keep)
+    size = options.sizes[0]
+    for keep in (0.5,) if options.quick else (0.5, 0.25, 1.0):
+        yield pipeline_case(options, size, keep)
 
 
-def pipeline_case(setting: Setting, size: str, keep: float) -> Case:
+def pipeline_case(options: RunOptions, size: str, keep: float) -> Case:
     """One keep ratio: decoding, the model on the decoded uint8 clip, and both."""
-    path = Path(setting.clip) if setting.clip else sample_clip()
+    path = Path(options.clip) if options.clip else sample_clip()
     config = model_config(size, keep)
-    job = Job(config, 1, setting.device, setting.dtype)
+    workload = Workload(config, 1, options.device, options.dtype)
 
     def read() -> Tensor:
         return video.read_clip(path, config.num_frames, size=config.image_size)
 
     @functools.cache
     def decoded() -> Tensor:
-        return read()[None].to(setting.device)
+        return read()[None].to(options.device)
 
     @functools.cache
     def model() -> torch.nn.Module:
-        fast = mar_fast.MAR(config).eval().to(setting.device)
-        fast.load_state_dict(job.weights)
-        return fast.to(setting.dtype)
+        fast = mar_fast.MAR(config).eval().to(options.device)
+        fast.load_state_dict(workload.weights)
+        return fast.to(options.dtype)
 
     @torch.inference_mode()
     def classify(clip: Tensor) -> Tensor:
-        return model()(clip.to(setting.device)).logits
+        return model()(clip.to(options.device)).logits
 
     def exact() -> list[Tensor]:
         mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in (config.mean, config.std))
-        with_clip = job.few()
-        vars(with_clip)["clips"] = ((read()[None].double() / 255 - mean) / std).to(setting.device)
-        return truth(with_clip)
+        with_clip = workload.few()
+        vars(with_clip)["clips"] = ((read()[None].double() / 255 - mean) / std).to(options.device)
+        return expected(with_clip)
 
-    def prepared(run: functools.partial[Tensor]) -> Prepared:
+    def prepared(run: Callable[[], Tensor]) -> Prepared:
         model(), decoded()
         return Prepared(run, lambda: [run()])
 
     return Case(
-        "pipeline", f"ViT-{LETTERS[size]}, {path.name}", "inference", keep, setting.dtype, 1,
-        (
-            Candidate(DECODE, lambda: Prepared(read, list), checked=False),
-            Candidate(MODEL, lambda: prepared(functools.partial(lambda: classify(decoded())))),
-            Candidate(BOTH, lambda: prepared(functools.partial(lambda: classify(read()[None])))),
+        suite="pipeline",
+        name=f"ViT-{LETTERS[size]}, {path.name}",
+        mode="inference",
+        x=keep,
+        dtype=options.dtype,
+        clips=1,
+        providers=(
+            Provider(DECODE, lambda: Prepared(read, list), checked=False),
+            Provider(MODEL, lambda: prepared(lambda: classify(decoded()))),
+            Provider(BOTH, lambda: prepared(lambda: classify(read()[None]))),
         ),
-        exact, ABSOLUTE_BOUND[setting.dtype], baseline=BOTH, share=0.5,
-    )  # fmt: skip
+        expected=exact,
+        tolerance=TOLERANCE[options.dtype],
+        baseline=DECODE,
+        share=0.5,
+    )
 
 
-def conclude(setting: Setting, outcomes: list[Outcome]) -> list[Finding]:
+def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
     """For each keep ratio the share of decoding in both together, and in words what bounds the pipeline."""
-    found = []
-    for outcome in outcomes:
-        times = {name: result.time for name in (DECODE, MODEL) if (result := outcome.of(name)) is not None}
-        decode, model = times.get(DECODE), times.get(MODEL)
-        if decode is None or model is None:
+    shares = []
+    for own in records.grouped(found, lambda record: record.workload).values():
+        times = {record.provider: record for record in own if record.metric == "time"}
+        if DECODE not in times or MODEL not in times:
             continue
-        verdict = "data-bound" if decode.p50 > model.p50 else "compute-bound"
-        note = f"{verdict}: decoding takes {decode.p50 / model.p50:.2f} of the model's time"
-        case = outcome.case
-        found.append(
-            Finding(case.name, DECODE, "share", "1", decode.p50 / (decode.p50 + model.p50), case.x, case.mode,
-                    case.dtype_name, note)
-        )  # fmt: skip
-    return found
+        decode, model = times[DECODE].p50, times[MODEL].p50
+        verdict = "data-bound" if decode > model else "compute-bound"
+        note = f"{verdict}: decoding takes {decode / model:.2f} of the model's time"
+        share = decode / (decode + model)
+        shares.append(replace(times[DECODE], metric="share", unit="1", p20=share, p50=share, p80=share, n=1, note=note))
+    return shares

@@ -4,7 +4,7 @@ Each axis is a few configurations that differ in it alone. The exponent is the s
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +12,11 @@ import numpy as np
 from mar_fast import MARConfig
 from mar_fast.machine import short_name
 
-from ..case import Candidate, Case, Setting
-from ..jobs import Job, truth
-from ..peers import YARDSTICK, original, ours
-from ..records import OURS
-from ..runner import Finding, Outcome
-from .common import ABSOLUTE_BOUND, LETTERS, model_config
-from .encoder import inference_floor
+from ..case import Case, Provider, RunOptions
+from ..peers import REFERENCE, original, ours
+from ..records import OURS, Record
+from ..workloads import Workload
+from .common import LETTERS, model_case, model_config
 
 AXES: dict[str, tuple[float, ...]] = {
     "keep ratio": (0.25, 0.5, 0.75, 1.0),
@@ -29,29 +27,27 @@ AXES: dict[str, tuple[float, ...]] = {
 QUICK_AXES = ("keep ratio",)
 
 
-def cases(setting: Setting) -> Iterator[Case]:
-    """Every place on every axis; a quick run takes the ends of one."""
-    size = setting.sizes[0]
-    for axis, places in AXES.items():
-        if setting.quick and axis not in QUICK_AXES:
+def cases(options: RunOptions) -> Iterator[Case]:
+    """Every position on every axis; a quick run takes the ends of one."""
+    size = options.sizes[0]
+    for axis, positions in AXES.items():
+        if options.quick and axis not in QUICK_AXES:
             continue
-        for x in places[:: len(places) - 1] if setting.quick else places:
+        for x in positions[:: len(positions) - 1] if options.quick else positions:
             config, batch = configuration(size, axis, x)
-            job = Job(config, batch, setting.device, setting.dtype)
-            candidates = [Candidate(OURS, functools.partial(ours, job))]
-            if not setting.quick:
-                candidates.insert(0, Candidate(YARDSTICK, functools.partial(original, job)))
-            yield Case(
-                "scaling", axis, "inference", x, setting.dtype, batch, tuple(candidates), functools.partial(truth, job),
-                ABSOLUTE_BOUND[setting.dtype], YARDSTICK, inference_floor(job), OURS, share=0.5,
-            )  # fmt: skip
+            workload = Workload(config, batch, options.device, options.dtype)
+            found = (
+                Provider(REFERENCE, functools.partial(original, workload)),
+                Provider(OURS, functools.partial(ours, workload)),
+            )
+            yield model_case("scaling", axis, workload, found, baseline=REFERENCE, x=x, share=0.5)
 
 
 def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
-    """The model and batch at place ``x``: ViT of a size at 50 %, 16 frames, 224 x 224, batch 1, but for the axis."""
+    """The model and batch at position ``x``: ViT of a size at 50 %, 16 frames, 224 x 224, batch 1, but for the axis."""
     config = model_config(size, 0.5)
     if axis == "keep ratio":
-        # MAR at every place, also at 1: another classifier there would be a step in the curve.
+        # MAR at every position, also at 1: another classifier there would be a step in the curve.
         return replace(config, mask_ratio=1 - x), 1
     if axis == "batch":
         return config, int(x)
@@ -60,27 +56,31 @@ def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
     return replace(config, image_size=(int(x), int(x))), 1
 
 
-def conclude(setting: Setting, outcomes: list[Outcome]) -> list[Finding]:
+def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
     """An exponent for each axis and provider, that of visible tokens over all axes but batch among them."""
-    size = setting.sizes[0]
+    size = options.sizes[0]
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for outcome in outcomes:
-        case = outcome.case
-        config, _ = configuration(size, case.name, case.x)
-        for result in outcome.results:
-            if result.time is None:
-                continue
-            points.setdefault((case.name, result.provider), []).append((case.x, result.time.p50))
-            if case.name != "batch":
-                points.setdefault(("tokens", result.provider), []).append((config.num_visible, result.time.p50))
-    note = f"time of ViT-{LETTERS[size]}, fitted over {{}} points"
+    for record in found:
+        if record.metric != "time":
+            continue
+        axis, provider, x = record.case, record.provider, record.x
+        points.setdefault((axis, provider), []).append((x, record.p50))
+        if axis != "batch":
+            tokens = configuration(size, axis, x)[0].num_visible
+            points.setdefault(("tokens", provider), []).append((tokens, record.p50))
+    common = dict(suite="scaling", metric="exponent", mode="inference", dtype=short_name(options.dtype))
     return [
-        Finding(
-            axis, provider, "exponent", "1", exponent(found), mode="inference", dtype=short_name(setting.dtype),
-            note=note.format(len(found)),
+        Record.of(
+            environment,
+            exponent(own),
+            case=axis,
+            provider=provider,
+            note=f"time of ViT-{LETTERS[size]}, fitted over {len(own)} points",
+            **common,
         )
-        for (axis, provider), found in points.items() if len({x for x, _ in found}) > 1
-    ]  # fmt: skip
+        for (axis, provider), own in points.items()
+        if len({x for x, _ in own}) > 1
+    ]
 
 
 def exponent(points: list[tuple[float, float]]) -> float:

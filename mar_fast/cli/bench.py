@@ -1,4 +1,4 @@
-"""mar-fast bench: the suites, and what changed between two runs of them."""
+"""mar-fast bench: the suites, their report, and what changed between two runs of them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from .. import files, machine
-from ..bench import compare as comparison
-from ..bench import session
+from ..bench import harness, records
+from ..bench import report as page
+from ..bench.compare import compare as compared
 from ..bench.suites import SUITES
 from .common import CHECK_FAILED, INTERRUPTED, Device, Dtype, Size, errors, progress, results
 
@@ -15,7 +16,10 @@ SUITE_LIST = "\n\n".join(f"{name}: {suite.about}" for name, suite in SUITES.item
 
 
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Names from below, or all.")] = None,
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SUITE]...", help="Names from below, or all. With --report: record files, or folders."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few and small cases, a few rounds.")] = False,
     size: Annotated[
         list[Size] | None, typer.Option(help="Of the ViT; repeatable. Usual: base, on a GPU large too.")
@@ -26,56 +30,81 @@ def bench(
     seconds: Annotated[float | None, typer.Option(help="For the timed rounds of a case.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU; usually as many as PyTorch chooses.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A video file for the pipeline; else a short real clip.")] = None,
-    out: Annotated[Path, typer.Option(help="The measurements, as JSON lines.")] = Path("bench.jsonl"),
-    force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The records, as JSON lines (bench.jsonl); the report's folder (bench-report).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing: tables and pictures of the records given in place of suites.")
+    ] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="With --report: the provider that speed-ups are over; usually each case's own.")
+    ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Run nothing: what changed from file A to file B.")
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Run nothing: what changed from records A to B.")
     ] = None,
     allow_other_device: Annotated[bool, typer.Option(help="With --compare: also runs of different devices.")] = False,
     fail_on_regression: Annotated[
         bool, typer.Option(help="With --compare: exit code 1 if something got worse.")
     ] = False,
 ) -> None:
-    """Measure: every way to do a job in turn, each checked against float64 before it is timed.
+    """Measure: every way to do a workload in turn, each checked against float64 before it is timed.
 
-    The file of measurements is complete after every case; Ctrl-C keeps what was measured. For a quick look at what
-    masking saves, see savings.
+    The file of records is complete after every case; Ctrl-C keeps what was measured. For a quick look at what masking
+    saves, see demo.
     """
+    given = " ".join(suites or ())
+    if compare is not None and (given or report):
+        raise ValueError(f"--compare: got it together with {given or '--report'}, expected no suite beside it")
+    if compare is None and (fail_on_regression or allow_other_device):
+        option = "--fail-on-regression" if fail_on_regression else "--allow-other-device"
+        raise ValueError(f"{option}: got it without --compare, expected both")
+    if baseline is not None and not report:
+        raise ValueError("--baseline: got it without --report, expected both")
     if compare is not None:
-        if suites:
-            raise ValueError(f"--compare: got it together with {' '.join(suites)}, expected no suite beside it")
-        code = comparison.run(
-            *compare,
-            fail_on_regression=fail_on_regression,
-            allow_other_device=allow_other_device,
-            console=results,
-        )
-        raise typer.Exit(code)
-    if fail_on_regression:
-        raise ValueError("--fail-on-regression: got it without --compare, expected both")
-    names = session.chosen_suites(suites or [])
+        found = compared(*(records.load([path]) for path in compare), allow_other_device=allow_other_device)
+        _say(str(found))
+        raise typer.Exit(CHECK_FAILED if fail_on_regression and found.regressed else 0)
+    if report:
+        _report([Path(name) for name in suites or ()], out or Path("bench-report"), force, baseline)
+        return
+    names = harness.chosen_suites(suites or [])
+    out = out or Path("bench.jsonl")
     files.may_write([out], force)
-    done = session.Session()
+    done: list[records.Record] = []
     try:
         with machine.threads(threads), progress() as step:
             step("measuring this machine's ceilings", 0.0)
-            setting, reason, rates = session.setting_for(
-                device=device, dtype=dtype, sizes=[str(one) for one in size or ()], batches=batch or (), quick=quick,
-                seconds=seconds, clip=clip,
-            )  # fmt: skip
-            results.print(f"dtype: {reason}", highlight=False)
-            session.run(names, setting, rates, out=out, say=_say, on_step=step, into=done)
+            options, reason, rates = harness.options_for(
+                device=device,
+                dtype=dtype,
+                sizes=[str(one) for one in size or ()],
+                batches=batch or (),
+                quick=quick,
+                seconds=seconds,
+                clip=clip,
+            )
+            _say(f"dtype: {reason}")
+            harness.run(names, options, rates, out=out, say=_say, on_step=step, into=done)
     except KeyboardInterrupt:
-        if not done.rows:
+        if not done:
             raise
-        errors.print(f"interrupted: {out} has the {len(done.rows)} measurements made so far")
+        errors.print(f"interrupted: {out} has the {len(done)} records made so far")
         raise typer.Exit(INTERRUPTED) from None
-    results.print(f"Written: {out}, {len(done.rows)} measurements; mar-fast report {out} draws them", highlight=False)
-    if done.wrong:
-        errors.print(
-            f"error: in {done.wrong} cases a result of ours is wrong or did not run; it has no speed", style="red"
-        )
+    _say(f"Written: {out}, {len(done)} records; mar-fast bench --report {out} makes tables and pictures of them")
+    wrong = harness.failures(done)
+    if wrong:
+        errors.print(f"error: in {wrong} cases a result of ours is wrong or did not run; it has no speed", style="red")
         raise typer.Exit(CHECK_FAILED)
+
+
+def _report(paths: list[Path], out: Path, force: bool, baseline: str | None) -> None:
+    if not paths:
+        raise ValueError(f"--report: got no records, expected files or folders of *{records.SUFFIX}")
+    found = records.load(paths)
+    with progress() as step:
+        written = page.write(found, out, force=force, baseline=baseline, on_step=step)
+    _say(f"{len(found)} records, {len(written) - 1} pictures\nWritten: {written[0]}")
 
 
 def _say(text: str) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mar_fast import files, kernels, machine
-from mar_fast.bench import records, runner
-from mar_fast.bench.case import Setting
+from mar_fast.bench import harness
+from mar_fast.bench.case import RunOptions
 from mar_fast.bench.op_cases import OpCase
 from mar_fast.bench.suites.kernels import kernel_case
 from mar_fast.timing import Spread, interleaved
@@ -79,27 +79,34 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
             raise MemoryError("too many clips\nand more")
         return kernels.bias_gelu(x, bias)
 
-    providers = {"mar_fast": kernels.bias_gelu, "silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
+    peers = {"silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
     op_case = OpCase(
-        "bias_gelu", "a case", 5, torch.float32, lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
-        providers, ("x",), 0.0, 1.0, (0.0, 1.5), {"bound": lambda x, bias: x},
-    )  # fmt: skip
-    setting = Setting(CPU, torch.float32, ("small",), (1,), budget=1e-9)
-    outcome = runner.measure(kernel_case(op_case, mode), setting, {"fp32": 1e9, "copy": 1e9})
-    found = {result.provider: result for result in outcome.results}
-    timed = [name for name, result in found.items() if result.time is not None]
-    assert timed == (["mar_fast", "bound"] if mode == "forward" else ["mar_fast"])
-    assert found["silent"].absent == "NotImplementedError: no message"
-    assert found["small"].absent == "MemoryError: too many clips"
-    assert found["wrong"].withheld.startswith("wrong: differs from float64 by ") and found["wrong"].memory is None
-    assert outcome.floor == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
-    assert not outcome.wrong
-    rows = list(runner.rows(outcome, machine.environment(CPU)))
-    speeds = {row.provider for row in rows if row.metric in ("time", "throughput", "peak memory")}
-    assert speeds == set(timed)
-    assert {row.provider: row.metric for row in rows if row.note} == dict.fromkeys(
-        ("silent", "small"), "absent"
-    ) | {"wrong": "withheld"}  # fmt: skip
+        op="bias_gelu",
+        label="a case",
+        tokens=5,
+        dtype=torch.float32,
+        operands=lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
+        ours=kernels.bias_gelu,
+        peers=peers,
+        eager="",
+        differentiated=("x",),
+        flops=0.0,
+        bytes=1.0,
+        backward=(0.0, 1.5),
+        part={"a part": lambda x, bias: x},
+    )
+    options = RunOptions(CPU, torch.float32, ("small",), (1,), seconds=1e-9)
+    case = kernel_case(op_case, mode, on_gpu=True)
+    records = harness.measure(case, options, {"fp32": 1e9, "copy": 1e9}, machine.environment(CPU))
+    found = {(record.provider, record.metric): record for record in records}
+    timed = {"mar_fast", "a part"} if mode == "forward" else {"mar_fast"}
+    for metric in ("time", "peak memory"):
+        assert {name for name, what in found if what == metric} == timed
+    assert found["silent", "unavailable"].note == "NotImplementedError: no message"
+    assert found["small", "unavailable"].note == "MemoryError: too many clips"
+    assert found["wrong", "withheld"].note.startswith("wrong: differs from float64 by ")
+    assert found["roofline", "floor"].p50 == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
+    assert not harness.failures(records) and all(record.baseline == "silent" for record in records)
 
 
 def test_half_written_files_are_never_seen(tmp_path):
@@ -127,18 +134,3 @@ def test_may_write(tmp_path):
     ):
         with pytest.raises(error):
             files.may_write([path], force=False)
-
-
-def test_records_come_back(tmp_path):
-    made = records.Record.of(
-        machine.environment(CPU), Spread(1.0, 2.0, 3.0, 7), suite="kernels", case="attention", provider="mar_fast",
-        mode="forward", metric="time", unit="s", dtype="float32", x=784,
-    )  # fmt: skip
-    path = tmp_path / "results.jsonl"
-    records.write(path, [made, made])
-    assert records.read(path) == [made, made]
-    path.write_text(path.read_text() + '{"suite": "kernels"}\n')
-    with pytest.raises(
-        ValueError, match=r"results.jsonl, line 3: got '\{\"suite\": \"kernels\"\}', expected a measurement"
-    ):
-        records.read(path)

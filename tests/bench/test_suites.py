@@ -1,4 +1,4 @@
-"""The benchmark suites on tiny models: every candidate does its job, what is wrong gets no speed."""
+"""The benchmark suites on tiny models: every provider does its work, what is wrong gets no speed."""
 
 import gc
 import math
@@ -13,11 +13,10 @@ from helpers import relative
 import mar_fast
 from mar_fast import inference, machine
 from mar_fast.bench import __main__ as module
-from mar_fast.bench import jobs, peers, records, runner, session
-from mar_fast.bench.case import Candidate, Case, Floor, Prepared, Setting
-from mar_fast.bench.runner import Outcome, Result
+from mar_fast.bench import harness, peers, records, workloads
+from mar_fast.bench.case import Case, Floor, Prepared, Provider, RunOptions
+from mar_fast.bench.records import Record
 from mar_fast.bench.suites import SUITES, encoder, flops, kernels, pipeline, scaling, training, waterfall
-from mar_fast.timing import Spread
 
 CPU = torch.device("cpu")
 RATES = {"fp32": 1e11, "bf16": 2e11, "copy": 1e10}
@@ -44,93 +43,100 @@ def tiny(monkeypatch, request):
     monkeypatch.setattr(mar_fast, "named_config", small, raising=False)
 
 
-def setting(dtype=torch.float32, **options):
-    return Setting(CPU, dtype, **{**dict(sizes=("small",), batches=(1, 2), quick=True, budget=1e-3), **options})
+ENVIRONMENT = dict(device="a CPU", torch="2", triton="3", commit="abc", date="2026", threads=2, clocks="")
 
 
-def providers(case):
-    return [candidate.provider for candidate in case.candidates]
+def options(dtype=torch.float32, **more):
+    return RunOptions(CPU, dtype, **{**dict(sizes=("small",), batches=(1, 2), quick=True, seconds=1e-3), **more})
+
+
+def names(case):
+    return [provider.name for provider in case.providers]
+
+
+def measured(case, dtype=torch.float32):
+    """The records of a case, as {provider: {metric: record}}."""
+    found = {}
+    for record in harness.measure(case, options(dtype), RATES, ENVIRONMENT):
+        found.setdefault(record.provider, {})[record.metric] = record
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep", [1.0, 0.25])
 def test_every_classifier_gives_the_logits(dtype, keep):
     pytest.importorskip("transformers")
-    case = encoder.inference_case(setting(dtype), "small", 2, keep, compiled=False)
-    outcome = runner.measure(case, setting(dtype), RATES)
-    assert [result.provider for result in outcome.results] == [
-        "reference, autocast", "PyTorch SDPA", "mar_fast", "Hugging Face VideoMAE, dense",
-    ]  # fmt: skip
-    for result in outcome.results:
-        assert not result.absent and not result.withheld and result.time.p50 > 0, result
-        assert result.error < (1e-5 if dtype == torch.float32 else 3e-2)
-    assert outcome.floor == pytest.approx(case.floor.at(RATES[case.dtype_name], RATES["copy"])) and not outcome.wrong
-    clips = [row for row in runner.rows(outcome, ENVIRONMENT) if row.metric == "throughput"]
-    assert clips[0].p50 == pytest.approx(2 / outcome.results[0].time.p50) and clips[0].p20 <= clips[0].p80
+    case = encoder.inference_case(options(dtype), "small", 2, keep, compiled=False)
+    found = measured(case, dtype)
+    floor = found.pop("roofline")["floor"]
+    assert list(found) == ["reference, autocast", "PyTorch SDPA", "mar_fast", "Hugging Face VideoMAE, dense"]
+    for own in found.values():
+        assert own["time"].p50 > 0 and own["error"].p50 < (1e-5 if dtype == torch.float32 else 3e-2)
+        clips = own["throughput"]
+        assert clips.p50 == pytest.approx(2 / own["time"].p50) and clips.p20 <= clips.p80
+        assert own["time"].baseline == "PyTorch SDPA" and own["time"].x == keep and own["time"].mode == "inference"
+    assert floor.p50 == pytest.approx(case_floor(case))
 
 
 @pytest.mark.compiles
 def test_compiled_classifiers():
-    case = encoder.inference_case(setting(), "small", 1, 0.5, compiled=True)
-    compiled = [one for one in case.candidates if "compiled" in one.provider or "frozen" in one.provider]
-    assert [one.provider for one in compiled] == [
-        "PyTorch SDPA, compiled", "PyTorch SDPA, frozen", "mar_fast, compiled",
-    ]  # fmt: skip
-    outcome = runner.measure(replace(case, candidates=tuple(compiled), yardstick=""), setting(), RATES)
-    for result in outcome.results:
-        assert result.error < 1e-5 and result.compile_seconds > 0 and result.time, result
+    case = encoder.inference_case(options(), "small", 1, 0.5, compiled=True)
+    compiled = tuple(one for one in case.providers if "compiled" in one.name or "frozen" in one.name)
+    assert [one.name for one in compiled] == ["PyTorch SDPA, compiled", "PyTorch SDPA, frozen", "mar_fast, compiled"]
+    found = measured(replace(case, providers=compiled))
+    for one in compiled:
+        own = found[one.name]
+        assert own["error"].p50 < 1e-5 and own["compile time"].p50 > 0 and own["time"], own
 
 
 def test_classifiers_in_cuda_graphs(monkeypatch):
-    """Candidates on a GPU; here a function that calls the model stands in for the graph."""
+    """Providers on a GPU; here a function that calls the model stands in for the graph."""
     monkeypatch.setattr(inference, "captured", lambda run, device: run)
     monkeypatch.setattr(inference, "_GRAPH_DEVICES", ("cpu",))
-    gpu = replace(setting(), device=torch.device("cuda"))
+    gpu = replace(options(), device=torch.device("cuda"))
     for compiled in (False, True):
-        names = providers(encoder.inference_case(gpu, "small", 1, 0.5, compiled))
-        assert [name for name in names if "graph" in name] == ["PyTorch SDPA, CUDA graph", "mar_fast, CUDA graph"]
-    job = jobs.Job(encoder.model_config("small", 0.5), 2, CPU, torch.float32)
+        found = names(encoder.inference_case(gpu, "small", 1, 0.5, compiled))
+        assert [name for name in found if "graph" in name] == ["PyTorch SDPA, CUDA graph", "mar_fast, CUDA graph"]
+    work = workloads.Workload(encoder.model_config("small", 0.5), 2, CPU, torch.float32)
     for way in (peers.plain_frozen, peers.ours_compiled):
-        prepared = way(job, backend="graph")
-        assert relative(prepared.outputs()[0], jobs.truth(job)[0]) < 1e-5 and prepared.compile_seconds > 0
-        assert prepared.run().shape == (2, job.config.num_classes)
+        prepared = way(work, backend="graph")
+        assert relative(prepared.outputs()[0], workloads.expected(work)[0]) < 1e-5 and prepared.compile_seconds > 0
+        assert prepared.run().shape == (2, work.config.num_classes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_training_step_has_the_loss_and_gradients(dtype):
     pytest.importorskip("transformers")
-    case = training.training_case(setting(dtype), "small", 2, 0.5, compiled=False)
-    outcome = runner.measure(case, setting(dtype), RATES)
-    assert len(outcome.results) == 4
-    for result in outcome.results:
-        assert not result.absent and not result.withheld and result.time, result
-        assert result.error < (1e-5 if dtype == torch.float32 else 5e-2)
+    case = training.training_case(options(dtype), "small", 2, 0.5, compiled=False)
+    found = measured(case, dtype)
+    assert len(case.providers) == 4 and case.mode == "training step"
+    for name in names(case):
+        assert found[name]["time"] and found[name]["error"].p50 < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
 @pytest.mark.compiles
 def test_compiled_training():
-    case = training.training_case(setting(), "small", 1, 0.5, compiled=True)
-    compiled = tuple(one for one in case.candidates if one.provider.endswith(", compiled"))
+    case = training.training_case(options(), "small", 1, 0.5, compiled=True)
+    compiled = tuple(one for one in case.providers if one.name.endswith(", compiled"))
     assert len(compiled) == 2
-    for result in runner.measure(replace(case, candidates=compiled, yardstick=""), setting(), RATES).results:
-        assert result.error < 1e-5 and result.compile_seconds > 0, result
+    found = measured(replace(case, providers=compiled))
+    for one in compiled:
+        assert found[one.name]["error"].p50 < 1e-5 and found[one.name]["compile time"].p50 > 0
 
 
 def test_steps_of_the_waterfall_are_one_function():
-    assert [case.mode for case in waterfall.cases(setting())] == ["inference"]
-    cases = list(waterfall.cases(setting(quick=False)))
-    assert [(case.mode, providers(case)[-1]) for case in cases] == [
+    assert [case.mode for case in waterfall.cases(options())] == ["inference"]
+    cases = list(waterfall.cases(options(quick=False)))
+    assert [(case.mode, names(case)[-1]) for case in cases] == [
         ("inference", "compiled"),
         ("training step", "compiled"),
     ]
     for case in cases:
-        case = replace(case, candidates=case.candidates[:-1])  # the last one compiles
-        outcome = runner.measure(case, setting(), RATES)
-        assert [candidate.x for candidate in case.candidates] == list(range(len(case.candidates)))
-        for result in outcome.results:
-            assert not result.absent and result.error < 1e-5 and result.time, result
-        xs = {row.provider: row.x for row in runner.rows(outcome, ENVIRONMENT)}
-        assert xs["masked"] == 1 and xs[outcome.results[-1].provider] == len(outcome.results) - 1
+        found = measured(replace(case, providers=case.providers[:-1]))  # the last one compiles
+        for number, name in enumerate(names(case)[:-1]):
+            time = found[name]["time"]
+            assert time.x == number and time.baseline == "dense, eager" and found[name]["error"].p50 < 1e-5
+            assert time.workload == found["roofline"]["floor"].workload
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):
@@ -138,28 +144,48 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
     attention = sys.modules["mar_fast.kernels.attention"]
     right = attention.eager_attention
     monkeypatch.setattr(attention, "eager_attention", lambda qkv, scale: right(qkv, 1.01 * scale))
-    case = encoder.inference_case(setting(), "small", 1, 0.5, compiled=False)
-    outcome = runner.measure(case, setting(), RATES)
-    ours = outcome.of("mar_fast")
-    assert outcome.wrong and ours.withheld.startswith("wrong: differs from float64 by")
-    assert ours.time is None and ours.memory is None and outcome.of("PyTorch SDPA").time
-    assert "withheld" in {row.metric for row in runner.rows(outcome, ENVIRONMENT) if row.provider == "mar_fast"}
-    assert "wrong: differs" in runner.text(outcome)
+    case = encoder.inference_case(options(), "small", 1, 0.5, compiled=False)
+    found = harness.measure(case, options(), RATES, ENVIRONMENT)
+    ours = {record.metric: record for record in found if record.provider == "mar_fast"}
+    assert set(ours) == {"error", "withheld"} and ours["withheld"].note.startswith("wrong: differs from float64 by")
+    assert harness.failures(found) == 1 and "withheld: wrong: differs" in harness.text(found)
+    assert any((record.provider, record.metric) == ("PyTorch SDPA", "time") for record in found)
 
 
 def test_kernels_suite():
-    cases = list(kernels.cases(setting()))
+    cases = list(kernels.cases(options()))
     assert {case.name.split(":")[0] for case in cases} == {
-        "gather_patch_embed", "attention", "add_layer_norm", "bias_gelu", "scatter_tokens", "masked_patch_loss",
-    }  # fmt: skip
+        "gather_patch_embed",
+        "attention",
+        "add_layer_norm",
+        "bias_gelu",
+        "scatter_tokens",
+        "masked_patch_loss",
+    }
     assert [case.mode for case in cases] == ["forward", "backward"] * 6
     attention = next(case for case in cases if case.name.startswith("attention"))
-    kept = tuple(one for one in attention.candidates if one.provider != "flex_attention")  # it compiles
-    outcome = runner.measure(replace(attention, candidates=kept), setting(), RATES)
-    assert {result.provider for result in outcome.results if result.time} == {"mar_fast", "SDPA", "scores written out"}
+    kept = tuple(one for one in attention.providers if one.name != "flex_attention")  # it compiles
+    found = measured(replace(attention, providers=kept))
+    # In float32 our attention is PyTorch's own on a CPU: it is not measured against itself.
+    assert {name for name, own in found.items() if "time" in own} == {"mar_fast", "scores written out"}
     for package in ("xformers", "flash_attn"):
-        assert package in outcome.of(package).absent
-    assert case_floor(attention) == pytest.approx(4 * 784**2 * 6 * 64 / RATES["fp32"])
+        assert package in found[package]["unavailable"].note
+    assert attention.baseline == "scores written out" and case_floor(attention) == pytest.approx(
+        4 * 784**2 * 6 * 64 / RATES["fp32"]
+    )
+
+
+def test_no_op_is_measured_against_itself_on_a_cpu(monkeypatch):
+    """Ours is plain PyTorch there; on a GPU that is the baseline. Attention in blocks is another function."""
+    plain = ("SDPA", "PyTorch", "reshape + index + linear")
+    for case in kernels.cases(options()):
+        assert not set(names(case)) & {*plain, "cuBLAS on gathered patches"} and case.baseline in names(case)
+    for op_case in kernels.every_op_case(options()):
+        case = kernels.kernel_case(op_case, "forward", on_gpu=True)
+        assert case.baseline in plain and set(op_case.part) <= set(names(case))
+    monkeypatch.setattr(kernels.cpu_attention, "PREFERRED", True)
+    found = [case for case in kernels.cases(options(torch.bfloat16)) if case.name.startswith("attention")]
+    assert [case.baseline for case in found] == ["SDPA", "scores written out"]
 
 
 def case_floor(case):
@@ -168,77 +194,81 @@ def case_floor(case):
 
 def test_scaling_fits_a_power():
     assert scaling.exponent([(x, 3 * x**1.7) for x in (1, 2, 5)]) == pytest.approx(1.7)
-    outcomes = []
-    for case in scaling.cases(setting(quick=False)):
+    times = []
+    for case in scaling.cases(options(quick=False)):
         tokens = scaling.configuration("small", case.name, case.x)[0].num_visible * max(case.clips, 1)
-        outcomes.append(Outcome(case, [Result("mar_fast", time=Spread(0, tokens**1.5, 0, 5))], RATES))
-    found = {row.case: row.value for row in scaling.conclude(setting(), outcomes)}
+        where = dict(suite="scaling", case=case.name, provider="mar_fast", metric="time", x=case.x)
+        times.append(Record.of(ENVIRONMENT, tokens**1.5, **where))
+    found = {record.case: record.p50 for record in scaling.conclude(options(), times, ENVIRONMENT)}
     assert found == pytest.approx(
         {"keep ratio": 1.5, "tokens": 1.5, "batch": 1.5, "frames": 1.5, "resolution": 3.0}, abs=1e-9
     )
 
 
 def test_scaling_cases_run():
-    assert {case.name for case in scaling.cases(setting())} == {"keep ratio"}
-    cases = {case.name: case for case in scaling.cases(setting(quick=False)) if case.x in (0.25, 8, 160)}
+    assert {case.name for case in scaling.cases(options())} == {"keep ratio"}
+    cases = {case.name: case for case in scaling.cases(options(quick=False)) if case.x in (0.25, 8, 160)}
     assert set(cases) == {"keep ratio", "frames", "resolution"}
     for case in cases.values():
-        for result in runner.measure(case, setting(), RATES).results:
-            assert result.error < 1e-5 and result.time
+        found = measured(case)
+        for name in ("reference, autocast", "mar_fast"):
+            assert found[name]["error"].p50 < 1e-5 and found[name]["time"].x == case.x
 
 
 @pytest.mark.real_clip
 def test_pipeline(monkeypatch):
-    (case,) = pipeline.cases(setting())
-    outcome = runner.measure(case, setting(), RATES)
-    assert case.name.endswith("bikes.mp4") and not any(one.absent or one.withheld for one in outcome.results)
-    assert outcome.of(pipeline.BOTH).time.p50 > outcome.of(pipeline.DECODE).time.p20
-    assert outcome.of(pipeline.DECODE).error is None and outcome.of(pipeline.BOTH).error < 1e-5
+    (case,) = pipeline.cases(options())
+    found = measured(case)
+    assert case.name.endswith("bikes.mp4")
+    assert found[pipeline.BOTH]["time"].p50 > found[pipeline.DECODE]["time"].p20
+    assert "error" not in found[pipeline.DECODE] and found[pipeline.BOTH]["error"].p50 < 1e-5
+    times = [found[name]["time"] for name in names(case)]
     for slower, verdict in ((pipeline.DECODE, "data-bound"), (pipeline.MODEL, "compute-bound")):
-        for result in outcome.results:
-            result.time = Spread(1, 3 if result.provider == slower else 1, 3, 5)
-        (found,) = pipeline.conclude(setting(), [outcome])
-        assert found.note.startswith(verdict)
+        slow = [replace(time, p50=3 if time.provider == slower else 1) for time in times]
+        (share,) = pipeline.conclude(options(), slow, ENVIRONMENT)
+        assert share.note.startswith(verdict) and share.metric == "share"
 
 
 def test_flops_are_the_papers(monkeypatch):
     monkeypatch.setattr(mar_fast, "named_config", named_config)
-    found = flops.conclude(setting(), [])
-    of = {(row.case, row.provider, row.metric, row.x): row.value for row in found}
+    found = flops.conclude(options(), [], ENVIRONMENT)
+    of = {(one.case, one.provider, one.metric, one.x): one.p50 for one in found}
     for case in ("ViT-B", "ViT-L"):
         for keep in (1.0, 0.5, 0.25):
             formula = of[case, "original, by formula", "multiply-adds", keep]
             assert round(formula / 1e9) == of[case, "paper", "multiply-adds", keep] / 1e9
             if keep < 1:
                 assert round(formula / 1e9, 2) == of[case, "original, counted", "multiply-adds", keep] / 1e9
-    table = flops.table(found)
-    assert "85.34" in table and "93.02" in table and "ViT-S: mar_fast" in table
+    text = harness.figures(found)
+    assert (
+        "ViT-B, mar_fast: multiply-adds 180.34 G at 1, 85.34 G at 0.5" in text and "93.02 M" in text and "ViT-S" in text
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The runner and the session, on candidates that do next to nothing
+# The harness, on providers that do next to nothing
 
 
-ENVIRONMENT = dict(device="a CPU", torch="2", triton="3", commit="abc", date="2026", threads=2, clocks="")
-
-
-def toy(name="toy", **candidates):
-    truth = torch.ones(3)
+def toy(name="toy", baseline="", **providers):
+    expected = torch.ones(3)
     made = [
-        Candidate(provider, (lambda value=value: Prepared(lambda: None, lambda: [value])))
-        for provider, value in candidates.items()
+        Provider(provider, (lambda value=value: Prepared(lambda: None, lambda: [value])))
+        for provider, value in providers.items()
     ]
-    return Case("toys", name, "", 1.0, torch.float32, 0, tuple(made), lambda: [truth], 0.1, floor=Floor(5e10, 1e9))
+    floor = Floor(5e10, 1e9)
+    return Case("toys", name, "", 1.0, torch.float32, 0, tuple(made), lambda: [expected], 0.1, baseline, floor)
 
 
-def test_the_yardstick_sets_the_bound():
-    """Others may be twice as far off as it is, and a thousandth more."""
+def test_the_baseline_sets_what_others_may_differ_by():
+    """Twice as far off as it is, and a thousandth more; what computes another function has the case's tolerance."""
     ones = torch.ones(3)
-    case = toy(good=ones * 1.019, bad=ones * 1.023, worst=ones * 1.2, base=ones * 1.01, nan=ones * math.nan)
-    outcome = runner.measure(replace(case, yardstick="base"), setting(), RATES)
-    assert {result.provider for result in outcome.results if result.withheld} == {"bad", "worst", "nan"}
-    outcome = runner.measure(case, setting(), RATES)
-    assert {result.provider for result in outcome.results if result.withheld} == {"worst", "nan"}
+    values = dict(good=ones * 1.019, bad=ones * 1.023, worst=ones * 1.2, base=ones * 1.01, nan=ones * math.nan)
+    own = Provider("own", lambda: Prepared(lambda: None, lambda: [ones * 2.1]), expected=lambda: [ones * 2])
+    for baseline, wrong in (("base", {"bad", "worst", "nan"}), ("", {"worst", "nan"}), ("own", {"worst", "nan"})):
+        case = toy(baseline=baseline, **values)
+        found = measured(replace(case, providers=(*case.providers, own)))
+        assert {name for name, metrics in found.items() if "withheld" in metrics} == wrong
+        assert all("time" not in found[name] and "peak memory" not in found[name] for name in wrong)
 
 
 def test_floor_is_the_slower_ceiling():
@@ -249,16 +279,18 @@ def test_an_interruption_keeps_what_is_done(monkeypatch, tmp_path):
     def interrupting():
         raise KeyboardInterrupt
 
-    second = replace(toy("second"), candidates=(Candidate("mar_fast", interrupting),))
-    suite = replace(SUITES["encoder"], cases=lambda setting: iter((toy("first", mar_fast=torch.ones(3)), second)))
-    monkeypatch.setitem(session.SUITES, "encoder", suite)
-    path, done = tmp_path / "results.jsonl", session.Session()
+    second = replace(toy("second"), providers=(Provider("mar_fast", interrupting),))
+    suite = replace(SUITES["encoder"], cases=lambda options: iter((toy("first", mar_fast=torch.ones(3)), second)))
+    monkeypatch.setitem(harness.SUITES, "encoder", suite)
+    path, done = tmp_path / "results.jsonl", []
     with pytest.raises(KeyboardInterrupt):
-        session.run(["encoder"], setting(), RATES, out=path, say=lambda text: None, into=done)
-    assert records.read(path) == done.rows
-    assert {(row.suite, row.case) for row in done.rows} == {
-        ("machine", "copy"), ("machine", "matrix product"), ("toys", "first"),
-    }  # fmt: skip
+        harness.run(["encoder"], options(), RATES, out=path, say=lambda text: None, into=done)
+    assert records.read(path) == done
+    assert {(record.suite, record.case) for record in done} == {
+        ("machine", "copy"),
+        ("machine", "matrix product"),
+        ("toys", "first"),
+    }
 
 
 def test_threads_are_left_as_found():
@@ -286,20 +318,20 @@ def test_a_case_that_was_measured_holds_nothing(monkeypatch):
             seen.append(sum(reference() is not None for reference in alive))
             return Prepared(lambda: block, lambda: [block])
 
-        return replace(toy(str(number)), candidates=(Candidate("mar_fast", prepare, truth=lambda: [block]),))
+        return replace(toy(str(number)), providers=(Provider("mar_fast", prepare, expected=lambda: [block]),))
 
-    suite = replace(SUITES["encoder"], cases=lambda setting: (holding(number) for number in range(3)))
-    monkeypatch.setitem(session.SUITES, "encoder", suite)
-    done = session.run(["encoder"], setting(), RATES, say=lambda text: None)
+    suite = replace(SUITES["encoder"], cases=lambda options: (holding(number) for number in range(3)))
+    monkeypatch.setitem(harness.SUITES, "encoder", suite)
+    done = harness.run(["encoder"], options(), RATES, say=lambda text: None)
     gc.collect()
     assert seen == [1, 1, 1] and not any(reference() is not None for reference in alive)
-    assert {row.case for row in done.rows if row.metric == "time"} == {"0", "1", "2"}
+    assert {record.case for record in done if record.metric == "time"} == {"0", "1", "2"}
 
 
 def test_a_wrong_step_of_the_waterfall_is_ours(monkeypatch):
     case = replace(toy(masked=torch.ones(3), compiled=2 * torch.ones(3)), suite="waterfall")
-    assert runner.measure(case, setting(), RATES).wrong
-    assert not runner.measure(replace(case, suite="encoder"), setting(), RATES).wrong
+    for suite, wrong in (("waterfall", 1), ("encoder", 0)):
+        assert harness.failures(harness.measure(replace(case, suite=suite), options(), RATES, ENVIRONMENT)) == wrong
 
 
 def test_module_says_what_is_wrong_with_its_arguments(capsys, tmp_path):
@@ -313,17 +345,17 @@ def test_module_says_what_is_wrong_with_its_arguments(capsys, tmp_path):
             module.main(arguments)
         assert stop.value.code == 2 and message in capsys.readouterr().err
     assert module.main(["flops", "--quick", "--out", str(tmp_path / "new" / "flops.jsonl")]) == 0
-    assert "multiply-adds of a clip" in capsys.readouterr().out
-    assert {row.suite for row in records.read(tmp_path / "new" / "flops.jsonl")} == {"machine", "flops"}
+    assert "ViT-B, paper: multiply-adds 180.00 G at 1" in capsys.readouterr().out
+    assert {record.suite for record in records.read(tmp_path / "new" / "flops.jsonl")} == {"machine", "flops"}
 
 
 def test_choice_of_suites():
-    assert session.chosen_suites(["all"]) == list(SUITES)
-    assert session.chosen_suites(["kernels", "flops", "kernels"]) == ["kernels", "flops"]
+    assert harness.chosen_suites(["all"]) == list(SUITES)
+    assert harness.chosen_suites(["kernels", "flops", "kernels"]) == ["kernels", "flops"]
 
 
-def test_a_few_clips_are_of_the_same_job():
-    job = jobs.Job(encoder.model_config("small", 0.5), 3, CPU, torch.float32)
-    few = job.few()
-    assert all(torch.equal(value, job.weights[name]) for name, value in few.weights.items())
-    assert torch.equal(few.clips, job.clips[:1]) and torch.equal(few.mask.keep_idx, job.mask.keep_idx[:1])
+def test_a_few_clips_are_of_the_same_workload():
+    work = workloads.Workload(encoder.model_config("small", 0.5), 3, CPU, torch.float32)
+    few = work.few()
+    assert all(torch.equal(value, work.weights[name]) for name, value in few.weights.items())
+    assert torch.equal(few.clips, work.clips[:1]) and torch.equal(few.mask.keep_idx, work.mask.keep_idx[:1])

@@ -1,6 +1,6 @@
-"""What whole models are given to do, what is right for it, and how a model is made ready to be timed at it.
+"""What whole models are given to do, the outputs that are expected, and how a model is made ready to be timed.
 
-In inference weights have the job's dtype; a training step has float32 weights under autocast, and AdamW.
+In inference weights have the workload's dtype; a training step has float32 weights under autocast, and AdamW.
 """
 
 import functools
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mar_fast
 from mar_fast import MARConfig, TokenMask, masking, reference
+from mar_fast.inference import Backend
 
 from .case import Prepared
 
@@ -26,7 +28,7 @@ CHECKED_CLIPS = 1
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """Classify, or learn from, a batch of clips.
 
     Attributes:
@@ -75,7 +77,7 @@ class Job:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def few(self) -> "Job":
+    def few(self) -> "Workload":
         """The same with only so many clips as a check needs."""
         smaller, kept = replace(self, batch=min(self.batch, CHECKED_CLIPS)), slice(CHECKED_CLIPS)
         mask = TokenMask(self.mask.keep_idx[kept], self.mask.drop_idx[kept], self.mask.grid)
@@ -83,15 +85,12 @@ class Job:
         return smaller
 
 
-Losses = Callable[[Job], Tensor]
-
-
-def truth(job: Job) -> list[Tensor]:
+def expected(workload: Workload) -> list[Tensor]:
     """The reference in float64: logits, or with training the loss and all gradients in one."""
-    few = job.few()
-    model = reference.MAR(job.config).double().to(job.device).train(job.training)
-    model.load_state_dict(job.weights)
-    if not job.training:
+    few = workload.few()
+    model = reference.MAR(workload.config).double().to(workload.device).train(workload.training)
+    model.load_state_dict(workload.weights)
+    if not workload.training:
         with torch.inference_mode():
             return [model(few.clips.double(), few.mask).logits]
     return loss_and_gradients(original_loss(model(few.clips.double(), few.mask), few), model)
@@ -104,61 +103,64 @@ def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return [loss.detach(), torch.cat([gradient.double().flatten() for gradient in gradients])]
 
 
-def classifier(job: Job, logits: Callable[[Job], Tensor]) -> Prepared:
-    """Inference: ``logits`` calls a model with what a job has."""
+def classifier(workload: Workload, logits: Callable[[Workload], Tensor]) -> Prepared:
+    """Inference: ``logits`` calls a model with what a workload has."""
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return logits(job)
+        return logits(workload)
 
-    materialise(job)
+    materialise(workload)
     return Prepared(run, lambda: [run()[:CHECKED_CLIPS]])
 
 
-def materialise(job: Job) -> None:
-    """Make clips, mask and target now: a call does not make them."""
-    assert len(job.clips) == len(job.target) == job.mask.batch
+def frozen(model: nn.Module, operands: tuple[Any, ...], logits: Callable[[Any], Tensor], backend: Backend) -> Prepared:
+    """Inference through `mar_fast.compile_for_inference`; ``logits`` takes them from the model's output."""
+    compiled = mar_fast.compile_for_inference(model, operands, backend=backend)
+    return Prepared(
+        lambda: logits(compiled(*operands)),
+        lambda: [logits(compiled(*operands))[:CHECKED_CLIPS]],
+        compiled.compile_seconds,
+    )
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def learner(job: Job, model: nn.Module, loss: Losses) -> Prepared:
-    """Training steps: ``loss`` calls a model with what a job has."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05, fused=True)
+def learner(workload: Workload, model: nn.Module, loss: Callable[[Workload], Tensor]) -> Prepared:
+    """Training steps: ``loss`` calls a model with what a workload has."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with job.autocast():
-            value = loss(job)
+        with workload.autocast():
+            value = loss(workload)
         value.backward()
         optimizer.step()
 
     def outputs() -> list[Tensor]:
-        with job.autocast():
-            value = loss(job.few())
+        with workload.autocast():
+            value = loss(workload.few())
         return loss_and_gradients(value, model)
 
-    materialise(job)
+    materialise(workload)
     return Prepared(step, outputs)
 
 
-def compiled_learner(job: Job, model: nn.Module, loss: Losses) -> Prepared:
-    """With the time of compiling, which the first call takes: forward and backward."""
-    prepared = learner(job, model, loss)
-    return replace(prepared, compile_seconds=timed(prepared.run))
+def materialise(workload: Workload) -> None:
+    """Make clips, mask and target now: a call does not make them."""
+    assert len(workload.clips) == len(workload.target) == workload.mask.batch
 
 
-def original_loss(out: Any, job: Job) -> Tensor:
+def first_call_timed(prepared: Prepared) -> Prepared:
+    """The same with the seconds of its first call, which compiles: in training forward and backward."""
+    begin = time.perf_counter()
+    prepared.run()
+    return replace(prepared, compile_seconds=time.perf_counter() - begin)
+
+
+def original_loss(out: Any, workload: Workload) -> Tensor:
     """The classifier's loss alone, where nothing is masked and so nothing predicted."""
-    if not job.config.mask_ratio:
-        return F.cross_entropy(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), job.target)
-    return reference.loss(out, job.target, WEIGHT)
+    if not workload.config.mask_ratio:
+        return F.cross_entropy(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), workload.target)
+    return reference.loss(out, workload.target, WEIGHT)
 
 
 def sum_of_losses(logits: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:

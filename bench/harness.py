@@ -1,0 +1,339 @@
+"""The harness: providers of a case are made ready, checked against float64, timed in turn; what comes of it in records.
+
+Nothing that is wrong or cannot run here gets a time; a record says why.
+"""
+
+import functools
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mar_fast import machine
+from mar_fast.kernels import checks
+from mar_fast.timing import Spread, interleaved
+
+from . import records
+from .case import Case, Prepared, RunOptions
+from .records import FLOOR, NO_TIME, Record, in_words
+from .suites import SUITES
+
+# Quick runs take the small model: all of them together take minutes.
+CPU_SIZES, GPU_SIZES, QUICK_SIZES = ("base",), ("base", "large"), ("small",)
+CPU_BATCHES, GPU_BATCHES, QUICK_BATCHES = (1, 4), (1, 8, 32), (1,)
+# Others may differ from float64 by twice as much as the baseline, and by this more.
+SLACK = 1e-3
+
+Step = Callable[[str, float], None]
+
+
+def quiet(what: str, share: float) -> None:
+    """A `Step` that shows nothing."""
+
+
+def chosen_suites(names: Sequence[str]) -> list[str]:
+    """The suites that are named; "all" is every one that has here what it needs.
+
+    Raises:
+        ValueError: there is no such suite, or none is named.
+        ModuleNotFoundError: one that is named needs a package that is not installed.
+    """
+    known = f"one or more of {', '.join(SUITES)}, or all"
+    if not names:
+        raise checks.bad("suite", "none", known)
+    lacks = {name: suite.needs for name, suite in SUITES.items() if suite.needs and find_spec(suite.needs) is None}
+    for name in names:
+        if name != "all" and name not in SUITES:
+            raise checks.bad("suite", repr(name), known)
+        if name in lacks:
+            raise ModuleNotFoundError(f"suite {name}: {lacks[name]} is not installed: pip install 'mar-fast[hf]'")
+    return [name for name in SUITES if name not in lacks] if "all" in names else list(dict.fromkeys(names))
+
+
+def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """What this machine can do at best, measured: FLOP/s of matrix products by dtype, bytes/s of "copy"."""
+    dtypes = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+    rates = machine.matmul_rates(device, dtypes, budget=1.5 if quick else 6.0)
+    rates["copy"] = machine.copy_rate(device, budget=1.0 if quick else 3.0)
+    return rates
+
+
+def options_for(
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    sizes: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    quick: bool = False,
+    seconds: float | None = None,
+    clip: Path | None = None,
+) -> tuple[RunOptions, str, dict[str, float]]:
+    """The options of a run, why it has its dtype, and the ceilings of the machine, which are measured for it.
+
+    Args:
+        device: "cpu", "cuda" or "auto".
+        dtype: "bf16", "fp16", "fp32", or "auto": bf16 where its products are clearly faster here.
+        sizes: Encoders; none means base, and on a GPU large too, or small for a quick run.
+        batches: Clips a call; none means 1 and 4, on a GPU 1, 8 and 32, or 1 for a quick run.
+        quick: Few and small cases.
+        seconds: For the timed rounds of a case; None is 12, or 1 for a quick run.
+        clip: A video file for the pipeline.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    if seconds is not None:
+        checks.positive("seconds", seconds)
+    for batch in batches:
+        if not isinstance(batch, int) or batch < 1:
+            raise checks.bad("batch", batch, "a whole number, 1 or more")
+    if clip is not None and not clip.is_file():
+        raise FileNotFoundError(f"clip: got {str(clip)!r}, expected an existing video file")
+    where = machine.device(device)
+    rates = ceilings(where, quick)
+    reason = "asked for"
+    if dtype == "auto":
+        dtype, reason = machine.choose_dtype(where, rates)
+    usual = (GPU_SIZES, GPU_BATCHES) if where.type == "cuda" else (CPU_SIZES, CPU_BATCHES)
+    default_sizes, default_batches = (QUICK_SIZES, QUICK_BATCHES) if quick else usual
+    options = RunOptions(
+        device=where,
+        dtype=machine.DTYPES[dtype],
+        sizes=tuple(sizes) or default_sizes,
+        batches=tuple(batches) or default_batches,
+        quick=quick,
+        seconds=seconds if seconds is not None else (1.0 if quick else 12.0),
+        clip=str(clip) if clip else None,
+    )
+    return options, reason, rates
+
+
+def run(
+    names: Sequence[str],
+    options: RunOptions,
+    rates: Mapping[str, float],
+    *,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+    on_step: Step = quiet,
+    into: list[Record] | None = None,
+    chosen: Callable[[Case], Case | None] = lambda case: case,
+) -> list[Record]:
+    """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
+
+    Args:
+        names: Suites, see `chosen_suites`.
+        options: Where, in which dtype, how much.
+        rates: Ceilings, as `options_for` measured them.
+        out: A file for the records, JSON lines; None keeps them in memory only.
+        say: Takes the table of every case as it is done.
+        on_step: Told what is going on and which share of the suite is done.
+        into: Takes the records as they are made, so that they are there after an interruption; None makes a new list.
+        chosen: Gives the case that is measured in place of a suite's, or None to leave that out.
+    """
+    found = into if into is not None else []
+    environment = machine.environment(options.device)
+
+    def keep(made: list[Record]) -> None:
+        found.extend(made)
+        if out is not None:
+            records.write(out, found)
+
+    keep(_ceilings(rates, environment))
+    for name in names:
+        suite, own = SUITES[name], []
+        # Not as a list: a case holds its models and operands once it has been measured.
+        total = sum(1 for _ in suite.cases(options))
+        for number, offered in enumerate(suite.cases(options)):
+            case = chosen(offered)
+            if case is None:
+                continue
+            made = measure(case, options, rates, environment, _within(on_step, name, number, total))
+            say(text(made))
+            own += made
+            keep(made)
+        concluded = suite.conclude(options, own, environment)
+        if concluded:
+            say(figures(concluded))
+            keep(concluded)
+    return found
+
+
+def _within(on_step: Step, suite: str, number: int, total: int) -> Step:
+    return lambda what, share: on_step(f"{suite} {number + 1} of {total}: {what}", (number + share) / total)
+
+
+def _ceilings(rates: Mapping[str, float], environment: Mapping[str, str | int]) -> list[Record]:
+    note = ", ".join(f"{key} {environment[key]}" for key in ("threads", "clocks") if environment.get(key))
+    make = functools.partial(Record.of, environment, suite="machine", provider="machine", metric="rate", note=note)
+    return [
+        make(rate, case="copy", unit="B/s")
+        if name == "copy"
+        else make(rate, case="matrix product", unit="FLOP/s", dtype=name)
+        for name, rate in rates.items()
+    ]
+
+
+def failures(found: Sequence[Record]) -> int:
+    """In how many cases a result of ours is wrong or does not run."""
+    return len({record.workload for record in found if record.ours and record.metric in NO_TIME})
+
+
+def measure(
+    case: Case,
+    options: RunOptions,
+    rates: Mapping[str, float],
+    environment: Mapping[str, str | int],
+    on_step: Step = quiet,
+) -> list[Record]:
+    """All providers of a case: made ready, checked against the expected outputs, timed in turn, their memory measured.
+
+    Returns:
+        By provider: "time" in seconds, "throughput", "peak memory" in bytes, "error" (the largest norm of a difference
+        to the expected outputs, relative to theirs), "compile time"; or "unavailable" or "withheld" with the reason.
+        Of provider "roofline": the least work, and the time it takes at this machine's ceilings.
+    """
+    torch.compiler.reset()  # a function is compiled for a few shapes only, all cases together
+    found: dict[str, list[Record]] = {name: [] for name in (*(provider.name for provider in case.providers), FLOOR)}
+    positions = {provider.name: provider.x for provider in case.providers if provider.x is not None}
+
+    def keep(name: str, metric: str, value: Spread | float, unit: str = "1", *, note: str = "") -> None:
+        record = Record.of(
+            environment,
+            value,
+            suite=case.suite,
+            case=case.name,
+            provider=name,
+            mode=case.mode,
+            metric=metric,
+            unit=unit,
+            x=positions.get(name, case.x),
+            dtype=case.dtype_name,
+            note=note,
+            baseline=case.baseline,
+        )
+        found[name].append(record)
+
+    expected = functools.cache(lambda outputs: outputs())
+    ready: dict[str, Prepared] = {}
+    limit = case.tolerance
+    # The baseline goes first: it says how much others may differ.
+    order = sorted(case.providers, key=lambda provider: provider.name != case.baseline)
+    for number, provider in enumerate(order):
+        on_step(f"{case.name}: preparing {provider.name}", 0.5 * number / len(order))
+        want = expected(provider.expected or case.expected) if provider.checked else []
+        gc.collect()
+        try:
+            prepared = provider.prepare()
+            error = difference(prepared.outputs(), want) if provider.checked else None
+        except Exception as failure:  # a peer that cannot run here is unavailable, whatever it raises
+            keep(provider.name, "unavailable", Spread(0, 0, 0, 0), note=reason(failure))
+            continue
+        if prepared.compile_seconds is not None:
+            keep(provider.name, "compile time", prepared.compile_seconds, "s")
+        if error is not None:
+            if error < math.inf:
+                keep(provider.name, "error", error)
+            # What computes another function than the case's rounds in its own way.
+            allowed = case.tolerance if provider.expected else limit
+            if error > allowed:
+                note = f"wrong: differs from float64 by {error:.1e}, {allowed:.1e} is allowed"
+                keep(provider.name, "withheld", Spread(0, 0, 0, 0), note=note)
+                continue
+            if provider.name == case.baseline:
+                limit = min(limit, 2 * error + SLACK)
+        ready[provider.name] = prepared
+    expected.cache_clear()
+    for name in list(ready):  # what takes the few clips of a check may not take all of them, for memory say
+        try:
+            ready[name].run()
+        except Exception as failure:
+            keep(name, "unavailable", Spread(0, 0, 0, 0), note=reason(failure))
+            del ready[name]
+    runs = {name: ready[name].run for name in found if name in ready}
+    if runs:
+        times = interleaved(
+            runs,
+            options.device,
+            budget=case.share * options.seconds,
+            warm=1,
+            max_rounds=200,
+            min_rounds=3 if options.quick else 5,
+            on_round=lambda share: on_step(f"{case.name}: timing {len(runs)} in turn", 0.5 + 0.45 * share),
+        )
+        for name, time in times.items():
+            on_step(f"{case.name}: memory of {name}", 0.95)
+            keep(name, "time", time, "s")
+            if case.clips:
+                clips = Spread(case.clips / time.p80, case.clips / time.p50, case.clips / time.p20, time.n)
+                keep(name, "throughput", clips, "clips/s")
+            memory = machine.peak_memory(runs[name], options.device)
+            if memory is not None:
+                keep(name, "peak memory", memory, "B")
+    if case.floor is not None:
+        keep(FLOOR, "multiply-adds", case.floor.multiply_adds)
+        keep(FLOOR, "bytes moved", case.floor.bytes_moved, "B")
+        if case.dtype_name in rates:
+            keep(FLOOR, "floor", case.floor.at(rates[case.dtype_name], rates["copy"]), "s")
+    runs, ready = {}, {}
+    gc.collect()
+    if options.on_gpu:
+        torch.cuda.empty_cache()
+    return [record for own in found.values() for record in own]
+
+
+def reason(error: Exception) -> str:
+    """Why a provider cannot run here, in one line: the first one of what it raised, which may have none."""
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first[:120]}"
+
+
+def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN."""
+    ratios = [
+        float((one.detach().double() - other.double()).norm() / other.double().norm())
+        for one, other in zip(got, want, strict=True)
+    ]
+    return max(ratio if ratio == ratio else math.inf for ratio in ratios)
+
+
+def text(found: Sequence[Record]) -> str:
+    """A case in plain text: a line a provider, time with spread, speed-up over the baseline, share of the floor."""
+    first, times = found[0], {record.provider: record.p50 for record in found if record.metric == "time"}
+    base = times.get(first.baseline)
+    floor = next((record.p50 for record in found if record.metric == "floor"), None)
+    lines = [f"{first.suite}: {first.case}, x = {first.x:g}, {first.mode}, {first.dtype}"]
+    for provider, own in records.grouped(found, lambda record: record.provider).items():
+        at = {record.metric: record for record in own}
+        lost = next((at[metric] for metric in NO_TIME if metric in at), None)
+        if lost is not None:
+            lines.append(f"  {provider:36} {lost.metric}: {lost.note}")
+        elif "time" in at:
+            time = at["time"]
+            spread = f"{in_words(time.p20, 's')} - {in_words(time.p80, 's')}"
+            parts = [
+                f"  {provider:36} {time.words:>10} ({spread})",
+                f"{base / time.p50:6.2f}x" if base else "",
+                f"{floor / time.p50:4.0%} of floor" if floor else "",
+                *(f"{name} {at[name].words}" for name in ("peak memory", "error", "compile time") if name in at),
+            ]
+            lines.append("  ".join(part for part in parts if part))
+    said = f"; floor: {in_words(floor, 's')}" if floor else ""
+    lines.append(f"  (speed-up over {first.baseline}{said})")
+    return "\n".join(lines)
+
+
+def figures(found: Sequence[Record]) -> str:
+    """Figures that are no times, a line for each case, provider and metric, by x."""
+    lines = []
+    for (case, provider, metric), own in records.grouped(found, lambda r: (r.case, r.provider, r.metric)).items():
+        values = (
+            record.words + (f" at {record.x:g}" if record.x else "") + (f" ({record.note})" if record.note else "")
+            for record in own
+        )
+        lines.append(f"{case}, {provider}: {metric} {', '.join(values)}")
+    return "\n".join(lines)
