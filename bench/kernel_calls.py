@@ -1,127 +1,128 @@
 """Calls of ops at real size that reach every kernel and launch choice: what `matrix` compiles and `tune` times."""
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from mar_fast import kernels
+from mar_fast.kernels.jit.compile_check import Code, recorded
+from mar_fast.kernels.jit.launch import Choice, Launch
 
 from . import op_cases
 from .op_cases import SIZES, TOKENS, OpCase, Operands
+from .suites.kernels import results
 
 BF16, FLOATS = torch.bfloat16, (torch.bfloat16, torch.float16, torch.float32)
 CLIPS, VISIBLE = 32, 784
+PASSES = ("forward", "backward")
+Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 Change = Callable[[Operands], Operands]
+Key = TypeVar("Key", bound=Choice | Code)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One op at one shape in one dtype, with the operands that get a gradient."""
-
-    op: str
-    label: str
-    dtype: torch.dtype
-    function: Callable[..., Any]
-    operands: Callable[[], Operands]
-    differentiated: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.op}, {self.label}, {str(self.dtype).removeprefix('torch.')}"
-
-    def outputs(self, operands: Operands) -> list[Tensor]:
-        """Run it."""
-        outputs = self.function(**operands)
-        return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-    def training(self, operands: Operands) -> tuple[list[Tensor], Callable[[], tuple[Tensor, ...]]]:
-        """Run it with gradients: the outputs, and the backward pass, which can be run once."""
-        wanted = [operands[name].requires_grad_() for name in self.differentiated]
-        outputs = [output for output in self.outputs(operands) if output.requires_grad]
-        return outputs, lambda: torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs])
-
-    def inference(self, operands: Operands | None = None) -> list[Tensor]:
-        """Run it without gradients."""
-        with torch.no_grad():
-            return self.outputs(operands or self.operands())
-
-    def everything(self) -> None:
-        """Run all of it, to be recorded."""
-        self.inference()
-        self.training(self.operands())[1]()
+@cache
+def calls(device: str) -> tuple[OpCase, ...]:
+    """All of them, the most usual of each op first."""
+    every = (_elementwise, _masked_patch_loss, _gather_patch_embed, _attention)
+    return tuple(call for op in every for call in op(torch.device(device)))
 
 
-def _call(case: OpCase, more: str = "", change: Change = lambda operands: {}, also: str = "") -> Call:
-    """Our own provider of a case, with some operands changed, and another one that gets a gradient."""
-    wanted = (*case.differentiated, *([also] if also else ()))
-    operands = lambda: (values := case.operands()) | change(values)  # noqa: E731
-    return Call(case.op, f"{case.label}{more}", case.dtype, case.providers["mar_fast"], operands, wanted)
+def name(number: int) -> str:
+    """What a call is, in words."""
+    call = calls("meta")[number]
+    return f"{call.op}, {call.label}, {str(call.dtype).removeprefix('torch.')}"
 
 
-def _autocast(call: Call) -> Call:
-    """The same under bfloat16 autocast of a GPU, which torch.autocast refuses where there is none."""
-
-    def function(**operands: Any) -> Any:
-        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        torch.set_autocast_enabled("cuda", True)
-        torch.set_autocast_dtype("cuda", BF16)
-        try:
-            return call.function(**operands)
-        finally:
-            torch.set_autocast_enabled("cuda", before[0])
-            torch.set_autocast_dtype("cuda", before[1])
-
-    return replace(call, label=f"{call.label}, autocast", function=function)
+def launches(number: int, target: str, passes: Sequence[str] = PASSES) -> list[Recorded]:
+    """What a call launches on a target: "forward" is without gradients, "backward" with them, and both ways."""
+    call = calls("meta")[number]
+    ours, wanted = call.providers["mar_fast"], call.differentiated
+    return recorded(lambda: [results(ours, call.operands(), wanted, mode) for mode in passes], target)
 
 
-def _other_layout(operands: Operands) -> Operands:
+def launched(key: Callable[..., Key], targets: Sequence[str], names: Sequence[str] = ()) -> dict[Key, list[int]]:
+    """What is launched on some targets, of some kernels or ops, by ``key(launch, tensors, target)``; by which calls.
+
+    Raises:
+        ValueError: no kernel or op has such a name.
+    """
+    found: dict[Key, dict[int, None]] = {}
+    for number in range(len(calls("meta"))):
+        for target in targets:
+            for launch, tensors in launches(number, target):
+                found.setdefault(key(launch, tensors, target), {})[number] = None
+    known = {one: {one.kernel, *(calls("meta")[number].op for number in numbers)} for one, numbers in found.items()}
+    every = set[str]().union(*known.values())
+    if unknown := set(names) - every:
+        raise ValueError(f"--kernel: got {min(unknown)!r}, expected an op or a kernel of {', '.join(sorted(every))}")
+    return {one: list(numbers) for one, numbers in found.items() if not names or known[one] & set(names)}
+
+
+def _changed(case: OpCase, more: str, *changes: Change, also: tuple[str, ...] = (), autocast: bool = False) -> OpCase:
+    """With operands changed, one change after the other, and others that get a gradient ``also``."""
+
+    def operands() -> Operands:
+        made = case.operands()
+        for change in changes:
+            made |= change(made)
+        return made
+
+    ours, label = case.providers["mar_fast"], f"{case.label}{more}{', autocast' * autocast}"
+    providers = {"mar_fast": _autocast()(ours) if autocast else ours}
+    differentiated = (*case.differentiated, *also)
+    return replace(case, label=label, operands=operands, providers=providers, differentiated=differentiated)
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """bfloat16 autocast of a GPU, which torch.autocast refuses where there is none."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", BF16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def _elementwise(device: torch.device) -> Iterator[OpCase]:
+    """bias_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
+
+    def scaled(o: Operands) -> Operands:
+        return dict(layer_scale=torch.ones_like(o["weight"]), row_scale=torch.ones(CLIPS, device=device))
+
+    def single(o: Operands) -> Operands:
+        return {name: value.float() for name, value in o.items() if name != "x"}
+
+    for dtype in FLOATS:
+        yield op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, 3072)
+        for width in (384, 512):
+            case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
+            yield from (case, _changed(case, ", learnt positions", also=("pos_embed",)))
+        for width in (*(width for width, _ in SIZES.values()), *([4096] if dtype == BF16 else ())):
+            case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
+            with_scales = partial(_changed, case, ", layer scale and drop path", also=("layer_scale",))
+            yield from (case, with_scales(scaled))
+            if dtype == BF16:
+                yield from (_changed(case, "", single, autocast=True), with_scales(single, scaled, autocast=True))
+    case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
+    yield _changed(case, ", no residual", lambda o: dict(residual=None))
+
+
+def _other_layout(o: Operands) -> Operands:
     """Planar for channels last, and the other way round."""
-    video = operands["video"]
+    video = o["video"]
     if not video.is_contiguous():
         return dict(video=video.contiguous())
     return dict(video=video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
 
 
-@functools.cache
-def calls(device: str) -> tuple[Call, ...]:
-    """All of them, the most usual of each op first."""
-    ops = (_elementwise, _masked_patch_loss, _gather_patch_embed, _attention)
-    return tuple(call for op in ops for call in op(torch.device(device)))
-
-
-def _elementwise(device: torch.device) -> Iterator[Call]:
-    """bias_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
-
-    def scaled(operands: Operands) -> Operands:
-        return dict(layer_scale=torch.ones_like(operands["weight"]), row_scale=torch.ones(CLIPS, device=device))
-
-    def single(operands: Operands) -> Operands:
-        return {name: value.float() for name, value in operands.items() if name != "x"}
-
-    scales = ", layer scale and drop path"
-    for dtype in FLOATS:
-        yield _call(op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, 3072))
-        for width in (384, 512):
-            case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
-            yield from (_call(case), _call(case, ", learnt positions", also="pos_embed"))
-        for width in (*(width for width, _ in SIZES.values()), *([4096] if dtype == BF16 else ())):
-            case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
-            yield from (_call(case), _call(case, scales, scaled, "layer_scale"))
-            if dtype == BF16:
-                yield _autocast(_call(case, "", single))
-                yield _autocast(_call(case, scales, lambda o: single(o) | scaled(single(o)), "layer_scale"))
-    case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
-    yield _call(case, ", no residual", lambda operands: dict(residual=None))
-
-
-def _planar(change: Change, operands: Operands) -> Operands:
-    return change(operands) | _other_layout(operands | change(operands))
-
-
-def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
+def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
     changes: dict[str, Change] = {
         "": lambda o: {},
         ", floating": lambda o: dict(video=o["video"].to(o["pixels"].dtype)),
@@ -131,31 +132,32 @@ def _masked_patch_loss(device: torch.device) -> Iterator[Call]:
     for dtype in FLOATS:
         case = op_cases.masked_patch_loss(device, dtype, CLIPS, VISIBLE)
         for more, change in changes.items():
-            yield _call(case, more, change)
-            yield _call(case, f"{more}, planar", functools.partial(_planar, change))
+            yield from (_changed(case, more, change), _changed(case, f"{more}, planar", change, _other_layout))
 
 
-def _gather_patch_embed(device: torch.device) -> Iterator[Call]:
+def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
     kinds = ((32, 768, torch.uint8), (32, 768, BF16), (1, 768, torch.uint8), (4, 384, BF16), (32, 384, BF16))
     for clips, width, pixels in kinds:
         case = op_cases.gather_patch_embed(device, BF16, clips, VISIBLE, width, pixels)
-        yield from (_call(case, also="pos_embed"), _call(case, ", other layout", _other_layout))
+        yield from (_changed(case, "", also=("pos_embed",)), _changed(case, ", other layout", _other_layout))
     for dtype in FLOATS:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
-        yield from (_call(case), _call(case, ", gradient of the clip", also="video"))
-    yield _autocast(_call(op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)))
+        yield from (case, _changed(case, ", gradient of the clip", also=("video",)))
+    case = op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)
+    yield _changed(case, "", autocast=True)
 
 
-def _attention(device: torch.device) -> Iterator[Call]:
+def _attention(device: torch.device) -> Iterator[OpCase]:
     """Head sizes of ViT-B and L (64), H (80), g (88) and others; 50 %, 75 % and none masked; 4 frames of 112 x 112."""
     shapes = [(64, 12, tokens, dtype) for tokens in (VISIBLE, 392, TOKENS) for dtype in FLOATS[:2]]
     shapes += [(size, 16, VISIBLE, BF16) for size in (32, 80, 88, 96, 128)]
     shapes += [(size, 16, VISIBLE, torch.float32) for size in (64, 32, 80, 88, 96, 128)]
     for size, heads, tokens, dtype in [*shapes, (64, 12, 49, BF16), (64, 12, 49, torch.float32)]:
-        yield (call := _call(op_cases.attention(device, dtype, 16, tokens, heads, size)))
 
-        def ragged(call: Call = call, tokens: int = tokens) -> Operands:
+        def ragged(o: Operands, tokens: int = tokens) -> Operands:
             offsets = torch.arange(17, dtype=torch.int32, device=device) * tokens
-            return dict(qkv=call.operands()["qkv"].flatten(0, 1), cu_seqlens=offsets, max_seqlen=tokens)
+            return dict(qkv=o["qkv"].flatten(0, 1), cu_seqlens=offsets, max_seqlen=tokens)
 
-        yield replace(call, op="attention_varlen", function=kernels.attention_varlen, operands=ragged)
+        case = op_cases.attention(device, dtype, 16, tokens, heads, size)
+        varlen = replace(case, op="attention_varlen", providers={"mar_fast": kernels.attention_varlen})
+        yield from (case, _changed(varlen, "", ragged))

@@ -54,7 +54,7 @@ import torch, mar_fast
 from mar_fast.kernels import device
 from mar_fast.kernels.jit import bias_gelu
 assert mar_fast.__file__.startswith(SITE) and device.__file__.startswith(SITE), (mar_fast.__file__, device.__file__)
-assert bias_gelu.config("sm_90", torch.bfloat16, backward=False).origin
+assert bias_gelu.config("sm_90", torch.bfloat16, backward=False).block_m
 model = mar_fast.create_model("mar_vit_small", depth=1, num_classes=5).eval()
 print(model(torch.zeros(1, 3, 16, 224, 224)).logits.shape)
 """

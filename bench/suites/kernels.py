@@ -123,7 +123,7 @@ def backward_of(provider: Provider, operands: Operands, differentiated: tuple[st
     leaves = {key: operands[key].detach().requires_grad_() for key in differentiated}
     with functorch_config.patch(donated_buffer=False):  # what is compiled here keeps what its backward pass reads
         outputs = [out for out in listed(provider(**{**operands, **leaves})) if out.requires_grad]
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    generator = torch.Generator("cpu" if outputs[0].is_meta else outputs[0].device).manual_seed(1)
     seeds = [
         torch.randn(out.shape, device=out.device, generator=generator, dtype=torch.float32).to(out.dtype)
         for out in outputs

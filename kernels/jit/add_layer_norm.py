@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows, scattered
+from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
 from .sum_parts import sum_parts
 
@@ -135,20 +135,20 @@ def config_forward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig
     """``block_m`` rows. Compiled clean by Triton 3.6 and 3.9, not measured; beyond 2048 columns a cautious start."""
     if width > 2048:
         return LaunchConfig(1, num_warps=16)
-    if arch in ("sm_80", "sm_90", "sm_100"):
-        # More rows have 8 bytes of stack with some dtypes, by one version of Triton or the other.
-        four = width <= 768 and arch != "sm_80"
-        return LaunchConfig(8 if width <= 512 else 4 if four else 2 if width <= 1024 else 1)
-    return LaunchConfig(2)
+    if arch not in TUNED:
+        return LaunchConfig(2)
+    # More rows have 8 bytes of stack with some dtypes, by one version of Triton or the other.
+    four = width <= 768 and arch != "sm_80"
+    return LaunchConfig(8 if width <= 512 else 4 if four else 2 if width <= 1024 else 1)
 
 
 def config_backward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
     """The same for the backward pass."""
     if width > 2048:
         return LaunchConfig(1, num_warps=16)
-    if arch in ("sm_80", "sm_90", "sm_100"):
-        return LaunchConfig(2, num_warps=2 if width <= 512 else 4) if width <= 1024 else LaunchConfig(1)
-    return LaunchConfig(1, num_warps=4 if width <= 1024 else 8)
+    if arch not in TUNED:
+        return LaunchConfig(1, num_warps=4 if width <= 1024 else 8)
+    return LaunchConfig(2 if width <= 1024 else 1, num_warps=2 if width <= 512 else 4)
 
 
 def outputs(

@@ -29,7 +29,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import Launch, LaunchConfig, choose, scattered
+from .launch import TUNED, Launch, LaunchConfig, choose, scattered
 from .op import Op, Run
 
 
@@ -94,7 +94,6 @@ def attend_tile(
             b_q, b_out, b_max, b_sum, query, key, value, row_stride, o_m, m_m, o_tail, whole + o_tail < length,
             scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
-    out += tl.cast(start, tl.int64) * out_stride
     store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM)
     if lse is not None:
         # What pads a row is written too: outputs of an op are the same every time, all of them.
@@ -124,7 +123,7 @@ def attention_forward_kernel(
         query = qkv + (base + head * (head_stride * VEC))
         key = query + part_stride * VEC
         value = key + part_stride * VEC
-        out += (first * heads + head) * HEAD_DIM
+        out += ((first + start) * heads + head) * HEAD_DIM
         if lse is not None:
             lse += head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
         lse_length = length if VARLEN else lse_stride
@@ -152,21 +151,14 @@ _HALF: Table = {
     "": {128: (64, 64, 64, 4, 1)},
 }  # fmt: skip
 _FLOAT32: Table = {
-    "sm_80": {
-        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
-        128: (32, 16, 32, 4, 1, False),
-    },
-    "sm_90": {
-        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (64, 16, 32, 4, 1, False), 96: (64, 16, 32, 4, 1),
-        128: (128, 32, 32, 8, 1, False),
-    },
-    "sm_100": {
-        32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (16, 16, 32, 4, 1, False),
-        96: (64, 32, 32, 4, 1, False), 128: (16, 16, 64, 8, 1, False),
-    },
+    "sm_80": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
+              128: (32, 16, 32, 4, 1, False)},
+    "sm_90": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (64, 16, 32, 4, 1, False),
+              96: (64, 16, 32, 4, 1), 128: (128, 32, 32, 8, 1, False)},
+    "sm_100": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (16, 16, 32, 4, 1, False),
+               96: (64, 32, 32, 4, 1, False), 128: (16, 16, 64, 8, 1, False)},
     "": {128: (32, 32, 32, 4, 1, False)},
 }  # fmt: skip
-_MEASURED = "H200, Triton 3.6, bc236cf: 198 us at 784 tokens, 8 warps took 268; values compared there at 663e046"
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
@@ -174,10 +166,10 @@ def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged:
     if dtype == torch.float32:
         return by_head_dim(_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        if not ragged and tokens % 128 <= 16:
-            return LaunchConfig(128, 128, 64, 4, 3, origin=_MEASURED)
-        return LaunchConfig(64, 64, 64, 4, 3, origin=_MEASURED)
-    if arch.startswith("sm_") and arch in _HALF and head_dim <= 64 and tokens <= 64:
+        # H200, Triton 3.6, bc236cf: 198 us at 784 tokens, 8 warps took 268; values compared there at 663e046.
+        size = 128 if not ragged and tokens % 128 <= 16 else 64
+        return LaunchConfig(size, size, 64, 4, 3)
+    if arch in TUNED and head_dim <= 64 and tokens <= 64:
         return LaunchConfig(64, 32 if arch == "sm_80" else 64, 128, 4, 2)
     return by_head_dim(_HALF, arch, head_dim)
 

@@ -28,7 +28,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import DENSE, Launch, LaunchConfig, choose, scattered
+from .launch import DENSE, TUNED, Launch, LaunchConfig, choose, scattered
 from .op import Run
 
 
@@ -211,46 +211,33 @@ def attention_backward_key_value_kernel(
 _QUERY_HALF: Table = {
     "sm_80": {64: (128, 64, 128, 8, 3), 128: (128, 32, 64, 8, 2)},
     "sm_90": {64: (128, 64, 128, 8, 3), 128: (128, 64, 128, 8, 2)},
-    "sm_100": {
-        64: (128, 64, 128, 8, 3), 80: (128, 64, 128, 8, 2), 95: (64, 64, 128, 4, 2), 96: (128, 32, 128, 8, 2),
-        128: (128, 64, 128, 8, 2),
-    },
+    "sm_100": {64: (128, 64, 128, 8, 3), 80: (128, 64, 128, 8, 2), 95: (64, 64, 128, 4, 2), 96: (128, 32, 128, 8, 2),
+               128: (128, 64, 128, 8, 2)},
     "": {128: (64, 32, 64, 4, 1)},
 }  # fmt: skip
 _QUERY_FLOAT32: Table = {
-    "sm_80": {
-        32: (64, 32, 32, 4, 1), 64: (64, 16, 32, 4, 1, False), 95: (64, 16, 32, 8, 1, False),
-        128: (64, 32, 32, 4, 1, False),
-    },
+    "sm_80": {32: (64, 32, 32, 4, 1), 64: (64, 16, 32, 4, 1, False), 95: (64, 16, 32, 8, 1, False),
+              128: (64, 32, 32, 4, 1, False)},
     "sm_90": {32: (64, 32, 32, 4, 1), 64: (64, 32, 32, 4, 1, False), 128: (64, 16, 32, 4, 1, False)},
     "sm_100": {32: (64, 32, 32, 4, 1), 96: (64, 16, 32, 4, 1, False), 128: (64, 16, 32, 8, 1, False)},
     "": {128: (32, 32, 32, 4, 1, False)},
 }  # fmt: skip
 _KEY_VALUE_HALF: Table = {
-    "sm_80": {
-        32: (64, 128, 128, 8, 3), 64: (32, 128, 64, 8, 3), 80: (16, 64, 64, 4, 2), 96: (16, 128, 128, 8, 2),
-        128: (16, 64, 32, 4, 2, False),
-    },
+    "sm_80": {32: (64, 128, 128, 8, 3), 64: (32, 128, 64, 8, 3), 80: (16, 64, 64, 4, 2), 96: (16, 128, 128, 8, 2),
+              128: (16, 64, 32, 4, 2, False)},
     "sm_90": {64: (64, 128, 128, 8, 3), 80: (64, 128, 128, 8, 2), 128: (64, 64, 128, 8, 2)},
     "sm_100": {64: (64, 128, 128, 8, 3), 80: (64, 64, 128, 8, 2), 95: (32, 64, 128, 4, 2), 128: (64, 64, 128, 8, 2)},
     "": {32: (32, 64, 32, 4, 1), 64: (32, 128, 64, 8, 1), 128: (16, 32, 32, 4, 1, False)},
 }  # fmt: skip
 _KEY_VALUE_FLOAT32: Table = {
-    "sm_80": {
-        32: (32, 64, 32, 8, 1, False), 64: (16, 32, 32, 8, 1, False), 95: (32, 16, 32, 4, 1, False),
-        128: (16, 16, 32, 4, 1, False),
-    },
-    "sm_90": {
-        32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 96: (16, 16, 32, 4, 1, False),
-        128: (32, 16, 32, 8, 1, False),
-    },
-    "sm_100": {
-        32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 80: (32, 16, 32, 4, 1, False),
-        128: (16, 16, 64, 8, 1, False),
-    },
+    "sm_80": {32: (32, 64, 32, 8, 1, False), 64: (16, 32, 32, 8, 1, False), 95: (32, 16, 32, 4, 1, False),
+              128: (16, 16, 32, 4, 1, False)},
+    "sm_90": {32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 96: (16, 16, 32, 4, 1, False),
+              128: (32, 16, 32, 8, 1, False)},
+    "sm_100": {32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 80: (32, 16, 32, 4, 1, False),
+               128: (16, 16, 64, 8, 1, False)},
     "": {128: (32, 32, 32, 4, 1, False)},
 }  # fmt: skip
-_MEASURED = "H200, Triton 3.6, bc236cf: {} at 784 tokens, 674 us before; values compared there at 663e046"
 
 
 def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
@@ -258,8 +245,9 @@ def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, r
     if dtype == torch.float32:
         return by_head_dim(_QUERY_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        return LaunchConfig(64, 32, 64, 4, 3, origin=_MEASURED.format("658 us of both kernels"))
-    if arch in _QUERY_HALF and head_dim <= 64 and tokens <= 64:
+        # H200, Triton 3.6, bc236cf: both kernels 658 us at 784 tokens, 674 before; values compared there at 663e046.
+        return LaunchConfig(64, 32, 64, 4, 3)
+    if arch in TUNED and head_dim <= 64 and tokens <= 64:
         return LaunchConfig(64, 64, 128, 4, 2)
     return by_head_dim(_QUERY_HALF, arch, head_dim)
 
@@ -269,9 +257,9 @@ def config_key_value(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: in
     if dtype == torch.float32:
         return by_head_dim(_KEY_VALUE_FLOAT32, arch, head_dim)
     if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        return LaunchConfig(32, 64, 64, 4, 3, origin=_MEASURED.format("581 us of both kernels"))
-    if arch in _KEY_VALUE_HALF and head_dim <= 64 and tokens <= 64:
-        return LaunchConfig(64 if arch == "sm_90" else 32, 64, 128 if arch == "sm_90" else 64, 4, 2)
+        return LaunchConfig(32, 64, 64, 4, 3)  # measured and compared as above: 581 us
+    if arch in TUNED and head_dim <= 64 and tokens <= 64:
+        return LaunchConfig(64, 64, 128, 4, 2) if arch == "sm_90" else LaunchConfig(32, 64, 64, 4, 2)
     return by_head_dim(_KEY_VALUE_HALF, arch, head_dim)
 
 

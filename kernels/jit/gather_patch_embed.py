@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import flops
 from ..derived import Derived, Slot
 from .gather_patch_embed_backward import backward, gradients
-from .launch import DENSE, Launch, LaunchConfig, choose, like, precision, rows, scattered
+from .launch import DENSE, TUNED, Launch, LaunchConfig, choose, like, precision, rows, scattered
 from .op import Op, Run
 from .tubelets import UINT8_SCALE, centred, fold_weight, layout_of, offset_in_tubelet, tubelet_start
 
@@ -93,22 +93,21 @@ def gather_patch_embed_forward_kernel(
 
 
 def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int) -> LaunchConfig:
-    """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's."""
-    clean = "compiled clean, not measured"
-    if arch not in ("sm_80", "sm_90", "sm_100"):
-        block_m = 64 if dtype == torch.float32 else 128
-        return LaunchConfig(block_m, 64, 32, num_stages=2, origin="fits 64 KB of shared memory; not measured")
-    if dtype == torch.float32:
-        block_n = 64 if arch == "sm_80" else 128
-        return LaunchConfig(128, block_n, 32, num_warps=8, num_stages=3, origin=f"at most 218 registers; {clean}")
+    """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's.
+
+    Compiled clean, not measured, where nothing else is said.
+    """
+    if arch not in TUNED:
+        return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
+    if dtype == torch.float32:  # at most 218 registers
+        return LaunchConfig(128, 64 if arch == "sm_80" else 128, 32, num_warps=8, num_stages=3)
     if arch == "sm_90" and pixel_bytes == 1 and rows >= 4096:
-        time = "228 us for 25088 rows and 768 columns, 128 x 256 x 64 took 265; values compared there at 663e046"
-        return LaunchConfig(64, 256, 64, num_stages=3, origin=f"H200, Triton 3.6, bc236cf: {time}")
-    if rows > 4096 and columns > 512:
-        return LaunchConfig(128, 256, 64, num_warps=8, num_stages=3, origin=f"at most 255 registers; {clean}")
-    if rows > 2048:
-        return LaunchConfig(128, 128, 64, num_warps=8, num_stages=3, origin=f"at most 187 registers; {clean}")
-    return LaunchConfig(64, 64, 64, num_stages=4, origin=f"at most 128 registers; {clean}")
+        # H200, Triton 3.6, bc236cf: 228 us for 25088 rows and 768 columns, 128 x 256 x 64 took 265; compared at 663e046
+        return LaunchConfig(64, 256, 64, num_stages=3)
+    if rows <= 2048:
+        return LaunchConfig(64, 64, 64, num_stages=4)  # at most 128 registers
+    wide = rows > 4096 and columns > 512  # at most 255 registers, else 187
+    return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=3)
 
 
 def outputs(

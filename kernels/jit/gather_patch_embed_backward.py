@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, like, precision, rows
+from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, precision, rows
 from .op import Run
 from .tubelets import (
     Channels,
@@ -146,49 +146,37 @@ def gather_patch_embed_backward_position_kernel(
 # result shall be the same everywhere.
 WEIGHT_PROGRAMS = 264
 
-TUNED = ("sm_80", "sm_90", "sm_100")
-
 
 def config_weight(arch: str, dtype: torch.dtype, *, pixel_bytes: int, columns: int) -> LaunchConfig:
-    """``block_m`` columns of the gradient by ``block_n`` values, ``block_k`` tubelets at a time. Not measured."""
-    if arch not in TUNED:
-        origin = "fits 64 KB of shared memory; not measured"
-        return (
-            LaunchConfig(64, 64, 32, origin=origin)
-            if dtype == torch.float32
-            else LaunchConfig(64, 128, 32, num_stages=2, origin=origin)
-        )
+    """``block_m`` columns of the gradient by ``block_n`` values, ``block_k`` tubelets at a time. No choice of this file
+    is measured, all compiled clean."""
+    if arch not in TUNED:  # fits 64 KB of shared memory
+        return LaunchConfig(64, 64, 32) if dtype == torch.float32 else LaunchConfig(64, 128, 32, num_stages=2)
     if dtype == torch.float32:
-        block_m = 64 if arch == "sm_80" else 128
-        return LaunchConfig(block_m, 128, 32, num_warps=8, origin="at most 210 registers; compiled clean, not measured")
-    # sm_80 has registers for wide tiles beside pixels of 16 bits alone.
+        return LaunchConfig(64 if arch == "sm_80" else 128, 128, 32, num_warps=8)  # at most 210 registers
+    # At most 244 registers; sm_80 has them for wide tiles beside pixels of 16 bits alone.
     wide = columns > 512 and (arch != "sm_80" or pixel_bytes == 2)
-    origin = "at most 244 registers; compiled clean, not measured"
-    return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, origin=origin)
+    return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4)
 
 
 def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
-    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. Not measured."""
+    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time."""
     if arch not in TUNED:
-        block_m = 64 if dtype == torch.float32 else 128
-        return LaunchConfig(block_m, 64, 32, num_stages=2, origin="fits 64 KB of shared memory; not measured")
-    origin = "at most 254 registers; compiled clean, not measured"
+        return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
     if dtype == torch.float32:
-        block_n = 64 if arch == "sm_80" else 128
-        return LaunchConfig(128, block_n, 32, num_warps=8, num_stages=3, origin=origin)
-    # Pixels of 32 bits leave no registers for wide tiles.
-    block_n = 256 if rows > 4096 and pixel_bytes <= 2 else 128
-    return LaunchConfig(128, block_n, 64, num_warps=8, num_stages=3, origin=origin)
+        return LaunchConfig(128, 64 if arch == "sm_80" else 128, 32, num_warps=8, num_stages=3)
+    # At most 254 registers; pixels of 32 bits leave none for wide tiles.
+    return LaunchConfig(128, 256 if rows > 4096 and pixel_bytes <= 2 else 128, 64, num_warps=8, num_stages=3)
 
 
 def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_m`` positions by ``block_n`` columns, ``block_k`` indices at a time."""
-    return LaunchConfig(8, 256, 256, num_warps=8, origin="at most 63 registers; compiled clean, not measured")
+    """``block_m`` positions by ``block_n`` columns, ``block_k`` indices at a time: at most 63 registers."""
+    return LaunchConfig(8, 256, 256, num_warps=8)
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_n`` values."""
-    return LaunchConfig(1, 1024, origin="8 values a thread; compiled clean, not measured")
+    """``block_n`` values: 8 for each thread."""
+    return LaunchConfig(1, 1024)
 
 
 def gradients(

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,15 @@ DENSE = torch.contiguous_format
 DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and not torch.version.hip
 
 
+# Choices.
+
+# Architectures with choices of their own; any other one gets what compiles anywhere.
+TUNED = ("sm_80", "sm_90", "sm_100")
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and launch options of one kernel, and where the choice came from.
+    """Tile sizes and launch options of one kernel.
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
     dimension of a matrix product. ``resident`` says whether the tile that a program owns stays in registers or is
@@ -56,19 +62,10 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 1
     resident: bool = True
-    origin: str = field(default="", compare=False)
 
-    def options(self) -> dict[str, int | bool]:
-        """What is said of it: warps and stages, and everything else that is not at its default."""
-        always = ("block_m", "num_warps", "num_stages")
-        return {
-            option.name: getattr(self, option.name)
-            for option in fields(self)
-            if option.name in always or (option.name != "origin" and getattr(self, option.name) != option.default)
-        }
-
-
-# Choices.
+    def __str__(self) -> str:
+        tile = " x ".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
+        return f"{tile}, {self.num_warps} warps, {self.num_stages} stages" + ", not resident" * (not self.resident)
 
 
 @dataclass(frozen=True)
@@ -80,58 +77,67 @@ class Choice:
     dtype: str
     shape: Mapping[str, int]
 
+    def __str__(self) -> str:
+        return ", ".join([self.kernel, self.dtype, *(f"{name} {value}" for name, value in self.shape.items())])
 
-def overrides_path() -> Path:
-    """The user's own choices: $MAR_FAST_CONFIGS, else mar_fast/overrides.json in the user's configuration folder."""
-    if named := os.environ.get("MAR_FAST_CONFIGS"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mar_fast" / "overrides.json"
+    def __hash__(self) -> int:
+        return hash(str(self))
 
 
 @dataclass(frozen=True)
 class Override:
-    """One row of that file: for which dtypes (none: all) and ranges of the shape its configuration is meant."""
+    """A row of the user's file: its configuration, and for which dtypes (none: all) and ranges of the shape it is."""
 
-    dtypes: tuple[str, ...]
-    where: tuple[tuple[str, int, int], ...]
     config: LaunchConfig
+    origin: str
+    dtypes: Sequence[str] = ()
+    where: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tile = self.config
+        for size in (tile.block_m, tile.block_n, tile.block_k, tile.num_warps):
+            if not isinstance(size, int) or size < 0 or size & (size - 1):
+                raise ValueError(f"{size!r}: blocks and warps are powers of two")
+        if not all(isinstance(getattr(torch, name, None), torch.dtype) for name in self.dtypes):
+            raise ValueError(f"{self.dtypes!r} are no dtypes")
+        for low, high in self.where.values():
+            range(low, high)  # two integers
 
     def fits(self, dtype: str, shape: Mapping[str, int]) -> bool:
         """Whether it is meant for a call; a feature that the call does not have never fits."""
         return (not self.dtypes or dtype in self.dtypes) and all(
-            name in shape and low <= shape[name] <= high for name, low, high in self.where
+            name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items()
         )
 
 
-def read_overrides(path: Path) -> dict[str, dict[str, list[Override]]]:
-    """{architecture: {kernel: [rows]}}; the first row that fits a call wins.
+def overrides_path() -> Path:
+    """The user's own choices: $MAR_FAST_CONFIGS, else mar_fast/overrides.json in the user's configuration folder."""
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return Path(os.environ.get("MAR_FAST_CONFIGS") or folder / "mar_fast" / "overrides.json")
+
+
+def read_overrides(path: Path) -> dict[tuple[str, str], list[Override]]:
+    """The rows by architecture and kernel; the first row that fits a call wins.
 
     Raises:
         ValueError: the file is not such a table; the message names it and the row.
     """
+    found, at = dict[tuple[str, str], list[Override]](), str(path)
     try:
-        content = json.loads(path.read_text())
-        return {
-            target: {kernel: [_override(kernel, row) for row in rows] for kernel, rows in kernels.items()}
-            for target, kernels in content.items()
-        }
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError, ValueError) as error:
+        for target, kernels in json.loads(path.read_text()).items():
+            for kernel, rows in kernels.items():
+                for number, row in enumerate(rows):
+                    at = f"{path}, {target}, {kernel}, row {number}"
+                    override = Override(**(row | {"config": LaunchConfig(**row["config"])}))
+                    found.setdefault((target, kernel), []).append(override)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         expected = "{architecture: {kernel: [{dtypes, where, config, origin}]}}"
-        raise ValueError(f"{path}: got {error!r}, expected launch choices, {expected}") from error
-
-
-def _override(kernel: str, row: dict[str, Any]) -> Override:
-    config = LaunchConfig(**row["config"], origin=str(row["origin"]))
-    for option in ("block_m", "block_n", "block_k", "num_warps"):
-        value = getattr(config, option)
-        if not isinstance(value, int) or value < 0 or value & (value - 1):
-            raise ValueError(f"{kernel}: {option} {value!r} is not a power of two")
-    where = tuple((name, int(low), int(high)) for name, (low, high) in row.get("where", {}).items())
-    return Override(tuple(row.get("dtypes", ())), where, config)
+        raise ValueError(f"{at}: got {error!r}, expected launch choices, {expected}") from error
+    return found
 
 
 @cache
-def _overrides() -> dict[str, dict[str, list[Override]]]:
+def _overrides() -> dict[tuple[str, str], list[Override]]:
     path = overrides_path()
     return read_overrides(path) if path.is_file() else {}
 
@@ -142,40 +148,32 @@ def forget_choices() -> None:
     plan.forget()
 
 
-_forced: dict[str, LaunchConfig] = {}
+_forced: Mapping[str, LaunchConfig] = {}
 
 
 @contextmanager
 def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
     """Within this context these kernels take these configurations, whatever would be chosen."""
-    before = dict(_forced)
-    _forced.update(configs)
+    global _forced
+    before, _forced = _forced, {**_forced, **configs}
     plan.forget()
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        _forced = before
         plan.forget()
 
 
 def choose(
     kernel: str, config: Callable[..., LaunchConfig], operand: Tensor, dtype: torch.dtype | None = None, **shape: int
 ) -> Choice:
-    """The configuration of ``kernel`` for a call: where ``operand`` lives, its dtype or ``dtype``, the shape.
+    """The configuration of a kernel for a call: the user's own, or by ``config(architecture, dtype, **shape)``.
 
-    Args:
-        kernel: Its name.
-        config: ``config(architecture, dtype, **shape)``, the choice where the user has no other.
-        operand: A tensor on the device.
-        dtype: What the products work in, if not the operand's dtype.
-        **shape: What the choice goes by.
+    ``operand`` is a tensor on the device; ``dtype`` is what products work in, if not the operand's.
     """
     target, name = architecture(operand), str(dtype or operand.dtype).removeprefix("torch.")
-    chosen = _forced.get(kernel)
-    if chosen is None:
-        rows = _overrides().get(target, {}).get(kernel, ())
-        chosen = next((row.config for row in rows if row.fits(name, shape)), None)
+    fitting = [row.config for row in _overrides().get((target, kernel), ()) if row.fits(name, shape)]
+    chosen = _forced.get(kernel) or next(iter(fitting), None)
     return Choice(kernel, chosen or config(target, dtype or operand.dtype, **shape), name, shape)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Launch, LaunchConfig, block, choose, rows, scattered
+from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
 from .sum_parts import sum_parts
 
@@ -111,18 +111,15 @@ STEP = 32
 
 def config_forward(arch: str, dtype: torch.dtype, *, columns: int) -> LaunchConfig:
     """``block_m`` positions by ``block_n`` columns. Compiled clean by Triton 3.6 and 3.9, not measured."""
-    if arch in ("sm_80", "sm_90", "sm_100") and 256 < columns <= 1024:
-        return LaunchConfig(8, 512, origin="wide rows, at most 80 registers; compiled clean, not measured")
-    return LaunchConfig(16, 128, origin="at most 64 registers; compiled clean, not measured")
+    wide = arch in TUNED and 256 < columns <= 1024  # at most 80 registers, else 64
+    return LaunchConfig(8, 512) if wide else LaunchConfig(16, 128)
 
 
 def config_backward(arch: str, dtype: torch.dtype, *, columns: int, positions: bool) -> LaunchConfig:
     """The same; ``positions`` says whether their gradient is summed too, which takes a tile of registers."""
-    if arch in ("sm_80", "sm_90", "sm_100") and 256 < columns <= 1024:
-        if positions:
-            return LaunchConfig(8, 512, num_warps=8, origin="at most 118 registers; compiled clean, not measured")
-        return LaunchConfig(16, 512, num_warps=8, origin="at most 107 registers; compiled clean, not measured")
-    return LaunchConfig(16, 128, origin="at most 94 registers; compiled clean, not measured")
+    if arch in TUNED and 256 < columns <= 1024:
+        return LaunchConfig(8 if positions else 16, 512, num_warps=8)  # at most 118 registers, 107
+    return LaunchConfig(16, 128)  # at most 94 registers
 
 
 def _search(count: int, tile: LaunchConfig) -> dict[str, int]:

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import random
-from dataclasses import fields, replace
+import re
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from mar_fast.kernels import device
 if importlib.util.find_spec("triton") is None or device.INTERPRETING:
     pytest.skip("needs a Triton that compiles", allow_module_level=True)
 
-from mar_fast.bench import __main__, kernel_calls, tune
-from mar_fast.kernels.jit import compile_check
+from mar_fast.bench import __main__, tune
+from mar_fast.kernels.jit.compile_check import Report
 from mar_fast.kernels.jit.launch import LaunchConfig, forget_choices, read_overrides
 from mar_fast.timing import Spread
 
-KERNEL, ARCHITECTURE = "bias_gelu_forward", "sm_90"
+KERNEL, TARGET, COMMAND = "bias_gelu_forward", "sm_90", ["tune", "--kernel", "bias_gelu_forward"]
+NOW, FASTER = LaunchConfig(16, 256), LaunchConfig(32, 256)
 
 
 @pytest.fixture(autouse=True)
@@ -30,193 +33,136 @@ def path(monkeypatch, tmp_path):
     forget_choices()
 
 
-def unit(dtype="bfloat16"):
-    (found,) = [unit for unit in tune.units(ARCHITECTURE, [KERNEL]) if unit.choice.dtype == dtype]
+@pytest.fixture
+def machine(monkeypatch):
+    """Does what a test tells it to, by configuration: seconds (1 ms by default), results, and faults."""
+    made = SimpleNamespace(speed={}, result={}, faults={}, compiled=set(), ran=set(), timed=[])
+    noise = random.Random(0)
+
+    def check_all(codes, jobs):
+        for told in codes:
+            made.compiled.add(told.config)
+            faults = made.faults.get(told.config, [])
+            yield Report(told, faults, {} if "does not compile" in faults else {"registers": 32})
+
+    def results(call, kernel, config):
+        made.ran.add(config)
+        if isinstance(result := made.result.get(config, 1.0), BaseException):
+            raise result
+        return result if isinstance(result, list) else [torch.tensor([1.0, -2.0, result])]
+
+    def seconds(call, backward, kernel, config):
+        made.timed.append(config)
+        return made.speed.get(config, 1e-3) * noise.uniform(0.97, 1.03)
+
+    for stand_in in (check_all, results, seconds):
+        monkeypatch.setattr(tune, stand_in.__name__, stand_in)
+    monkeypatch.setattr(tune, "gpu", lambda: (torch.device("cpu"), TARGET))
+    return made
+
+
+def unit(kernel=KERNEL, where="bfloat16"):
+    choices = tune.launched(lambda launch, *_: launch.choice, [TARGET], [kernel])
+    (found,) = [tune.Unit(*one, TARGET) for one in choices.items() if where in str(one[0])]
     return found
 
 
-def in_force():
-    return unit().choice.config
-
-
-def near(config):
-    """A neighbour: twice as many rows."""
-    return replace(config, block_m=config.block_m * 2)
-
-
-class StandIn:
-    """A machine that says what a test tells it to. ``speed`` gives seconds by configuration, 1 ms by default."""
-
-    architecture, device = ARCHITECTURE, torch.device("cpu")
-
-    def __init__(self, **planted):
-        self.speed, self.report, self.result = ({}, {}, {})
-        self.__dict__.update(planted)
-        self.compiled, self.ran, self.timed = [], [], []
-        self.noise = random.Random(0)
-
-    def compile(self, codes):
-        for place in reversed(range(len(codes))):  # in any order
-            told = codes[place]
-            config = LaunchConfig(*list(told.constants.values())[-2:], num_warps=told.options["num_warps"])
-            self.compiled.append(config)
-            clean = compile_check.Report(KERNEL, ARCHITECTURE, loads={16: 1}, tensor_core=4, dots=1)
-            yield place, replace(clean, **self.report.get(config, {}))
-
-    def outcome(self, call, kernel, config):
-        self.ran.append(config)
-        result = self.result.get(config, 1.0)
-        if isinstance(result, BaseException):
-            raise result
-        return [torch.full((4, 8), 1.0).scatter(1, torch.zeros(4, 1, dtype=torch.long), result)]
-
-    def seconds(self, call, backward, kernel, config):
-        assert kernel == KERNEL and not backward
-        self.timed.append(config)
-        return self.speed.get(config, 1e-3) * self.noise.uniform(0.97, 1.03)
-
-
-def run(machine, path, **options):
-    return list(tune.tune(machine, path, "by a test", [KERNEL], **options))
-
-
 # Candidates.
-
-BASE = LaunchConfig(64, 128, 32, num_warps=4, num_stages=3)
 
 
 @pytest.mark.parametrize(
     ("config", "values"),
     [
-        (BASE, dict(block_m={32, 64, 128}, block_n={64, 128, 256}, block_k={16, 32, 64}, num_stages={1, 2, 3, 4, 5})),
+        (
+            LaunchConfig(64, 128, 32, 4, 3),
+            dict(block_m=[32, 64, 128], block_k=[16, 32, 64], num_stages=[1, 2, 3, 4, 5]),
+        ),
         # Neither stages without a loop nor blocks that are not there; rows of unknown length take any number of warps.
-        (LaunchConfig(1), dict(block_m={1, 2}, block_n={0}, block_k={0}, num_stages={1}, num_warps={2, 4, 8, 16})),
+        (LaunchConfig(1), dict(block_m=[1, 2], block_n=[0], block_k=[0], num_stages=[1], num_warps=[2, 4, 8, 16])),
         # Tiles of matrix products stay in bounds.
-        (LaunchConfig(16, 256, 16, 4, 2), dict(block_m={16, 32}, block_n={128, 256}, block_k={16, 32})),
+        (LaunchConfig(16, 256, 16, 4, 2), dict(block_m=[16, 32], block_n=[128, 256], block_k=[16, 32])),
     ],
 )
-def test_neighbourhood(config, values):
-    found = tune.candidates(config)
-    assert found[0] == config and len(set(found)) == len(found)
+def test_neighbours(config, values):
+    found = tune.neighbours(config)
+    assert config not in found and len(set(found)) == len(found)
     for name, expected in values.items():
-        assert {getattr(one, name) for one in found} == expected, name
-    for one in found:  # neither idle threads nor 512 values for one
+        assert sorted({getattr(one, name) for one in [config, *found]}) == expected, name
+    for one in found:  # one thing changes, warps along with a block; neither idle threads nor 512 values for one
+        assert len(asdict(one).items() - asdict(config).items() - {("num_warps", one.num_warps)}) <= 1
         assert not one.block_n or 4 <= one.block_m * one.block_n / (32 * one.num_warps) <= 256
 
 
-def test_quick_neighbourhood_changes_one_thing():
-    found = tune.candidates(BASE, quick=True)
-    names = [option.name for option in fields(BASE) if option.name != "origin"]
-    changes = [sum(getattr(config, name) != getattr(BASE, name) for name in names) for config in found]
-    assert changes[0] == 0 and set(changes[1:]) == {1} and 10 <= len(found) <= 16
-
-
-def test_units():
-    """One for each kernel, dtype and shape, with every call that makes the choice, in its forward or backward pass."""
-    found = {str(one): one for one in tune.units(ARCHITECTURE)}
-    for one in found.values():
-        if one.choice.kernel.endswith(("_forward", "_backward")):
-            assert {backward for _, backward in one.runs} == {one.choice.kernel.endswith("_backward")}
-    labels = [
-        kernel_calls.calls("meta")[call].label
-        for call, _ in found["add_layer_norm_backward, bfloat16, width 1024"].runs
-    ]
-    assert [label.split("width ")[1] for label in labels] == ["1024", "1024, layer scale and drop path"]
-
-
-def test_options_that_a_kernel_does_not_read():
+def test_options_that_a_kernel_does_not_read(machine):
     """They make no further candidate; and the launch that is compiled is the candidate's."""
-    config = in_force()
-    others = [replace(config, block_k=64), replace(config, num_warps=8), replace(config, resident=not config.resident)]
-    one, machine = unit(), StandIn()
-    assert tune.compiled_clean(one, [config, *others], machine) == [config, others[1]] and not one.dropped
-    assert set(machine.compiled) == {config, others[1]}
+    other = replace(NOW, num_warps=8)
+    assert unit().compiled_clean([NOW, replace(NOW, block_k=64), other, replace(NOW, resident=False)]) == [NOW, other]
+    assert machine.compiled == {NOW, other}
 
 
-# What becomes of a planted candidate.
-
-
-def test_faster_one_wins():
-    machine = StandIn(speed={near(in_force()): 0.7e-3})
-    result = tune.tune_unit(unit(), machine)
-    assert result.winner == near(in_force())
-    assert result.before[0] == pytest.approx(1e-3, rel=0.03) and result.after[0] == pytest.approx(0.7e-3, rel=0.03)
-    assert machine.timed.count(in_force()) == machine.timed.count(near(in_force())) >= tune.FINAL_ROUNDS
-
-
-def test_gain_within_the_spread_is_none():
-    others = tune.candidates(in_force())[1:]
-    result = tune.tune_unit(unit(), StandIn(speed={config: 1.3e-3 for config in others} | {near(in_force()): 0.99e-3}))
-    assert result.winner is None and 5 < result.timed <= len(others) + 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        (dict(stack_bytes=8), "8 bytes of stack"),
-        (dict(spilled_bytes=4), "4 bytes spilled"),
-        (dict(shared_bytes=300_000), "300000 bytes of shared memory"),
-        (dict(error="does not compile: why"), "does not compile"),
-        (dict(tensor_core=0), "no tensor core instruction"),
-        (dict(products=2.0), "float32 products by 2.00 of TF32"),
-        (dict(wrong_layout=1), "m64n8k8"),
-    ],
-)
-def test_bad_code_is_never_run(fault, words):
-    bad = near(in_force())
-    machine = StandIn(speed={bad: 0.1e-3}, report={bad: fault})
-    result = tune.tune_unit(unit(), machine)
-    assert result.winner is None and words in result.dropped[bad]
-    assert bad in machine.compiled and bad not in machine.ran and bad not in machine.timed
-
-
-def test_the_compiler_and_launchers_drop_candidates():
+def test_compiler_and_launchers_drop_candidates():
     """Not a stand-in's word: too large a tile for its warps spills, a tiny one makes narrow loads, one is refused."""
-    machine = StandIn()
-    machine.compile = lambda codes: compile_check.check_all(codes, jobs=0)
-    one, good = unit(), [in_force(), near(in_force())]
-    huge, tiny, refused = LaunchConfig(64, 512), LaunchConfig(4, 32, num_warps=1), LaunchConfig(0, 32)
-    assert tune.compiled_clean(one, [*good, huge, tiny, refused], machine) == good
-    dropped = one.dropped
-    assert "bytes of stack" in dropped[huge] and "widest global load" in dropped[tiny]
-    assert dropped[refused].startswith("the launcher fails: ZeroDivisionError")
+    bad = [LaunchConfig(64, 512), LaunchConfig(4, 32, num_warps=1), LaunchConfig(0, 32)]
+    assert unit().compiled_clean([NOW, FASTER, *bad]) == [NOW, FASTER]
+
+
+@pytest.mark.parametrize(("kernel", "backward"), [("add_layer_norm_forward", False), ("add_layer_norm_backward", True)])
+def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypatch, kernel, backward):
+    seen = set()
+    monkeypatch.setattr(tune, "seconds", lambda call, *passed: seen.add((tune.name(call), passed[0])) or 1.0)
+    unit(kernel, "bfloat16, width 1024").race([NOW])
+    labels = ("", ", layer scale and drop path")
+    assert seen == {(f"add_layer_norm, 32 clips, 784 tokens, width 1024{more}, bfloat16", backward) for more in labels}
+
+
+# What becomes of planted candidates.
+
+
+def test_fastest_wins(machine):
+    """It is two steps away; all are timed alike, often enough."""
+    best = replace(FASTER, num_warps=8)
+    machine.speed = {FASTER: 0.8e-3, best: 0.5e-3}
+    found, times = unit().search()
+    assert found == best
+    assert times[NOW][0].p50 == pytest.approx(1e-3, rel=0.03) and times[best][0].p50 == pytest.approx(0.5e-3, rel=0.03)
+    assert machine.timed.count(NOW) >= machine.timed.count(best) >= tune.ROUNDS
+
+
+WRONG = (1.01, float("nan"), RuntimeError("refused"), [], [torch.ones(2)], [torch.ones(3).double()])
 
 
 @pytest.mark.parametrize(
-    ("result", "words"),
+    ("speed", "result", "faults", "stages"),
     [
-        (1.01, "not close"),
-        (float("nan"), "not close"),
-        (RuntimeError("out of resources"), "does not run: RuntimeError: out of resources"),
+        (0.99e-3, 1.0, [], "compiled ran timed"),  # a gain within the spread
+        (0.1e-3, 1.0, ["8 bytes of spills and stack"], "compiled"),
+        *((0.1e-3, result, [], "compiled ran") for result in WRONG),
     ],
 )
-def test_wrong_results_are_never_timed(result, words):
-    bad = near(in_force())
-    machine = StandIn(speed={bad: 0.1e-3}, result={bad: result})
-    found = tune.tune_unit(unit(), machine)
-    assert found.winner is None and words in found.dropped[bad]
-    assert bad in machine.ran and bad not in machine.timed
+def test_candidate_that_does_not_win(machine, path, capsys, speed, result, faults, stages):
+    """It goes as far as it may, and nothing is written."""
+    machine.speed, machine.result, machine.faults = {FASTER: speed}, {FASTER: result}, {FASTER: faults}
+    assert __main__.main(COMMAND) == 0 and not path.exists() and capsys.readouterr().out.count(": stays, ") == 3
+    assert [name for name in ("compiled", "ran", "timed") if FASTER in getattr(machine, name)] == stages.split()
 
 
-@pytest.mark.parametrize(
-    ("what", "planted"), [("result", float("nan")), ("result", float("inf")), ("report", dict(error="no"))]
-)
-def test_choice_in_force_that_does_not_work(what, planted):
-    machine = StandIn(**{what: {in_force(): planted}})
-    result = tune.tune_unit(unit(), machine)
-    assert result.winner is None and "configuration in force" in result.problem and not machine.timed
+@pytest.mark.parametrize(("dtype", "near", "off"), [(torch.float32, 1e-5, 1e-3), (torch.bfloat16, 0.02, 0.08)])
+def test_agreement(machine, dtype, near, off):
+    """An error counts by the value, and by the largest one."""
+    others = [replace(NOW, num_warps=warps) for warps in (2, 8, 16)]
+    values = ([1, -100, 0], [1 + near, -100, 0], [1, -100, 90 * near], [1, -100, 100 * off])
+    machine.result = {
+        one: [torch.tensor(value, dtype=dtype)] for one, value in zip([NOW, *others], values, strict=True)
+    }
+    assert unit().agreeing([NOW, *others]) == [NOW, *others[:2]]
 
 
-def test_agreement():
-    want = [torch.tensor([1.0, -100.0, 0.0]).bfloat16()]
-    assert tune.disagreement(want, want) == tune.disagreement([want[0] * 1.01], want) == ""
-    off, single = want[0] + torch.tensor([0.0, 0.0, 8.0]).bfloat16(), [torch.ones(3)]
-    for got, expected in (([off], want), ([want[0].float()], want), ([want[0][:2]], want), ([], want)):
-        assert tune.disagreement(got, expected)
-    assert tune.disagreement([torch.full((3,), 1.001)], single) and not tune.disagreement([single[0] + 1e-5], single)
+@pytest.mark.parametrize(("result", "faults"), [(float("nan"), []), (float("inf"), []), (1.0, ["does not compile"])])
+def test_choice_in_force_that_does_not_work(machine, capsys, result, faults):
+    machine.result, machine.faults = {NOW: result}, {NOW: faults}
+    assert __main__.main(COMMAND) == 0 and not machine.timed
+    assert "False: the configuration in force does not compile, or gives no finite" in capsys.readouterr().out
 
-
-# The choice among times.
 
 A, B, C = (LaunchConfig(size) for size in (16, 32, 64))
 
@@ -238,106 +184,103 @@ def around(median, width=0.02):
         ({A: [around(10), around(1)], B: [around(8), around(1)], C: [around(9), around(0.5)]}, C),
     ],
 )
-def test_choice(times, winner):
-    assert tune.choose(times, A) == winner
+def test_choice_among_times(times, winner):
+    assert tune.fastest(times, A) == winner
 
 
-# The file.
+# The file and the command.
 
 
-def test_winner_is_written_read_and_goes_first(path):
-    winner, before = near(in_force()), in_force()
-    assert [unit.winner for unit in run(StandIn(speed={winner: 0.5e-3}), path)] == [winner] * 3  # dtypes
-    rows = json.loads(path.read_text())[ARCHITECTURE][KERNEL]
-    assert sorted(row["dtypes"] for row in rows) == [["bfloat16"], ["float16"], ["float32"]]
-    assert all(row["where"] == {"backward": [0, 0]} for row in rows)
-    assert in_force() == winner != before  # without a new process
-    measured, call = in_force().origin.removeprefix("by a test: ").split(" (")
-    medians = [float(part.split()[0]) for part in measured.split(" against ")]
-    assert medians == [pytest.approx(500, rel=0.05), pytest.approx(1000, rel=0.05)] and call.startswith("bias_gelu, 32")
+def test_winners_are_written_read_and_go_first(machine, path, capsys):
+    """Rows of other architectures, kernels and dtypes stay; a second run replaces what the first wrote."""
+    other = {"config": {"block_m": 8, "block_n": 64}, "origin": "mine"}
+    mine = {TARGET: {"sum_parts": [other], KERNEL: [other | {"dtypes": ["float64"]}]}, "sm_80": {KERNEL: [other]}}
+    path.parent.mkdir()
+    path.write_text(json.dumps(mine))
+    for winner in (FASTER, replace(FASTER, block_m=64)):
+        machine.speed, before = {winner: 0.5e-3}, unit().choice.config
+        assert __main__.main(COMMAND) == 0
+        assert unit().choice.config == winner != before  # without a new process
+        said = capsys.readouterr().out
+        assert f"3 rows written: {path}" in said and f"bfloat16, backward False: {winner}, " in said
+    content = json.loads(path.read_text())
+    assert content["sm_80"] == mine["sm_80"] and content[TARGET]["sum_parts"] == [other]
+    rows = content[TARGET][KERNEL]
+    assert sorted(row["dtypes"] for row in rows) == [["bfloat16"], ["float16"], ["float32"], ["float64"]]
+    assert all(row["where"] == {"backward": [0, 0]} for row in rows[:3])
+    medians = re.match(r"measured: .*: (.*) us against (.*) us \(bias_gelu, 32 clips", rows[0]["origin"]).groups()
+    assert [*map(float, medians)] == [pytest.approx(500, rel=0.05), pytest.approx(1000, rel=0.05)]
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file left
 
 
-def test_nothing_faster_writes_nothing(path):
-    run(StandIn(speed={config: 2e-3 for config in tune.candidates(in_force())[1:]}), path)
-    assert not path.exists()
+ROW = {"dtypes": ["float32"], "where": {"backward": [0, 1]}, "config": {"block_m": 4}, "origin": "mine"}
+WRONG_ROWS = [
+    (ROW | {"config": {"block_m": 3}}, "powers of two"),
+    (ROW | {"config": {"block_m": 4, "block_j": 4}}, "block_j"),
+    (ROW | {"dtypes": "float32"}, "are no dtypes"),
+    (ROW | {"where": {"backward": 1}}, "TypeError"),
+    (ROW | {"dtype": ["float32"]}, "unexpected keyword argument 'dtype'"),
+    ({"config": {"block_m": 4}}, "origin"),
+    (1, "TypeError"),
+]
 
 
-def test_what_is_there_stays(path):
-    """Rows of other architectures, kernels and dtypes; a second run replaces what the first wrote."""
-    other = {"config": {"block_m": 8, "block_n": 64}, "origin": "mine"}
-    mine = {ARCHITECTURE: {"sum_parts": [other], KERNEL: [other | {"dtypes": ["float64"]}]}, "sm_80": {KERNEL: [other]}}
-    path.parent.mkdir()
-    path.write_text(json.dumps(mine))
-    first, second = near(in_force()), near(near(in_force()))
-    for winner in (first, second):
-        run(StandIn(speed={winner: 0.5e-3}), path)
-    content = json.loads(path.read_text())
-    assert content["sm_80"] == mine["sm_80"] and content[ARCHITECTURE]["sum_parts"] == [other]
-    dtypes = [row["dtypes"] for row in content[ARCHITECTURE][KERNEL]]
-    assert sorted(dtypes) == [["bfloat16"], ["float16"], ["float32"], ["float64"]] and in_force() == second
-
-
-def test_broken_file_is_an_error_and_stays(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        *((content, "got .*Error") for content in ("[]", "{", '{"sm_90": []}')),
+        *(
+            (json.dumps({TARGET: {KERNEL: [ROW, row]}}), f"{TARGET}, {KERNEL}, row 1: got .*{w}")
+            for row, w in WRONG_ROWS
+        ),
+    ],
+)
+def test_broken_file_is_an_error_and_stays(machine, tmp_path, capsys, content, words):
     path = tmp_path / "other.json"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"other\.json: got .*expected launch choices"):
-        run(StandIn(), path)
-    assert path.read_text() == "[]"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        __main__.main([*COMMAND, "--out", str(path)])
+    assert re.search(rf"other\.json.*{words}.*, expected launch choices", capsys.readouterr().err)
+    assert path.read_text() == content
 
 
 def test_file_is_written_whole_or_not_at_all(path):
-    row = {"dtypes": ["float32"], "where": {}, "config": {"block_m": 4}, "origin": "mine"}
-    tune.add_override(path, ARCHITECTURE, KERNEL, row)
+    tune.add_override(path, TARGET, unit().choice, FASTER, "mine")
     good = path.read_text()
-    with pytest.raises(ValueError, match="is not a power of two"):
-        tune.add_override(path, ARCHITECTURE, KERNEL, row | {"config": {"block_m": 3}})
+    with pytest.raises(ValueError, match="powers of two"):
+        tune.add_override(path, TARGET, unit().choice, LaunchConfig(3), "mine")
     assert path.read_text() == good and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-# The command and the machine.
-
-
-def test_command(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(tune, "Gpu", lambda: StandIn(speed={near(in_force()): 0.5e-3}))
-    out = tmp_path / "out.json"
-    assert __main__.main(["tune", "--kernel", KERNEL, "--quick", "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert f"3 rows written: {out}" in said and len(read_overrides(out)[ARCHITECTURE][KERNEL]) == 3
-    assert "bias_gelu_forward, bfloat16, backward False" in said and "us, 32 x 256, 4 warps, 1 stages" in said
-    with pytest.raises(SystemExit):
-        tune.main(["--kernel", "nothing"])
-    assert "--kernel: got 'nothing', expected an op or a kernel of add_layer_norm, " in capsys.readouterr().err
-
-
-def test_interrupt_keeps_what_was_measured(monkeypatch, capsys, path):
+def test_interrupt_keeps_what_was_measured(machine, monkeypatch, capsys, path):
     """Ctrl-C in the second unit."""
-    winner = near(in_force())
-    machine = StandIn(speed={winner: 0.5e-3})
-    write = tune.add_override
+    machine.speed, write = {FASTER: 0.5e-3}, tune.add_override
 
     def written(*arguments):
         write(*arguments)
-        machine.result[winner] = KeyboardInterrupt()
+        machine.result[FASTER] = KeyboardInterrupt()
 
     monkeypatch.setattr(tune, "add_override", written)
-    monkeypatch.setattr(tune, "Gpu", lambda: machine)
     with pytest.raises(KeyboardInterrupt):
-        tune.main(["--kernel", KERNEL])
-    (row,) = read_overrides(path)[ARCHITECTURE][KERNEL]
-    assert row.config == winner and row.dtypes == ("bfloat16",)
-    assert f"1 rows written: {path}" in capsys.readouterr().out
+        __main__.main(COMMAND)
+    (row,) = read_overrides(path)[TARGET, KERNEL]
+    assert row.config == FASTER and row.dtypes == ["bfloat16"] and f"1 rows written: {path}" in capsys.readouterr().out
 
 
-def test_without_a_gpu(monkeypatch, capsys):
+def test_errors_of_the_command(monkeypatch, capsys, machine):
+    with pytest.raises(SystemExit):
+        tune.main(["--kernel", "nothing"])
+    monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         tune.main([])
-    assert "torch finds no GPU here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--kernel: got 'nothing', expected an op or a kernel of add_layer_norm, " in said
+    assert "torch finds no GPU here" in said
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(path):
-    results = list(tune.tune(tune.Gpu(), path, "", [KERNEL], quick=True))
-    assert len(results) == 3 and all(not result.problem and result.before[0] > 0 for result in results)
-    assert path.is_file() == any(result.winner for result in results)
+def test_on_a_gpu(path, capsys):
+    assert __main__.main(COMMAND) == 0
+    said = capsys.readouterr().out
+    assert said.count(" us against ") == 3 and path.is_file() == ("\n0 rows written" not in said)
