@@ -1,6 +1,7 @@
-"""What the README says is true: its Python runs, its commands and files exist."""
+"""What the READMEs say is true: their Python runs, their commands, files and links exist."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import pytest
 pytest.importorskip("av")
 
 import torch
-from helpers import tiny_config
 
 import mar_fast
 from mar_fast import cli, cost, create_model, named_config
@@ -16,84 +16,90 @@ from mar_fast.data import sample_clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOMS = ["mar_fast/data", "mar_fast/checkpoint", "mar_fast/huggingface", "mar_fast/eval", "kernels", "bench"]
+READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
+NEEDS = {"huggingface": "transformers", "checkpoint": "safetensors"}
 
 
-def example(text):
-    """The example that has this text in it."""
-    (found,) = (code for code in EXAMPLES if text in code)
-    return found
+def examples(file):
+    return re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
 
 
-@pytest.mark.real_clip
-def test_python_example_runs():
-    code = example("create_model")
-    names = {}
-    exec(code.replace('"bikes.mp4"', repr(str(sample_clip()))), names)
-    assert names["clip"].shape == (3, 16, 224, 224) and names["logits"].shape == (1, 174)
-    assert names["features"].shape == (1, 392, 768)
-
-
-@pytest.mark.real_clip
-def test_views_example_runs():
-    """It goes on where the first example ends; here with a small model."""
-    names = {"mar_fast": mar_fast, "data": mar_fast.data, "model": mar_fast.MAR(tiny_config(depth=1)).eval()}
-    exec(example("read_views").replace('"bikes.mp4"', repr(str(sample_clip()))), names)
-    assert names["views"].shape == (6, 3, 16, 224, 224) and names["scores"].shape == (174,)
-
-
-def test_ensemble_example_runs():
-    clip, names = torch.randint(256, (3, 16, 224, 224), dtype=torch.uint8), {}
-    exec(example("complementary"), {"model": mar_fast.MAR(tiny_config(depth=1)), "clip": clip}, names)
-    assert len(names["masks"]) == 4 and float(names["scores"].detach().sum()) == pytest.approx(1)
-
-
-@pytest.mark.compiles
-def test_inference_example_runs():
-    clip = torch.randint(256, (3, 16, 224, 224), dtype=torch.uint8)
-    names = {"mar_fast": mar_fast, "clip": clip, "model": mar_fast.MAR(tiny_config(depth=1, decoder_depth=0))}
-    exec(example("compile_for_inference"), names)
-    assert names["logits"].shape == (1, 174) and names["fast"].compile_seconds > 0
-
-
-def test_op_example_runs():
-    names = {}
-    exec(example("class SelfAttention"), names)
-    assert names["x"].grad.shape == (2, 100, 256)
-    assert all(parameter.grad is not None for parameter in names["layer"].parameters())
-
-
-def test_checkpoint_example_runs(tmp_path, monkeypatch):
-    """On files of a ViT-S, whose number of heads is known."""
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the examples run: with a clip, and checkpoints of a ViT-S, whose number of heads is known."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(sample_clip(), tmp_path / "bikes.mp4")
     dense = create_model("videomae_vit_small", num_classes=5).state_dict()
     names = {"classifier.norm.": "fc_norm.", "classifier.head.": "head.", "encoder.": ""}
     for ours, theirs in names.items():
         dense = {name.replace(ours, theirs): value for name, value in dense.items()}
     torch.save({"module": dense}, "classifier.pth")
     torch.save({"model": create_model("mar_vit_small", classifier=None).state_dict()}, "pretraining.pth")
-    found = {}
-    exec(next(example for example in EXAMPLES if "from_pretrained" in example), found)
-    model = found["model"]
-    assert (
-        model.config.classifier == "bridging" and model.config.num_classes == 174 and Path("mar.safetensors").is_file()
-    )
+    return tmp_path
 
 
-def test_named_files_and_commands_exist():
-    for name in re.findall(r"(?:mar_fast|kernels|bench|tests)/[\w/]+\.py", README):
+@pytest.mark.compiles
+@pytest.mark.real_clip
+@pytest.mark.parametrize("file", [file for file in READMES if examples(file)], ids=lambda file: file.parent.name)
+def test_examples_run(file, folder):
+    """In turn: each goes on where the one before it ended."""
+    pytest.importorskip(NEEDS.get(file.parent.name, "torch"))
+    names = {}
+    for code in examples(file):
+        exec(code, names)
+    found = {name: value for name, value in names.items() if isinstance(value, torch.Tensor)}
+    assert all(value.isfinite().all() for value in found.values() if value.is_floating_point())
+    if file.parent == ROOT:
+        assert found["logits"].shape == (1, 174) and found["features"].shape == (1, 392, 768)
+        assert len(names["motion"].keep_idx) and "fast" not in names
+        fast = mar_fast.compile_for_inference(mar_fast.MAR(small()).eval(), found["clip"][None])
+        assert fast(found["clip"][None]).logits.shape == (1, 174)
+    if file.parent.name == "checkpoint":
+        assert names["model"].config.classifier == "bridging" and (folder / "mar.safetensors").is_file()
+
+
+def small():
+    return named_config("mar_vit_small", num_classes=174, depth=1, decoder_depth=0)
+
+
+def test_lengths():
+    """Each is read in one sitting."""
+    assert len(README.splitlines()) <= 200
+    assert all(len(file.read_text().splitlines()) <= 150 for file in READMES[1:])
+
+
+def commands(app):
+    """{name: function or sub-commands}."""
+    found = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
+    return found | {group.name: commands(group.typer_instance) for group in app.registered_groups}
+
+
+@pytest.mark.parametrize("file", READMES, ids=lambda file: file.parent.name)
+def test_named_files_commands_and_links_exist(file):
+    text, known = file.read_text(), commands(cli.app)
+    for name in re.findall(r"(?:mar_fast|kernels|bench|tests)/[\w/]+\.(?:py|png)", text):
         assert (ROOT / name).is_file(), name
-    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert {name for name in re.findall(r"^mar-fast (\w+)", README, re.MULTILINE)} == commands
-    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert targets == ["demo", "test", "gpu", "sanitize", "matrix", "oldest"]
+    for name in re.findall(r"(?<!/)\b\w+\.py\b", text.partition("\n## Files")[2]):
+        assert (file.parent / name).is_file(), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (file.parent / link).exists(), link
+    for words in re.findall(r"mar-fast ([a-z]\w*(?: (?:inspect|convert|verify))?)", text):
+        name, *sub = words.split()
+        assert name in known and (not sub or sub[0] in known[name]), words
     rules = (ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^(\w+ )*{target}\b.*:", rules, re.MULTILINE) for target in [*targets, "newest"])
+    for target in re.findall(r"\bmake ([a-z][\w-]+)", " ".join(re.findall(r"`[^`]+`|^make .*", text, re.MULTILINE))):
+        assert re.search(rf"^([\w-]+ )*{target}\b.*:", rules, re.MULTILINE), target
+
+
+def test_every_command_and_room_is_named():
+    assert {name for name in re.findall(r"^mar-fast (\w+)", README, re.MULTILINE)} == set(commands(cli.app))
+    assert all(f"]({room}/README.md)" in README for room in ROOMS)
 
 
 @pytest.mark.parametrize(("letter", "size"), [("B", "base"), ("L", "large")])
 def test_cost_table(letter, size):
-    row = re.search(rf"ViT-{letter}: mar_fast \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)", README).groups()
+    rows = re.findall(rf"ViT-{letter}(?:, \d+ %)? \| \d+ \| ([\d.]+) \|", README)
     dense = cost.count(named_config(f"videomae_vit_{size}", num_classes=174))
     masked = [cost.count(named_config(f"mar_vit_{size}", num_classes=174, mask_ratio=r)) for r in (0.5, 0.75)]
-    assert row == tuple(f"{case.multiply_adds / 1e9:.2f}" for case in (dense, *masked))
+    assert rows == [f"{case.multiply_adds / 1e9:.2f}" for case in (dense, *masked)]
