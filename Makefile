@@ -14,7 +14,7 @@ RESULTS := bench/results/gpu
 .PHONY: demo test lint types eager interpreter suites matrix oldest newest gpu gpu-ops gpu-sizes sanitize clean
 
 demo: $(READY)
-	$(BIN)/mar-fast savings --out $(OUT) --force
+	$(BIN)/mar-fast demo --out $(OUT) --force
 
 # Two test runs at once, each of which keeps one core busy; the third begins where the first one ends.
 test: lint types
