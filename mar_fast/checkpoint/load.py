@@ -159,11 +159,11 @@ def _fit(
         faults.setdefault(argument, []).append(fault)
         return False
 
-    parameters = {name: value for name, value in model.named_parameters() if part_of(name) not in chosen.fresh}
+    wanted = {name for name, _ in model.named_parameters() if part_of(name) not in chosen.fresh}
     for ours, parameter in model.named_parameters():
         tensor, names = checkpoint.tensors.get(ours), checkpoint.layout.theirs(ours)
         title = ", ".join(names)
-        if ours not in parameters:
+        if ours not in wanted:
             initial[ours] = chosen.fresh[str(part_of(ours))]
         elif tensor is None and ours in checkpoint.absent:
             initial[ours] = checkpoint.absent[ours]
@@ -181,7 +181,7 @@ def _fit(
                 warnings.append(f"{title} holds NaN or infinity, allowed")
     unknown = dict(checkpoint.unknown)
     for ours in checkpoint.tensors:
-        for name in () if ours in parameters else checkpoint.layout.theirs(ours):
+        for name in () if ours in wanted else checkpoint.layout.theirs(ours):
             if reason := checkpoint.unused.get(name) or chosen.dropped.get(str(part_of(ours))):
                 ignored[name] = reason
                 unknown.pop(name, None)
