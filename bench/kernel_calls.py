@@ -129,9 +129,9 @@ def _ragged(o: Operands) -> Operands:
     clips, count = o[index].shape
     packed = {name: o[name].flatten(0, 1) for name in (index, "visible", "pixels") if name in o}
     clip = torch.arange(clips + 1, dtype=torch.int32, device=o[index].device)
-    return packed | (
-        dict(cu_seqlens=clip * count) if "visible" in o else dict(clip_idx=clip[:-1].repeat_interleave(count))
-    )
+    if "visible" in o:
+        return packed | dict(cu_seqlens=clip * count)
+    return packed | dict(clip_idx=clip[:-1].repeat_interleave(count))
 
 
 def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
