@@ -38,10 +38,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"mar_fast", next(top for top in tops if top.endswith(".dist-info"))}
-    for needed in ("py.typed", "kernels/plan.py", "kernels/jit/bias_gelu.py", "bench/runner.py", "eval/savings.py"):
+    for needed in ("py.typed", "kernels/plan.py", "kernels/jit/bias_gelu.py", "bench/harness.py", "eval/savings.py"):
         assert f"mar_fast/{needed}" in names
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
-    for extra in ("test", "plot", "demo", "hf", "xformers", "flash-attn"):
+    for extra in ("test", "plot", "report", "demo", "hf", "xformers", "flash-attn"):
         assert f"Provides-Extra: {extra}\n" in metadata
     assert "triton>=3.6; platform_system ==" in metadata
 

@@ -1,15 +1,17 @@
 """The measuring tools: known costs come out right, results reach the disk whole."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mar_fast import files, kernels, machine
-from mar_fast.bench import harness
+from mar_fast.bench import gpu, harness, records
 from mar_fast.bench.case import RunOptions
 from mar_fast.bench.op_cases import OpCase
+from mar_fast.bench.suites import SUITES
 from mar_fast.bench.suites.kernels import kernel_case
 from mar_fast.timing import Spread, interleaved
 
@@ -97,8 +99,8 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
     )
     options = RunOptions(CPU, torch.float32, ("small",), (1,), seconds=1e-9)
     case = kernel_case(op_case, mode, on_gpu=True)
-    records = harness.measure(case, options, {"fp32": 1e9, "copy": 1e9}, machine.environment(CPU))
-    found = {(record.provider, record.metric): record for record in records}
+    measured = harness.measure(case, options, {"fp32": 1e9, "copy": 1e9}, machine.environment(CPU))
+    found = {(record.provider, record.metric): record for record in measured}
     timed = {"mar_fast", "a part"} if mode == "forward" else {"mar_fast"}
     for metric in ("time", "peak memory"):
         assert {name for name, what in found if what == metric} == timed
@@ -106,7 +108,7 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
     assert found["small", "unavailable"].note == "MemoryError: too many clips"
     assert found["wrong", "withheld"].note.startswith("wrong: differs from float64 by ")
     assert found["roofline", "floor"].p50 == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
-    assert not harness.failures(records) and all(record.baseline == "silent" for record in records)
+    assert not harness.failures(measured) and all(record.baseline == "silent" for record in measured)
 
 
 def test_half_written_files_are_never_seen(tmp_path):
@@ -134,3 +136,22 @@ def test_may_write(tmp_path):
     ):
         with pytest.raises(error):
             files.may_write([path], force=False)
+
+
+def test_what_make_gpu_measures_and_its_table():
+    """Each case of the short run keeps ours, its baseline and what a target is named for; the table says the ratios."""
+    options = RunOptions(torch.device("cuda"), torch.bfloat16, ("base",), (32, 8, 1))
+    every = [case for name in gpu.SUITES for case in SUITES[name].cases(options)]
+    chosen = [case for case in map(gpu.short, every) if case is not None]
+    assert len(chosen) == 35 and {case.suite for case in chosen} == set(gpu.SUITES)
+    for case in chosen:
+        names = {provider.name for provider in case.providers}
+        assert {"mar_fast", case.baseline} <= names, case.name
+    results = Path(__file__).parents[2] / "bench/results/gpu"
+    lines = gpu.table(records.load([results / f"{name}.jsonl" for name in gpu.SUITES])).splitlines()
+    line = next(one for one in lines if one.startswith("encoder: ViT-B, batch 32, inference, 0.5 "))
+    assert line.split()[6:] == ["12.7", "ms", "14.8", "ms", "1.16x", "1.28x", "PyTorch", "SDPA"]
+    line = next(one for one in lines if "batch 1, inference, 0.5, CUDA graph" in one)
+    assert line.endswith("PyTorch SDPA, CUDA graph") and "1.08x" in line
+    line = next(one for one in lines if one.startswith("kernels: bias_gelu: 32 clips, 784 tokens, width 3072, forward"))
+    assert "1.04x" in line and "88 %" in line and "61%" in line
