@@ -85,10 +85,21 @@ class CountedContainer:
     def __getattr__(self, name):
         return getattr(self._container, name)
 
-    def decode(self, stream):
-        for frame in self._container.decode(stream):
-            self._taken.append(frame.pts)
-            yield frame
+    def demux(self, *streams):
+        return (CountedPacket(packet, self._taken) for packet in self._container.demux(*streams))
+
+
+class CountedPacket:
+    def __init__(self, packet, taken):
+        self._packet, self._taken = packet, taken
+
+    def __getattr__(self, name):
+        return getattr(self._packet, name)
+
+    def decode(self):
+        frames = self._packet.decode()
+        self._taken += [frame.pts for frame in frames]
+        return frames
 
 
 def count_decoded(monkeypatch):

@@ -47,8 +47,8 @@ def read_clip(
         ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
     """
     _check_arguments(size, sampling, num_frames=num_frames, stride=stride, start=start)
-    with open_video(Path(path)) as video:
-        numbers = choose_frames(len(video.stamps), num_frames, sampling, stride, start)
+    with open_video(path) as video:
+        numbers = choose_frames(video.total, num_frames, sampling, stride, start)
         return _read(video, [numbers], size, 1)[0]
 
 
@@ -94,8 +94,8 @@ def read_views(
         raise checks.bad("size", None, "(H, W), two whole numbers above 0")
     if short not in ("error", "repeat"):
         raise checks.bad("short", repr(short), "'error' or 'repeat'")
-    with open_video(Path(path)) as video:
-        chosen = choose_clips(len(video.stamps), num_frames, clips, sampling, stride, short)
+    with open_video(path) as video:
+        chosen = choose_clips(video.total, num_frames, clips, sampling, stride, short)
         return _read(video, chosen, size, crops)
 
 
