@@ -62,16 +62,35 @@ def open_video(source: Source) -> Iterator["Video"]:
             raise FileNotFoundError(f"path: got {os.fspath(source)!r}, expected an existing video file")
     elif isinstance(source, bytes):
         source = io.BytesIO(source)
-    elif not callable(getattr(source, "read", None)) or not source.seekable():
+    elif isinstance(source, io.TextIOBase) or not getattr(source, "seekable", bool)():
         raise checks.bad_type("path", type(source).__name__, "a path, bytes, or a binary file that can be sought in")
+    with _errors(source), Video(source) as video:
+        yield video
+
+
+def open_picture(path: Path) -> "VideoFrame":
+    """The only frame of a picture's file.
+
+    Raises:
+        ValueError: not a picture, or damaged.
+    """
+    # An open file, since in a name FFmpeg takes %d for the number of a picture.
+    with _errors(path), path.open("rb") as file, _opened(file) as (container, stream):
+        frame = next(_decoded(container.demux(stream)), None)
+    if frame is None or frame.is_corrupt:
+        raise checks.bad("path", f"{str(path)!r}, which cannot be decoded", "a complete picture")
+    return frame
+
+
+@contextmanager
+def _errors(source: Source) -> Iterator[None]:
     import av  # only here: a machine without PyAV can run everything but this
 
     try:
-        with Video(source) as video:
-            yield video
+        yield
     except av.error.FFmpegError as error:
         got = f"{name_of(source)} ({error.strerror or error})"
-        raise checks.bad("path", got, "a video file that FFmpeg can decode") from error
+        raise checks.bad("path", got, "a file that FFmpeg can decode") from error
 
 
 def name_of(source: Source) -> str:
