@@ -6,7 +6,6 @@ from fractions import Fraction
 import av
 import numpy as np
 
-
 PIXELS = {"ffv1": "bgr0", "mjpeg": "yuvj420p", "gif": "rgb8", "huffyuv": "yuv422p", "prores_ks": "yuv422p10le"}
 PIXELS |= dict.fromkeys(("png", "qtrle", "cinepak"), "rgb24")
 
@@ -59,8 +58,8 @@ def textured(path, frames=40, size=(48, 64), **options):
     return write(path, [texture(number, size) for number in range(frames)], **options)
 
 
-def copied(source, path, skip_keys=0, skip=0):
-    """Copy a film without encoding it anew, from a later key frame or packet on."""
+def copied(source, path, skip_keys=0, skip=0, time=None):
+    """Copy a film without encoding it anew, from a later key frame or packet on, or at other times."""
     keys = 0
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream = old.streams.video[0]
@@ -69,6 +68,8 @@ def copied(source, path, skip_keys=0, skip=0):
             keys += packet.is_keyframe
             if keys > skip_keys and count >= skip:
                 packet.stream = target
+                if time is not None:
+                    packet.pts = packet.dts = time(packet.pts)
                 new.mux(packet)
     return path
 

@@ -24,6 +24,7 @@ PATHS = ("path", "video", "video_path", "file", "file_path", "filename", "name")
 LABELS = ("label", "label_id", "label_index", "class", "class_id", "class_index", "target")
 
 _LIST_LINE = re.compile(r'(.*[^\s,])\s*[,\s]\s*"?(\d+)(?:\.0*)?"?')
+_NUMBER = re.compile(r"\s*(\d+)(?:\.0*)?\s*")  # also 3.0, as pandas writes it after a missing value
 _COUNTED_PATH = re.compile(r'(.*[^\s,])\s*[,\s]\s*"?\d+"?')
 _UCF101_LINE = re.compile(r"([^/]+)/(.+\.avi)(?:\s+(\d+))?", re.IGNORECASE)
 _UCF101_NAME = re.compile(r"(\w+)/v_\1_g\d+_c\d+\.avi(\s+\d+)?", re.IGNORECASE)
@@ -206,14 +207,14 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
     lines = list(_lines(path, text))
-    header = re.split(r"[,;\t ]", lines[0][1].replace('"', "").lower()) if lines else []
+    separator = next((character for character in ",;\t" if lines and character in lines[0][1]), " ")
+    rows = list(csv.reader([line for _, line in lines], delimiter=separator, skipinitialspace=True))
+    header = [cell.lower() for cell in rows[0]] if rows else []
     columns = [next((name for name in known if name in header), None) for known in (PATHS, LABELS)]
-    if None not in columns:
-        at, number = (header.index(str(name)) for name in columns)
-        separator = next(character for character in ",;\t " if character in lines[0][1])
-        for where, line in lines[1:]:
-            row = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
-            found = re.fullmatch(r"(\d+)(?:\.0*)?", row[number].strip()) if len(row) == len(header) else None
+    if columns[0] is not None and columns[1] is not None:
+        at, number = map(header.index, columns)
+        for (where, line), row in zip(lines[1:], rows[1:], strict=False):
+            found = _NUMBER.fullmatch(row[number]) if len(row) == len(header) else None
             if found is None:
                 raise checks.bad(where, repr(line[:80]), f"{len(header)} columns as in line 1, a whole {columns[1]}")
             yield Sample(row[at], root / row[at], int(found[1]), where)
@@ -239,7 +240,7 @@ def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -
             )
     for row in rows:
         where = f"{path}, line {rows.line_num}"
-        times = [re.fullmatch(r"(\d+)(?:\.0*)?", row[column] or "") for column in ("time_start", "time_end")]
+        times = [_NUMBER.fullmatch(row[column] or "") for column in ("time_start", "time_end")]
         if not row["youtube_id"] or None in times:
             raise checks.bad(where, repr(",".join(map(str, row.values()))), "an id and whole seconds")
         name = "_".join([row["youtube_id"], *(f"{int(time[1]):06d}" for time in times if time)])

@@ -304,23 +304,29 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
     times = array("q")
     positions: dict[int, int | None] = {}
     first: Packet | None = None
-    found, latest, decode_time, end, corrupt = 0, _NEVER, _NEVER, 0.0, False  # end: of any stream, in seconds
+    found, latest, decode_time, step, corrupt = 0, _NEVER, _NEVER, 1, False
+    end = 0.0  # of the last packet of any stream, in seconds
     for packet in container.demux():
         if packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index or not packet.size:
             continue
         first, found, corrupt = first or packet, found + 1, packet.is_corrupt
-        counted = counted or packet.pts is None or (packet.dts or decode_time) < decode_time or empty(packet)
-        decode_time = max(decode_time, packet.dts or decode_time)
+        counted = (
+            counted or packet.pts is None or (packet.dts is not None and packet.dts < decode_time) or empty(packet)
+        )
+        if packet.dts is not None:
+            step = max(step, packet.dts - decode_time) if decode_time != _NEVER else step
+            decode_time = max(decode_time, packet.dts)
         if packet.pts is not None and not packet.is_discard:
             times.append(packet.pts)
             # Frames that are shown after a key frame but stored before it are not reached from it.
             if packet.is_keyframe and packet.pts > latest:
                 positions[packet.pts] = packet.pos
             latest = max(latest, packet.pts)
-    # In AVI the time of decoding is the number of the chunk; empty ones, "as before", give no packets.
-    chunks = decode_time + 1 if "avi" in formats else 0
+    # In AVI the time of decoding is the number of the chunk; empty ones, "as before", give no packets. The last picture
+    # may last as long as any other.
+    chunks = decode_time + step if "avi" in formats else 0
     _check_complete(name, container, stream, max(found, chunks), corrupt, end)
     if not times and not (counted and found):
         raise checks.bad("path", f"{name} without a frame in its video stream", "a file with frames in it")

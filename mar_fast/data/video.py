@@ -2,10 +2,10 @@
 
 import importlib.metadata
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -51,10 +51,11 @@ def read_clip(
     """
     num_frames, stride = _count("num_frames", num_frames), _count("stride", stride)
     start = None if start is None else _count("start", start, 0)
-    _check_arguments(size, sampling)
+    pixels = _size(size)
+    _check_sampling(sampling)
     with open_film(path) as video:
         numbers = choose_frames(video.total, num_frames, sampling, stride, start)
-        return _read(video, [numbers], size, 1)[0]
+        return _read(video, [numbers], pixels, 1)[0]
 
 
 def read_views(
@@ -96,14 +97,15 @@ def read_views(
     """
     num_frames, stride = _count("num_frames", num_frames), _count("stride", stride)
     clips, crops = _count("clips", clips), _count("crops", crops)
-    _check_arguments(size, sampling)
-    if size is None:
+    pixels = _size(size)
+    _check_sampling(sampling)
+    if pixels is None:
         raise checks.bad("size", None, "(H, W), two whole numbers above 0")
     if short not in ("error", "repeat"):
         raise checks.bad("short", repr(short), "'error' or 'repeat'")
     with open_film(path) as video:
         chosen = choose_clips(video.total, num_frames, clips, sampling, stride, short)
-        return _read(video, chosen, size, crops)
+        return _read(video, chosen, pixels, crops)
 
 
 Film = Video | FrameFolder
@@ -175,21 +177,34 @@ def _read(video: Film, clips: list[list[int]], size: tuple[int, int] | None, cro
 
 
 def _count(name: str, value: SupportsIndex, least: int = 1) -> int:
-    """Any integer, of numpy or torch too, but no bool."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
+    number = _whole(value)
+    if number is None or number < least:
         raise checks.bad(name, repr(value), f"a whole number, {least} or more")
     return number
 
 
-def _check_arguments(size: tuple[int, int] | None, sampling: str) -> None:
+def _whole(value: object) -> int | None:
+    """Any integer, of numpy or torch too, but no bool; None for what is none."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(cast("SupportsIndex", value))
+    except TypeError:
+        return None
+
+
+def _size(size: Sequence[SupportsIndex] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = [side for value in size if (side := _whole(value)) is not None and side > 0]
+    if len(size) != 2 or len(sides) != 2:
+        raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
+    return sides[0], sides[1]
+
+
+def _check_sampling(sampling: str) -> None:
     if sampling not in ("stride", "uniform"):
         raise checks.bad("sampling", repr(sampling), "'stride' or 'uniform'")
-    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
-        raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
 
 
 def sample_clip() -> Path:
