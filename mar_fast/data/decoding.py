@@ -162,7 +162,7 @@ class Video:
         """Decode from a key frame from which ``wanted`` is reached, or from the start.
 
         Where a container seeks by time of decoding, it can land on the key frame after the right one; so earlier ones
-        are tried, twice as far back each time. If none is trusted, no other seek will be tried either.
+        are tried, twice as far back each time. If none of several is trusted, no other seek will be tried either.
         """
         before, back = bisect_right(self._keys, wanted), 1
         while back <= before and not self._index.counted:
@@ -171,7 +171,8 @@ class Video:
             if first is not None:
                 return chain([first], source)
             back *= 2
-        self._keys = array("q", [0])
+        if before > 1:  # an mp4 that an editor trimmed may have no key frame at its beginning
+            self._keys = array("q", [0])
         self._open()
         frames = _decoded(self._container.demux(self._stream))
         return enumerate(frames) if self._index.counted else self._numbered(frames)
@@ -312,10 +313,9 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
         if packet.stream_index != stream.index or not packet.size:
             continue
         first, found, corrupt = first or packet, found + 1, packet.is_corrupt
-        counted = (
-            counted or packet.pts is None or (packet.dts is not None and packet.dts < decode_time) or empty(packet)
-        )
+        counted = counted or packet.pts is None or empty(packet)
         if packet.dts is not None:
+            counted = counted or packet.dts < decode_time
             step = max(step, packet.dts - decode_time) if decode_time != _NEVER else step
             decode_time = max(decode_time, packet.dts)
         if packet.pts is not None and not packet.is_discard:
