@@ -168,7 +168,7 @@ def _json_labels(path: Path, content: object) -> list[str]:
     if isinstance(content, list):
         return _by_number(path, list(enumerate(content)))
     assert isinstance(content, dict)
-    content = content.get("id2label", content)
+    content = content["id2label"] if isinstance(content.get("id2label"), dict) else content
     by_number = all(key.isdecimal() for key in content)
     return _by_number(path, [(key, value) if by_number else (value, key) for key, value in content.items()])
 
@@ -212,7 +212,7 @@ def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
     header = [cell.lower() for cell in rows[0]] if rows else []
     columns = [next((name for name in known if name in header), None) for known in (PATHS, LABELS)]
     if columns[0] is not None and columns[1] is not None:
-        at, number = map(header.index, columns)
+        at, number = header.index(columns[0]), header.index(columns[1])
         for (where, line), row in zip(lines[1:], rows[1:], strict=False):
             found = _NUMBER.fullmatch(row[number]) if len(row) == len(header) else None
             if found is None:

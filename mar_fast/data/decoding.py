@@ -125,10 +125,9 @@ class Video:
             if self._index.counted:
                 self._open()
                 self.total = sum(1 for _ in _decoded(self._container.demux(self._stream)))
-                self._keys = array("q", [0])
             else:
                 self.total = len(self._index.stamps)
-                self._keys = self._index.keys
+            self._keys = self._index.keys
             on_error.pop_all()
         return self
 
@@ -251,7 +250,7 @@ def _drain(stream: "VideoStream") -> None:
 
 def _decoded(packets: Iterable["Packet"]) -> Iterator["VideoFrame"]:
     for packet in packets:
-        yield from cast("list[VideoFrame]", packet.decode())
+        yield from packet.decode()
 
 
 @dataclass
