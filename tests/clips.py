@@ -6,6 +6,9 @@ from fractions import Fraction
 import av
 import numpy as np
 
+PIXELS = {"ffv1": "bgr0", "mjpeg": "yuvj420p", "gif": "rgb8", "huffyuv": "yuv422p", "prores_ks": "yuv422p10le"}
+PIXELS |= dict.fromkeys(("png", "qtrle", "cinepak"), "rgb24")
+
 
 def texture(number, size):
     """(H, W, 3) uint8: colours that differ from place to place, and from frame to frame at every place."""
@@ -34,7 +37,7 @@ def write(
             file.metadata["title"] = title
         stream = file.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        stream.pix_fmt = PIXELS.get(codec, "yuv420p")
         if times is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         if aspect is not None:
@@ -53,6 +56,22 @@ def write(
 
 def textured(path, frames=40, size=(48, 64), **options):
     return write(path, [texture(number, size) for number in range(frames)], **options)
+
+
+def copied(source, path, skip_keys=0, skip=0, time=None):
+    """Copy a film without encoding it anew, from a later key frame or packet on, or at other times."""
+    keys = 0
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        target = new.add_stream_from_template(stream)
+        for count, packet in enumerate(packet for packet in old.demux(stream) if packet.size):
+            keys += packet.is_keyframe
+            if keys > skip_keys and count >= skip:
+                packet.stream = target
+                if time is not None:
+                    packet.pts = packet.dts = time(packet.pts)
+                new.mux(packet)
+    return path
 
 
 def every_frame(path, size=None):
@@ -85,10 +104,21 @@ class CountedContainer:
     def __getattr__(self, name):
         return getattr(self._container, name)
 
-    def decode(self, stream):
-        for frame in self._container.decode(stream):
-            self._taken.append(frame.pts)
-            yield frame
+    def demux(self, *streams):
+        return (CountedPacket(packet, self._taken) for packet in self._container.demux(*streams))
+
+
+class CountedPacket:
+    def __init__(self, packet, taken):
+        self._packet, self._taken = packet, taken
+
+    def __getattr__(self, name):
+        return getattr(self._packet, name)
+
+    def decode(self):
+        frames = self._packet.decode()
+        self._taken += [frame.pts for frame in frames]
+        return frames
 
 
 def count_decoded(monkeypatch):

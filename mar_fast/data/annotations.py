@@ -11,7 +11,7 @@ from ..kernels import checks
 
 # What each format is, as it is told to the user.
 FORMATS = {
-    "list": "lines of a path and a label number from 0, with a space or comma between them",
+    "list": "lines of a path, for folders of pictures their number, and a label number from 0; or a csv with a header",
     "kinetics": "Kinetics, a csv with the columns label, youtube_id, time_start, time_end",
     "ssv2": "Something-Something v2, JSON entries with id and template",
     "ucf101": "UCF101, lines of Class/file.avi, in training lists with a number from 1",
@@ -19,7 +19,13 @@ FORMATS = {
 }
 EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
-_LIST_LINE = re.compile(r"(.*[^\s,])\s*[,\s]\s*(\d+)")
+# What a header may call its columns.
+PATHS = ("path", "video", "video_path", "file", "file_path", "filename", "name")
+LABELS = ("label", "label_id", "label_index", "class", "class_id", "class_index", "target")
+
+_LIST_LINE = re.compile(r'(.*[^\s,])\s*[,\s]\s*"?(\d+)(?:\.0*)?"?')
+_NUMBER = re.compile(r"\s*(\d+)(?:\.0*)?\s*")  # also 3.0, as pandas writes it after a missing value
+_COUNTED_PATH = re.compile(r'(.*[^\s,])\s*[,\s]\s*"?\d+"?')
 _UCF101_LINE = re.compile(r"([^/]+)/(.+\.avi)(?:\s+(\d+))?", re.IGNORECASE)
 _UCF101_NAME = re.compile(r"(\w+)/v_\1_g\d+_c\d+\.avi(\s+\d+)?", re.IGNORECASE)
 _HMDB51_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
@@ -32,7 +38,7 @@ class Sample:
 
     Attributes:
         name: As in the list.
-        path: Its file, which need not exist.
+        path: Its file or folder of pictures, which need not exist.
         label: Its class, from 0.
         location: File and line of the list, for messages.
     """
@@ -104,8 +110,9 @@ def read_labels(path: Path) -> list[str]:
 
     Args:
         path: Text with a name in each line, or with a number and a name where numbers count from 0 or 1 (UCF101's
-            classInd.txt); or JSON: a list of names, or an object from number to name or from name to number
-            (Something-Something's labels), numbers from 0.
+            classInd.txt); a csv of numbers and names, with or without a header; or JSON: a list of names, an object
+            from number to name or from name to number (Something-Something's labels), numbers from 0, or the
+            config.json of a Hugging Face model. Quotation marks around a name are taken off.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -121,7 +128,9 @@ def read_labels(path: Path) -> list[str]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise ValueError(f"{path}, line {number}: got an empty line, expected the name of a class")
-        names = _numbered([line.strip() for line in lines])
+        pairs = _two_columns(lines) if lines else None
+        names = _numbered([line.strip() for line in lines]) if pairs is None else _by_number(path, pairs)
+    names = [_unquoted(name) for name in names]
     if not names:
         raise ValueError(f"{path}: got no class, expected a name in each line or JSON")
     return names
@@ -136,19 +145,41 @@ def _numbered(lines: list[str]) -> list[str]:
     return lines
 
 
+def _two_columns(lines: list[str]) -> list[tuple[object, object]] | None:
+    """Numbers from 0 and names of a csv, in either order, with or without a header; None for other text."""
+    for separator in ",\t;":
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator, skipinitialspace=True)]
+        if any(len(row) != 2 for row in rows):
+            continue
+        for column in (0, 1):
+            numbered = rows if rows[0][column].isdecimal() else rows[1:]
+            if numbered and all(row[column].isdecimal() for row in numbered):
+                first = int(min(int(row[column]) for row in numbered) == 1)
+                return [(int(row[column]) - first, row[1 - column]) for row in numbered]
+    return None
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] == '"'
+    return text[1:-1].replace('""', '"') if quoted else text
+
+
 def _json_labels(path: Path, content: object) -> list[str]:
     if isinstance(content, list):
-        pairs = list(enumerate(content))
-    else:
-        assert isinstance(content, dict)
-        by_number = all(key.isdecimal() for key in content)
-        pairs = [(key, value) if by_number else (value, key) for key, value in content.items()]
+        return _by_number(path, list(enumerate(content)))
+    assert isinstance(content, dict)
+    content = content["id2label"] if isinstance(content.get("id2label"), dict) else content
+    by_number = all(key.isdecimal() for key in content)
+    return _by_number(path, [(key, value) if by_number else (value, key) for key, value in content.items()])
+
+
+def _by_number(path: Path, pairs: Sequence[tuple[object, object]]) -> list[str]:
     names: dict[int, str] = {}
     for number, name in pairs:
-        if not str(number).isdecimal() or not isinstance(name, str) or int(number) in names:
+        if not str(number).isdecimal() or not isinstance(name, str) or int(str(number)) in names:
             got = f"number {number!r} for {name!r}"
             raise checks.bad(str(path), got, "a name for each number, or a number of its own for each name")
-        names[int(number)] = name
+        names[int(str(number))] = name
     if sorted(names) != list(range(len(names))):
         missing = next(number for number in range(len(names)) if number not in names)
         raise ValueError(f"{path}: got {len(names)} classes without number {missing}, expected numbers from 0, no gaps")
@@ -160,7 +191,7 @@ def _detect(text: str) -> str:
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if first.startswith("["):
         return "ssv2"
-    if "youtube_id" in first.split(","):
+    if "youtube_id" in next(csv.reader([first]), []):
         return "kinetics"
     if _UCF101_NAME.fullmatch(first) or (_UCF101_LINE.fullmatch(first) and not _LIST_LINE.fullmatch(first)):
         return "ucf101"
@@ -175,13 +206,26 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
-    for where, line in _lines(path, text):
+    lines = list(_lines(path, text))
+    separator = next((character for character in ",;\t" if lines and character in lines[0][1]), " ")
+    rows = list(csv.reader([line for _, line in lines], delimiter=separator, skipinitialspace=True))
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    columns = [next((name for name in known if name in header), None) for known in (PATHS, LABELS)]
+    if columns[0] is not None and columns[1] is not None:
+        at, number = header.index(columns[0]), header.index(columns[1])
+        for (where, line), row in zip(lines[1:], rows[1:], strict=False):
+            found = _NUMBER.fullmatch(row[number]) if len(row) == len(header) else None
+            if found is None:
+                raise checks.bad(where, repr(line[:80]), f"{len(header)} columns as in line 1, a whole {columns[1]}")
+            yield Sample(row[at], root / row[at], int(found[1]), where)
+        return
+    for where, line in lines:
         found = _LIST_LINE.fullmatch(line)
         if found is None:
             raise checks.bad(where, repr(line[:80]), "a path and a label number from 0")
-        name = found[1]
-        if len(name) > 1 and name[0] == name[-1] == '"':
-            name = name[1:-1].replace('""', '"')
+        name, counted = _unquoted(found[1]), _COUNTED_PATH.fullmatch(found[1])
+        if counted is not None and not (root / name).exists():  # "folder frames label"
+            name = _unquoted(counted[1])
         yield Sample(name, root / name, int(found[2]), where)
 
 
@@ -196,10 +240,10 @@ def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -
             )
     for row in rows:
         where = f"{path}, line {rows.line_num}"
-        start, end = row["time_start"] or "", row["time_end"] or ""
-        if not row["youtube_id"] or not start.isdecimal() or not end.isdecimal():
+        times = [_NUMBER.fullmatch(row[column] or "") for column in ("time_start", "time_end")]
+        if not row["youtube_id"] or None in times:
             raise checks.bad(where, repr(",".join(map(str, row.values()))), "an id and whole seconds")
-        name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
+        name = "_".join([row["youtube_id"], *(f"{int(time[1]):06d}" for time in times if time)])
         folders = ("", row["label"], row.get("split") or "")
         found = _find(root, [f"{folder}/{name}" if folder else name for folder in folders])
         yield Sample(name, found, _number(numbers, row["label"], where), where)
@@ -284,15 +328,17 @@ def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
 
 
 def _number(numbers: dict[str, int], label: str | None, where: str) -> int:
+    if label is not None and label not in numbers:
+        label = label.replace("_", " ") if label.replace("_", " ") in numbers else label  # as folders are called
     if label not in numbers:
         raise ValueError(f"{where}: got class {label!r}, expected one of the {len(numbers)} names of the labels")
     return numbers[label]
 
 
 def _find(root: Path, names: list[str]) -> Path:
-    """The first of these that exists, with any of the usual extensions; if none does, the first, to be missed."""
-    candidates = [root / f"{name}{extension}" for name in names for extension in EXTENSIONS]
-    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+    """The first of these that exists, with any of the usual extensions or as a folder; if none does, the first."""
+    candidates = [root / f"{name}{extension}" for name in names for extension in (*EXTENSIONS, "")]
+    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
 
 
 def _text(path: Path) -> str:

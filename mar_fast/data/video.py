@@ -1,16 +1,19 @@
 """Real video files to uint8 clips: one clip, or the several views of a multi-view test. Frames go by time stamps."""
 
 import importlib.metadata
-import os
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsIndex, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import checks
-from .decoding import Video, open_video
+from .decoding import Source, Video, open_video
+from .folders import FrameFolder, is_folder
 from .framing import pictures
 
 SAMPLE = "bikes.mp4"
@@ -19,7 +22,7 @@ Short = Literal["error", "repeat"]
 
 
 def read_clip(
-    path: str | os.PathLike[str],
+    path: Source,
     num_frames: int = 16,
     *,
     size: tuple[int, int] | None = (224, 224),
@@ -30,7 +33,7 @@ def read_clip(
     """Read one clip from a video file.
 
     Args:
-        path: The file.
+        path: The file, or a folder of pictures in the natural order of their names; or bytes, or an open binary file.
         num_frames: T, frames of the clip.
         size: (H, W). The short side is resized to it, keeping the aspect ratio of what is shown (pixels need not be
             square), and the centre is cropped. None keeps the pixels as they are stored.
@@ -43,17 +46,20 @@ def read_clip(
         (C, T, H, W) uint8, RGB; a view of channels-last memory, as decoded.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or folder.
         ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
     """
-    _check_arguments(size, sampling, num_frames=num_frames, stride=stride, start=start)
-    with open_video(Path(path)) as video:
-        numbers = choose_frames(len(video.stamps), num_frames, sampling, stride, start)
-        return _read(video, [numbers], size, 1)[0]
+    num_frames, stride = _count("num_frames", num_frames), _count("stride", stride)
+    start = None if start is None else _count("start", start, 0)
+    pixels = _size(size)
+    _check_sampling(sampling)
+    with open_film(path) as video:
+        numbers = choose_frames(video.total, num_frames, sampling, stride, start)
+        return _read(video, [numbers], pixels, 1)[0]
 
 
 def read_views(
-    path: str | os.PathLike[str],
+    path: Source,
     num_frames: int = 16,
     *,
     clips: int = 5,
@@ -69,7 +75,7 @@ def read_views(
     (Something-Something v2). A frame is decoded once, however many views it is in.
 
     Args:
-        path: The file.
+        path: The file, or a folder of pictures in the natural order of their names; or bytes, or an open binary file.
         num_frames: T, frames of each clip.
         clips: With "stride" they are spread evenly: the first clip starts the video and the last one ends it. With
             "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A single clip is
@@ -86,17 +92,37 @@ def read_views(
         (clips * crops, C, T, H, W) uint8, RGB, the crops of the first clip first; a view of channels-last memory.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or folder.
         ValueError, TypeError: not a video, too short, damaged, or an argument that does not fit: the message says.
     """
-    _check_arguments(size, sampling, num_frames=num_frames, stride=stride, clips=clips, crops=crops)
-    if size is None:
+    num_frames, stride = _count("num_frames", num_frames), _count("stride", stride)
+    clips, crops = _count("clips", clips), _count("crops", crops)
+    pixels = _size(size)
+    _check_sampling(sampling)
+    if pixels is None:
         raise checks.bad("size", None, "(H, W), two whole numbers above 0")
     if short not in ("error", "repeat"):
         raise checks.bad("short", repr(short), "'error' or 'repeat'")
-    with open_video(Path(path)) as video:
-        chosen = choose_clips(len(video.stamps), num_frames, clips, sampling, stride, short)
-        return _read(video, chosen, size, crops)
+    with open_film(path) as video:
+        chosen = choose_clips(video.total, num_frames, clips, sampling, stride, short)
+        return _read(video, chosen, pixels, crops)
+
+
+Film = Video | FrameFolder
+
+
+@contextmanager
+def open_film(source: Source) -> Iterator[Film]:
+    """Open a video or a folder of pictures.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: see `open_video` and `FrameFolder`.
+    """
+    if is_folder(source):
+        yield FrameFolder(source)
+    else:
+        with open_video(source) as video:
+            yield video
 
 
 def choose_frames(total: int, num_frames: int, sampling: Sampling, stride: int, start: int | None) -> list[int]:
@@ -138,23 +164,47 @@ def choose_clips(
     return [[min(first + i * stride, total - 1) for i in range(num_frames)] for first in firsts]
 
 
-def _read(video: Video, clips: list[list[int]], size: tuple[int, int] | None, crops: int) -> Tensor:
+def _read(video: Film, clips: list[list[int]], size: tuple[int, int] | None, crops: int) -> Tensor:
     """(clips * crops, C, T, H, W) uint8."""
     numbers = {number for clip in clips for number in clip}
     found = {number: pictures(frame, video.aspect, size, crops) for number, frame in video.frames(numbers)}
+    shapes = sorted({crop.shape[:2] for views in found.values() for crop in views})
+    if len(shapes) > 1:
+        got = f"{video.name} with pictures of {shapes[0]} and {shapes[-1]} pixels"
+        raise checks.bad("path", got, "pictures of one size (or size=(H, W), to which they are resized)")
     views = [np.stack([found[number][crop] for number in clip]) for clip in clips for crop in range(crops)]
     return torch.from_numpy(np.stack(views)).permute(0, 4, 1, 2, 3)
 
 
-def _check_arguments(size: tuple[int, int] | None, sampling: str, **counts: int | None) -> None:
-    for name, value in counts.items():
-        least = 0 if name == "start" else 1
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise checks.bad(name, repr(value), f"a whole number, {least} or more")
+def _count(name: str, value: SupportsIndex, least: int = 1) -> int:
+    number = _whole(value)
+    if number is None or number < least:
+        raise checks.bad(name, repr(value), f"a whole number, {least} or more")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    """Any integer, of numpy or torch too, but no bool; None for what is none."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(cast("SupportsIndex", value))
+    except TypeError:
+        return None
+
+
+def _size(size: Sequence[SupportsIndex] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = [side for value in size if (side := _whole(value)) is not None and side > 0]
+    if len(size) != 2 or len(sides) != 2:
+        raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
+    return sides[0], sides[1]
+
+
+def _check_sampling(sampling: str) -> None:
     if sampling not in ("stride", "uniform"):
         raise checks.bad("sampling", repr(sampling), "'stride' or 'uniform'")
-    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
-        raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
 
 
 def sample_clip() -> Path:

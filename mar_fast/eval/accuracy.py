@@ -143,7 +143,7 @@ def check(model: MAR, samples: Sequence[Sample]) -> None:
         if not 0 <= sample.label < classes:
             where, label = sample.location, sample.label
             raise ValueError(f"{where}: got label {label}, expected 0 to {classes - 1}, as the model has")
-    if not any(sample.path.is_file() for sample in samples):
+    if not any(sample.path.exists() for sample in samples):
         first = f"the first would be {str(samples[0].path)!r}"
         raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
 

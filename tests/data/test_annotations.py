@@ -36,11 +36,37 @@ def test_lists_of_paths_and_labels(tmp_path, separator):
     assert read_annotations(tmp_path / "val.csv", root=tmp_path / "videos").samples[0].path.parent.name == "videos"
 
 
-def test_quoted_and_absolute_paths(tmp_path):
-    (tmp_path / "val.csv").write_text(f'"a ""b"".mp4",3\n{tmp_path}/c.mp4 0\n')
-    first, second = read_annotations(tmp_path / "val.csv", root=tmp_path / "elsewhere").samples
-    assert first.name == 'a "b".mp4' and first.label == 3
-    assert second.path == tmp_path / "c.mp4"
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"a ""b"", c.mp4",3\nd e.mp4 0\n',
+        '"a ""b"", c.mp4","3"\n"d e.mp4","0"\n',
+        '"a ""b"", c.mp4",3.0\nd e.mp4,0.0\n',
+        'path,label\n"a ""b"", c.mp4",3\nd e.mp4,0\n',
+        ',video_path,length,Label\n0,"a ""b"", c.mp4",7,3.0\n1,d e.mp4,9,0.0\n',
+        'label;path\n3;"a ""b"", c.mp4"\n0;d e.mp4\n',
+        '"a ""b"", c.mp4" 120 3\nd e.mp4 90 0\n',
+    ],
+)
+def test_quotes_headers_and_counts(tmp_path, text):
+    (tmp_path / "val.csv").write_text(text)
+    assert found(read_annotations(tmp_path / "val.csv"), tmp_path) == [
+        ('a "b", c.mp4', 'a "b", c.mp4', 3),
+        ("d e.mp4", "d e.mp4", 0),
+    ]
+
+
+def test_folders_of_pictures(tmp_path):
+    """With the number of frames or without; a folder whose name ends in a number is what it is."""
+    for name in ("frames/v1", "frames/v 2", "frames/-abc_000001_000011"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "val.txt").write_text(f"frames/v1 20 3\nframes/v 2 1\n{tmp_path}/frames/v3 0\n")
+    samples = read_annotations(tmp_path / "val.txt").samples
+    assert [(s.name, s.label) for s in samples[:2]] == [("frames/v1", 3), ("frames/v 2", 1)]
+    assert samples[2].path == tmp_path / "frames/v3"
+    (tmp_path / "k.csv").write_text("label,youtube_id,time_start,time_end\nwalk,-abc,1,11\n")
+    read = read_annotations(tmp_path / "k.csv", labels=["walk"], root=tmp_path / "frames")
+    assert read.samples[0].path == tmp_path / "frames/-abc_000001_000011"
 
 
 def test_kinetics(tmp_path):
@@ -52,6 +78,10 @@ def test_kinetics(tmp_path):
         ("-abc_123_000005_000015", "-abc_123_000005_000015.mp4", 1),
         ("xYz_001200_001210", "testifying/xYz_001200_001210.mkv", 0),
     ]
+    quoted = '"label","youtube_id","time_start","time_end"\n"air_drumming","-abc","1.0","11.0"\n'
+    write(tmp_path, {"quoted.csv": quoted})  # and _ for spaces, as in the names of folders
+    read_quoted = read_annotations(tmp_path / "quoted.csv", labels=["walk", "air drumming"])
+    assert [(s.name, s.label) for s in read_quoted.samples] == [("-abc_000001_000011", 1)]
     write(tmp_path, {"validate/-abc_123_000005_000015.mp4": ""})
     read = read_annotations(tmp_path / "val.csv", labels=["testifying", "dancing, ballet"])
     assert read.samples[0].path == tmp_path / "validate/-abc_123_000005_000015.mp4"
@@ -125,6 +155,14 @@ def test_hmdb51(tmp_path):
         '["walk", "run fast", "3 jumps"]',
         '{"2": "3 jumps", "0": "walk", "1": "run fast"}',
         '{"3 jumps": "2", "walk": "0", "run fast": 1}',
+        '{"walk": 0, "\\"run fast\\"": 1, "3 jumps": 2}',  # as kinetics_classnames.json has quotation marks
+        '{"id2label": {"0": "walk", "1": "run fast", "2": "3 jumps"}, "model_type": "videomae"}',
+        '"walk"\n"run fast"\n"3 jumps"\n',
+        "id,name\n0,walk\n1,run fast\n2,3 jumps\n",
+        "2,3 jumps\n0,walk\n1,run fast\n",
+        '1; "walk"\n2; "run fast"\n3; "3 jumps"\n',
+        "0\twalk\n1\trun fast\n2\t3 jumps\n",
+        "name\tid\nwalk\t0\nrun fast\t1\n3 jumps\t2\n",
     ],
 )
 def test_labels(tmp_path, content):
@@ -141,6 +179,7 @@ def test_labels(tmp_path, content):
         ('{"walk": 0, "run": 2}', "got 2 classes without number 1, expected numbers from 0"),
         ('{"walk": 0, "run": 0}', "got number 0 for 'run', expected .* a number of its own"),
         ('{"walk": "zero"}', "got number 'zero' for 'walk'"),
+        ("0,walk\n2,run\n", "got 2 classes without number 1, expected numbers from 0"),
         ('{"0": ["walk"]}', "got number '0' for .'walk'."),
     ],
 )
@@ -160,6 +199,7 @@ CLASSES = ["walk", "run"]
         ("a.csv", "a.mp4 0\n\nb.mp4 -1\n", {}, "a.csv, line 3: got 'b.mp4 -1'"),
         ("a.csv", "a.mp4,walk\n", {}, "a.csv, line 1: got 'a.mp4,walk'"),
         ("a.csv", "a.mp4 0\nb.mp4 1\na.mp4 1\n", {}, "line 3: got 'a.mp4' again, after .*line 1, expected it once"),
+        ("a.csv", "path,label\na.mp4,0\nb.mp4,walk\n", {}, "line 3: got 'b.mp4,walk', expected 2 columns as in line 1"),
         ("a.csv", "\n", {}, "a.csv: got no video, expected lines of a path"),
         ("k.csv", KINETICS, {}, "labels: got none, expected a file of class names, since lists of kinetics"),
         ("k.csv", KINETICS, dict(labels=CLASSES), "k.csv, line 2: got class 'dancing, ballet', expected one of the 2"),

@@ -1,6 +1,7 @@
 """Clips from files that the tests make: every frame is a grey of its own, so a wrong frame shows."""
 
 import importlib.metadata
+import inspect
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 import mar_fast
-from mar_fast.data.video import choose_frames, read_clip
+from mar_fast.data.video import choose_frames, read_clip, read_views
 
 
 def grey(number):
@@ -53,13 +54,6 @@ def test_uniform_takes_the_middle_of_each_segment(tmp_path):
     assert numbers(read_clip(write(tmp_path / "a.mp4"), 5, sampling="uniform")) == [5, 15, 25, 35, 45]
     assert choose_frames(8, 8, "uniform", 1, None) == list(range(8))
     assert choose_frames(9, 8, "uniform", 1, None) == [0, 1, 2, 3, 5, 6, 7, 8]
-
-
-def test_variable_frame_rate_and_key_frames(tmp_path):
-    """Frames are told apart by irregular time stamps, and reached from a key frame before them."""
-    times = np.cumsum(np.random.default_rng(0).integers(7, 300, 50)).tolist()
-    file = write(tmp_path / "a.mkv", times=times, options={"g": "10"})
-    assert numbers(read_clip(file, 6, stride=7, start=12)) == [12, 19, 26, 33, 40, 47]
 
 
 def test_short_side_and_centre_crop(tmp_path):
@@ -135,18 +129,38 @@ def test_bad_files(tmp_path, kind, error, message):
         read_clip(damaged(tmp_path, kind))
 
 
+@pytest.mark.parametrize("read", [read_clip, read_views])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(num_frames=0), "num_frames: got 0, expected a whole number, 1 or more"),
+        (dict(num_frames=True), "num_frames: got True, expected a whole number"),
         (dict(stride=0), "stride: got 0"),
         (dict(stride=1.5), "stride: got 1.5"),
-        (dict(start=-1), "start: got -1"),
+        (dict(stride=np.True_), "stride: got np.True_"),
+        (dict(start=-1), "start: got -1, expected a whole number, 0 or more"),
+        (dict(clips=torch.tensor(True)), r"clips: got tensor\(True\), expected a whole number, 1 or more"),
+        (dict(crops=1.0), "crops: got 1.0, expected a whole number, 1 or more"),
         (dict(sampling="dense"), "sampling: got 'dense', expected 'stride' or 'uniform'"),
+        (dict(short="loop"), "short: got 'loop', expected 'error' or 'repeat'"),
         (dict(size=(224,)), "size: got .*expected .H, W."),
-        (dict(size=(0, 224)), "size: got .*expected .H, W."),
+        (dict(size=(0, 224)), "size: got .*expected .H, W., two whole numbers above 0"),
     ],
 )
-def test_bad_arguments(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        read_clip(tmp_path / "any.mp4", **options)
+def test_bad_arguments(tmp_path, read, options, message):
+    if options.keys() <= inspect.signature(read).parameters.keys():
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "any.mp4", **options)
+
+
+def test_a_view_needs_a_size(tmp_path):
+    with pytest.raises(ValueError, match=r"size: got None, expected .H, W., two whole numbers above 0"):
+        read_views(tmp_path / "any.mp4", size=None)
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_integers_of_other_libraries(tmp_path, kind):
+    file = write(tmp_path / "a.mkv")
+    clip = read_clip(file, kind(4), stride=kind(3), start=kind(2), size=(kind(24), kind(32)))
+    assert clip.equal(read_clip(file, 4, stride=3, start=2, size=(24, 32)))
+    assert len(read_views(file, kind(4), clips=kind(2), crops=kind(3), size=(24, 24))) == 6

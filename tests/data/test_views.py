@@ -135,39 +135,6 @@ def test_frame_rate_that_varies(tmp_path):
     same(views, naive(clips.every_frame(file), chosen, [(0, 0)], (48, 64)))
 
 
-@pytest.mark.parametrize(
-    ("name", "codec", "options"),
-    [
-        ("a.mp4", "libx264", {"g": "10"}),
-        ("open.mp4", "libx264", {"g": "10", "x264-params": "open-gop=1:bframes=3"}),
-        ("short.mp4", "libx264", {"g": "3", "bf": "2"}),
-        ("a.ts", "libx264", {"g": "10"}),
-        ("a.avi", "mpeg4", {"g": "10"}),
-        ("b-frames.avi", "mpeg4", {"g": "10", "bf": "2"}),
-        ("no presentation times.avi", "libx264", {"g": "10", "bf": "2"}),
-        ("a.mpg", "mpeg2video", {"g": "10", "bf": "2"}),
-        ("a.webm", "libvpx-vp9", {"g": "10"}),
-    ],
-)
-def test_containers_and_codecs(tmp_path, name, codec, options):
-    """Frames stored in another order than they are shown, or without times of presentation; every possible start."""
-    file = clips.textured(tmp_path / name, 40, codec=codec, options=options, b_frames=int(options.get("bf", 0)) or None)
-    images = clips.every_frame(file)
-    assert len(images) == 40
-    for start in range(40):
-        same(read_clip(file, 1, size=(48, 64), start=start)[None], naive(images, [[start]], [(0, 0)], (48, 64)))
-    views = read_views(file, 3, clips=4, crops=1, stride=2, size=(48, 64))
-    chosen = [[first, first + 2, first + 4] for first in (0, 11, 23, 35)]
-    same(views, naive(images, chosen, [(0, 0)], (48, 64)))
-
-
-def test_no_time_stamps_at_all(tmp_path):
-    """A bare stream: frames are counted."""
-    file = clips.textured(tmp_path / "a.h264", 30, codec="libx264", options={"g": "10"})
-    views = read_views(file, 3, clips=2, crops=1, stride=4, size=(48, 64))
-    same(views, naive(clips.every_frame(file), [[0, 4, 8], [21, 25, 29]], [(0, 0)], (48, 64)))
-
-
 def test_a_frame_is_decoded_once(tmp_path, monkeypatch):
     """Three clips of 9 frames with gaps between them, in groups of 10: from the key frame before each to its end."""
     file = clips.textured(tmp_path / "a.mp4", 100, codec="libx264", options={"g": "10", "sc_threshold": "0"})
@@ -272,21 +239,3 @@ def test_damaged_in_the_middle(tmp_path):
     assert read_clip(file, 2, size=(48, 48), start=2).shape == (3, 2, 48, 48)
     with pytest.raises(ValueError, match=r"path: got .*a.mp4.*expected a "):
         read_clip(file, 8, stride=1, size=(48, 48), start=20)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(clips=0), "clips: got 0, expected a whole number, 1 or more"),
-        (dict(crops=1.0), "crops: got 1.0, expected a whole number, 1 or more"),
-        (dict(num_frames=-1), "num_frames: got -1"),
-        (dict(stride=0), "stride: got 0"),
-        (dict(sampling="dense"), "sampling: got 'dense', expected 'stride' or 'uniform'"),
-        (dict(short="loop"), "short: got 'loop', expected 'error' or 'repeat'"),
-        (dict(size=None), "size: got None, expected .H, W., two whole numbers above 0"),
-        (dict(size=(0, 224)), "size: got .*expected .H, W."),
-    ],
-)
-def test_bad_arguments(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        read_views(tmp_path / "any.mp4", **options)
