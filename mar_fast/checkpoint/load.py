@@ -17,7 +17,7 @@ from .plan import Plan, Position, plan
 from .read import read
 from .repair import put_back, verdict
 from .report import LoadReport, Note, some
-from .sources import Checkpoint, convert, is_finite
+from .sources import NORMALISATION, Checkpoint, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
 
@@ -81,8 +81,8 @@ def from_pretrained(
         "allow_mismatched": _patterns("allow_mismatched", allow_mismatched),
         "allow_nonfinite": _patterns("allow_nonfinite", allow_nonfinite),
     }
-    checkpoint = convert(read(source, model_key, revision))
-    original = None if biases_from is None else convert(read(biases_from))
+    checkpoint = convert(read(source, model_key, revision), given=overrides)
+    original = None if biases_from is None else convert(read(biases_from), given=NORMALISATION)
     if original is not None:
         repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
     head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))

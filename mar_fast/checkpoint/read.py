@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import checks
+from . import processors
 from .report import some
 
 SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar", ".safetensors")
@@ -21,7 +22,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar",
 # What transformers calls its files.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_CONFIGS = ("config.json", "preprocessor_config.json")
+_CONFIGS = ("config.json", *processors.FILES)
 METADATA_KEY = "mar_fast.config"
 """In a safetensors file: the `MARConfig` as JSON, which makes a file of ours complete."""
 # The keys under which trainers put the weights, in the order in which they are looked for.
@@ -58,8 +59,8 @@ class File:
         non_tensors: Entries beside them, and their types.
         groups: Keys under which more tensors lie, as ``model_key`` takes them.
         remarks: Envelope and wrappers' names that were taken off.
-        configs: "config.json" and "preprocessor_config.json" of a Hugging Face folder, "mar_fast" of a file of ours,
-            "args" of VideoMAE's own; only those that are there.
+        configs: "config.json" and those of processors in a Hugging Face folder, "mar_fast" of a file of ours, "args" of
+            VideoMAE's own; only those that are there.
     """
 
     where: str
