@@ -36,10 +36,10 @@ _assumed: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the named backend, "triton" or "eager", in all threads of the process.
 
-    Outside of it an op runs its Triton kernels for CUDA tensors (for any tensor with TRITON_INTERPRET=1) and plain
-    PyTorch for all others; float64 always runs in plain PyTorch. If "triton" cannot run a call, the op raises
-    RuntimeError. "flash_attn" and "xformers" apply to ``attention`` and ``attention_varlen`` only, which then run by
-    the package of that name (see `mar_fast.kernels.backends`).
+    Outside of it an op runs its Triton kernels for CUDA tensors (for any tensor with TRITON_INTERPRET=1, which refuses
+    bfloat16) and plain PyTorch for all others; float64 always runs in plain PyTorch. If "triton" cannot run a call, the
+    op raises RuntimeError. "flash_attn" and "xformers" apply to ``attention`` and ``attention_varlen`` only, which then
+    run by the package of that name (see `mar_fast.kernels.backends`).
 
     Raises:
         ValueError: there is no such backend.
