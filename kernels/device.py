@@ -23,6 +23,8 @@ ATTENTION_PACKAGES = {
 
 # Triton reads this once, when it is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# What its interpreter computes wrongly, and no kernel therefore takes.
+REFUSED = (torch.bfloat16,) if INTERPRETING else ()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Devices that have autocast. Evaluated here because torch.compile of PyTorch 2.11 cannot trace the call.
