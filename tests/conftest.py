@@ -62,7 +62,7 @@ def poisoned(request):
 
 @pytest.fixture
 def bfloat16_too(monkeypatch):
-    """Triton's interpreter takes bfloat16, whose values are wrong: for tests that compare bits only."""
+    """The interpreter takes bfloat16: for tests that compare bits or allow for the rounding that it gets wrong."""
     monkeypatch.setattr("mar_fast.kernels.device.REFUSED", ())
 
 
