@@ -23,6 +23,8 @@ ATTENTION_PACKAGES = {
 
 # Triton reads this once, when it is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# What its interpreter computes wrongly, and no kernel therefore takes.
+REFUSED = (torch.bfloat16,) if INTERPRETING else ()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Devices that have autocast. Evaluated here because torch.compile of PyTorch 2.11 cannot trace the call.
@@ -36,10 +38,10 @@ _assumed: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the named backend, "triton" or "eager", in all threads of the process.
 
-    Outside of it an op runs its Triton kernels for CUDA tensors (for any tensor with TRITON_INTERPRET=1) and plain
-    PyTorch for all others; float64 always runs in plain PyTorch. If "triton" cannot run a call, the op raises
-    RuntimeError. "flash_attn" and "xformers" apply to ``attention`` and ``attention_varlen`` only, which then run by
-    the package of that name (see `mar_fast.kernels.backends`).
+    Outside of it an op runs its Triton kernels for CUDA tensors (for any tensor with TRITON_INTERPRET=1, which refuses
+    bfloat16) and plain PyTorch for all others; float64 always runs in plain PyTorch. If "triton" cannot run a call, the
+    op raises RuntimeError. "flash_attn" and "xformers" apply to ``attention`` and ``attention_varlen`` only, which then
+    run by the package of that name (see `mar_fast.kernels.backends`).
 
     Raises:
         ValueError: there is no such backend.

@@ -61,6 +61,12 @@ def poisoned(request):
 
 
 @pytest.fixture
+def bfloat16_too(monkeypatch):
+    """The interpreter takes bfloat16: for tests that compare bits or allow for the rounding that it gets wrong."""
+    monkeypatch.setattr("mar_fast.kernels.device.REFUSED", ())
+
+
+@pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run mar-fast in an empty folder: (exit code, stdout, stderr)."""
     from mar_fast import cli  # a machine that only tests kernels has no typer

@@ -277,6 +277,9 @@ class Launch:
         if _stubbed:
             self._ready(current_device(), lambda *arguments: None, (None,) * 5)
             return
+        if device.REFUSED and any(x is not None and x.dtype in device.REFUSED for x in tensors):
+            accepted = "float32 or float16 with TRITON_INTERPRET=1, whose bfloat16 is wrong, or use_backend('eager')"
+            raise RuntimeError(f"{self.choice.kernel}: got bfloat16, expected {accepted}")
         options["enable_fp_fusion"] = True  # the default changes with Triton 3.10
         if operand.is_cuda and operand.get_device() != current_device():
             with torch.cuda.device(operand.device):

@@ -1,4 +1,4 @@
-"""config.json and preprocessor_config.json of transformers' VideoMAE, read and written.
+"""config.json of transformers' VideoMAE, read and written.
 
 Where LayerNorms get their eps from was read off transformers 5.23: layer_norm_eps for all but fc_norm and decoder.norm,
 which have PyTorch's default whatever the configuration says.
@@ -33,7 +33,7 @@ _DECODER_KEYS = {
 
 
 def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tuple[Any, str]]:
-    """Field of `MARConfig` -> (value, where it is said), by the configuration files.
+    """Field of `MARConfig` -> (value, where it is said), by config.json.
 
     Args:
         file: The file, with its configurations.
@@ -72,10 +72,6 @@ def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tu
             eps = config["layer_norm_eps"], origin
         if name != "bridge_eps" and parts.get(part_of(name) or "encoder", True):
             values[name] = eps
-    processor = file.configs.get("preprocessor_config.json", {})
-    for name, key in (("mean", "image_mean"), ("std", "image_std")):
-        if given is not None and key in processor:
-            values[name] = tuple(processor[key]), "preprocessor_config.json"
     return values
 
 
@@ -157,20 +153,3 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
         content["id2label"] = {str(i): name for i, name in enumerate(names)}
         content["label2id"] = {name: i for i, name in enumerate(names)}
     return content
-
-
-def preprocessor_json(config: MARConfig) -> dict[str, Any]:
-    """preprocessor_config.json, which keeps mean, std and size."""
-    height, width = config.image_size
-    return {
-        "image_processor_type": "VideoMAEImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": min(height, width)},
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
-    }

@@ -18,17 +18,21 @@ class Layout:
         table: How names begin: (ours, theirs). The first row that fits counts, N is a block's number, and a name that
             no row fits is the same in both.
         split_qkv: Query, key and value are three weights.
+        joint_bias: The biases of query, key and value are one, in encoder and pixel decoder too, as timm has them.
     """
 
     title: str
     table: tuple[tuple[str, str], ...] = ()
     split_qkv: bool = False
+    joint_bias: bool = False
 
     def theirs(self, ours: str) -> tuple[str, ...]:
         """The layout's name of one of our parameters; three where query, key and value make up ours, in this order."""
         names = [ours]
         if self.split_qkv and ours.endswith(".attn.qkv.weight"):
             names = [ours.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
+        if self.joint_bias and ours.endswith(BIASES):
+            names = [re.sub(r"[qv]_bias$", "qkv.bias", ours)]
         return tuple(_rename(name, self.table) for name in names)
 
     def ours(self, theirs: str) -> str | None:

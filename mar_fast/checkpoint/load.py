@@ -17,7 +17,7 @@ from .plan import Plan, Position, plan
 from .read import read
 from .repair import put_back, verdict
 from .report import LoadReport, Note, some
-from .sources import Checkpoint, convert, is_finite
+from .sources import NORMALISATION, Checkpoint, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
 
@@ -48,8 +48,8 @@ def from_pretrained(
     the checkpoint's pixel decoder, ready to be fine-tuned. ``classifier=None`` or ``decoder_depth=0`` leave a part out.
 
     Args:
-        source: A file (.pth, .pt, .bin, .pyth, .ckpt, .safetensors), a Hugging Face folder, a hub id (owner/name) or a
-            state dict. Pickled files are read with ``weights_only``.
+        source: A file (.pth, .pt, .bin, .pyth, .ckpt, .pkl, .tar, .safetensors), a Hugging Face folder, a hub id
+            (owner/name) or a state dict. Pickled files are read with ``weights_only``.
         position: For clips of another size (``num_frames``, ``image_size``) than the checkpoint's: "interpolate" its
             position table to the new grid, so that each place keeps the code that the weights learned to read, or make
             the table by the "formula" for the new grid, where the flat index of a place is another. None interpolates
@@ -58,7 +58,8 @@ def from_pretrained(
         allow_unknown: Of entries of the checkpoint that the model has no use for.
         allow_mismatched: Of tensors with another shape or no floating-point dtype; what they are for stays initial.
         allow_nonfinite: Of tensors that may hold NaN or infinity; they are read as they are.
-        model_key: Which envelope ("model", "model_ema", ...) to open, where a file has several.
+        model_key: Which envelope ("model", "model_ema", ...) to open, where a file has several or one that is not
+            known; "a.b" is the one called b inside a. What names begin with ("student") chooses among several models.
         revision: Of a hub id: a branch, a tag or a commit.
         biases_from: A source that still has the biases of query and value which ``source`` has lost, as files have that
             transformers 5.5 to 5.17 saved: they are put back where ``source`` has none, or zeros. Depth and width must
@@ -80,8 +81,8 @@ def from_pretrained(
         "allow_mismatched": _patterns("allow_mismatched", allow_mismatched),
         "allow_nonfinite": _patterns("allow_nonfinite", allow_nonfinite),
     }
-    checkpoint = convert(read(source, model_key, revision))
-    original = None if biases_from is None else convert(read(biases_from))
+    checkpoint = convert(read(source, model_key, revision), given=overrides)
+    original = None if biases_from is None else convert(read(biases_from), given=NORMALISATION)
     if original is not None:
         repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
     head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))
@@ -107,7 +108,7 @@ def from_pretrained(
         layout=checkpoint.layout.title,
         config=config,
         parameters=sum(math.prod(parameter.shape) for parameter in model.parameters()),
-        read=tuple(name for ours in values for name in checkpoint.layout.theirs(ours)),
+        read=tuple(dict.fromkeys(name for ours in values for name in checkpoint.layout.theirs(ours))),
         initial=tuple(Note(*item) for item in initial.items()),
         ignored=tuple(Note(*item) for item in ignored.items()),
         origins=tuple(Note(*item) for item in chosen.origins.items()),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import MARConfig, known_decoder_heads, known_heads
+from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
 from ..kernels import checks
 from .layouts import matters, part_of
 from .sources import FIELDS, PATCH_EMBED, TOKEN_0, Checkpoint, Said, say
@@ -64,7 +64,8 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     if "decoder" in unread:
         del said["decoder_depth"]
     grid_said = {"num_frames", "image_size"} <= said.keys()
-    for name, usual in (("num_frames", 16), ("image_size", (224, 224))):
+    usual_values = {"num_frames": 16, "image_size": (224, 224), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    for name, usual in usual_values.items():
         said.setdefault(name, (usual, "assumed: the file does not say"))
     grid, remarks = _position(checkpoint, said, grid_said, position, overrides)
     said["position_grid"] = grid, "the checkpoint's grid"

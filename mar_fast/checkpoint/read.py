@@ -4,28 +4,49 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import checks
+from . import processors
+from .report import some
 
-SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar", ".safetensors")
+"""How the names of checkpoint files end, in lower or upper case."""
 # What transformers calls its files.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_CONFIGS = ("config.json", "preprocessor_config.json")
+_CONFIGS = ("config.json", *processors.FILES)
 METADATA_KEY = "mar_fast.config"
 """In a safetensors file: the `MARConfig` as JSON, which makes a file of ours complete."""
 # The keys under which trainers put the weights, in the order in which they are looked for.
-_ENVELOPES = ("model", "module", "model_state", "state_dict", "model_ema", "model_ema_state")
+_ENVELOPES = (
+    "model", "module", "model_state", "model_state_dict", "state_dict",
+    "model_ema", "model_ema_state", "state_dict_ema", "ema_state_dict", "ema",
+)  # fmt: skip
 _DEEPEST = 4
 """Envelopes within envelopes that are opened: a damaged file may hold itself."""
-_PREFIXES = ("module.", "_orig_mod.")
+# What DDP, torch.compile, activation checkpointing, FSDP and Lightning's strategies put around a module is part of the
+# names of its tensors, in front or, where only parts were wrapped, in the middle.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module|_forward_module)\."
+)
+# Classes that a pickle may ask for, beside those of torch: plain values. Paths of another system have no class here.
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+for _module in ("pathlib", "pathlib._local"):
+    _PLAIN += [(PurePosixPath, f"{_module}.PosixPath"), (PureWindowsPath, f"{_module}.WindowsPath")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +57,16 @@ class File:
         where: The source, for messages.
         tensors: By name, without prefixes.
         non_tensors: Entries beside them, and their types.
-        remarks: Envelope and prefixes that were taken off.
-        configs: "config.json" and "preprocessor_config.json" of a Hugging Face folder, "mar_fast" of a file of ours,
-            "args" of VideoMAE's own; only those that are there.
+        groups: Keys under which more tensors lie, as ``model_key`` takes them.
+        remarks: Envelope and wrappers' names that were taken off.
+        configs: "config.json" and those of processors in a Hugging Face folder, "mar_fast" of a file of ours, "args" of
+            VideoMAE's own; only those that are there.
     """
 
     where: str
     tensors: dict[str, Tensor]
     non_tensors: dict[str, str]
+    groups: tuple[str, ...]
     remarks: tuple[str, ...]
     configs: dict[str, dict[str, Any]]
 
@@ -53,7 +76,8 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
 
     Args:
         source: As `from_pretrained` takes it.
-        model_key: The envelope to open, where a file has several.
+        model_key: The envelope to open, where a file has several or one that is not known: "ema", "weights.student".
+            What the names of a model inside another begin with counts as one.
         revision: Of a hub id.
 
     Raises:
@@ -66,7 +90,7 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
     path = Path(source).expanduser()
     where = str(path)
     hub_id = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-    if isinstance(source, str) and not path.exists() and re.fullmatch(hub_id, source) and path.suffix not in SUFFIXES:
+    if isinstance(source, str) and not path.exists() and re.fullmatch(hub_id, source) and not _named(path, *SUFFIXES):
         path, where = _fetch(source, revision), source
     elif revision is not None:
         raise checks.bad("revision", repr(revision), f"None: {path} is not a hub id")
@@ -132,17 +156,21 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Content, and the configurations inside the file."""
     if path.name.endswith(".index.json"):
         return _read_shards(path), {}
-    if path.suffix not in SUFFIXES:
+    if not _named(path, *SUFFIXES):
         raise checks.bad("source", repr(str(path)), f"a file that ends with {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise checks.bad(str(path), "an empty file", "a checkpoint")
-    if path.suffix == ".safetensors":
+    if _named(path, ".safetensors"):
         return _read_safetensors(path)
     content = _read_pickled(path)
     if not isinstance(content, Mapping):
         raise checks.bad_type(str(path), type(content).__name__, "a state dict, or a dict with one in it")
     arguments = content.get("args")
     return dict(content), {"args": vars(arguments)} if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _named(path: Path, *suffixes: str) -> bool:
+    return path.name.lower().endswith(suffixes)
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -183,12 +211,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, A
 def _read_pickled(path: Path) -> object:
     # The list of allowed classes is torch's own for the whole process: this context manager leaves it as it was.
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
-            accepted = "tensors, plain values and argparse.Namespace only: unpickling anything else can run code"
+            accepted = (
+                "tensors, plain values and argparse.Namespace only: unpickling anything else can run code; if you "
+                "trust the file, give the state dict in torch.load(file, weights_only=False) instead of the path"
+            )
             raise checks.bad(str(path), f"a pickle that asks for {foreign[1]}", accepted) from error
         raise checks.bad(str(path), "something that is no checkpoint of torch.save", "one") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
@@ -197,35 +228,48 @@ def _read_pickled(path: Path) -> object:
 
 
 def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs: dict[str, dict[str, Any]]) -> File:
-    """Open envelopes and take prefixes off."""
-    if model_key is not None and not _holds_tensors(content.get(model_key)):
-        accepted = f"one of {_envelopes(content) or 'none: the tensors stand bare'}"
-        raise checks.bad("model_key", repr(model_key), accepted)
+    """Open envelopes and take wrappers' names off."""
+    groups, path = dict(_groups(content)), ""
+    accepted = f"one of {some([repr(key) for key in groups], 6) or 'none: the tensors stand bare'}"
+    chosen = model_key if model_key in groups else None
     remarks: list[str] = []
-    while len(remarks) < _DEEPEST and (key := model_key or next(iter(_envelopes(content)), None)):
-        unread = ", ".join(repr(other) for other in _envelopes(content) if other != key)
+    while len(remarks) < _DEEPEST and (key := chosen or next((key for key in _ENVELOPES if key in groups), None)):
+        unread = ", ".join(repr(other) for other in _ENVELOPES if other in groups and other != key)
         remarks.append(f"weights read under {key!r}" + (f"; {unread} not read (model_key= chooses)" if unread else ""))
-        content, model_key = dict(content[key]), None
+        content, chosen, path = dict(groups[key]), None, f"{path}{key}."
+        groups = dict(_groups(content))
+        if key == model_key:
+            model_key = None
     tensors: dict[str, Tensor] = {}
     non_tensors: dict[str, str] = {}
     taken_off: set[str] = set()
     for entry, value in content.items():
-        name = str(entry)
-        while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
-            name = name.removeprefix(prefix)
-            taken_off.add(prefix)
+        name = _WRAPPERS.sub("", str(entry))
+        if model_key is not None and not name.startswith(f"{model_key}."):
+            continue
+        name = name.removeprefix(f"{model_key}.")
+        taken_off.update(_WRAPPERS.findall(str(entry)))
         if name in tensors or name in non_tensors:
-            raise checks.bad(where, f"{name} twice, with and without prefixes", "every name once")
+            raise checks.bad(where, f"{name} twice, with and without wrappers' names", "every name once")
         if isinstance(value, Tensor):
             tensors[name] = value.detach()
         else:
             non_tensors[name] = type(value).__name__
-    remarks += [f"prefix {prefix!r} taken off" for prefix in sorted(taken_off)]
-    return File(where=where, tensors=tensors, non_tensors=non_tensors, remarks=tuple(remarks), configs=configs)
-
-
-def _envelopes(content: Mapping[str, Any]) -> list[str]:
-    return [key for key in _ENVELOPES if _holds_tensors(content.get(key))]
+    if model_key is not None:
+        if not tensors:
+            raise checks.bad("model_key", repr(model_key), accepted)
+        remarks.append(f"only what begins with '{model_key}.' read, without that")
+    remarks += [f"{wrapper + '.'!r} taken off names" for wrapper in sorted(taken_off)]
+    if tensors.pop("n_averaged", None) is not None:
+        remarks.append("weights averaged by torch.optim.swa_utils.AveragedModel")
+    return File(
+        where=where,
+        tensors=tensors,
+        non_tensors=non_tensors,
+        groups=tuple(path + key for key in groups),
+        remarks=tuple(remarks),
+        configs=configs,
+    )
 
 
 def _holds_tensors(value: object, deepest: int = _DEEPEST) -> bool:
@@ -235,3 +279,12 @@ def _holds_tensors(value: object, deepest: int = _DEEPEST) -> bool:
         isinstance(item, Tensor) or (key in _ENVELOPES and deepest > 0 and _holds_tensors(item, deepest - 1))
         for key, item in value.items()
     )
+
+
+def _groups(content: Mapping[Any, Any], stem: str = "", deepest: int = _DEEPEST) -> Iterator[tuple[str, Any]]:
+    """Mappings that hold tensors, under known keys or not: their keys, joined by dots, and they themselves."""
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and deepest:
+            if _holds_tensors(value):
+                yield stem + key, value
+            yield from _groups(value, f"{stem}{key}.", deepest - 1)

@@ -4,7 +4,8 @@ What comes after this knows our names only; theirs are kept for messages.
 """
 
 import re
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor
 from ..config import MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
-from . import huggingface
+from . import huggingface, processors
 from .layouts import BIASES, EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, part_of
 from .read import File
+from .report import some
 
 FIELDS = tuple(item.name for item in fields(MARConfig))
+NORMALISATION = ("mean", "std")
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 TOKEN_0 = "token 0"
 """A linear classifier that reads token 0 after the last norm (no mean pooling), which no `MARConfig` expresses."""
@@ -71,34 +74,62 @@ class Checkpoint:
         return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
-def convert(file: File) -> Checkpoint:
+# The patch embedding's weight, of which each model has one, and what its names begin with inside another model.
+_INSIDE = re.compile(
+    r"(.+?)\.((videomae\.)?embeddings\.patch_embeddings\.projection|((backbone|encoder)\.)?patch_embed\.proj)\.weight"
+)
+
+
+def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
     """Recognise the source by its names, and convert.
+
+    Args:
+        file: As it was read.
+        given: Fields of `MARConfig` that the caller gives: with mean and std it does not matter what the file says.
 
     Raises:
         ValueError: no source that is known, or entries that contradict each other.
     """
 
-    def some(pattern: str) -> bool:
+    def has(pattern: str) -> bool:
         return any(re.match(pattern, name) for name in file.tensors)
 
     own = _own_config(file)
-    if some(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
+    if hugging_face := has(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
         checkpoint = _from_hugging_face(file)
-        checkpoint.own = own
-        return checkpoint
-    if some(r"backbone\.(patch_embed|blocks)\."):
+    elif has(r"backbone\.(patch_embed|blocks)\."):
         checkpoint = _from_mar(file)
-    elif some(r"encoder\.(patch_embed|blocks)\."):
-        checkpoint = _from_ours(file) if some(r"classifier\.") else _from_pretraining(file)
-    elif some(r"(patch_embed|blocks)\."):
+    elif has(r"encoder\.(patch_embed|blocks)\."):
+        checkpoint = _from_ours(file) if has(r"classifier\.") else _from_pretraining(file)
+    elif has(r"(patch_embed|blocks)\."):
         checkpoint = _from_fine_tuned(file)
     else:
+        # A module of Lightning, for example, has its model as an attribute, and may have other things beside it.
+        inside = [found[1] for name in file.tensors if (found := _INSIDE.fullmatch(name))]
+        if len(inside) == 1:
+            tensors = {name.removeprefix(f"{inside[0]}."): tensor for name, tensor in file.tensors.items()}
+            remarks = (*file.remarks, f"'{inside[0]}.' taken off names")
+            return convert(replace(file, tensors=tensors, remarks=remarks), given)
         first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
-        known = "MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
-        raise checks.bad(file.where, f"entries such as {first}", f"the names of {known}")
-    if own:
-        checkpoint.own, checkpoint.said = own, {}
+        known = "the names of MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
+        if keys := [repr(key) for key in (*inside, *file.groups)]:
+            known += f"; model_key= opens one of {some(keys, 6)}"
+        raise checks.bad(file.where, f"entries such as {first}", known)
+    checkpoint.own = own
+    if own and not hugging_face:
+        checkpoint.said = {}
+        return checkpoint
+    files = processors.found(file.where, file.configs)
+    if not set(NORMALISATION) <= {*given, *checkpoint.said}:
+        checkpoint.said = processors.normalisation(file.where, files, _channels(checkpoint)) | checkpoint.said
+    image_size, _ = (own | checkpoint.said).get("image_size", ((224, 224), ""))
+    checkpoint.remarks += processors.other_frames(files, image_size)
     return checkpoint
+
+
+def _channels(checkpoint: Checkpoint) -> int:
+    patch = checkpoint.tensors.get(PATCH_EMBED)
+    return patch.shape[1] if patch is not None and patch.ndim == 5 else 3
 
 
 def _from_ours(file: File) -> Checkpoint:
@@ -134,9 +165,8 @@ def _from_mar(file: File) -> Checkpoint:
     checkpoint = _renamed(file, MAR_LAYOUT)
     checkpoint.said |= say("MAR: always there", classifier="bridging", final_norm=True)
     checkpoint.unused["cls_head.mask_token"] = "nothing in MAR uses it"
-    patch = checkpoint.tensors.get(PATCH_EMBED)
-    channels = patch.shape[1] if patch is not None and patch.ndim == 5 else 3
-    for name in ("mean", "std"):
+    channels = _channels(checkpoint)
+    for name in NORMALISATION:
         if "mar_fast" in file.configs or name not in file.tensors:
             continue
         tensor = file.tensors[name]
@@ -211,9 +241,17 @@ def _renamed(file: File, layout: Layout) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     unused: dict[str, str] = {}
     unknown = {name: f"a {kind} and no tensor" for name, kind in file.non_tensors.items()}
+    joint = re.compile(r"(encoder|decoder)\.blocks\.\d+\.attn\.qkv\.bias")
+    layout = replace(layout, joint_bias=any(joint.fullmatch(layout.ours(name) or "") for name in file.tensors))
     for name, tensor in file.tensors.items():
         if (ours := layout.ours(name)) is None:
             unknown[name] = ""
+        elif joint.fullmatch(ours):
+            query, key, value = tensor.tensor_split(3) if tensor.ndim == 1 else (tensor,) * 3
+            stem = ours.removesuffix("qkv.bias")
+            tensors |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
+            if not is_finite(key):
+                unknown[name] = "its part for the key is not finite"
         else:
             tensors[ours] = tensor
     tables = {name: file.tensors[name] for name in _TABLES if name in file.tensors}

@@ -13,7 +13,7 @@ from ..config import MARConfig
 from ..files import may_write, write_whole, write_whole_folder
 from ..kernels import checks
 from ..model import MAR
-from . import huggingface
+from . import huggingface, processors
 from .layouts import EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, matters
 from .read import METADATA_KEY
 
@@ -79,7 +79,7 @@ def save_checkpoint(
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         content = {**huggingface.config_json(config, dtype, labels), "mar_fast": asdict(config)}
         _write_json(folder / "config.json", content)
-        _write_json(folder / "preprocessor_config.json", huggingface.preprocessor_json(config))
+        _write_json(folder / "preprocessor_config.json", processors.preprocessor_json(config))
         write_tensors(folder / "model.safetensors")
 
     write_whole_folder(path, write_folder)

@@ -10,6 +10,8 @@ import dataclasses
 import json
 import logging
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,12 +67,12 @@ def test_golden_file(tmp_path, percent):
     assert "weights read under 'model_state'" in report.remarks
 
 
-@pytest.mark.parametrize("file", ["a.pth", "a.pt", "a.bin", "a.ckpt", "a.safetensors"])
+@pytest.mark.parametrize("file", ["a.pt", "a.bin", "a.ckpt", "a.PTH", "a.pkl", "a.pth.tar", "a.SafeTensors"])
 def test_videomae_fine_tuned_v2(tmp_path, file):
     """fc_norm and head, as VideoMAE v2 has them, under "module", against the plain reference."""
     plain = random_weights(reference.MAR(small_config(**SMALL, **LINEAR)))
     state = fine_tuned_names(plain.state_dict())
-    if file.endswith("safetensors"):
+    if file.lower().endswith("safetensors"):
         save_file(state, tmp_path / file)
     else:
         torch.save({"module": state}, tmp_path / file)
@@ -81,31 +83,112 @@ def test_videomae_fine_tuned_v2(tmp_path, file):
         assert relative(model(clip()).logits, plain(clip()).logits) <= 1e-6
 
 
+def inside(state, wrapper):
+    """Names of a model of which each block, each patch embedding and each attention is wrapped."""
+    part = re.compile(r"((blocks\.\d|patch_embed|attn)\.)")
+    return {part.sub(rf"\1{wrapper}.", name): value for name, value in state.items()}
+
+
+def under(state, begin):
+    return {begin + name: value for name, value in state.items()}
+
+
+# content of a file, what the report must say
 ENVELOPES = {
-    "bare": lambda state: state,
-    **{key: (lambda state, key=key: {key: state, "epoch": 7, "best": torch.tensor(0.5)})
-       for key in ("model", "module", "model_state", "model_ema_state", "model_ema", "state_dict")},
-    "module. before names": lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
-    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
-    "both prefixes": lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
-    "args": lambda state: {"model": state, "args": argparse.Namespace(model="x", num_frames=6, input_size=224)},
-    "legacy": lambda state: {"model": state},
-    "deep": lambda state: {"state_dict": {"model": state}},
+    "bare": (lambda state: state, ""),
+    **{key: (lambda state, key=key: {key: state, "epoch": 7, "best": torch.tensor(0.5)}, f"read under '{key}'")
+       for key in ("model", "module", "model_state", "model_state_dict", "model_ema_state", "model_ema", "state_dict",
+                   "state_dict_ema", "ema_state_dict", "ema")},
+    "DDP": (lambda state: {"model": under(state, "module.")}, "'module.' taken off"),
+    "compiled": (lambda state: under(state, "_orig_mod."), "'_orig_mod.' taken off"),
+    "DDP of a compiled model": (lambda state: under(state, "module._orig_mod."), "'module.' taken off"),
+    "compiled blocks": (lambda state: {"model": inside(state, "_orig_mod")}, "'_orig_mod.' taken off"),
+    "compiled blocks in DDP": (lambda state: under(inside(state, "_orig_mod"), "module."), "'module.' taken off"),
+    "checkpointed compiled blocks": (
+        lambda state: inside(state, "_checkpoint_wrapped_module._orig_mod"), "'_checkpoint_wrapped_module.' taken off",
+    ),
+    "FSDP": (
+        lambda state: under(inside(state, "_fsdp_wrapped_module"), "_fsdp_wrapped_module."), "'_fsdp_wrapped_module.'",
+    ),
+    "DeepSpeed by Lightning": (lambda state: {"module": under(state, "_forward_module.model.")}, "'_forward_module.'"),
+    "DeepSpeed": (lambda state: {"module": state, "param_shapes": [{"a": torch.Size([2])}]}, "'module'"),
+    "AveragedModel": (lambda state: {"n_averaged": torch.tensor(3), **under(state, "module.")}, "AveragedModel"),
+    "Lightning": (lambda state: {"state_dict": under(state, "net.model."), "loops": {}}, "'net.model.' taken off"),
+    "args": (lambda state: {"model": state, "args": argparse.Namespace(model="x", num_frames=6, input_size=224)}, ""),
+    "legacy": (lambda state: {"model": state}, ""),
+    "deep": (lambda state: {"state_dict": {"model": state}}, "read under 'state_dict'"),
+    "plain values": (
+        lambda state: {"model": state, "best": np.float32(0.5), "at": [np.int64(3), np.bool_(1)], "out": Path("a")}, "",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("envelope", ENVELOPES)
 def test_envelopes(tmp_path, envelope):
     model = small_model(**PRETRAINING)
-    content = ENVELOPES[envelope](model.state_dict())
+    wrap, said = ENVELOPES[envelope]
+    content = wrap(model.state_dict())
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=envelope != "legacy")
     before = set(torch.serialization.get_safe_globals())
     for source in (tmp_path / "a.pth", content):
         back = from_pretrained(source, decoder_num_heads=3, **TOLD)
-        assert same_weights(back, model)
+        assert same_weights(back, model) and not back.load_report.ignored
+        assert any(said in remark for remark in ["", *back.load_report.remarks])
     assert set(torch.serialization.get_safe_globals()) == before and argparse.Namespace not in before
-    if "module." in envelope or "prefix" in envelope:
-        assert any("prefix 'module.' taken off" in remark for remark in back.load_report.remarks)
+
+
+# content of a file with two models, the key of the second; the error names them all where none is the usual one
+CHOICES = {
+    "unknown keys": (lambda one, two: {"student": one, "teacher": two, "epoch": 1}, "teacher", "'student', 'teacher'"),
+    "inside one": (lambda one, two: {"nets": {"a": one, "b": two}}, "nets.b", "'nets.a', 'nets.b'"),
+    "inside a known one": (lambda one, two: {"state_dict": {"b": two}}, "state_dict.b", "'state_dict.b'"),
+    "two models in one": (
+        lambda one, two: {"state_dict": {**under(one, "module.net."), **under(two, "module.ema_net.module.")}},
+        "ema_net",
+        "'net', 'ema_net'",
+    ),
+    "beside a loss": (
+        lambda _, two: {**under(two, "net."), "loss.scale": torch.ones(1)},
+        "net",
+        "1 unknown .loss.scale",
+    ),
+    "the usual one": (lambda one, two: {"model": two, "teacher": one}, None, ""),
+    "beside the usual one": (lambda one, two: {"model": one, "teacher": two}, "teacher", ""),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_model_key(case):
+    wrap, key, listed = CHOICES[case]
+    one, two = small_model(**PRETRAINING), small_model(seed=2, **PRETRAINING)
+    content, told = wrap(one.state_dict(), two.state_dict()), dict(decoder_num_heads=3, **TOLD)
+    assert same_weights(from_pretrained(content, model_key=key, **told), two)
+    if listed:
+        with pytest.raises(ValueError, match=listed if "unknown" in listed else f"model_key= opens one of {listed}"):
+            from_pretrained(content, **told)
+
+
+def test_joint_biases():
+    """timm has one bias for query, key and value; that of the key is without effect."""
+    model = small_model(**PRETRAINING)
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith("q_bias")]:
+        query, value = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
+        state[name.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.randn(len(query)), value])
+    told = dict(decoder_num_heads=3, **TOLD)
+    back = from_pretrained(state, **told)
+    assert same_weights(back, model) and set(back.load_report.read) == set(state)
+    name = "encoder.blocks.1.attn.qkv.bias"
+    for damaged, message in (
+        (state[name][:-3], r"blocks.1.attn.qkv.bias: got shape \(95,\), expected \(96,\)"),
+        (torch.ones(()), r"blocks.1.attn.qkv.bias: got shape \(\), expected \(96,\)"),
+        (state[name].where(torch.arange(288) != 100, torch.nan), "blocks.1.attn.qkv.bias .its part for the key is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_pretrained({**state, name: damaged}, **told)
+    del state[name]
+    with pytest.raises(ValueError, match=r"missing \(encoder.blocks.1.attn.qkv.bias"):
+        from_pretrained(state, **told)
 
 
 def test_two_sets_of_weights(tmp_path):

@@ -162,7 +162,7 @@ DAMAGE = {
     "beyond float32": (
         "ours", change("encoder.norm.weight", lambda w: w.double() * 1e60), r"with NaN or infinity \(encoder.norm.weight\)",
     ),
-    "name twice": ("mar", add(module__mask_token=torch.zeros(1, 1, 48)), "got mask_token twice, with and without prefixes"),
+    "name twice": ("mar", add(module__mask_token=torch.zeros(1, 1, 48)), "got mask_token twice, with and without wrappers"),
     "nothing": ("mar", dict.clear, "state dict: got entries such as no tensors, expected the names of MAR"),
     "another model": ("mar", lambda state: (state.clear(), state.update({"conv1.weight": torch.ones(2)})), "such as conv1.weight"),
     "mean of four": ("mar", add(mean=torch.ones(4)), r"mean: got torch.float32 of shape \(4,\), expected 3 floating-point"),
@@ -332,7 +332,7 @@ FILES = {
     ),
     "another kind of file": (lambda folder: rewritten(pth(folder).rename(folder / "a.txt"), bytes), ValueError, "ends with .pth"),
     "a module": (
-        lambda folder: pickled(folder, {"model": torch.nn.Linear(2, 2)}), ValueError, "a pickle that asks for torch.nn.modules",
+        lambda folder: pickled(folder, {"model": torch.nn.Linear(2, 2)}), ValueError, r"a pickle that asks for torch.nn.modules.*weights_only=False",
     ),
     "a list": (lambda folder: pickled(folder, [torch.ones(2)]), TypeError, "got list, expected a state dict"),
     "a tensor": (lambda folder: pickled(folder, torch.ones(2)), TypeError, "got Tensor, expected a state dict"),

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
+import numpy as np
 import torch
 from checkpoint_cases import FRAMES, LINEAR, PRETRAINING, SIZE, clip, same_weights, small_model
 from helpers import relative
@@ -126,6 +127,135 @@ def test_writing(tmp_path, case):
     assert from_pretrained(path).config.mean == (0.4, 0.5, 0.6)
 
 
+USUAL = dict(
+    image_processor_type="VideoMAEImageProcessor", do_resize=True, size={"shortest_edge": 32}, do_center_crop=True,
+    crop_size={"height": 32, "width": 64}, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+    image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=2,
+)  # fmt: skip
+IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
+# Changes of the usual settings, and what the report says of them.
+SETTINGS = {
+    "as usual": ({}, ""),
+    "other numbers": (dict(image_mean=[0.1, 0, 1], image_std=[2, 0.5, 0.3]), ""),
+    "not normalised": (dict(do_normalize=False), "do_normalize false"),
+    "not rescaled": (dict(do_rescale=False), "do_rescale false"),
+    "as they are": (dict(do_rescale=False, do_normalize=False), "do_rescale false, do_normalize false"),
+    "not rescaled, by bytes": (dict(do_rescale=False, image_mean=[123.7, 116, 103], image_std=[58.4, 57, 57.4]), ""),
+    "to -1 .. 1": (dict(image_mean=1.0, image_std=1.0, rescale_factor=1 / 127.5), "rescale_factor 0.0078"),
+    "rescaled only": (dict(do_normalize=False, rescale_factor=0.5), "rescale_factor 0.5, do_normalize false"),
+    "one number": (dict(image_mean=0, image_std=0.5), ""),
+    "null": (dict(image_mean=None, image_std=None, do_normalize=None), "do_normalize false"),
+    "factor of null": (dict(rescale_factor=None, do_rescale=None), "do_rescale false"),
+    "left out": (dict.fromkeys(USUAL, ...), "image_mean by default, image_std by default"),
+    "mean left out": (dict(image_mean=..., image_std=1), "image_mean by default"),
+}
+
+
+def with_settings(folder, **files):
+    """A model of transformers, and a folder of it with files of settings; what is ... is left out."""
+    theirs = their_model("VideoMAEForVideoClassification")
+    saved(folder, theirs)
+    for name, settings in files.items():
+        (folder / f"{name}.json").write_text(json.dumps({key: it for key, it in settings.items() if it is not ...}))
+    return theirs
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_processor_settings(tmp_path, case):
+    """Clips of uint8 give transformers' logits of what its processor makes of them."""
+    from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
+
+    changes, said = SETTINGS[case]
+    settings = {name: value for name, value in {**USUAL, **changes}.items() if value is not ...}
+    frames = torch.randint(256, (2, FRAMES, 3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    for file, content in (
+        (IMAGE, settings),
+        (VIDEO, settings),
+        (BOTH, {"image_processor": settings}),
+        (BOTH, {"video_processor": settings}),
+    ):
+        folder = tmp_path / f"{file}{len(list(tmp_path.iterdir()))}"
+        theirs = with_settings(folder, **{file.removesuffix(".json"): content})
+        if file == IMAGE:
+            processor = VideoMAEImageProcessorPil.from_pretrained(folder, do_resize=False, do_center_crop=False)
+            pixels = torch.tensor(np.array(processor([list(clip.numpy()) for clip in frames])["pixel_values"]))
+            pixels = pixels.float()
+        ours = from_pretrained(folder)
+        with torch.no_grad():
+            want = theirs(pixels).logits
+            assert relative(ours(frames.transpose(1, 2)).logits, want) <= 1e-5
+        origin = dict(ours.load_report.origins)["mean"]
+        assert origin.startswith(file) and said in origin
+        if case == "as usual":
+            assert not any("carried" in remark for remark in ours.load_report.remarks)
+            assert ours.config.mean == tuple(USUAL["image_mean"])  # the very same numbers
+
+
+REFUSED = {
+    "do_rescale": dict(do_rescale="no"),
+    "do_normalize": dict(do_normalize=2),
+    "rescale_factor, null": dict(rescale_factor=None),
+    "rescale_factor": dict(rescale_factor=0),
+    "rescale_factor, a list": dict(rescale_factor=[1 / 255] * 3),
+    "image_mean": dict(image_mean=[0.5, 0.5]),
+    "image_mean, a word": dict(image_mean="imagenet"),
+    "image_mean, not a number": dict(image_mean=[0.5, float("nan"), 0.5]),
+    "image_std": dict(image_std=[0.5, 0.5, 0]),
+    "image_std, negative": dict(image_std=-1),
+    "image_mean, of another processor": dict(image_mean=..., image_processor_type="ViTImageProcessor"),
+    "image_std, null": dict(image_std=None),
+    "offset": dict(image_processor_type="VivitImageProcessor", offset=True),
+    "offset, by default": dict(image_processor_type="VivitImageProcessor"),
+    "do_flip_channel_order": dict(image_processor_type="MobileViTImageProcessor", do_flip_channel_order=True),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_processor_settings_refused(tmp_path, case):
+    with_settings(tmp_path / "a", preprocessor_config={**USUAL, **REFUSED[case]})
+    name = case.split(",")[0]
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json, {name}: got .*expected .*or give mean= and std="):
+        from_pretrained(tmp_path / "a")
+    given = from_pretrained(tmp_path / "a", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert dict(given.load_report.origins)["std"] == "given" and given.config.std == (0.5, 0.5, 0.5)
+
+
+def test_files_of_processors(tmp_path):
+    """The nested file goes first, as for transformers; two processors that do not agree are refused."""
+    other = dict(USUAL, image_mean=0.25)
+    with_settings(tmp_path / "bare", tokenizer_config={})
+    assert dict(from_pretrained(tmp_path / "bare").load_report.origins)["mean"] == "assumed: the file does not say"
+    for name, files in {
+        "nested": dict(
+            processor_config={"image_processor": other, "video_processor": other}, preprocessor_config=USUAL
+        ),
+        "legacy": dict(processor_config={"processor_class": "A"}, preprocessor_config=other),
+        "both": dict(video_preprocessor_config=other, preprocessor_config=other),
+    }.items():
+        with_settings(tmp_path / name, **files)
+        assert from_pretrained(tmp_path / name).config.mean == (0.25, 0.25, 0.25)
+    with_settings(tmp_path / "apart", video_preprocessor_config=other, preprocessor_config=USUAL)
+    with pytest.raises(ValueError, match=r"image_mean and image_std: got mean .*0.485.* but mean .*by video_preproc"):
+        from_pretrained(tmp_path / "apart")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(resample=3), "resample 3"),
+        (dict(size={"height": 32, "width": 32}), "size {'height': 32, 'width': 32}"),
+        (dict(size=32), ""),
+        (dict(crop_size=224), "crop_size {'height': 224, 'width': 224}"),
+        (dict(do_resize=False, do_center_crop=False), "do_resize False, do_center_crop False"),
+    ],
+)
+def test_other_frames_are_remarked(tmp_path, changes, said):
+    with_settings(tmp_path / "a", preprocessor_config={**USUAL, **changes})
+    remarks = [remark for remark in from_pretrained(tmp_path / "a").load_report.remarks if "not carried over" in remark]
+    assert len(remarks) == bool(said)
+    assert not said or f"by preprocessor_config.json: {said}; the reader of videos" in remarks[0]
+
+
 def test_there_and_back(tmp_path):
     """transformers to ours to transformers: the same tensors under the same names."""
     theirs = their_model("VideoMAEForVideoClassification", layer_norm_eps=1e-12)
@@ -235,10 +365,11 @@ def test_hub_id(tmp_path, monkeypatch, form):
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     if form == "bin":
         (folder / "model.safetensors").unlink()
+    (folder / "processor_config.json").write_text('{"image_processor": {"image_mean": 0.25}}')
     hub = StandIn(folder)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     model = from_pretrained("owner/some-model", revision="v1")
-    assert model.load_report.source == "owner/some-model"
+    assert model.load_report.source == "owner/some-model" and model.config.mean == (0.25,) * 3
     assert all(call[:2] == ("owner/some-model", "v1") for call in hub.calls)
     assert len(hub.calls) == (2 if form == "bin" else 1)
     assert (tmp_path / "cache/pytorch_model.bin").exists() == (form == "bin")  # weights are fetched once

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mar_fast import kernels
+from mar_fast.kernels import device
 
 pytestmark = pytest.mark.interpreter
 every_op = pytest.mark.parametrize("name", OPS)
@@ -37,6 +38,29 @@ def test_a_dispatch_mode_sees_the_op(name):
     assert all(torch.equal(*pair) for pair in zip(outputs, plain, strict=True))
     for key, gradient in gradients.items():
         assert gradient is None or torch.equal(gradient, plain_gradients[key])
+
+
+@pytest.mark.skipif(not device.INTERPRETING, reason="bfloat16 is right on a GPU")
+@every_op
+def test_bfloat16_is_refused(name, poisoned):
+    op, operands = call(name)
+    half = {
+        key: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in operands.items()
+    }
+    with pytest.raises(RuntimeError, match=r"got bfloat16, expected float32 or float16 with TRITON_INTERPRET=1"):
+        op(**half)
+    with kernels.use_backend("eager"):
+        op(**half)
+    poisoned.allocated = None
+
+
+@pytest.mark.skipif(not device.INTERPRETING, reason="bfloat16 is right on a GPU")
+def test_autocast_to_bfloat16_is_refused(poisoned):
+    qkv = torch.randn(1, 4, 3, 2, 32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="got bfloat16"):
+        kernels.attention(qkv)
+    poisoned.allocated = None
 
 
 @pytest.mark.compiles

@@ -171,6 +171,7 @@ def test_add_layer_norm_of_packed_tokens(dtype):
     check("add_layer_norm", plain_norm, operands | {name: operands[name][:, 0] for name in ("x", "residual")})
 
 
+@pytest.mark.usefixtures("bfloat16_too")
 def test_residual_keeps_float32():
     """An x in bfloat16, as autocast makes it, is added to a float32 residual without rounding it."""
     operands = norm_operands(torch.float32, without=("layer_scale", "row_scale"))  # which would be float32 themselves
@@ -186,6 +187,7 @@ def test_bias_gelu(shape, dtype):
     assert out.dtype == dtype
 
 
+@pytest.mark.usefixtures("bfloat16_too")
 def test_bias_gelu_keeps_xs_dtype():
     x, bias = gelu_operands(torch.bfloat16).values()
     (out,) = check("bias_gelu", plain_gelu, dict(x=x, bias=bias.float()))

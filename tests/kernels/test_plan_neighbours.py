@@ -244,6 +244,7 @@ def test_their_number_is_bounded(name, monkeypatch):
         assert len(out.grad_fn.planned.backward) <= 3
 
 
+@pytest.mark.usefixtures("bfloat16_too")
 @every_op
 def test_a_plan_keeps_no_tensor(name):
     """Neither operands nor results nor gradients are held by what is kept."""

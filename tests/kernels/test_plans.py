@@ -175,6 +175,7 @@ MODES = {
 }
 
 
+@pytest.mark.usefixtures("bfloat16_too")
 @every_op
 def test_modes_one_after_the_other(name):
     """Outputs are those of this mode: dtype, whether they require gradients, whether they are inference tensors."""
