@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import attention, checks
+from ..layers import own_forward
 from .forward import accelerated_class, grid_of, is_accelerated, swap_class
-from .layers import State, own_forward
+from .layers import State
 
 _NAMES = ("VideoMAEModel", "VideoMAEForVideoClassification", "VideoMAEForPreTraining")
 _KEEP = (0.25, 0.5, 0.75, 1.0)

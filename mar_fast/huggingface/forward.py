@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD
 from ..kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from ..layers import norm
+from ..layers import norm, plain_projection, total, unhooked, untouched
 from ..masking import TokenMask, cell_running
-from .layers import State, run_layers, total, unhooked, untouched
+from .layers import State, own_code, run_layers
 
 # Arguments that transformers passes to every model and that change nothing here.
 _WITHOUT_EFFECT = ("return_dict", "num_items_in_batch", "use_cache")
@@ -109,7 +109,7 @@ class _ForPreTraining(_Accelerated):
         what = _fallback(model, kwargs)
         if not (is_accelerated(encoder) and "forward" not in vars(encoder) and unhooked(encoder)):
             what = what or "a changed or hooked videomae"
-        if not (untouched(decoder) and untouched(decoder.norm, nn.LayerNorm, True)):
+        if not (own_code(decoder) and untouched(decoder.norm, nn.LayerNorm, True)):
             what = what or "a changed or hooked decoder"
         if config.num_channels != 3 and not config.norm_pix_loss:
             what = what or "clips without three colours where norm_pix_loss is off"
@@ -122,7 +122,7 @@ class _ForPreTraining(_Accelerated):
         pos_embed = state.table("decoder", model.position_embeddings, pixel_values.device)
         x = scatter_tokens(features, mask.keep_idx, model.mask_token.flatten(), pos_embed)
         x, residual = run_layers(decoder.decoder_layers, state, x, mask.drop_idx)
-        logits = decoder.head(norm(decoder.norm, x, residual)[0])
+        logits = decoder.head(norm(state, decoder.norm, x, residual)[0])
         colours = config.num_channels == 3
         loss = masked_patch_loss(
             logits,
@@ -191,7 +191,7 @@ def _as_asked(model: Any, output: Any, kwargs: dict[str, Any]) -> Any:
 def grid_of(model: Any, frames: int) -> tuple[int, int, int]:
     """(T', H', W'), the tubelets along each axis of a clip of ``frames`` frames."""
     embeddings = model.embeddings.patch_embeddings
-    _, height, width = embeddings.projection.kernel_size
+    height, width = embeddings.patch_size
     return frames // embeddings.tubelet_size, embeddings.image_size[0] // height, embeddings.image_size[1] // width
 
 
@@ -236,24 +236,21 @@ def _encode(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D), through VideoMAEModel ``model``."""
     state = model._mar_fast
     x, residual = _embed(model, pixel_values, mask), None
-    if untouched(model.encoder):
+    if own_code(model.encoder):
         x, residual = run_layers(model.encoder.layer, state, x)
     else:
         state.warn_once("a changed or hooked encoder")
         x = model.encoder(x).last_hidden_state
     if model.layernorm is None:
         return total(x, residual)
-    if untouched(model.layernorm, nn.LayerNorm, True):
-        return norm(model.layernorm, x, residual)[0]
-    normed: Tensor = model.layernorm(total(x, residual))
-    return normed
+    return norm(state, model.layernorm, x, residual)[0]
 
 
 def _embed(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D): the embedded visible tubelets, with positions."""
     embeddings = model.embeddings
     projection = embeddings.patch_embeddings.projection
-    plain = untouched(embeddings) and untouched(embeddings.patch_embeddings) and untouched(projection, nn.Conv3d, True)
+    plain = own_code(embeddings) and own_code(embeddings.patch_embeddings) and plain_projection(projection)
     if plain:
         # A convolution ignores what is left over at the edges; gather_patch_embed takes whole patches only.
         sides = (pixel_values.shape[1], *pixel_values.shape[3:])
