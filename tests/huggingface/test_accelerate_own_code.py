@@ -41,7 +41,7 @@ OWN = {
     ),
     "a projection of other strides": (
         MODEL,
-        lambda model: vars(model.embeddings.patch_embeddings.projection).update(stride=(2, 32, 8)), {}, "embeddings",
+        lambda model: vars(model.embeddings.patch_embeddings.projection).update(stride=(2, 16, 14)), {}, "embeddings",
     ),
     "a wrapped projection, in pre-training": (
         PRETRAINING, lambda model: wrap(model.videomae.embeddings.patch_embeddings, "projection"), {}, "embeddings",

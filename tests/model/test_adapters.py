@@ -140,7 +140,7 @@ def test_floating_point_clips_and_another_stride():
         for model, factor in ((changed, 0), (plain, 1)):
             model.encoder.blocks[0].attn.q_bias.mul_(factor)
             model.encoder.blocks[0].attn.v_bias.mul_(factor)
-        changed.encoder.patch_embed.proj.stride = (2, 8, 8)
+        changed.encoder.patch_embed.proj.stride = (2, 16, 14)
     with pytest.warns(UserWarning, match="a patch embedding"):
         changed(CLIPS)
     changed.encoder.patch_embed.proj.stride = (2, 16, 16)
