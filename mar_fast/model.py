@@ -115,8 +115,9 @@ class PatchEmbed(Fused):
             centre, spread = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (mean, std))
             video = (video.float() / 255 - centre) / spread
         tokens = proj(like_weight(video, proj)).flatten(2).transpose(1, 2)  # (B, L, D)
-        tokens = take(tokens, keep_idx) if clip_idx is None else tokens[clip_idx, keep_idx]
-        return (tokens + pos_embed[keep_idx]).to(tokens.dtype)
+        index = keep_idx.long()
+        tokens = take(tokens, index) if clip_idx is None else tokens[clip_idx.long(), index]
+        return (tokens + pos_embed[index]).to(tokens.dtype)
 
 
 class Encoder(Fused):
