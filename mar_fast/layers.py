@@ -51,7 +51,7 @@ class Fallbacks:
         _warn_once(self, what)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _warn_once(fallbacks: Fallbacks, what: str) -> bool:
     """Under torch.compile it runs while the graph is traced, and is no part of it."""
     if what not in fallbacks._warned:
@@ -108,17 +108,13 @@ def put_back(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def unhooked(module: nn.Module) -> bool:
     """Whether ``module`` has no hooks, of its own or of all modules, but those that only record."""
     own = module.__dict__
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        before = own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
-        if not _only_record(*before, own["_forward_hooks"]):
-            return False
-    if hooks._global_forward_pre_hooks or hooks._global_forward_hooks or hooks._global_backward_hooks:
-        every = hooks._global_forward_pre_hooks, hooks._global_forward_hooks, hooks._global_backward_hooks
-        return _only_record(*every)
-    return not hooks._global_backward_pre_hooks
-
-
-def _only_record(*found: dict[int, Callable[..., object]]) -> bool:
+    found = (
+        *(own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]),
+        *(hooks._global_forward_pre_hooks, hooks._global_forward_hooks),
+        *(hooks._global_backward_pre_hooks, hooks._global_backward_hooks),
+    )
+    if not any(found):
+        return True
     return all(getattr(hook, "__module__", None) in _RECORDERS for some in found for hook in some.values())
 
 

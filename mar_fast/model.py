@@ -216,7 +216,11 @@ def classify(classifier: BridgingClassifier | LinearClassifier, pooled: Tensor, 
 
 
 class MAR(nn.Module):
-    """Masked action recognition: a video transformer that sees, and computes, a part of the clip only."""
+    """Masked action recognition: a video transformer that sees, and computes, a part of the clip only.
+
+    Layers with hooks, adapters (LoRA), parametrizations, quantised weights or another forward are called as they are,
+    unfused, and one warning says so.
+    """
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()

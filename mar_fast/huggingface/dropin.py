@@ -67,6 +67,8 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
                 "with another forward" if kind in _classes() else "in place of VideoMAEModel"
             )
             accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
+            if hasattr(part, "_hf_hook"):  # the forward of accelerate, the library
+                accepted = "transformers' own: device_map has replaced it, so load within mar_fast.patch_transformers()"
             raise checks.bad("model", got, accepted)
     tokens = encoder.embeddings.position_embeddings.shape[1]
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):

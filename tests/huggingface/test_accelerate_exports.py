@@ -1,4 +1,4 @@
-"""Exports of accelerated models: what transformers' own model exports, the accelerated one does, with the same values."""
+"""Exports of accelerated models: what transformers' own model exports, the accelerated one does, same values."""
 
 import io
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import pytest
+import torch
 from test_accelerate import all_kinds, check_same, pair
 from test_accelerate_rules import CLASSIFIER, MODEL, PRETRAINING
 
@@ -69,6 +70,22 @@ def test_bf16_training_with_accelerate():
         mar_fast.restore(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))(**arguments).loss.backward()
     finally:
         accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_offloading_by_device_map(tmp_path):
+    """Its hooks replace forwards as the model is loaded: what the error advises works."""
+    pytest.importorskip("accelerate")
+    plain, _, arguments = pair(CLASSIFIER)
+    plain.eval().save_pretrained(tmp_path)
+    places = {"videomae": "disk", "fc_norm": "cpu", "classifier": "cpu"}
+    load = functools.partial(type(plain).from_pretrained, tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    with pytest.raises(ValueError, match=r"device_map has replaced it, so load within mar_fast.patch_transformers\(\)"):
+        mar_fast.accelerate(load())
+    with mar_fast.patch_transformers():
+        loaded = load()
+    assert is_accelerated(loaded.videomae)
+    with torch.no_grad(), pytest.warns(UserWarning, match="transformers' own code runs"):  # what is on the disk
+        check_same(plain(**arguments), loaded(**arguments), 1e-5)
 
 
 @pytest.mark.parametrize("case", [CLASSIFIER, PRETRAINING], ids=["classifier", "pretraining"])
