@@ -148,9 +148,9 @@ def gather_tubelets(video: Tensor, index: Tensor, patch_size: Triple, clip_idx: 
 
     With ``clip_idx`` (total,) and an index (total,) the result is (total, C, t, h, w).
     """
-    grid = tubelets(video, patch_size)
+    grid, index = tubelets(video, patch_size), index.long()  # ONNX takes int64 only
     rows, columns = grid.shape[2:4]
-    clip = torch.arange(video.shape[0], device=video.device)[:, None] if clip_idx is None else clip_idx
+    clip = torch.arange(video.shape[0], device=video.device)[:, None] if clip_idx is None else clip_idx.long()
     return grid[clip, index // (rows * columns), index // columns % rows, index % columns]
 
 
@@ -174,4 +174,4 @@ def eager_gather_patch_embed(
             patches = (patches - centre) / spread
     patches = patches.flatten(-4).to(weight.dtype)
     # Embedding and position are added in float32 at least, whatever the dtype of the weights.
-    return (F.linear(patches, weight.flatten(1), bias) + pos_embed[keep_idx]).to(weight.dtype)
+    return (F.linear(patches, weight.flatten(1), bias) + pos_embed[keep_idx.long()]).to(weight.dtype)

@@ -114,7 +114,10 @@ def compile_for_inference(
             settings["triton.cudagraphs"] = True
         else:
             _need_compiler()
-            settings |= {"freezing": True, "freezing_discard_parameters": True}
+            # Freed parameters fail the guard that dynamo sets on one that two modules share.
+            parameters = list(model.named_parameters(remove_duplicate=False))
+            shared = len(parameters) > len(list(model.parameters()))
+            settings |= {"freezing": True, "freezing_discard_parameters": not shared}
         compiler = functools.partial(_by_inductor, settings)
     begin = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():

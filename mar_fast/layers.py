@@ -5,17 +5,131 @@ numbers of tokens these are packed, (total, D) and not (B, N, D), and `Segments`
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as hooks
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
 from .kernels.derived import Derived
 from .token_mask import Segments
+
+# Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+# Hooks of these only record which modules run, or hidden states that transformers was once asked for.
+_RECORDERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
+CHANGED = "layers with hooks or changed parts"
+
+
+class Fallbacks:
+    """Warns once of each sort of layer that a fused op cannot stand for. A copy or a pickle has not warned yet."""
+
+    runner: ClassVar[str] = "each module's own code"
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def __reduce__(self) -> tuple[type["Fallbacks"], tuple[()]]:
+        return type(self), ()
+
+    def fuses(self, layer: nn.Module, kind: type[nn.Module], needs_bias: bool = True) -> bool:
+        """Whether ``layer`` is `untouched`; if not, a warning says once that such layers run by their own code."""
+        if untouched(layer, kind, needs_bias):
+            return True
+        self.warn_once(CHANGED)
+        return False
+
+    def warn_once(self, what: str) -> None:
+        """Warn the first time that ``what`` runs by its own code."""
+        _warn_once(self, what)
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(fallbacks: Fallbacks, what: str) -> bool:
+    """Under torch.compile it runs while the graph is traced, and is no part of it."""
+    if what not in fallbacks._warned:
+        fallbacks._warned.add(what)
+        warnings.warn(f"mar_fast: {fallbacks.runner} runs {what}", stacklevel=4)
+    return True
+
+
+class Fused(nn.Module):
+    """A module that hands weights of its layers to fused ops, where `untouched` allows that; `MAR` shares Fallbacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fallbacks = Fallbacks()
+
+
+def untouched(module: nn.Module, kind: type[nn.Module], needs_bias: bool = False) -> bool:
+    """Whether calling ``module`` does what ``kind`` does with its weight and bias, which then can be used without it.
+
+    It does not with hooks, adapters, parametrizations, another forward, or quantised or sharded weights. Every layer
+    asks this in every call: attribute reads only.
+    """
+    if type(module) is not kind or not own_forward(module) or not unhooked(module):
+        return False
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if weight is not None and type(weight) not in _PLAIN_TENSORS:
+        return False
+    return not needs_bias if bias is None else type(bias) in _PLAIN_TENSORS
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` has the forward that its class was written with."""
+    kind = type(module)
+    forward = kind.forward
+    home = getattr(forward, "__globals__", {}).get("__name__", "")  # functools.wraps changes __module__, not this
+    if home != kind.__module__:
+        # A decorator of the library's own is part of the class.
+        library = kind.__module__.partition(".")[0]
+        if getattr(forward, "__module__", None) != kind.__module__ or home.partition(".")[0] != library:
+            return False
+    return "forward" not in module.__dict__ or put_back(module, kind)
+
+
+def put_back(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the forward in the instance is that of one of ``kinds``, as ``model.forward = model.forward`` leaves it.
+
+    Exporters and accelerate's ``unwrap_model`` do that after they replaced it for a while.
+    """
+    forward = module.__dict__.get("forward")
+    own = any(getattr(forward, "__func__", None) is kind.forward for kind in kinds)
+    return own and getattr(forward, "__self__", None) is module
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether ``module`` has no hooks, of its own or of all modules, but those that only record."""
+    own = module.__dict__
+    found = (
+        *(own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]),
+        *(hooks._global_forward_pre_hooks, hooks._global_forward_hooks),
+        *(hooks._global_backward_pre_hooks, hooks._global_backward_hooks),
+    )
+    if not any(found):
+        return True
+    return all(getattr(hook, "__module__", None) in _RECORDERS for some in found for hook in some.values())
+
+
+def plain_projection(module: nn.Module) -> bool:
+    """Whether ``module`` is an `untouched` convolution over whole patches: what gather_patch_embed computes."""
+    if not untouched(module, nn.Conv3d, True):
+        return False
+    sizes = module.stride, module.padding, module.dilation, module.groups
+    return sizes == (module.kernel_size, (0, 0, 0), (1, 1, 1), 1)
+
+
+def like_weight(x: Tensor, layer: nn.Module) -> Tensor:
+    """x in the dtype of the layer's weight; as it is where that is quantised, or no tensor."""
+    weight = getattr(layer, "weight", None)
+    return x.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else x
 
 
 class Constant(nn.Module):
@@ -72,7 +186,12 @@ def attend(
 
     Packed tokens (total, D) attend to those of their own clip.
     """
-    qkv = F.linear(x, weight, bias).unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d) or (total, 3, H, d)
+    return attend_packed(F.linear(x, weight, bias), num_heads, scale, segments)
+
+
+def attend_packed(qkv: Tensor, num_heads: int, scale: float | None = None, segments: Segments | None = None) -> Tensor:
+    """The same from queries, keys and values side by side: (B, N, 3 * D) -> (B, N, D), or both packed."""
+    qkv = qkv.unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d) or (total, 3, H, d)
     if segments is None:
         return attention(qkv, scale=scale)
     return attention_varlen(qkv, segments.cu_seqlens, segments.max_seqlen, scale=scale)
@@ -90,7 +209,7 @@ def attend_rows(
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 
 
-class Attention(nn.Module):
+class Attention(Fused):
     """Multi-head self-attention. The qkv bias is (q_bias, 0, v_bias), or a full one with ``key_bias``."""
 
     def __init__(self, dim: int, num_heads: int, key_bias: bool) -> None:
@@ -113,16 +232,24 @@ class Attention(nn.Module):
             (self.q_bias, self.v_bias), None, lambda q_bias, v_bias: torch.cat((q_bias, zeros, v_bias))
         )
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), or packed (total, D) -> (total, D)."""
-        return self.proj(attend(x, self.qkv.weight, self.qkv_bias(), self.num_heads, segments=segments))
+    def forward(self, x: Tensor, segments: Segments | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), or packed (total, D) -> (total, D).
 
-    def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Keys and values from all tokens x (B, L, D), queries only from ``rows`` (B, M, D) -> (B, M, D)."""
-        return self.proj(attend_rows(x, rows, self.qkv.weight, self.qkv_bias(), self.num_heads))
+        With ``rows`` (B, M) keys and values come from all tokens, and queries only from these: (B, N, D) -> (B, M, D).
+        """
+        qkv, heads = self.qkv, self.num_heads
+        if not self.fallbacks.fuses(qkv, nn.Linear, False) or (self.q_bias is not None and qkv.bias is not None):
+            joined = qkv(x)
+            if self.q_bias is not None:
+                joined = joined + self.qkv_bias().to(joined.dtype)
+            y = attend_packed(joined, heads, segments=segments)
+            return self.proj(y if rows is None else take(y, rows))
+        if rows is None:
+            return self.proj(attend(x, qkv.weight, self.qkv_bias(), heads, segments=segments))
+        return self.proj(attend_rows(x, take(x, rows), qkv.weight, self.qkv_bias(), heads))
 
 
-class Mlp(nn.Module):
+class Mlp(Fused):
     """Two linear layers with an exact GELU between."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
@@ -133,7 +260,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
+        if self.fallbacks.fuses(self.fc1, nn.Linear):
+            x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
+        else:
+            x = F.gelu(self.fc1(x))
         if not (self.training and self.dropout):
             return self.fc2(x)
         return F.dropout(self.fc2(F.dropout(x, self.dropout)), self.dropout)
@@ -144,7 +274,7 @@ class Mlp(nn.Module):
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class Block(nn.Module):
+class Block(Fused):
     """Pre-norm transformer block: x += attention(norm1(x)), x += mlp(norm2(x))."""
 
     def __init__(
@@ -183,22 +313,33 @@ class Block(nn.Module):
         segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One block on the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
-        y, residual = norm(self.norm1, x, residual, row_scale)
-        if rows is None:
-            x = self.attn(y, segments)
-        else:
-            x, residual = self.attn.forward_rows(y, take(y, rows)), take(residual, rows)
+        y, residual = norm(self.fallbacks, self.norm1, x, residual, row_scale)
+        x = self.attn(y, segments) if rows is None else self.attn(y, rows=rows)
+        if rows is not None:
+            residual = take(residual, rows)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        y, residual = norm(self.norm2, x, residual, self.row_scale(x, segments))
+        y, residual = norm(self.fallbacks, self.norm2, x, residual, self.row_scale(x, segments))
         return self.mlp(y), residual, self.row_scale(x, segments)
 
 
 def norm(
-    layer: nn.LayerNorm, x: Tensor, residual: Tensor | None, row_scale: Tensor | None = None
+    fallbacks: Fallbacks, layer: nn.LayerNorm, x: Tensor, residual: Tensor | None, row_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add x to the residual and normalise: (the norm, the new residual)."""
-    return add_layer_norm(x, residual, layer.weight, layer.bias, eps=layer.eps, row_scale=row_scale)
+    """Add x to the residual and normalise by ``layer``: (the norm, the new residual)."""
+    if fallbacks.fuses(layer, nn.LayerNorm):
+        return add_layer_norm(x, residual, layer.weight, layer.bias, eps=layer.eps, row_scale=row_scale)
+    stream = total(x, residual, row_scale)
+    return layer(stream), stream
+
+
+def total(x: Tensor, residual: Tensor | None, row_scale: Tensor | None = None) -> Tensor:
+    """The residual stream after x is added, in the residual's dtype."""
+    if residual is None:
+        return x
+    if row_scale is not None:
+        x = row_scale.view(-1, *[1] * (x.ndim - 1)) * x
+    return (residual + x).to(residual.dtype)
 
 
 def run_blocks(

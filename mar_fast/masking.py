@@ -162,7 +162,7 @@ def _drawn(
 
 
 def _check_batch_and_grid(batch: int, grid: Grid) -> None:
-    if not isinstance(batch, int) or batch < 0:
+    if not isinstance(batch, int | torch.SymInt) or batch < 0:
         raise checks.bad("batch", repr(batch), "a whole number, 0 or more")
     check_grid(grid, (3,))
 

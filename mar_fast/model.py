@@ -19,7 +19,22 @@ from torch import Tensor, nn
 
 from .config import MARConfig, named_config
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from .layers import Attention, Block, Constant, mean_of_tokens, norm, position_table, run_blocks
+from .kernels.gather_patch_embed import per_channel
+from .layers import (
+    Attention,
+    Block,
+    Constant,
+    Fallbacks,
+    Fused,
+    like_weight,
+    mean_of_tokens,
+    norm,
+    plain_projection,
+    position_table,
+    run_blocks,
+    take,
+    total,
+)
 from .masking import cell_running
 from .token_mask import Segments, TokenMask
 
@@ -79,17 +94,33 @@ def mar_loss(out: MAROutput, target: Tensor, reconstruction_weight: float = 0.1)
     return loss
 
 
-class PatchEmbed(nn.Module):
-    """The weight and bias of the tubelet embedding, named as VideoMAE's convolution; gather_patch_embed applies it."""
+class PatchEmbed(Fused):
+    """The tubelet embedding, named as VideoMAE's convolution: gather_patch_embed with its weight and bias."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
+        self.config = config
         self.proj = nn.Conv3d(
             config.channels, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
         )
 
+    def forward(self, video: Tensor, keep_idx: Tensor, pos_embed: Tensor, clip_idx: Tensor | None) -> Tensor:
+        """(B, C, T, H, W), (B, N), positions (L, D) -> (B, N, D), or packed (total,), (total,) -> (total, D)."""
+        proj, mean, std = self.proj, self.config.mean, self.config.std
+        if plain_projection(proj):
+            assert proj.bias is not None
+            return gather_patch_embed(video, keep_idx, proj.weight, proj.bias, pos_embed, clip_idx, mean=mean, std=std)
+        self.fallbacks.warn_once("a patch embedding with hooks or changed parts")
+        if video.dtype == torch.uint8:
+            centre, spread = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (mean, std))
+            video = (video.float() / 255 - centre) / spread
+        tokens = proj(like_weight(video, proj)).flatten(2).transpose(1, 2)  # (B, L, D)
+        index = keep_idx.long()
+        tokens = take(tokens, index) if clip_idx is None else tokens[clip_idx.long(), index]
+        return (tokens + pos_embed[index]).to(tokens.dtype)
 
-class Encoder(nn.Module):
+
+class Encoder(Fused):
     """A plain ViT on visible tubelets (VideoMAE, arXiv 2203.12602)."""
 
     def __init__(self, config: MARConfig) -> None:
@@ -104,22 +135,15 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, keep_idx: Tensor, segments: Segments | None) -> Tensor:
         """(B, C, T, H, W), (B, N) -> (B, N, D), or packed (total,) -> (total, D)."""
-        config, proj = self.config, self.patch_embed.proj
         clip_idx = None if segments is None else segments.clip_idx
-        assert proj.bias is not None
-        x = gather_patch_embed(
-            video, keep_idx, proj.weight, proj.bias, self.pos_embed.value, clip_idx, mean=config.mean, std=config.std
-        )  # (B, N, D)
-        x, residual, row_scale = run_blocks(self.blocks, x, config.gradient_checkpointing, segments=segments)
+        x = self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx)  # (B, N, D)
+        x, residual, row_scale = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         if self.norm is not None:
-            return norm(self.norm, x, residual, row_scale)[0]
-        assert residual is not None
-        if row_scale is not None:
-            x = row_scale.view(-1, *[1] * (x.ndim - 1)) * x
-        return residual + x.to(residual.dtype)
+            return norm(self.fallbacks, self.norm, x, residual, row_scale)[0]
+        return total(x, residual, row_scale)
 
 
-class PixelDecoder(nn.Module):
+class PixelDecoder(Fused):
     """A light ViT over all tokens of the grid that predicts the pixels of the dropped ones. Training only."""
 
     def __init__(self, config: MARConfig) -> None:
@@ -143,7 +167,7 @@ class PixelDecoder(nn.Module):
             assert residual is not None
             rows = drop_clip_idx * mask.num_tokens + mask.drop_idx
             x, residual = (value.flatten(0, 1).index_select(0, rows) for value in (x, residual))  # (B * L - total, D)
-        return self.head(norm(self.norm, x, residual)[0])
+        return self.head(norm(self.fallbacks, self.norm, x, residual)[0])
 
 
 class BridgingClassifier(nn.Module):
@@ -163,7 +187,7 @@ class BridgingClassifier(nn.Module):
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D), or packed (total, D) -> (B, classes)."""
         # Back to the weights' dtype: under autocast the residual stream stays in float32.
-        x = self.proj(features).to(self.proj.weight.dtype)  # (B, N, bridge_embed_dim)
+        x = like_weight(self.proj(features), self.proj)  # (B, N, bridge_embed_dim)
         x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         assert residual is not None
         return classify(self, mean_of_tokens(residual + x, segments), self.config.head_dropout)
@@ -185,14 +209,18 @@ class LinearClassifier(nn.Module):
 
 def classify(classifier: BridgingClassifier | LinearClassifier, pooled: Tensor, dropout: float) -> Tensor:
     """(B, D) pooled features through norm, dropout and head."""
-    pooled = classifier.norm(pooled.to(classifier.norm.weight.dtype))
+    pooled = classifier.norm(like_weight(pooled, classifier.norm))
     if dropout and classifier.training:
         pooled = F.dropout(pooled, dropout)
     return classifier.head(pooled)
 
 
 class MAR(nn.Module):
-    """Masked action recognition: a video transformer that sees, and computes, a part of the clip only."""
+    """Masked action recognition: a video transformer that sees, and computes, a part of the clip only.
+
+    Layers with hooks, adapters (LoRA), parametrizations, quantised weights or another forward are called as they are,
+    unfused, and one warning says so.
+    """
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
@@ -211,6 +239,10 @@ class MAR(nn.Module):
         # The test mask is the same for every clip, so it is made once.
         self.test_keep_idx = Constant(partial(_test_indices, config, "keep_idx"))
         self.test_drop_idx = Constant(partial(_test_indices, config, "drop_idx"))
+        fallbacks = Fallbacks()  # one for all parts, so that each warning is given once
+        for module in self.modules():
+            if isinstance(module, Fused):
+                module.fallbacks = fallbacks
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

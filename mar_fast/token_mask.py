@@ -112,7 +112,8 @@ class TokenMask:
         if masked.ndim not in (2, 4):
             raise checks.bad("masked", f"shape {tuple(masked.shape)}", "(B, L) or (B, T', H', W')")
         flat = masked.flatten(1)
-        tokens = flat.shape[1]
+        grid = tuple(map(int, masked.shape[1:]))  # symbols or tensors while a call is exported or traced
+        tokens = math.prod(grid)
         if num_visible is None or checks.may_read(flat):
             counts = (~flat).sum(1).unique().tolist()
             if len(counts) > 1:
@@ -124,9 +125,10 @@ class TokenMask:
                 raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
         if not isinstance(num_visible, int) or not 0 <= num_visible <= tokens:
             raise checks.bad("num_visible", repr(num_visible), f"a whole number from 0 to {tokens}")
-        # A stable sort of the bools puts visible tokens first and leaves both groups in ascending order.
-        order = flat.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)
-        return cls(order[:, :num_visible], order[:, num_visible:], tuple(masked.shape[1:]))
+        # Visible tokens first, and both groups in ascending order. ONNX has no stable sort, so that all keys differ.
+        keys = flat.to(torch.int32) * tokens + torch.arange(tokens, dtype=torch.int32, device=flat.device)
+        order = keys.sort(dim=1).indices.to(torch.int32)
+        return cls(order[:, :num_visible], order[:, num_visible:], grid)
 
     @classmethod
     def ragged(cls, clips: Sequence[Tensor] | Tensor, grid: tuple[int, ...] | None = None) -> "TokenMask":

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import attention, checks
-from .forward import accelerated_class, grid_of, is_accelerated, swap_class
-from .layers import State, own_forward
+from .forward import accelerated_class, acceptable, grid_of, is_accelerated, swap_class
+from .layers import State
 
 _NAMES = ("VideoMAEModel", "VideoMAEForVideoClassification", "VideoMAEForPreTraining")
 _KEEP = (0.25, 0.5, 0.75, 1.0)
@@ -61,9 +61,15 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
         raise checks.bad_type("model", type(model).__name__, accepted)
     encoder = _encoder(model)
     for part in _parts(model):
-        if not is_accelerated(part) and not own_forward(part):
+        if not is_accelerated(part) and not acceptable(part):
+            kind = type(part)
+            got = f"a {kind.__name__} " + (
+                "with another forward" if kind in _classes() else "in place of VideoMAEModel"
+            )
             accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
-            raise checks.bad("model", f"a {type(part).__name__} with another forward", accepted)
+            if hasattr(part, "_hf_hook"):  # the forward of accelerate, the library
+                accepted = "transformers' own: device_map has replaced it, so load within mar_fast.patch_transformers()"
+            raise checks.bad("model", got, accepted)
     tokens = encoder.embeddings.position_embeddings.shape[1]
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
@@ -94,10 +100,11 @@ def restore(model: M) -> M:
     accelerated = [module for module in model.modules() if is_accelerated(module)]
     for module in accelerated:
         kind: Any = module._mar_fast_from
-        if type(module) is not accelerated_class(kind) or "forward" in vars(module):
+        if type(module) is not accelerated_class(kind) or not acceptable(module):
             got = f"a {type(module).__name__} whose class or forward was changed after mar_fast.accelerate"
             raise checks.bad("model", got, "one without that change: undo it first, such as a parametrization")
     for module in accelerated:
+        vars(module).pop("forward", None)  # the class's own, put back
         del module._mar_fast
         module.__class__ = module._mar_fast_from  # type: ignore[assignment]
     return model
@@ -112,8 +119,9 @@ _originals: dict[Any, dict[str, Any]] = {}  # of each patched class, the attribu
 def patch_transformers() -> Iterator[None]:
     """Within this context ``from_pretrained`` and constructors return accelerated VideoMAE models.
 
-    Afterwards transformers is unchanged again; models that were built inside stay accelerated. The context applies to
-    the whole process, other threads included; of overlapping contexts the last one to be left ends it.
+    Afterwards transformers is unchanged again; models that were built inside stay accelerated. Subclasses, and models
+    in which a class or a forward is not transformers' own, are left alone. The context applies to the whole process,
+    other threads included; of overlapping contexts the last one to be left ends it.
 
     Raises:
         ImportError: transformers is missing or older than 5.0.
@@ -141,7 +149,8 @@ def _patch(kind: Any) -> None:
     @wraps(build)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        if type(self) is kind:  # subclasses are not accelerated
+        # Subclasses are not accelerated, nor what has replaced a class or a forward in transformers.
+        if type(self) is kind and all(map(acceptable, _parts(self))):
             _swap(self, State())
 
     @wraps(load)

@@ -5,6 +5,7 @@ calls the original one wherever it has to fall back. In comments: B clips, L tok
 D embed_dim.
 """
 
+import inspect
 import math
 import sys
 from functools import cache
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD
 from ..kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from ..layers import norm
+from ..layers import norm, own_forward, plain_projection, put_back, total, unhooked, untouched
 from ..masking import TokenMask, cell_running
-from .layers import State, run_layers, total, unhooked, untouched
+from .layers import MODELING, State, own_code, run_layers
 
 # Arguments that transformers passes to every model and that change nothing here.
 _WITHOUT_EFFECT = ("return_dict", "num_items_in_batch", "use_cache")
@@ -89,7 +90,8 @@ class _ForPreTraining(_Accelerated):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        swap_class(self.videomae, self._mar_fast)
+        if acceptable(self.videomae):
+            swap_class(self.videomae, self._mar_fast)
 
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor, *, num_visible: int | None = None, **kwargs: Any
@@ -107,9 +109,9 @@ class _ForPreTraining(_Accelerated):
         if mask.num_visible == mask.num_tokens:
             raise checks.bad("bool_masked_pos", "no masked token", "at least one in every clip")
         what = _fallback(model, kwargs)
-        if not (is_accelerated(encoder) and "forward" not in vars(encoder) and unhooked(encoder)):
+        if not (is_accelerated(encoder) and acceptable(encoder) and unhooked(encoder)):
             what = what or "a changed or hooked videomae"
-        if not (untouched(decoder) and untouched(decoder.norm, nn.LayerNorm, True)):
+        if not (own_code(decoder) and untouched(decoder.norm, nn.LayerNorm, True)):
             what = what or "a changed or hooked decoder"
         if config.num_channels != 3 and not config.norm_pix_loss:
             what = what or "clips without three colours where norm_pix_loss is off"
@@ -122,7 +124,7 @@ class _ForPreTraining(_Accelerated):
         pos_embed = state.table("decoder", model.position_embeddings, pixel_values.device)
         x = scatter_tokens(features, mask.keep_idx, model.mask_token.flatten(), pos_embed)
         x, residual = run_layers(decoder.decoder_layers, state, x, mask.drop_idx)
-        logits = decoder.head(norm(decoder.norm, x, residual)[0])
+        logits = decoder.head(norm(state, decoder.norm, x, residual)[0])
         colours = config.num_channels == 3
         loss = masked_patch_loss(
             logits,
@@ -150,6 +152,10 @@ def accelerated_class(kind: Any) -> type[nn.Module]:
     # transformers uses these names in save_pretrained, and to look up which hidden states to record.
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     parts = {"_mar_fast_from": kind, "_mar_fast_output": getattr(sys.modules[kind.__module__], output)}
+    # And the annotation of kwargs, to look up which of these the forward takes.
+    theirs, ours = inspect.signature(kind.forward), inspect.signature(mixin.forward).parameters
+    known = {name: value.annotation for name, value in theirs.parameters.items() if name in ours}
+    mixin.forward.__annotations__.update(known, **{"return": theirs.return_annotation})
     return type(kind.__name__, (mixin, kind), named | parts)
 
 
@@ -158,8 +164,18 @@ def is_accelerated(model: object) -> bool:
     return isinstance(model, _Accelerated)
 
 
+def acceptable(module: Any) -> bool:
+    """Whether the class and forward of a VideoMAEModel or VideoMAEForPreTraining are transformers' own, or ours."""
+    if is_accelerated(module):
+        return "forward" not in vars(module) or put_back(module, type(module), module._mar_fast_from)
+    kind = type(module)
+    return kind.__module__ == MODELING and kind.__name__ in _ACCELERATED and own_forward(module)
+
+
 def swap_class(module: Any, state: State) -> None:
-    """Give a VideoMAEModel or VideoMAEForPreTraining its accelerated class and this state."""
+    """Give an `acceptable` module its accelerated class and this state."""
+    if acceptable(module):
+        vars(module).pop("forward", None)  # it would go before the new class's
     module._mar_fast = state
     if not is_accelerated(module):
         kind: Any = type(module)
@@ -191,7 +207,7 @@ def _as_asked(model: Any, output: Any, kwargs: dict[str, Any]) -> Any:
 def grid_of(model: Any, frames: int) -> tuple[int, int, int]:
     """(T', H', W'), the tubelets along each axis of a clip of ``frames`` frames."""
     embeddings = model.embeddings.patch_embeddings
-    _, height, width = embeddings.projection.kernel_size
+    height, width = embeddings.patch_size
     return frames // embeddings.tubelet_size, embeddings.image_size[0] // height, embeddings.image_size[1] // width
 
 
@@ -204,7 +220,7 @@ def _mask_of_call(
     embeddings = model.embeddings.patch_embeddings
     shape = (batch, frames, embeddings.num_channels, *embeddings.image_size)
     checks.size("pixel_values", pixel_values, shape, "(B, T, C, H, W)")
-    grid, tokens = grid_of(model, frames), model.embeddings.position_embeddings.shape[1]
+    grid, tokens = grid_of(model, int(frames)), model.embeddings.position_embeddings.shape[1]
     if math.prod(grid) != tokens:
         got = f"{frames} frames, {math.prod(grid)} tokens"
         raise checks.bad("pixel_values", got, f"{tokens} tokens, as the position table has")
@@ -221,6 +237,10 @@ def _mask_of_call(
     bools = bool_masked_pos.to(pixel_values.device)
     count = state.num_visible if num_visible is None else num_visible
     if count is None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            accepted = "the visible tokens of each clip: a graph cannot count them in a mask, so pass num_visible with "
+            accepted += "the call or to mar_fast.accelerate"
+            raise checks.bad("num_visible", "None in a call that is exported or traced", accepted)
         counts = (~bools).sum(1)
         low, high = (int(counts.min()), int(counts.max())) if batch else (tokens, tokens)
         if low != high:
@@ -236,24 +256,21 @@ def _encode(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D), through VideoMAEModel ``model``."""
     state = model._mar_fast
     x, residual = _embed(model, pixel_values, mask), None
-    if untouched(model.encoder):
+    if own_code(model.encoder):
         x, residual = run_layers(model.encoder.layer, state, x)
     else:
         state.warn_once("a changed or hooked encoder")
         x = model.encoder(x).last_hidden_state
     if model.layernorm is None:
         return total(x, residual)
-    if untouched(model.layernorm, nn.LayerNorm, True):
-        return norm(model.layernorm, x, residual)[0]
-    normed: Tensor = model.layernorm(total(x, residual))
-    return normed
+    return norm(state, model.layernorm, x, residual)[0]
 
 
 def _embed(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D): the embedded visible tubelets, with positions."""
     embeddings = model.embeddings
     projection = embeddings.patch_embeddings.projection
-    plain = untouched(embeddings) and untouched(embeddings.patch_embeddings) and untouched(projection, nn.Conv3d, True)
+    plain = own_code(embeddings) and own_code(embeddings.patch_embeddings) and plain_projection(projection)
     if plain:
         # A convolution ignores what is left over at the edges; gather_patch_embed takes whole patches only.
         sides = (pixel_values.shape[1], *pixel_values.shape[3:])

@@ -3,28 +3,24 @@
 In comments: B clips, L tokens in the grid, N visible, M dropped, D embed_dim.
 """
 
-import warnings
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels import linear_gelu
 from ..kernels.derived import Derived
-from ..layers import attend, attend_rows, norm, take
+from ..layers import CHANGED, Fallbacks, attend, attend_rows, norm, take, total, untouched
 
 # The module of transformers with its VideoMAE classes, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
-# Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
-PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 Packed = tuple[Tensor, Tensor | None]
 
 
-class State:
+class State(Fallbacks):
     """The options of an accelerated module and what it caches; a copy or a pickle keeps the options only.
 
     Packed weights are cached in eval mode without gradients for as long as their sources do not change: see `Derived`.
@@ -35,11 +31,13 @@ class State:
         num_visible: Visible tokens of each clip in calls with a mask, or None to read it from the mask.
     """
 
+    runner = "transformers' own code"
+
     def __init__(self, keep: float | None = None, num_visible: int | None = None) -> None:
+        super().__init__()
         self.keep, self.num_visible = keep, num_visible
         self._packed = Derived()
         self._tables: dict[tuple[str, torch.device], tuple[Tensor, int, Tensor]] = {}
-        self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[type["State"], tuple[Any, ...]]:
         return State, (self.keep, self.num_visible)
@@ -48,12 +46,6 @@ class State:
         """Drop all cached tensors."""
         self._packed.forget()
         self._tables.clear()
-
-    def warn_once(self, what: str) -> None:
-        """Warn the first time that ``what`` falls back."""
-        if not torch.compiler.is_compiling() and what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(f"mar_fast: transformers' own code runs {what}", stacklevel=3)
 
     def packed(self, attention: Any) -> Packed:
         """The qkv weight (3 * D, D) and bias (3 * D,) of a VideoMAESelfAttention, differentiable in training."""
@@ -90,51 +82,25 @@ def _pack(*sources: Tensor | None) -> Packed:
     return torch.cat(weights), torch.cat([zeros if bias is None else bias for bias in biases])
 
 
-def own_forward(module: nn.Module) -> bool:
-    """Whether ``module`` has the forward that its class was written with."""
-    in_class, in_instance = type(module).forward, module.__dict__.get("forward")
-    if getattr(in_class, "__module__", None) != type(module).__module__:
-        return False  # patched in the class
-    # transformers 5.0 leaves the class's own method in the instance after it has recorded hidden states.
-    return in_instance is None or getattr(in_instance, "__func__", None) is in_class
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether ``module`` has no hooks other than those that record hidden states."""
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    # transformers leaves these on a model once it was asked for hidden states; calls that ask for them fall back.
-    recording = "transformers.utils.output_capturing"
-    return all(getattr(hook, "__module__", None) == recording for hook in module._forward_hooks.values())
-
-
-def untouched(module: nn.Module, kind: type[nn.Module] | None = None, needs_bias: bool = False) -> bool:
-    """Whether ``module`` is a ``kind``, or if None any class of transformers' VideoMAE, without changes or hooks.
-
-    Then its weight and bias, if it has any, can be used without calling it.
-    """
-    expected = type(module).__module__ == MODELING if kind is None else type(module) is kind
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not (expected and own_forward(module) and unhooked(module)) or (needs_bias and bias is None):
-        return False
-    return all(value is None or type(value) in PLAIN_TENSORS for value in (weight, bias))
+def own_code(module: nn.Module) -> bool:
+    """Whether ``module`` is of a class of transformers' VideoMAE, without changes or hooks."""
+    return type(module).__module__ == MODELING and untouched(module, type(module))
 
 
 def fallback(layer: Any) -> str | None:
     """What sort of VideoMAELayer this is if transformers' own code must run it; None if `run_layer` does the same."""
-    changed = "layers with hooks or changed parts"
-    if not (untouched(layer) and untouched(layer.attention) and untouched(layer.intermediate)):
-        return changed
+    if not (own_code(layer) and own_code(layer.attention) and own_code(layer.intermediate)):
+        return CHANGED
     attention, projection, mlp_out = layer.attention.attention, layer.attention.output, layer.output
     plain = (
-        (untouched(attention) and untouched(projection) and untouched(mlp_out))
+        (own_code(attention) and own_code(projection) and own_code(mlp_out))
         and all(untouched(part, nn.Linear) for part in (attention.query, attention.key, attention.value))
         and all(untouched(part.dense, nn.Linear, True) for part in (projection, layer.intermediate, mlp_out))
         and all(untouched(part.dropout, nn.Dropout) for part in (projection, mlp_out))
         and all(untouched(part, nn.LayerNorm, True) for part in (layer.layernorm_before, layer.layernorm_after))
     )
     if not plain:
-        return changed
+        return CHANGED
     if layer.training and attention.dropout_prob:
         return "layers with attention dropout (attention_probs_dropout_prob) in training"
     return None
@@ -147,7 +113,7 @@ def run_layer(
 
     With ``rows`` (B, M) it returns only these tokens.
     """
-    y, residual = norm(layer.layernorm_before, x, residual)
+    y, residual = norm(state, layer.layernorm_before, x, residual)
     attention = layer.attention.attention
     weight, bias = state.packed(attention)
     heads, scale = attention.num_attention_heads, attention.scaling
@@ -155,7 +121,7 @@ def run_layer(
         y = attend(y, weight, bias, heads, scale)
     else:
         y, residual = attend_rows(y, take(y, rows), weight, bias, heads, scale), take(residual, rows)
-    y, residual = norm(layer.layernorm_after, _project(layer.attention.output, y), residual)
+    y, residual = norm(state, layer.layernorm_after, _project(layer.attention.output, y), residual)
     return _project(layer.output, _activated(layer.intermediate, y)), residual
 
 
@@ -191,8 +157,3 @@ def run_layers(layers: Any, state: State, x: Tensor, rows: Tensor | None = None)
         else:
             x, residual = run(x, residual, last_rows)
     return (take(x, rows) if rows is not None and not len(layers) else x), residual
-
-
-def total(x: Tensor, residual: Tensor | None) -> Tensor:
-    """The residual stream after x is added, in the residual's dtype."""
-    return x if residual is None else (residual + x).to(residual.dtype)

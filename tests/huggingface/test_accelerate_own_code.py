@@ -36,6 +36,16 @@ OWN = {
     "an adapter of queries": (
         MODEL, lambda model: adapt(first_attention(model), "query"), {}, "layers",
     ),
+    "an adapter of the projection": (
+        MODEL, lambda model: adapt(model.embeddings.patch_embeddings, "projection"), {}, "embeddings",
+    ),
+    "a projection of other strides": (
+        MODEL,
+        lambda model: vars(model.embeddings.patch_embeddings.projection).update(stride=(2, 16, 14)), {}, "embeddings",
+    ),
+    "a wrapped projection, in pre-training": (
+        PRETRAINING, lambda model: wrap(model.videomae.embeddings.patch_embeddings, "projection"), {}, "embeddings",
+    ),
     "an adapter behind attention": (
         MODEL, lambda model: adapt(model.encoder.layer[0].attention.output, "dense"), {}, "layers",
     ),
@@ -77,7 +87,12 @@ class Adapter(nn.Module):
         self.weight, self.bias = base.weight, base.bias
 
     def forward(self, x):
-        return self.base(x) + 0.5 * x
+        return 1.5 * self.base(x)
+
+
+def wrap(module, name):
+    """As modules_to_save of PEFT does: a module that has nothing but its call."""
+    setattr(module, name, nn.Sequential(getattr(module, name), nn.Tanh()))
 
 
 def adapt(module, name):
