@@ -300,7 +300,7 @@ class Block(Fused):
         """(B,) 0 for clips whose x is dropped, 1 / keep probability for the others; (total,) if packed."""
         if not self.training or not self.drop_path_rate:
             return None
-        keep, batch = 1 - self.drop_path_rate, len(x) if segments is None else len(segments.cu_seqlens) - 1
+        keep, batch = 1 - self.drop_path_rate, x.shape[0] if segments is None else segments.cu_seqlens.shape[0] - 1
         scale = torch.empty(batch, dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
         return scale if segments is None else scale.index_select(0, segments.clip_idx)
 

@@ -60,10 +60,10 @@ class TokenMask:
             checks.tensor(name, getattr(self, name), ndim, (torch.int32,), shape)
         if self.cu_seqlens is not None:
             checks.tensor("cu_seqlens", self.cu_seqlens, 1, (torch.int32,), "(B + 1,)")
-            if len(self.cu_seqlens) == 0:
+            if self.cu_seqlens.shape[0] == 0:
                 raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
-        elif self.drop_idx.shape[0] != self.batch:
-            raise checks.bad("drop_idx", f"{len(self.drop_idx)} rows", f"{self.batch}, as keep_idx has")
+        elif self.drop_idx.shape[0] != self.batch:  # len() would make an exported batch size a constant
+            raise checks.bad("drop_idx", f"{self.drop_idx.shape[0]} rows", f"{self.batch}, as keep_idx has")
         total, every = self.total_visible, self.batch * self.num_tokens
         if total + self.drop_idx.numel() != every:
             got = f"{total} and {self.drop_idx.numel()} values"

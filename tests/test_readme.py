@@ -25,6 +25,10 @@ def examples(file):
     return re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
 
 
+def relative(file):
+    return str(file.relative_to(ROOT))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the examples run: with a clip, and checkpoints of a ViT-S, whose number of heads is known."""
@@ -41,7 +45,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.compiles
 @pytest.mark.real_clip
-@pytest.mark.parametrize("file", [file for file in READMES if examples(file)], ids=lambda file: file.parent.name)
+@pytest.mark.parametrize(
+    "file", [file for file in READMES if examples(file)], ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_examples_run(file, folder):
     """In turn: each goes on where the one before it ended."""
     pytest.importorskip(NEEDS.get(file.parent.name, "torch"))
@@ -75,7 +81,7 @@ def commands(app):
     return found | {group.name: commands(group.typer_instance) for group in app.registered_groups}
 
 
-@pytest.mark.parametrize("file", READMES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", READMES, ids=relative)
 def test_named_files_commands_and_links_exist(file):
     text, known = file.read_text(), commands(cli.app)
     for name in re.findall(r"(?:mar_fast|kernels|bench|tests)/[\w/]+\.(?:py|png)", text):

@@ -175,8 +175,8 @@ def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_n`` values: 8 for each thread."""
-    return LaunchConfig(1, 1024)
+    """``block_n`` values: 4 for each thread."""
+    return LaunchConfig(1, 1024, num_warps=8)
 
 
 def gradients(
