@@ -30,7 +30,7 @@ setup(
         "numpy",
         "safetensors>=0.4",
         "av>=17",
-        "typer",
+        "typer>=0.19",
         "rich",
     ],
     extras_require={
@@ -41,7 +41,7 @@ setup(
         "hf": ["transformers>=5", "huggingface_hub"],
         "xformers": ["xformers"],
         "flash-attn": ["flash-attn"],
-        # accelerate is what transformers' Trainer runs on.
+        # accelerate is what transformers' Trainer runs on; adapters are tested with peft, exports with onnxscript.
         "test": [
             "pytest",
             "pytest-benchmark",
@@ -53,6 +53,9 @@ setup(
             "matplotlib",
             "pandas",
             "accelerate",
+            "peft",
+            "onnxscript",
+            "onnxruntime",
         ],
     },
     entry_points={"console_scripts": ["mar-fast = mar_fast.cli:main"]},
