@@ -176,7 +176,7 @@ def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
     """``block_n`` values: 4 for each thread."""
-    return LaunchConfig(1, 1024, num_warps=8)
+    return LaunchConfig(1, 512)
 
 
 def gradients(
