@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """What two runs say of our code.
 
     Attributes:
@@ -84,7 +84,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(before: list[Record], after: list[Record], *, allow_other_device: bool = False) -> Comparison:
+def compare(before: list[Record], after: list[Record], *, allow_other_device: bool = False) -> RunComparison:
     """Set the records of two runs side by side, also of two devices if that is asked for.
 
     Raises:
@@ -102,7 +102,7 @@ def compare(before: list[Record], after: list[Record], *, allow_other_device: bo
     changes = [Change(new[key], ratio, later[key]) for key, ratio in ratios.items() if key in later]
     lost = [record for key, record in new.items() if record.ours and record.metric in NO_TIME and key not in old]
     ours = [one for one in (old | new).values() if one.ours and one.metric == "time" and one.provider != one.baseline]
-    return Comparison(changes, lost, len(ours) - len(changes), notices)
+    return RunComparison(changes, lost, len(ours) - len(changes), notices)
 
 
 def _by_key(run: list[Record], name: str, any_device: bool) -> dict[object, Record]:

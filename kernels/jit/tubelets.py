@@ -98,7 +98,7 @@ def fold_weight_kernel(
         tl.store(folded_bias + column, tl.load(bias + column * s_bias).to(tl.float32) - tl.sum(b_offset))
 
 
-class Layout(NamedTuple):
+class ClipLayout(NamedTuple):
     """A clip in memory: lines of ``run`` neighbours, in which ``vector`` values at a time are loaded.
 
     Planar clips have the values of a tubelet in the order (c, t, y, x) and a line of w; channels-last clips have
@@ -129,7 +129,7 @@ def gradient_memory(video: Tensor) -> Tensor:
     return memory if memory_order(memory) else torch.empty(video.shape, dtype=video.dtype, device=video.device)
 
 
-def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[Layout, bool]:
+def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[ClipLayout, bool]:
     """The layout of a clip for the kernels, and whether it must first be copied to be contiguous."""
     found = _layout(video.shape, video.stride(), video.element_size(), _aligned(video), patch_size)
     if found is not None:
@@ -151,7 +151,7 @@ def _aligned(video: Tensor) -> bool:
 
 def _layout(
     shape: Sequence[int], stride: Sequence[int], element_size: int, aligned: bool, patch_size: Sequence[int]
-) -> Layout | None:
+) -> ClipLayout | None:
     """None where a thread could not load neighbours at once, as in a misaligned crop."""
     order = _order(shape, stride)
     if order is None:
@@ -166,7 +166,7 @@ def _layout(
         vector //= 2
     if vector > 1 and (not aligned or any(step % vector for step in strides)):
         return None
-    return Layout(channels_last, run, vector, tuple(step // vector for step in strides))
+    return ClipLayout(channels_last, run, vector, tuple(step // vector for step in strides))
 
 
 def normalisation(mean: Channels, std: Channels, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -182,7 +182,12 @@ def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 
 def fold_weight(
-    weight: Tensor, bias: Tensor | None, layout: Layout, dtype: torch.dtype, mean: Channels = None, std: Channels = None
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: ClipLayout,
+    dtype: torch.dtype,
+    mean: Channels = None,
+    std: Channels = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """A function of weight (D, C, t, h, w), and bias (D,) if given: both as the product with such a clip takes them.
 

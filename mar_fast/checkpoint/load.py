@@ -51,8 +51,8 @@ def from_pretrained(
         source: A file (.pth, .pt, .bin, .pyth, .ckpt, .pkl, .tar, .safetensors), a Hugging Face folder, a hub id
             (owner/name) or a state dict. Pickled files are read with ``weights_only``.
         position: For clips of another size (``num_frames``, ``image_size``) than the checkpoint's: "interpolate" its
-            position table to the new grid, so that each place keeps the code that the weights learned to read, or make
-            the table by the "formula" for the new grid, where the flat index of a place is another. None interpolates
+            position table to the new grid, so that each position keeps the code that the weights learned to read, or
+            make the table by the "formula" for the new grid, where a position has another flat index. None interpolates
             where the file says its size, and is an error where it does not.
         allow_missing: Shell patterns of names, of the model or the checkpoint: these may stay at their initial value.
         allow_unknown: Of entries of the checkpoint that the model has no use for.
