@@ -114,7 +114,7 @@ def test_interrupt_has_its_exit_code(run, monkeypatch):
     ("arguments", "message"),
     [
         (["demo", "nowhere.mp4"], "path: got 'nowhere.mp4', expected an existing video file"),
-        (["demo", "text.mp4"], "path: got 'text.mp4' .* expected a video file that FFmpeg can decode"),
+        (["demo", "text.mp4"], "path: got 'text.mp4' .* expected a file that FFmpeg can decode"),
         (["demo", "--model", "tiny"], "'tiny' is not one of 'small', 'base', 'large', 'huge', 'giant'"),
         (["demo", "--batch", "0"], "batch: got 0, expected a whole number, 1 or more"),
         (["demo", "--seconds", "0"], "seconds: got 0.0, expected a number above 0"),

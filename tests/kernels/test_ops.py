@@ -61,6 +61,7 @@ def test_gather_patch_embed(case, dtype):
     assert out.dtype == dtype
 
 
+@pytest.mark.usefixtures("bfloat16_too")
 def test_gather_patch_embed_of_plain_uint8():
     """Without mean and std uint8 is only divided by 255; positions may be of any dtype."""
     operands = gather_operands(torch.float32, video=torch.uint8)
