@@ -69,12 +69,12 @@ def ours_plain_loss(workload: Workload) -> Prepared:
     model = _built(workload, mar_fast.MAR)
 
     def loss(workload: Workload) -> Tensor:
-        keep_idx, drop_idx = workload.mask.keep_idx, workload.mask.drop_idx
-        features = model.encoder(workload.clips, keep_idx)
+        mask = workload.mask
+        features = model.encoder(workload.clips, mask.keep_idx)
         logits = model.classifier(features)
         visible = model.encoder_to_decoder(features).to(model.mask_token.dtype)
-        pixels = model.decoder(visible, model.mask_token.flatten(), keep_idx, drop_idx)
-        reconstruction = patch_loss(pixels, workload.clips, drop_idx.long(), workload.config)
+        pixels = model.decoder(visible, model.mask_token.flatten(), mask)
+        reconstruction = patch_loss(pixels, workload.clips, mask.drop_idx.long(), workload.config)
         return sum_of_losses(logits, reconstruction, workload.target)
 
     return learner(workload, model, loss)

@@ -133,7 +133,7 @@ class Encoder(Fused):
         self.blocks = nn.ModuleList(Block(*shape, drop_path_rate=rate) for rate in rates)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.final_norm_eps) if config.final_norm else None
 
-    def forward(self, video: Tensor, keep_idx: Tensor, segments: Segments | None) -> Tensor:
+    def forward(self, video: Tensor, keep_idx: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, C, T, H, W), (B, N) -> (B, N, D), or packed (total,) -> (total, D)."""
         clip_idx = None if segments is None else segments.clip_idx
         x = self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx)  # (B, N, D)
