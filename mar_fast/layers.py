@@ -4,11 +4,13 @@ In comments: B clips, L tokens in the grid, N visible, M dropped, D channels of 
 numbers of tokens these are packed, (total, D) and not (B, N, D), and `Segments` say where clips begin and end.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,8 @@ class Fallbacks:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
+        self._name = str(next(_numbers))
+        _fallbacks[self._name] = self
 
     def __reduce__(self) -> tuple[type["Fallbacks"], tuple[()]]:
         return type(self), ()
@@ -48,12 +52,17 @@ class Fallbacks:
 
     def warn_once(self, what: str) -> None:
         """Warn the first time that ``what`` runs by its own code."""
-        _warn_once(self, what)
+        _warn_once(self._name, what)
+
+
+_numbers = itertools.count()
+_fallbacks = WeakValueDictionary[str, Fallbacks]()
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(fallbacks: Fallbacks, what: str) -> bool:
-    """Under torch.compile it runs while the graph is traced, and is no part of it."""
+def _warn_once(name: str, what: str) -> bool:
+    """Under torch.compile it runs while the graph is traced, and is no part of it; torch 2.11 takes constants alone."""
+    fallbacks = _fallbacks[name]
     if what not in fallbacks._warned:
         fallbacks._warned.add(what)
         warnings.warn(f"mar_fast: {fallbacks.runner} runs {what}", stacklevel=4)
