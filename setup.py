@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=FOLDERS,
-    package_data={"mar_fast": ["py.typed"]},
+    package_data={"mar_fast": ["py.typed", "train/recipes/*.toml"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
