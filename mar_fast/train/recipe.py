@@ -143,10 +143,17 @@ class Recipe:
     """How many of the newest checkpoints stay, besides the best one."""
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
+    """Spread parameters over the processes (FSDP2), for models that are too large for one GPU; else DDP."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     def config(self, **overrides: Any) -> MARConfig:
         """The model's configuration.
@@ -337,8 +344,3 @@ _NOT_NEGATIVE = {
     "optimizer": ("weight_decay", "clip_grad", "eps", "head_scale", "lr_batch"),
     "schedule": ("warmup_lr", "min_lr"),
 }
-
-
-def as_json(recipe: Recipe) -> str:
-    """The recipe in one line, to be compared by when a run is resumed."""
-    return json.dumps(asdict(recipe), sort_keys=True)
