@@ -5,7 +5,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -249,21 +249,26 @@ def _model(content: object) -> dict[str, Any]:
     """The section [model]: fields of `MARConfig`; TOML has no None, so that is the text "none"."""
     if not isinstance(content, Mapping):
         raise checks.bad("model", repr(content), "a section")
-    types = {"name": str} | get_type_hints(MARConfig)
-    del types["gradient_checkpointing"]  # a key of the recipe itself
+    types = _model_types()
     for key in content:
         if key not in types:
             raise _unknown(f"model.{key}", str(key), types)
     return {key: _value(f"model.{key}", value, types[key]) for key, value in content.items()}
 
 
+def _model_types() -> dict[str, Any]:
+    types = {"name": str} | get_type_hints(MARConfig)
+    del types["gradient_checkpointing"]  # a key of the recipe itself
+    return types
+
+
 def _unknown(name: str, key: str, known: Iterable[str]) -> ValueError:
     """The error for a key that is not known here: the same key in another section, or the nearest one in this."""
     sections = get_type_hints(Recipe)
     places = [section for section, kind in sections.items() if is_dataclass(kind) and key in get_type_hints(kind)]
-    elsewhere = [f"{section}.{key}" for section in places]
-    elsewhere += [key] * (key in sections) + [f"model.{key}"] * (key in ("name", *(f.name for f in fields(MARConfig))))
-    if elsewhere and name not in elsewhere:
+    elsewhere = [key] * (key in sections) + [f"{section}.{key}" for section in places]
+    elsewhere += [f"model.{key}"] * (key in _model_types())
+    if elsewhere:
         return checks.bad(name, "an unknown key", " or ".join(map(repr, elsewhere)))
     known = list(known)
     close = difflib.get_close_matches(key, known, 1, cutoff=0.3)
