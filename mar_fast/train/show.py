@@ -41,8 +41,8 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     attention's output, q, k and v, and the MLP's hidden values before and after GELU, (6 + 2 * mlp_ratio) * D; and the
     residual stream twice, in 4 bytes. With gradient checkpointing a block keeps its two inputs, and one block at a time
     keeps all. The encoder's blocks run on visible tokens, and so do the bridge's; the decoder's on all. Added are the
-    visible pixels at the embedding, and the predicted ones with their copy in float32. What is left out: masks of
-    dropout, statistics of norms, 16-bit copies of weights (see `memory`), work space.
+    visible pixels at the embedding in b bytes, and the predicted ones in 4. What is left out: masks of dropout,
+    statistics of norms, 16-bit copies of weights (see `memory`), work space.
     """
     config, visible = recipe.config(), visible_tokens(recipe)
     value = DTYPES[recipe.optimizer.precision].itemsize
@@ -52,7 +52,7 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     kept = visible * config.patch_values * value
     if decodes(recipe):
         stacks.append((config.num_tokens, config.decoder_embed_dim, config.decoder_mlp_ratio, config.decoder_depth))
-        kept += (config.num_tokens - visible) * config.patch_values * (value + 4 * (value != 4))
+        kept += (config.num_tokens - visible) * config.patch_values * 4
     full = [round(tokens * dim * ((6 + 2 * ratio) * value + 8)) for tokens, dim, ratio, _ in stacks]
     if recipe.gradient_checkpointing:
         kept += max(full) + sum(tokens * dim * (value + 4) * depth for tokens, dim, _, depth in stacks)
@@ -88,10 +88,10 @@ def cost_of_step(recipe: Recipe) -> Cost:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product, measured for about a second: what `describe` calls a device's rate."""
+    """FLOP/s of a square matrix product, measured in a fraction of a second: what `describe` calls a device's rate."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    spread = interleaved({"product": lambda: left @ right}, device, budget=1.0)["product"]
+    spread = interleaved({"product": lambda: left @ right}, device, budget=0.3)["product"]
     return 2 * size**3 / spread.p50
 
 
@@ -128,10 +128,10 @@ def describe(
         ("task", {"finetune": "fine-tuning", "pretrain": "pre-training"}[recipe.task] + _losses(recipe)),
         ("model", f"{recipe.model.get('name', 'mar_vit_base')}: {_parameters(model)}"),
         ("mask", _mask(recipe)),
-        ("data", f"{videos} videos, {per_epoch} steps an epoch (an incomplete last batch is left out)"),
-        ("batch", f"{data.batch} videos x {data.repeats} clip(s) a step: {processes}"
-         f" processes x {micro_batches} micro-batches of {clips} clips"),
-        ("run", f"{recipe.schedule.epochs} epochs, {steps} steps, {steps * data.batch * data.repeats} clips"),
+        ("data", f"videos {videos}, steps an epoch {per_epoch} (an incomplete last batch is left out)"),
+        ("batch", f"videos a step {data.batch}, clips of each {data.repeats}: {processes} (processes) x "
+         f"{micro_batches} (micro-batches) x {clips} (clips)"),
+        ("run", f"epochs {recipe.schedule.epochs}, steps {steps}, clips {steps * data.batch * data.repeats}"),
         ("learning rate", _rates(recipe, per_epoch)),
         ("AdamW", f"betas {recipe.optimizer.betas}, eps {recipe.optimizer.eps:g}, gradients "
          + (f"clipped to norm {recipe.optimizer.clip_grad:g}" if recipe.optimizer.clip_grad else "not clipped")),
@@ -189,7 +189,7 @@ def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
         axis.axvline(schedule.warmup_epochs, color="#555555", linestyle=":", linewidth=1, label="end of the warm-up")
         axis.set(ylabel="learning rate", xlim=(0, schedule.epochs))
         axis.grid(alpha=0.3)
-    logarithmic.set_xlabel(f"epoch ({per_epoch} steps of {recipe.data.batch} videos each)")
+    logarithmic.set_xlabel(f"epoch (steps {per_epoch}, videos a step {recipe.data.batch})")
     legend_below(figure, [linear])
     save(figure, path)
 
@@ -250,7 +250,10 @@ def _groups(groups: list[Group]) -> Iterator[tuple[str, str]]:
 
 def _memory(recipe: Recipe, clips: int, shards: int) -> Iterator[tuple[str, str]]:
     parts = memory(recipe, clips, shards)
-    yield "memory", f"at least {sum(parts.values()) / 1e9:.2f} GB a process, by arithmetic; activations are estimated"
+    yield (
+        "memory",
+        f"about {sum(parts.values()) / 1e9:.2f} GB a process, by arithmetic; the activations are an estimate",
+    )
     yield "", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
 
 
