@@ -21,7 +21,7 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
     norms and the mask token have no weight decay.
 
     Args:
-        model: As it was made: not yet wrapped or compiled, since layers are told by names.
+        model: Not wrapped by DDP, which changes names. `fully_shard` keeps names but replaces parameters: it goes first.
         optimizer: Weight decay, layer decay and its rule.
         lr: The learning rate to start from; `set_lr` changes it.
 

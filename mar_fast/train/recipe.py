@@ -189,7 +189,8 @@ def _read(recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix != ".toml":
         path = FOLDER / f"{recipe}.toml"
-    if not path.is_file():
+    base_alone = path.parent == FOLDER and path.name.startswith("_") and not above
+    if not path.is_file() or base_alone:
         close = difflib.get_close_matches(str(recipe), list_recipes(), 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise FileNotFoundError(f"recipe: got {str(recipe)!r}, expected a .toml file or one of {list_recipes()}{hint}")

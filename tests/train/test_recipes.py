@@ -319,7 +319,7 @@ def test_bytes_that_are_no_text(tmp_path):
         read_recipe(tmp_path / "a.toml")
 
 
-@pytest.mark.parametrize("name", ["mar_k400_bse", "", "no/such.toml", "folder.toml"])
+@pytest.mark.parametrize("name", ["mar_k400_bse", "", "_mar", "no/such.toml", "folder.toml"])
 def test_no_such_recipe(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.toml").mkdir()
