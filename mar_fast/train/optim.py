@@ -21,7 +21,7 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
     norms and the mask token have no weight decay.
 
     Args:
-        model: Not wrapped by DDP, which changes names. `fully_shard` keeps names but replaces parameters: it goes first.
+        model: Not wrapped by DDP, which changes names; after `fully_shard`, which keeps them but replaces parameters.
         optimizer: Weight decay, layer decay and its rule.
         lr: The learning rate to start from; `set_lr` changes it.
 
