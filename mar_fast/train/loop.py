@@ -124,12 +124,13 @@ class Run:
         common = {"recipe": recipe.as_dict(), "processes": world.size, "accumulate": accumulate, **(settings or {})}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
         self.broken = BrokenVideos(len(videos), recipe.data.max_broken)
-        self.done, self.best, self.stopped = 0, dict[str, float](), False
+        self.done, self.best = 0, dict[str, float]()
+        self.stopped = self.due = False
         self.steps = self.sampler.steps * recipe.schedule.epochs
         self._losses = deque[float](maxlen=REMEMBERED)
         self._pending: _Step | None = None
         self.log: Log | None = None
-        self._clock = time.perf_counter()
+        self._clock, self._saved = time.perf_counter(), time.monotonic()
 
     def resume(self, *, allow_changes: bool = False) -> None:
         """Go on from the newest checkpoint.
@@ -179,14 +180,21 @@ class Run:
             lr = learning_rate(self.recipe, self.done, per_epoch, self.recipe.data.batch)
             step = _Step(self.done + 1, (self.done + 1) / per_epoch, lr)
             told = self.stepper.step(self._inputs(read, step), self.accumulate, lr)
-            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked)])))
+            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), self._overdue()])))
             step.told = _to_host(self.world.sum(told))
             self.done += 1
             self._settle()  # the step before, so that the device always has work
             self._pending = step
             if self.world.device.type == "cpu":
                 self._settle()
+            if self.due and self.done < (epoch + 1) * per_epoch:
+                self._save()
         self._settle()
+
+    def _overdue(self) -> bool:
+        """Whether rank 0 wants a checkpoint within the epoch."""
+        minutes = self.recipe.checkpoint_minutes
+        return self.world.main and minutes > 0 and time.monotonic() - self._saved > 60 * minutes
 
     def _inputs(self, read: Iterator[Batch], step: "_Step") -> Iterator[Inputs]:
         """The micro-batches of a step, on the device, masked and mixed."""
@@ -211,7 +219,7 @@ class Run:
         step, self._pending = self._pending, None
         if step is None:
             return
-        loss, classification, reconstruction, right, norm, broken, asked = step.told()
+        loss, classification, reconstruction, right, norm, broken, asked, due = step.told()
         if broken:
             new = self.broken.add([one for some in self.world.gather(step.broken) for one in some])
             self._say({"step": step.number, "broken": [one._asdict() for one in new]} if new else None)
@@ -239,7 +247,7 @@ class Run:
             row["scale"] = self.stepper.parts.scaler.get_scale()
         row |= {"clips_per_second": step.clips * self.world.size / seconds, "waiting": min(step.waited / seconds, 1.0)}
         self._say(row)
-        self.stopped = asked > 0
+        self.stopped, self.due = asked > 0, due > 0
 
     def _say(self, row: dict[str, Any] | None) -> None:
         if row is not None and self.log is not None:
@@ -294,6 +302,8 @@ class Run:
         )
 
     def _save(self) -> None:
+        self._settle()  # no checkpoint of weights that are not finite
+        self._saved, self.due = time.monotonic(), False
         extra = {"best": self.best, "broken": self.broken.errors}
         self.checkpoints.save(self.done, self.stepper.parts, extra, self.world)
 
