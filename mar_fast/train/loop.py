@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import MAR
+from ..files import remove_leftovers
 from ..token_mask import TokenMask
 from .dataset import Batch, Broken, BrokenVideos, Item
 from .distributed import World, spread
@@ -144,6 +145,9 @@ class Run:
         """
         self.done, extra = self.checkpoints.load(self.stepper.parts, allow_changes=allow_changes)
         self.best, self.broken.errors = extra["best"], extra["broken"]
+        if self.world.main:
+            for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
+                remove_leftovers(self.out, name)
 
     def train(self) -> Result:
         """Train from here to the end, or until the process is interrupted (SIGINT) or told to end (SIGTERM).

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from .. import MAR, save_checkpoint
-from ..files import write_whole
+from ..files import remove_leftovers, write_whole
 from ..kernels import checks
 from .distributed import World
 
@@ -86,10 +86,14 @@ class Checkpoints:
         world.barrier()
 
     def _clean(self) -> None:
-        old = self.steps()[: -self.keep]
-        for step in old:
+        """Remove old checkpoints, and what is left of one that was not written to its end."""
+        for step in self.steps()[: -self.keep]:
             self._path(step).unlink()
-            shutil.rmtree(self.folder / f"shares-{step:08d}", ignore_errors=True)
+        remove_leftovers(self.folder, "step-*.pt")
+        kept = {f"shares-{step:08d}" for step in self.steps()}
+        for shares in self.folder.glob("shares-*"):
+            if shares.name not in kept:
+                shutil.rmtree(shares, ignore_errors=True)
 
     def load(self, parts: "Parts", *, allow_changes: bool = False) -> tuple[int, dict[str, Any]]:
         """Put the newest checkpoint into model and optimizer.
