@@ -48,12 +48,12 @@ def batches(loader: "DataLoader[Item]") -> Iterator[Batch]:
     """
     try:
         yield from loader
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         text = str(error)
-        if "Caught RuntimeError" in text:  # with the traceback of the worker, whose last line is the message
+        if text.startswith("Caught "):  # in a worker, with its traceback; the last line is the error
             raise RuntimeError(text.strip().splitlines()[-1].removeprefix("RuntimeError: ")) from error
-        if "DataLoader worker" in text:
-            accepted = "workers that stay alive: is there enough memory for them, also in /dev/shm? (fewer workers)"
+        if "DataLoader worker" in text or not isinstance(error, RuntimeError):  # or a batch that went with its worker
+            accepted = "workers that stay alive: is there enough memory for them, also in /dev/shm? (or fewer workers)"
             raise RuntimeError(f"workers: got one that died ({text}), expected {accepted}") from error
         raise
 
