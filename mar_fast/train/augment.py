@@ -35,7 +35,7 @@ class ClipAugment:
         if augment.crop == "random_resized" and not (len(augment.scale) == 2 and augment.scale[0] <= augment.scale[1]):
             raise checks.bad("augment.scale", augment.scale, "least and greatest area, for crop = 'random_resized'")
         self.augment, self.size = augment, size
-        fill = GRAY if augment.fill == "gray" else tuple(round(255 * value) for value in mean)
+        fill = GRAY if augment.fill == "gray" else [round(255 * value) for value in mean]
         policy = augment.rand_augment
         self.rand_augment = RandAugment(policy, fill, augment.interpolation) if policy else None
 
@@ -79,7 +79,7 @@ class ClipAugment:
         if rng.random() < augment.erase:
             log_aspect = abs(math.log(augment.erase_aspect))
             for _ in range(ERASE_TRIES):
-                area = rng.uniform(*augment.erase_area) * height * width
+                area = rng.uniform(augment.erase_area[0], augment.erase_area[1]) * height * width
                 aspect = math.exp(rng.uniform(-log_aspect, log_aspect))  # height / width
                 rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
                 if rows < height and columns < width:
@@ -103,7 +103,7 @@ def random_resized_crop(
         The crop; where none of 10 fits in the picture, the largest one in the middle that has an aspect allowed.
     """
     for _ in range(CROP_TRIES):
-        area = rng.uniform(*scale) * height * width
+        area = rng.uniform(scale[0], scale[1]) * height * width
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
         rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < rows <= height and 0 < columns <= width:

@@ -4,7 +4,7 @@ So a run that is resumed reads what it would have read, whatever workers had rea
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Item(NamedTuple):
     Attributes:
         video: (repeats, T, H, W, C) uint8.
         label: Of the list.
-        index: Of the video read, in the order of the list.
+        video_index: Of the video read, in the order of the list.
         boxes: (repeats, 4), what is erased.
         counts: Whether it is to be counted in a validation.
         broken: Videos that should have been read, and could not be.
@@ -47,7 +47,7 @@ class Item(NamedTuple):
 
     video: Image
     label: int
-    index: int
+    video_index: int
     boxes: list[Box]
     counts: bool
     broken: list[Broken]
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     Attributes:
         video: (B, C, T, H, W) uint8, a view of channels-last memory.
         labels: (B,) int64.
-        index: (B,) int64.
+        video_index: (B,) int64, those of the videos read.
         boxes: (B, 4) int64: top, left, height, width; `Mixing` erases them.
         counts: (B,) bool.
         broken: Of all items.
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
     video: Tensor
     labels: Tensor
-    index: Tensor
+    video_index: Tensor
     boxes: Tensor
     counts: Tensor
     broken: list[Broken]
@@ -114,8 +114,8 @@ class ClipDataset(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         repeats = self.data.repeats if self.training else 1
-        rngs = [np.random.default_rng([self.seed, key.epoch, key.index, repeat]) for repeat in range(repeats)]
-        index, broken = key.index, list[Broken]()
+        rngs = [np.random.default_rng([self.seed, key.epoch, key.video_index, repeat]) for repeat in range(repeats)]
+        index, broken = key.video_index, list[Broken]()
         while len(broken) < TRIES:
             try:
                 clips = self._read(index, rngs)
@@ -126,7 +126,7 @@ class ClipDataset(Dataset[Item]):
             if not self.training:
                 black = np.zeros((self.num_frames, *self.size, 3), np.uint8)
                 return self._item([list(black)], rngs, index, False, broken)
-            entropy = [self.seed, key.epoch, key.index, repeats + len(broken)]
+            entropy = [self.seed, key.epoch, key.video_index, repeats + len(broken)]
             index = int(np.random.default_rng(entropy).integers(len(self)))
         got = f"{TRIES} unreadable videos one after the other, the last {broken[-1].path} ({broken[-1].error})"
         raise RuntimeError(f"list: got {got}, expected videos that can be read")
@@ -185,12 +185,12 @@ def draw_frames(
         rng: Source of all draws; None takes the middle of the film, or of each segment.
     """
     slots = np.arange(num_frames)
+    numbers: np.ndarray[Any, np.dtype[Any]]
     if sampling == "uniform":
-        inside = np.full(num_frames, 0.5) if rng is None else rng.random(num_frames)
-        numbers = (slots + inside) * total / num_frames
+        numbers = (slots + (0.5 if rng is None else rng.random(num_frames))) * total / num_frames
     else:
         spare = max(int(total - 1 - (num_frames - 1) * step), 0)
-        numbers = (spare // 2 if rng is None else int(rng.integers(spare + 1))) + slots * step
+        numbers = slots * step + (spare // 2 if rng is None else rng.integers(spare + 1))
     return [min(int(number), total - 1) for number in numbers]
 
 
@@ -199,7 +199,7 @@ def collate(items: Sequence[Item]) -> Batch:
     repeats = len(items[0].video)
     labels, index, counts = (
         torch.tensor(values).repeat_interleave(repeats)
-        for values in zip(*((item.label, item.index, item.counts) for item in items), strict=True)
+        for values in zip(*((item.label, item.video_index, item.counts) for item in items), strict=True)
     )
     video = torch.from_numpy(np.concatenate([item.video for item in items])).permute(0, 4, 1, 2, 3)
     boxes = torch.tensor([box for item in items for box in item.boxes])

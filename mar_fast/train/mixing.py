@@ -92,7 +92,7 @@ class Mixing:
         if not cuts:
             video.copy_(video * share + video.flip(0) * (1 - share))
             return share
-        top, left, height, width = cut_box(*video.shape[-2:], share, rng)
+        top, left, height, width = cut_box(video.shape[-2], video.shape[-1], share, rng)
         box = video[..., top : top + height, left : left + width]
         box.copy_(box.flip(0))
         return 1 - height * width / math.prod(video.shape[-2:])

@@ -54,7 +54,7 @@ class RandAugment:
         ValueError: another notation.
     """
 
-    def __init__(self, policy: str, fill: tuple[int, int, int], interpolation: str) -> None:
+    def __init__(self, policy: str, fill: Sequence[int], interpolation: str) -> None:
         name, *sections = policy.split("-")
         found = [_SECTION.fullmatch(section) for section in sections]
         values = {match[1]: float(match[2]) for match in found if match is not None}
@@ -63,7 +63,7 @@ class RandAugment:
             accepted = 'timm\'s notation with m, n, mstd and inc1, for example "rand-m9-mstd0.5-inc1"'
             raise checks.bad("augment.rand_augment", repr(policy), accepted)
         self.magnitude, self.std, self.ops = values["m"], values.get("mstd", 0.0), int(values.get("n", 2))
-        self.fill, self.interpolation = fill, interpolation
+        self.fill, self.interpolation = tuple(fill), interpolation
 
     def draw(self, rng: np.random.Generator) -> list[tuple[str, float]]:
         """The ops to be done, in order, each with its argument."""

@@ -13,12 +13,12 @@ class Key(NamedTuple):
     """What `ClipDataset` takes as an index.
 
     Attributes:
-        index: The video, in the order of the list.
+        video_index: The video, in the order of the list.
         epoch: Its draws differ from those of other epochs.
         counts: False for one that only fills the last batch of a validation.
     """
 
-    index: int
+    video_index: int
     epoch: int = 0
     counts: bool = True
 
@@ -83,7 +83,7 @@ class StepSampler(Sampler[list[Key]]):
         if self.training:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         keys = [Key(int(index), self.epoch) for index in order]
-        keys += [Key(keys[-1].index, self.epoch, False)] * (self.steps * self.batch - len(keys))
+        keys += [Key(keys[-1].video_index, self.epoch, False)] * (self.steps * self.batch - len(keys))
         size = self.batch // (self.world * self.accumulate)
         for step in range(self.start, self.steps):
             mine = keys[step * self.batch : (step + 1) * self.batch][self.rank :: self.world]

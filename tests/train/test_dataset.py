@@ -68,7 +68,9 @@ def test_frames_at_stride_from_anywhere(folder, index):
     data, starts = dataset(folder), set()
     for epoch in range(60 if index == 2 else 90):
         item = data[Key(index, epoch)]
-        assert item.video.shape == (1, 4, 32, 32, 3) and (item.label, item.index) == (index, index) and item.counts
+        assert (
+            item.video.shape == (1, 4, 32, 32, 3) and (item.label, item.video_index) == (index, index) and item.counts
+        )
         found = numbers(item.video[0], index)
         assert found == [min(found[0] + 4 * i, total - 1) for i in range(4)]
         starts.add(found[0])
@@ -142,16 +144,16 @@ def test_the_same_clips_whatever_reads_them(folder):
     state = torch.get_rng_state()
     alone = run(data, 0)
     assert torch.equal(torch.get_rng_state(), state)  # the run's own draws go on as if nothing had been read
-    assert [batch.index.tolist() for batch in alone] == [[i, i, j, j] for i, j in np.reshape(order(0), (2, 2))]
+    assert [batch.video_index.tolist() for batch in alone] == [[i, i, j, j] for i, j in np.reshape(order(0), (2, 2))]
     torch.manual_seed(99), np.random.seed(99)
     for workers in (1, 3):
         for one, other in zip(alone, run(data, workers), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one[:5], other[:5], strict=True))
     ranks = [run(data, 0, rank, 2) for rank in range(2)]
-    joined = {int(i): batch.video[n] for batch in alone for n, i in enumerate(batch.index) if n % 2 == 0}
+    joined = {int(i): batch.video[n] for batch in alone for n, i in enumerate(batch.video_index) if n % 2 == 0}
     for (batch,) in ranks:
         for n in (0, 2):
-            assert torch.equal(batch.video[n], joined.pop(int(batch.index[n])))
+            assert torch.equal(batch.video[n], joined.pop(int(batch.video_index[n])))
     assert not joined
     later = run(data, 0, epoch=1)
     assert not any(torch.equal(one.video, other.video) for one, other in zip(alone, later, strict=True))
@@ -166,7 +168,7 @@ def test_batches_are_channels_last_uint8(folder):
     batch = collate([data[Key(index)] for index in (2, 0)])
     assert batch.video.dtype == torch.uint8 and batch.video.shape == (4, 3, 4, 32, 32)
     assert batch.video.permute(0, 2, 3, 4, 1).is_contiguous()
-    assert batch.labels.tolist() == batch.index.tolist() == [2, 2, 0, 0] and batch.counts.all()
+    assert batch.labels.tolist() == batch.video_index.tolist() == [2, 2, 0, 0] and batch.counts.all()
     assert batch.boxes.shape == (4, 4) and batch.boxes.dtype == torch.int64 and batch.broken == []
 
 
@@ -180,14 +182,21 @@ def test_broken_videos_are_replaced_by_others(folder):
     found = Counter()
     for epoch in range(40):
         item = data[Key(3, epoch)]
-        assert item.index != 3 and item.label == item.index % 2 and item.counts and item.video.shape[0] == 2
+        assert item.video_index != 3 and item.label == item.video_index % 2 and item.counts and item.video.shape[0] == 2
         assert {Path(path).name for path, _ in item.broken} == {"broken.mkv"} and "cut off" in item.broken[0].error
         again = data[Key(3, epoch)]
-        assert (again.index, again.broken) == (item.index, item.broken) and (again.video == item.video).all()
-        found[item.index] += 1
+        assert (again.video_index, again.broken) == (item.video_index, item.broken) and (
+            again.video == item.video
+        ).all()
+        found[item.video_index] += 1
     assert set(found) == {0, 1, 2}
     black = ClipDataset(samples_with_broken(folder), recipe(classes=2), training=False)[Key(3)]
-    assert (black.index, black.label, black.counts, len(black.broken)) == (3, 1, False, 1) and not black.video.any()
+    assert (black.video_index, black.label, black.counts, len(black.broken)) == (
+        3,
+        1,
+        False,
+        1,
+    ) and not black.video.any()
 
 
 def test_too_many_broken_videos_end_the_run(folder, tmp_path):
@@ -243,7 +252,9 @@ def test_steps_of_ranks(world, accumulate):
     assert {len(mine) for mine in ranks} == {3 * accumulate}
     expected = np.random.default_rng([5, 0]).permutation(30)
     for step in range(3):
-        taken = [[key.index for batch in mine[step * accumulate :][:accumulate] for key in batch] for mine in ranks]
+        taken = [
+            [key.video_index for batch in mine[step * accumulate :][:accumulate] for key in batch] for mine in ranks
+        ]
         assert [i for group in zip(*taken, strict=True) for i in group] == expected[8 * step : 8 * step + 8].tolist()
     resumed = StepSampler(30, 8, rank=world - 1, **arguments)
     resumed.set_epoch(0, start=2)
@@ -257,8 +268,8 @@ def test_validation_counts_each_video_once(world):
     ranks = [list(StepSampler(10, 4, rank=rank, world=world, training=False)) for rank in range(world)]
     assert {len(batch) for mine in ranks for batch in mine} == {4 // world} and len(ranks[0]) == 3
     keys = [key for mine in ranks for batch in mine for key in batch]
-    assert sorted(key.index for key in keys if key.counts) == list(range(10))
-    assert [key.index for key in keys if not key.counts] == [9, 9]
+    assert sorted(key.video_index for key in keys if key.counts) == list(range(10))
+    assert [key.video_index for key in keys if not key.counts] == [9, 9]
 
 
 @pytest.mark.parametrize(
