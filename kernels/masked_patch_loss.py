@@ -96,14 +96,30 @@ def eager_masked_patch_loss(
     """What `masked_patch_loss` means, in plain PyTorch."""
     if pixels.numel() == 0:
         return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).sum()  # 0, still connected to pixels
-    target = gather_tubelets(video.detach(), drop_idx, patch_size, clip_idx)  # (B, M, C, t, h, w), or (total, C, ...)
+    target = patch_targets(video, drop_idx, clip_idx, patch_size, mean, std, normalize, pixels.dtype)
+    return (pixels.to(target.dtype) - target).square().mean()
+
+
+def patch_targets(
+    video: Tensor,
+    index: Tensor,
+    clip_idx: Tensor | None,
+    patch_size: tuple[int, int, int],
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(B, M, t * h * w * C), or (total, ...) with clip_idx: what pixels of ``dtype`` are to be, in float32 at least."""
+    target = gather_tubelets(video.detach(), index, patch_size, clip_idx)  # (B, M, C, t, h, w), or (total, C, ...)
     target = target.movedim(-4, -1)  # (B, M, t, h, w, C), or (total, t, h, w, C)
-    target = target.to(torch.promote_types(pixels.dtype, torch.float32))
+    target = target.to(torch.promote_types(dtype, torch.float32))
     if video.dtype == torch.uint8:
         target = target / 255
     elif mean is not None and std is not None:
-        target = target * per_channel(std, video.device) + per_channel(mean, video.device)
+        scale, shift = (per_channel(values, video.device, target.dtype) for values in (std, mean))
+        target = target * scale + shift
     if normalize:
         variance, average = torch.var_mean(target, dim=(-4, -3, -2), keepdim=True, correction=1)
         target = (target - average) / (variance.sqrt() + 1e-6)
-    return (pixels.to(target.dtype) - target.flatten(-4)).square().mean()
+    return target.flatten(-4)

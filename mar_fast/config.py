@@ -178,7 +178,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "small": dict(embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3),
     "base": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6),
     "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=12, decoder_num_heads=8),
-    "huge": dict(embed_dim=1280, depth=32, num_heads=16, decoder_embed_dim=640, decoder_depth=12, decoder_num_heads=10),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16, decoder_embed_dim=640, decoder_depth=12, decoder_num_heads=8),
     "giant": dict(
         embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, patch_size=(2, 14, 14),
         decoder_embed_dim=512, decoder_depth=4, decoder_num_heads=8,

@@ -38,6 +38,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove temporary files of `write_whole` that a process left when it was killed.
+
+    Args:
+        folder: Where the files would be; nothing else may write them now.
+        pattern: Of the files' names, for example "step-*.pt".
+    """
+    stem, _, suffix = pattern.rpartition(".")
+    for file in folder.glob(f".{stem}-*.{suffix}"):
+        file.unlink(missing_ok=True)
+
+
 def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:
     """`write_whole` for a folder: ``write`` fills a temporary one beside ``path``, which then replaces it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .config import MARConfig, named_config
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from .kernels.gather_patch_embed import per_channel
+from .kernels.masked_patch_loss import patch_targets
 from .layers import (
     Attention,
     Block,
@@ -50,7 +51,8 @@ class MAROutput(NamedTuple):
         features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a ragged mask.
         reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets (of all clips together).
         pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order;
-            (B * L - total, t * h * w * C) for a ragged mask, whose ``drop_cu_seqlens`` say where clips begin.
+            (B * L - total, t * h * w * C) for a ragged mask, whose ``drop_cu_seqlens`` say where clips begin;
+            (B, K, t * h * w * C) for the visible positions of a decoder_mask.
         cu_seqlens: (B + 1,) int32 for a ragged mask: the features of clip i are [cu_seqlens[i], cu_seqlens[i + 1]).
             None for any other mask.
     """
@@ -156,8 +158,15 @@ class PixelDecoder(Fused):
         self.norm = nn.LayerNorm(dim, eps=config.decoder_norm_eps)
         self.head = nn.Linear(dim, config.patch_values)
 
-    def forward(self, visible: Tensor, mask_token: Tensor, mask: TokenMask) -> Tensor:
-        """(B, N, decoder_embed_dim) -> (B, M, t * h * w * C), or both packed: visible tokens in, dropped ones out."""
+    def forward(
+        self, visible: Tensor, mask_token: Tensor, mask: TokenMask, decoder_mask: TokenMask | None = None
+    ) -> Tensor:
+        """(B, N, decoder_embed_dim) -> (B, M, t * h * w * C), or both packed: visible tokens in, dropped ones out.
+
+        With ``decoder_mask`` its K visible positions come out, and no other mask token goes in.
+        """
+        if decoder_mask is not None:
+            return self._chosen(visible, mask_token, mask, decoder_mask)
         drop_clip_idx = mask.drop_clip_idx
         x = scatter_tokens(visible, mask.keep_idx, mask_token, self.pos_embed.value, mask.cu_seqlens)  # (B, L, D)
         # Of the last block only dropped tokens are needed. Where clips drop different numbers it runs on all of them.
@@ -167,6 +176,14 @@ class PixelDecoder(Fused):
             assert residual is not None
             rows = drop_clip_idx * mask.num_tokens + mask.drop_idx
             x, residual = (value.flatten(0, 1).index_select(0, rows) for value in (x, residual))  # (B * L - total, D)
+        return self.head(norm(self.fallbacks, self.norm, x, residual)[0])
+
+    def _chosen(self, visible: Tensor, mask_token: Tensor, mask: TokenMask, decoder_mask: TokenMask) -> Tensor:
+        table, index = self.pos_embed.value, decoder_mask.keep_idx.long()
+        tokens = torch.cat((visible + table[mask.keep_idx.long()], mask_token + table[index]), 1)  # (B, N + K, D)
+        rows = torch.arange(visible.shape[1], tokens.shape[1], device=tokens.device).expand_as(index)
+        x = tokens.to(visible.dtype)
+        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, rows)  # (B, K, D)
         return self.head(norm(self.fallbacks, self.norm, x, residual)[0])
 
 
@@ -268,6 +285,7 @@ class MAR(nn.Module):
         *,
         reconstruct: bool | None = None,
         generator: torch.Generator | None = None,
+        decoder_mask: TokenMask | None = None,
     ) -> MAROutput:
         """Classify, and in training reconstruct, a batch of clips.
 
@@ -279,6 +297,9 @@ class MAR(nn.Module):
                 stay packed from end to end: nothing is padded, and each clip gives what it gives alone.
             reconstruct: Whether to predict the dropped pixels. None means in training, if there is a decoder.
             generator: Source of the random masks; None is torch's default.
+            decoder_mask: For dual masking (VideoMAE v2, arXiv 2303.16727): the decoder predicts its visible positions
+                only, (B, K, t * h * w * C), and of those the dropped ones count in the loss. None predicts all that is
+                dropped.
 
         Raises:
             ValueError, TypeError: an argument does not fit the model; the message names it.
@@ -289,6 +310,8 @@ class MAR(nn.Module):
         if reconstruct and self.decoder is None:
             raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
         mask = self._mask(video, mask, generator)
+        if decoder_mask is not None:
+            self._check_decoder_mask(decoder_mask, mask, video, reconstruct)
         segments = mask.segments
         features = self.encoder(video, mask.keep_idx, segments)  # (B, N, D) or (total, D)
         logits = None if self.classifier is None else self.classifier(features, segments)  # (B, classes)
@@ -297,22 +320,22 @@ class MAR(nn.Module):
             assert self.decoder is not None
             # As in the classifier, the residual stream begins in the weights' dtype.
             visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)  # (B, N, decoder_embed_dim)
-            pixels = self.decoder(visible, self.mask_token.flatten(), mask)  # (B, M, t * h * w * C)
-            loss = self._loss(pixels, video, mask)
+            pixels = self.decoder(visible, self.mask_token.flatten(), mask, decoder_mask)  # (B, M, t * h * w * C)
+            loss = self._loss(pixels, video, mask, decoder_mask)
         return MAROutput(logits, features, loss, pixels, mask.cu_seqlens)
 
-    def _loss(self, pixels: Tensor, video: Tensor, mask: TokenMask) -> Tensor:
+    def _loss(self, pixels: Tensor, video: Tensor, mask: TokenMask, decoder_mask: TokenMask | None) -> Tensor:
         config = self.config
-        return masked_patch_loss(
-            pixels,
-            video,
-            mask.drop_idx,
-            mask.drop_clip_idx,
-            patch_size=config.patch_size,
-            mean=config.mean,
-            std=config.std,
-            normalize=config.norm_pix_loss,
-        )
+        sizes: tuple[Any, ...] = (config.patch_size, config.mean, config.std, config.norm_pix_loss)
+        if decoder_mask is None:
+            options = dict(zip(("patch_size", "mean", "std", "normalize"), sizes, strict=True))
+            return masked_patch_loss(pixels, video, mask.drop_idx, mask.drop_clip_idx, **options)
+        # How many positions count depends on the masks; weights of 0 and 1 keep every shape fixed.
+        dropped = torch.ones(mask.batch, mask.num_tokens, device=video.device)
+        counts = dropped.scatter(1, mask.keep_idx.long(), 0.0).gather(1, decoder_mask.keep_idx.long())  # (B, K)
+        target = patch_targets(video, decoder_mask.keep_idx, None, *sizes, pixels.dtype)
+        error = (pixels.to(target.dtype) - target).square().mean(-1)  # (B, K)
+        return (error * counts).sum() / counts.sum().clamp(min=1)
 
     def _mask(self, video: Tensor, mask: TokenMask | None, generator: torch.Generator | None) -> TokenMask:
         """The given mask, checked, or the model's own."""
@@ -330,16 +353,31 @@ class MAR(nn.Module):
         if mask is None:
             keep_idx, drop_idx = (test.value.expand(batch, -1) for test in (self.test_keep_idx, self.test_drop_idx))
             return TokenMask(keep_idx, drop_idx, config.grid)
-        if not isinstance(mask, TokenMask):
-            raise checks.bad_type("mask", type(mask).__name__, "a TokenMask (TokenMask.from_bool_masked takes bools)")
-        if mask.num_tokens != config.num_tokens or (len(mask.grid) == 3 and mask.grid != config.grid):
-            raise checks.bad("mask", f"a grid {mask.grid}", f"{config.grid}, the model's, {config.num_tokens} tokens")
-        if mask.batch != batch:
-            raise checks.bad("mask", f"{mask.batch} clips", f"{batch}, as video has")
-        checks.same_device("video", video.device, mask=mask.keep_idx)
+        self._check_mask("mask", mask, video)
         if mask.cu_seqlens is None and mask.num_visible == 0:
             raise checks.bad("mask", "no visible token", "at least one in every clip")
         return mask
+
+    def _check_mask(self, argument: str, mask: object, video: Tensor) -> None:
+        config, batch = self.config, video.shape[0]
+        if not isinstance(mask, TokenMask):
+            raise checks.bad_type(argument, type(mask).__name__, "a TokenMask (TokenMask.from_bool_masked takes bools)")
+        if mask.num_tokens != config.num_tokens or (len(mask.grid) == 3 and mask.grid != config.grid):
+            raise checks.bad(argument, f"a grid {mask.grid}", f"{config.grid}, the model's, {config.num_tokens} tokens")
+        if mask.batch != batch:
+            raise checks.bad(argument, f"{mask.batch} clips", f"{batch}, as video has")
+        checks.same_device("video", video.device, **{argument: mask.keep_idx})
+
+    def _check_decoder_mask(self, decoder_mask: object, mask: TokenMask, video: Tensor, reconstruct: bool) -> None:
+        self._check_mask("decoder_mask", decoder_mask, video)
+        assert isinstance(decoder_mask, TokenMask)
+        for argument, given in (("mask", mask), ("decoder_mask", decoder_mask)):
+            if given.cu_seqlens is not None:
+                raise checks.bad(
+                    argument, "a ragged mask", "with decoder_mask one whose clips keep equally many tokens"
+                )
+        if not reconstruct:
+            raise checks.bad("decoder_mask", "a mask without reconstruction", "None, or reconstruct=True")
 
     def _check_video(self, video: Tensor) -> None:
         config = self.config

@@ -184,13 +184,23 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=config.decoder_norm_eps)
         self.head = nn.Linear(dim, config.patch_values)
 
-    def forward(self, visible: Tensor, mask_token: Tensor, masked: Tensor) -> Tensor:
-        """(B, N, decoder_embed_dim) -> (B, L, t * h * w * C)."""
-        x = mask_token.expand(*masked.shape, -1).clone()
-        x[~masked] = visible.reshape(-1, visible.shape[-1]).to(x.dtype)
-        x = (x + self.table.to(x.device)).to(x.dtype)
+    def forward(self, visible: Tensor, mask_token: Tensor, masked: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """(B, N, decoder_embed_dim) -> (B, L, t * h * w * C), or (B, K, ...) for the K ``chosen`` (B, L) bool."""
+        table = self.table.to(visible.device)
+        if chosen is None:
+            x = mask_token.expand(*masked.shape, -1).clone()
+            x[~masked] = visible.reshape(-1, visible.shape[-1]).to(x.dtype)
+            x = x + table
+        else:
+            clips = []
+            for b in range(masked.shape[0]):
+                clips.append(torch.cat([visible[b] + table[~masked[b]], mask_token[0] + table[chosen[b]]]))
+            x = torch.stack(clips)
+        x = x.to(mask_token.dtype)
         for block in self.blocks:
             x = block(x)
+        if chosen is not None:
+            x = x[:, visible.shape[1] :]
         return self.head(self.norm(x))
 
 
@@ -252,8 +262,9 @@ class MAR(nn.Module):
         *,
         reconstruct: bool | None = None,
         generator: torch.Generator | None = None,
+        decoder_mask: Any = None,
     ) -> Any:
-        """`mar_fast.MAR.forward`; the result has one more field, ``targets`` (B, M, t * h * w * C)."""
+        """`mar_fast.MAR.forward`; the result has one more field, ``targets``, of the shape of ``pixels``."""
         config = self.config
         if mask is None:
             masked = running_mask(config, video.shape[0], self.training, generator).to(video.device)
@@ -262,28 +273,44 @@ class MAR(nn.Module):
             for b in range(video.shape[0]):
                 masked[b, mask.keep_idx[b].long()] = False
 
-        mean = torch.tensor(config.mean, device=video.device).view(-1, 1, 1, 1)
-        std = torch.tensor(config.std, device=video.device).view(-1, 1, 1, 1)
-        clip = (video.float() / 255 - mean) / std if video.dtype == torch.uint8 else video
-        clip = clip.to(next(self.parameters()).dtype)
+        dtype = self.encoder.patch_embed["proj"].weight.dtype
+        like = dict(dtype=torch.promote_types(dtype, torch.float32), device=video.device)
+        mean, std = (torch.tensor(values, **like).view(-1, 1, 1, 1) for values in (config.mean, config.std))
+        clip = (video.to(mean) / 255 - mean) / std if video.dtype == torch.uint8 else video
+        clip = clip.to(dtype)
 
         features = self.encoder(clip, masked)
         logits = self.classifier(features) if self.classifier is not None else None
         out = SimpleNamespace(logits=logits, features=features, reconstruction_loss=None, pixels=None, targets=None)
         if reconstruct or (reconstruct is None and self.training and self.decoder is not None):
             assert self.decoder is not None, "this model has no decoder"
-            every = self.decoder(self.encoder_to_decoder(features), self.mask_token, masked)
+            visible = self.encoder_to_decoder(features)
             targets = patch_targets(clip * std + mean, config)
             batch, size = video.shape[0], config.patch_values
-            out.pixels = every[masked].reshape(batch, -1, size)
-            out.targets = targets[masked].reshape(batch, -1, size)
-            out.reconstruction_loss = F.mse_loss(out.pixels.float(), out.targets.float())
+            if decoder_mask is None:
+                out.pixels = self.decoder(visible, self.mask_token, masked)[masked].reshape(batch, -1, size)
+                out.targets = targets[masked].reshape(batch, -1, size)
+                counted = torch.ones(out.pixels.shape[:2], dtype=torch.bool, device=video.device)
+            else:
+                chosen = torch.zeros_like(masked)
+                for b in range(batch):
+                    chosen[b, decoder_mask.keep_idx[b].long()] = True
+                out.pixels = self.decoder(visible, self.mask_token, masked, chosen)
+                out.targets = targets[chosen].reshape(batch, -1, size)
+                counted = masked[chosen].reshape(batch, -1)
+            error = (wide(out.pixels) - wide(out.targets)) ** 2
+            out.reconstruction_loss = error[counted].mean() if counted.any() else error.sum() * 0
         return out
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def loss(out: Any, target: Tensor, reconstruction_weight: float = 0.1) -> Tensor:
     """-sum(soft target * log softmax(logits)), mean over the batch, plus the weighted reconstruction loss."""
     if not target.is_floating_point():
-        target = F.one_hot(target, out.logits.shape[1]).float()
-    classification = -(target * out.logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
+        target = F.one_hot(target, out.logits.shape[1])
+    classification = -(target * wide(out.logits).log_softmax(dim=-1)).sum(dim=-1).mean()
     return classification + reconstruction_weight * out.reconstruction_loss

@@ -16,6 +16,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
 from .tradeoff import tradeoff
+from .train import train
 from .verify import verify
 from .visualize import visualize
 
@@ -45,6 +46,7 @@ app.command()(demo)
 app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command("eval")(evaluate)
 app.command()(classify)
+app.command()(train)
 app.command()(tradeoff)
 app.command()(visualize)
 checkpoint = typer.Typer(

@@ -2,13 +2,15 @@
 
 import difflib
 import json
+import math
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..config import MARConfig, named_config
+from ..config import MARConfig, check_cell, masked_slots, named_config
 from ..data.video import Sampling
 from ..kernels import checks
 
@@ -142,14 +144,23 @@ class Recipe:
     """Of the reconstruction loss beside cross-entropy; pre-training has no other loss."""
     checkpoint_every: int = 1
     """Epochs from one checkpoint to the next."""
+    checkpoint_minutes: float = 30.0
+    """Within an epoch a checkpoint is written after so many minutes; 0 for none but at the ends of epochs."""
     keep: int = 2
     """How many of the newest checkpoints stay, besides the best one."""
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
+    """Spread parameters over the processes (FSDP2), for models that are too large for one GPU; else DDP."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     def config(self, **overrides: Any) -> MARConfig:
         """The model's configuration.
@@ -170,7 +181,8 @@ def read_recipe(recipe: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        recipe: A name from `list_recipes`, or a TOML file. Its key ``extends`` names a recipe to begin with.
+        recipe: A name from `list_recipes`, or a TOML file. Its key ``extends`` names a recipe to begin with: a file
+            beside it (without .toml), or one of the package.
         changes: "section.key=value" or "key=value", which replace what the file says; values as in TOML, and text may
             stand without quotes.
 
@@ -184,75 +196,93 @@ def read_recipe(recipe: str | Path, changes: Iterable[str] = ()) -> Recipe:
     return _build(Recipe, content, "")
 
 
-def _read(recipe: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What the file says, laid over what it extends; ``above`` are the files that extend this one."""
     path = Path(recipe)
     if path.suffix != ".toml":
         path = FOLDER / f"{recipe}.toml"
-    if not path.is_file():
+    base_alone = path.parent == FOLDER and path.name.startswith("_") and not above
+    if not path.is_file() or base_alone:
         close = difflib.get_close_matches(str(recipe), list_recipes(), 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise FileNotFoundError(f"recipe: got {str(recipe)!r}, expected a .toml file or one of {list_recipes()}{hint}")
+    path = path.resolve()
+    if path in above:
+        raise checks.bad("extends", " -> ".join(file.stem for file in (*above, path)), "no recipe that extends itself")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise checks.bad("recipe", f"{str(path)!r}, which is not TOML ({error})", "TOML") from error
-    base = content.pop("extends", None)
-    if base is None:
+    if "extends" not in content:
         return content
-    if base in above:
-        raise checks.bad("extends", " -> ".join((*above, base)), "recipes that do not extend themselves")
-    beside = path.with_name(f"{base}.toml")
-    merged = _read(beside if beside.is_file() else base, (*above, base))
+    base = content.pop("extends")
+    if not isinstance(base, str) or not base:
+        raise checks.bad("extends", repr(base), "the name of a recipe")
+    beside = path.parent / f"{base}.toml"
+    merged = _read(beside if beside.is_file() else base, (*above, path))
     for key, value in content.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+        below = merged.get(key)
+        merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 
 def _set(content: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
-    if not equals or not all(key.split(".")) or key.count(".") > 1:
+    *section, name = (part.strip() for part in key.split("."))
+    if not equals or not all((*section, name)) or len(section) > 1:
         raise checks.bad("--set", repr(change), "section.key=value, for example optimizer.lr=3e-4")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
-    *section, name = key.split(".")
+        parsed = {"value": text.strip()}
     target = content.setdefault(section[0], {}) if section else content
     if not isinstance(target, dict):
         raise checks.bad("--set", repr(change), f"{section[0]}=value: it is no section")
-    target[name] = value
+    target[name] = parsed["value"]
 
 
-def _build(kind: Any, content: Mapping[str, Any], section: str) -> Any:
+def _build(kind: Any, content: object, section: str) -> Any:
     """A dataclass of this kind from what a file says, with an error for what it does not know."""
+    if not isinstance(content, dict):
+        raise checks.bad(section, repr(content), "a section")
     types = get_type_hints(kind)
     values = {}
     for key, value in content.items():
         name = f"{section}.{key}".lstrip(".")
         if key not in types:
             raise _unknown(name, key, types)
-        wanted = types[key]
-        if isinstance(wanted, type) and issubclass(wanted, Mask | Data | Augment | Optimizer | Schedule | Test):
-            if not isinstance(value, dict):
-                raise checks.bad(name, repr(value), "a section")
-            values[key] = _build(wanted, value, name)
-        elif name == "model":
-            known = {item.name: None for item in fields(MARConfig)} | {"name": None}
-            for inner in value if isinstance(value, dict) else [value]:
-                if inner not in known:
-                    raise _unknown(f"model.{inner}", str(inner), known)
-            values[key] = {inner: _field(field_value) for inner, field_value in value.items()}
+        if is_dataclass(types[key]):
+            values[key] = _build(types[key], value, name)
         else:
-            values[key] = _value(name, value, wanted)
+            values[key] = _model(value) if name == "model" else _value(name, value, types[key])
     return kind(**values)
 
 
-def _field(value: Any) -> Any:
-    """A field of `MARConfig` from TOML, which has no tuples and no None."""
-    return None if value == "none" else tuple(value) if isinstance(value, list) else value
+def _model(content: object) -> dict[str, Any]:
+    """The section [model]: fields of `MARConfig`; TOML has no None, so that is the text "none"."""
+    if not isinstance(content, Mapping):
+        raise checks.bad("model", repr(content), "a section")
+    types = _model_types()
+    for key in content:
+        if key not in types:
+            raise _unknown(f"model.{key}", str(key), types)
+    return {key: _value(f"model.{key}", value, types[key]) for key, value in content.items()}
+
+
+def _model_types() -> dict[str, Any]:
+    types = {"name": str} | get_type_hints(MARConfig)
+    del types["gradient_checkpointing"]  # a key of the recipe itself
+    return types
 
 
 def _unknown(name: str, key: str, known: Iterable[str]) -> ValueError:
+    """The error for a key that is not known here: the same key in another section, or the nearest one in this."""
+    sections = get_type_hints(Recipe)
+    places = [section for section, kind in sections.items() if is_dataclass(kind) and key in get_type_hints(kind)]
+    elsewhere = [key] * (key in sections) + [f"{section}.{key}" for section in places]
+    elsewhere += [f"model.{key}"] * (key in _model_types())
+    if elsewhere:
+        return checks.bad(name, "an unknown key", " or ".join(map(repr, elsewhere)))
     known = list(known)
     close = difflib.get_close_matches(key, known, 1, cutoff=0.3)
     nearest = f"{close[0]!r}, the nearest known key" if close else f"one of {', '.join(known)}"
@@ -261,87 +291,109 @@ def _unknown(name: str, key: str, known: Iterable[str]) -> ValueError:
 
 def _value(name: str, value: Any, wanted: Any) -> Any:
     """``value`` if it is of the type that a field has; whole numbers count as floats, lists as tuples."""
-    choices = get_args(wanted)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        if value not in choices:
-            raise checks.bad(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+    options = get_args(wanted)
+    if NoneType in options:
+        if value is None or value == "none":
+            return None
+        return _value(name, value, next(option for option in options if option is not NoneType))
+    if get_origin(wanted) is Literal:
+        if value not in options:
+            raise checks.bad(name, repr(value), "one of " + ", ".join(map(repr, options)))
         return value
-    if wanted == tuple[float, ...]:
-        if not isinstance(value, list | tuple) or not all(_is_number(part) for part in value):
-            raise checks.bad(name, repr(value), "a list of numbers")
-        return tuple(float(part) for part in value)
-    if wanted is float and _is_number(value):
+    if get_origin(wanted) is tuple:
+        size = None if ... in options else len(options)
+        if not isinstance(value, list | tuple) or (size is not None and len(value) != size):
+            raise checks.bad(name, repr(value), "a list of numbers" if size is None else f"a list of {size} numbers")
+        return tuple(_value(name, part, options[0]) for part in value)
+    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if type(value) is not wanted:
-        what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[wanted]
+    if type(value) is not wanted or wanted is float:
+        what = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[wanted]
         raise checks.bad(name, repr(value), what)
     return value
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _check(recipe: Recipe) -> None:
-    """Check ranges; types were checked on reading."""
+    """Check types, ranges, and what must fit together."""
 
     def need(name: str, value: Any, met: bool, accepted: str) -> None:
         if not met:
             raise checks.bad(name, repr(value), accepted)
 
-    for section, names in _LEAST_ONE.items():
-        for name in names:
-            value = getattr(getattr(recipe, section), name)
-            need(f"{section}.{name}", value, value >= 1, "a whole number, 1 or more")
-    for section, names in _SHARES.items():
-        for name in names:
-            value = getattr(getattr(recipe, section), name)
-            need(f"{section}.{name}", value, 0 <= value <= 1, "a number from 0 to 1")
-    for section, names in _NOT_NEGATIVE.items():
-        for name in names:
-            value = getattr(getattr(recipe, section), name)
-            need(f"{section}.{name}", value, value >= 0, "0 or more")
-    augment, optimizer, schedule = recipe.augment, recipe.optimizer, recipe.schedule
-    for name, pair in (("augment.aspect", augment.aspect), ("augment.erase_area", augment.erase_area)):
+    values: dict[str, Any] = {}
+    for key, kind in get_type_hints(Recipe).items():
+        value = getattr(recipe, key)
+        if is_dataclass(kind):
+            need(key, value, type(value) is kind, f"a {kind.__name__}")  # type: ignore[union-attr]
+            for inner, wanted in get_type_hints(kind).items():
+                name = f"{key}.{inner}"
+                values[name] = _value(name, getattr(value, inner), wanted)
+        elif key != "model":
+            values[key] = _value(key, value, kind)
+    for names, accepted, fits in _RANGES:
+        for name in names.split():
+            need(name, values[name], fits(values[name]), accepted)
+    mask, augment, optimizer, schedule = recipe.mask, recipe.augment, recipe.optimizer, recipe.schedule
+    for name in ("augment.aspect", "augment.erase_area"):
+        pair = values[name]
         need(name, pair, len(pair) == 2 and 0 < pair[0] <= pair[1], "two numbers above 0, the smaller first")
-    need("augment.scale", augment.scale, bool(augment.scale) and 0 < min(augment.scale) <= max(augment.scale) <= 1,
-         "numbers above 0, up to 1")  # fmt: skip
-    need("optimizer.betas", optimizer.betas, len(optimizer.betas) == 2 and 0 <= min(optimizer.betas) < 1, "two rates")
-    need("optimizer.lr", optimizer.lr, optimizer.lr > 0, "a number above 0")
-    need("optimizer.layer_decay", optimizer.layer_decay, 0 < optimizer.layer_decay <= 1, "a number above 0, up to 1")
-    need("schedule.warmup_epochs", schedule.warmup_epochs, 0 <= schedule.warmup_epochs <= schedule.epochs,
-         f"0 to {schedule.epochs}, the epochs of the run")  # fmt: skip
-    need("mask.ratio", recipe.mask.ratio, 0 <= recipe.mask.ratio < 1, "a share in [0, 1)")
-    need("mask.ratio", recipe.mask.ratio, (recipe.mask.kind == "none") == (recipe.mask.ratio == 0),
-         "0 with kind 'none', and above 0 with any other")  # fmt: skip
-    need("reconstruction_weight", recipe.reconstruction_weight, recipe.reconstruction_weight >= 0, "0 or more")
-    config = recipe.config()
+    need("augment.erase_area", augment.erase_area, augment.erase_area[1] <= 1, "shares of the picture, up to 1")
+    scale, ordered = augment.scale, "two areas above 0, up to 1, the smaller first"
+    need("augment.scale", scale, bool(scale) and 0 < min(scale) <= max(scale) <= 1, "numbers above 0, up to 1")
+    if augment.crop == "random_resized":
+        need("augment.scale", scale, len(scale) == 2 and scale[0] <= scale[1], ordered)
+    betas = optimizer.betas
+    need("optimizer.betas", betas, len(betas) == 2 and 0 <= min(betas) <= max(betas) < 1, "two rates in [0, 1)")
+    need("schedule.min_lr", schedule.min_lr, schedule.min_lr <= optimizer.lr, f"{optimizer.lr} (optimizer.lr) or less")
+    last = f"0 to {schedule.epochs}, the epochs of the run"
+    need("schedule.warmup_epochs", schedule.warmup_epochs, schedule.warmup_epochs <= schedule.epochs, last)
+    only_with = "0 with kind 'none', and above 0 with any other"
+    need("mask.ratio", mask.ratio, (mask.kind == "none") == (mask.ratio == 0), only_with)
+    try:
+        config = recipe.config(**_model(recipe.model))
+    except TypeError as error:
+        raise ValueError(f"model.{error}") from error
+    except ValueError as error:
+        raise error if str(error).startswith("model") else ValueError(f"model.{error}") from error
+    running = [("mask.ratio", mask.ratio, mask.kind), ("mask.decoder_ratio", mask.decoder_ratio, mask.decoder)]
+    for name, ratio, kind in running:
+        if kind == "cell_running":
+            masked_slots(name, ratio, config.cell)
+            check_cell(config.cell, config.grid)
+    if mask.decoder != "dropped":
+        need("mask.decoder", mask.decoder, config.decoder_depth > 0, "'dropped': this model has no decoder")
     if recipe.task == "pretrain":
         need("model.decoder_depth", config.decoder_depth, config.decoder_depth > 0, "1 or more: pre-training decodes")
-        need("model.classifier", config.classifier, config.classifier is None, "none in pre-training")
-        need("mask.ratio", recipe.mask.ratio, recipe.mask.ratio > 0, "above 0: pre-training predicts what is dropped")
+        need("model.classifier", config.classifier, config.classifier is None, "'none' in pre-training")
+        need("mask.ratio", mask.ratio, mask.ratio > 0, "above 0: pre-training predicts what is dropped")
+        for name in ("augment.mixup", "augment.cutmix", "augment.smoothing"):
+            need(name, values[name], values[name] == 0, "0 in pre-training, which has no labels")
     else:
         need("model.classifier", config.classifier, config.classifier is not None, "one, in fine-tuning")
-        weighted = recipe.reconstruction_weight > 0
-        need("reconstruction_weight", recipe.reconstruction_weight, not weighted or config.decoder_depth > 0,
-             "0: this model has no decoder")  # fmt: skip
+        weight = recipe.reconstruction_weight
+        need("reconstruction_weight", weight, not weight or config.decoder_depth > 0, "0: this model has no decoder")
+        need("reconstruction_weight", weight, not weight or mask.ratio > 0, "0: without a mask nothing is predicted")
 
 
-_LEAST_ONE = {"data": ("stride", "batch", "repeats"), "schedule": ("epochs",), "test": ("clips", "crops", "every")}
-_SHARES = {
-    "augment": ("flip", "erase", "mix", "switch", "smoothing"),
-    "data": ("max_broken",),
-    "mask": ("decoder_ratio",),
-    "optimizer": ("ema",),
-}
-_NOT_NEGATIVE = {
-    "augment": ("mixup", "cutmix"),
-    "data": ("fps",),
-    "optimizer": ("weight_decay", "clip_grad", "eps", "head_scale", "lr_batch"),
-    "schedule": ("warmup_lr", "min_lr"),
-}
-
-
-def as_json(recipe: Recipe) -> str:
-    """The recipe in one line, to be compared by when a run is resumed."""
-    return json.dumps(asdict(recipe), sort_keys=True)
+_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    (
+        "data.stride data.batch data.repeats schedule.epochs test.clips test.crops test.every checkpoint_every keep",
+        "a whole number, 1 or more",
+        lambda value: value >= 1,
+    ),
+    (
+        "augment.flip augment.erase augment.mix augment.switch augment.smoothing data.max_broken",
+        "a number from 0 to 1",
+        lambda value: 0 <= value <= 1,
+    ),
+    ("mask.ratio mask.decoder_ratio optimizer.ema", "a number in [0, 1)", lambda value: 0 <= value < 1),
+    ("optimizer.layer_decay augment.erase_aspect", "a number above 0, up to 1", lambda value: 0 < value <= 1),
+    ("optimizer.lr optimizer.eps", "a number above 0", lambda value: value > 0),
+    (
+        "augment.mixup augment.cutmix data.fps optimizer.weight_decay optimizer.clip_grad optimizer.head_scale "
+        "optimizer.lr_batch schedule.warmup_lr schedule.warmup_epochs schedule.min_lr reconstruction_weight seed "
+        "checkpoint_minutes",
+        "0 or more",
+        lambda value: value >= 0,
+    ),
+)

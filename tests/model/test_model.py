@@ -1,5 +1,6 @@
 """The fast model against reference.py: values and every gradient, all masks, all dtypes."""
 
+import copy
 import functools
 
 import pytest
@@ -282,3 +283,60 @@ def test_key_bias():
             parameter.normal_()
     assert torch.equal(attention.qkv_bias(), torch.cat((attention.q_bias, torch.zeros(96), attention.v_bias)))
     assert bridging.q_bias is None and torch.equal(bridging.qkv_bias(), bridging.qkv.bias)
+
+
+def dual_masks():
+    """VideoMAE v2's: a tube for the encoder, a running half that runs the other way for the decoder."""
+    generator = torch.Generator().manual_seed(4)
+    decoder = masking.cell_running(2, GRID, 0.5, direction=-1, generator=generator)
+    return masking.tube(2, GRID, 0.75, generator=generator), decoder
+
+
+@pytest.mark.parametrize("video", ["uint8", "float64"])
+def test_dual_masking_in_float64(video):
+    mask, decoder_mask = dual_masks()
+    visible, decoded = (~part.bool_masked() for part in (mask, decoder_mask))
+    assert (visible & decoded).any() and (~visible & decoded).any()
+    video = clip() if video == "uint8" else torch.randn(2, 3, 4, 64, 64, dtype=torch.float64)
+    results = []
+    for model in pair("B", "bridging"):
+        model = copy.deepcopy(model).double().train()
+        out = model(video, mask, decoder_mask=decoder_mask)
+        out.reconstruction_loss.backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (ours, gradients), (theirs, expected) = results
+    assert ours.pixels.shape == theirs.pixels.shape == (2, 16, 1536)
+    for name in ("pixels", "reconstruction_loss"):
+        assert relative(getattr(ours, name), getattr(theirs, name)) <= 1e-12
+    assert set(gradients) == set(expected)
+    for name, want in expected.items():
+        assert relative(gradients[name], want) <= 1e-10, name
+    counted = ~visible & decoded
+    squares = (theirs.pixels - theirs.targets).square().mean(-1)
+    assert relative(ours.reconstruction_loss, squares[counted[decoded].view(2, -1)].mean()) <= 1e-12
+
+
+def test_dual_masking_under_autocast_and_where_nothing_counts():
+    fast, _ = pair("B", "bridging")
+    mask, decoder_mask = dual_masks()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = fast.train()(clip(), mask, decoder_mask=decoder_mask)
+    full = fast(clip(), mask, decoder_mask=decoder_mask)
+    assert relative(low.reconstruction_loss, full.reconstruction_loss) < 1e-2
+    assert fast(clip(), mask, decoder_mask=mask).reconstruction_loss == 0
+
+
+def test_bad_decoder_masks():
+    fast, _ = pair("B", "bridging")
+    mask, decoder_mask = dual_masks()
+    ragged = TokenMask.ragged(mask.bool_masked(), GRID)
+    for options, said in (
+        (dict(mask=mask, decoder_mask=ragged), "decoder_mask: got a ragged mask"),
+        (dict(mask=ragged, decoder_mask=mask), "mask: got a ragged mask"),
+        (dict(mask=mask, decoder_mask=mask.bool_masked()), "decoder_mask: got Tensor"),
+        (dict(mask=mask, decoder_mask=masking.tube(1, GRID, 0.5)), "decoder_mask: got 1 clips"),
+        (dict(mask=mask, decoder_mask=masking.tube(2, (2, 2, 4), 0.5)), "decoder_mask: got a grid"),
+        (dict(mask=mask, decoder_mask=decoder_mask, reconstruct=False), "decoder_mask: got a mask without"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said):
+            fast.train()(clip(), **options)

@@ -1,0 +1,219 @@
+"""mar-fast train: fine-tune or pre-train by a recipe, in one process or, under torchrun, in many."""
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import machine
+from ..data import read_annotations, read_labels
+from ..kernels import checks
+from . import common, options
+from .evaluate import Format
+
+if TYPE_CHECKING:
+    from ..data.annotations import Sample
+    from ..train.distributed import World
+    from ..train.recipe import Recipe
+
+DEMO = "motions"
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name, or a TOML file. --recipe list lists them.")
+    ] = None,
+    videos: Annotated[Path | None, typer.Option("--train", help="The list of videos to train on.")] = None,
+    val: Annotated[Path | None, typer.Option(help="The list of videos to validate and test on.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the videos. Default: that of each list.")] = None,
+    init: Annotated[str | None, typer.Option(help="Checkpoint to start from, in any layout. Default: random.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with another recipe, list or number of processes.")
+    ] = False,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A value of the recipe, such as optimizer.lr=3e-4."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Say what will happen, draw the schedule, and stop.")] = False,
+    num_videos: Annotated[int, typer.Option(min=1, help="For --show without a list.")] = 10_000,
+    processes: Annotated[int, typer.Option(min=1, help="For --show: of the run.")] = 1,
+    demo: Annotated[bool, typer.Option("--demo", help="Camera motions over real films, in minutes on a CPU.")] = False,
+    clips: Annotated[int, typer.Option(min=1, help="Clips that a process takes at a time, at most.")] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read, for each process that trains.")] = 2,
+    form: Annotated[Format, typer.Option("--format", help="Of the lists; auto tells.")] = "auto",
+    labels: Annotated[Path | None, typer.Option(help="Names of the classes, for lists that name them.")] = None,
+    split: Annotated[int, typer.Option(min=1, help="Of HMDB51.")] = 1,
+    device: options.DeviceOption = common.Device.auto,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the log for it as well.")] = False,
+) -> None:
+    """Fine-tune or pre-train a model."""
+    from .. import train as training
+
+    if recipe == "list":
+        for name in training.list_recipes():
+            common.show(name)
+        return
+    if recipe is None and not demo:
+        raise checks.bad("--recipe", "none", f"one of {', '.join(training.list_recipes())}, or a TOML file")
+    chosen = training.read_recipe(DEMO if recipe is None else recipe, given or ())
+    names = None if labels is None else read_labels(labels)
+
+    def read(path: Path | None) -> "tuple[Sample, ...]":
+        if path is None:
+            return ()
+        return read_annotations(path, root=root, labels=names, format=form, split=split).samples
+
+    listed, checked = read(videos), read(val)
+    if show:
+        _show(chosen, len(listed) or num_videos, processes, clips, out)
+        return
+    if not demo and not listed:
+        raise checks.bad("--train", "none", "a list of videos (or --demo, or --show to see what will happen)")
+    _check_folder(out, resume)
+    with _process(device) as world, _rows(out, world, tensorboard) as on_row:
+        how: dict[str, Any] = dict(clips=clips, workers=workers, resume=resume, allow_changes=allow_changes)
+        how |= dict(say=common.tell, on_row=on_row)
+        if demo:
+            stopped = _demo(chosen, out, world, how)
+        else:
+            stopped = training.fit(chosen, listed, checked, out, world, init=init, **how).stopped
+        if stopped:
+            common.tell(f"{out}: stopped; the same command with --resume goes on")
+            raise KeyboardInterrupt
+        if world.main and not demo and checked and chosen.task == "finetune":
+            _test(chosen, checked, out, world, workers)
+
+
+def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) -> None:
+    from ..train import show
+
+    flops = show.product_rate(machine.device(), show.DTYPES[recipe.optimizer.precision])
+    common.show(show.describe(recipe, videos, processes, clips, shards=processes if recipe.shard else 1, flops=flops))
+    picture = out.with_suffix(".schedule.png") if out.suffix != ".png" else out
+    show.draw_schedule(recipe, videos, picture)
+    common.show(f"Written: {picture}")
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if int(os.environ.get("RANK", 0)):
+        return  # the first process may have begun to write
+    if out.is_file():
+        raise FileExistsError(f"--out: {out} is a file, expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        raise FileExistsError(f"--out: {out} is not empty, expected a new folder (or --resume to go on with a run)")
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"--out: {out} cannot be written")
+
+
+@contextmanager
+def _process(device: common.Device) -> Iterator["World"]:
+    """This process among those of torchrun; one of many ends here, with its exit code."""
+    from ..train import distributed
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        with distributed.world(device) as world:
+            yield world
+        return
+    code = 0
+    try:
+        with distributed.world(device) as world:
+            yield world
+    except KeyboardInterrupt:
+        code = common.INTERRUPTED
+    except common.USER_ERRORS as error:
+        common.show_error(error)
+        code = common.BAD_INPUT
+    except BaseException:
+        traceback.print_exc()
+        code = common.CHECK_FAILED
+    distributed.leave(code)
+
+
+@contextmanager
+def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows each row of the log as progress, and writes it for tensorboard."""
+    if not world.main:
+        yield lambda row: None
+        return
+    board = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install tensorboard") from error
+        board = SummaryWriter(str(out / "tensorboard"))
+    began: list[tuple[float, int]] = []
+    with common.progress() as step:
+
+        def on_row(row: dict[str, Any]) -> None:
+            if "loss" in row:
+                began.append((time.monotonic(), row["step"])) if not began else None
+                step(_progress(row, *began[0]), row["step"] / row["steps"])
+            elif "validation" in row:
+                found = ", ".join(f"{name} {value:.4g}" for name, value in row["validation"].items())
+                common.tell(f"epoch {row['epoch']}: {found}")
+            for broken in row.get("broken", ()):
+                common.tell(f"warning: {broken['path']} cannot be read: {broken['error']}", style="yellow")
+            numbers = row | {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
+            for name, value in numbers.items() if board is not None else ():
+                if isinstance(value, int | float):
+                    board.add_scalar(name, value, row["step"])
+
+        yield on_row
+
+
+def _progress(row: dict[str, Any], began: float, first: int) -> str:
+    done = row["step"] - first
+    left = (row["steps"] - row["step"]) * (time.monotonic() - began) / done if done else None
+    parts = [f"step {row['step']} of {row['steps']}, loss {row['loss']:.3f}"]
+    if "accuracy" in row:
+        parts.append(f"accuracy {row['accuracy']:.0%}")
+    bound = "waits for data" if row["waiting"] > 0.5 else "data is ahead"
+    parts += [
+        f"lr {row['lr']:.2e}",
+        f"{row['clips_per_second']:.1f} clips/s",
+        f"{row['waiting']:.0%} waiting ({bound})",
+    ]
+    if left is not None:
+        parts.append(f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left")
+    return ", ".join(parts)
+
+
+def _test(recipe: "Recipe", samples: "Sequence[Sample]", out: Path, world: "World", workers: int) -> None:
+    from .. import train as training
+
+    best = out / "best.safetensors"
+    with common.progress() as step:
+        outcome = training.multi_view_test(
+            recipe, best, samples, out / "test.jsonl", world, workers=workers,
+            on_video=lambda so_far: step(f"test: video {so_far.finished}", so_far.finished / so_far.videos),
+        )  # fmt: skip
+    common.write_json(asdict(outcome), out / "test.json")
+    if outcome.top1 is not None:
+        views = f"{recipe.test.clips} clips x {recipe.test.crops} crops"
+        common.show(f"test of {best}, {views}: top-1 {outcome.top1:.2%}, top-5 {outcome.top5:.2%}")
+    common.show(f"Written: {out}")
+
+
+def _demo(recipe: "Recipe", out: Path, world: "World", how: dict[str, Any]) -> bool:
+    """Pre-train on camera motions, fine-tune from there, and report the accuracy; whether it was stopped."""
+    from ..train.demo import demo
+
+    found = demo(recipe, out, world, **how)
+    if found is None:
+        return True
+    if world.main:
+        common.write_json(found, out / "demo.json")
+        for name, value in found.items():
+            common.show(f"{name}: {value:.1%}" if isinstance(value, float) else f"{name}: {value}")
+        common.show(f"Written: {out}")
+    return False

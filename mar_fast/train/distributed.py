@@ -1,0 +1,121 @@
+"""One process or many, started by torchrun: who am I, how is the model spread, and what do all ranks agree on."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import MAR, machine
+
+# Rank 0 alone runs the multi-view test, and the others wait for it.
+TIMEOUT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` of ``size``, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place; on a GPU without waiting for it."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process passes in, for all."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; with several processes on GPUs each takes the one of its local rank.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = machine.device(device)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process of many at once.
+
+    gloo's threads are still there when the interpreter is taken apart, and now and then abort it after all is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module:
+    """The model as it is called in training: compiled, and shared by all processes.
+
+    Args:
+        model: On the device of this process; with ``shard`` its parameters are spread in place (FSDP2).
+        world: All processes.
+        shard: Spread parameters, gradients and states of the optimizer over the processes, and not only clips.
+        compile: By torch.compile.
+    """
+    if compile:
+        model.compile()
+    if world.size == 1:
+        return model
+    if not shard:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import fully_shard
+
+    # Blocks give views, which nothing here writes into.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for part in (model.encoder, model.decoder, model.classifier):
+        for block in getattr(part, "blocks", ()):
+            fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def last_only(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Within it gradients are summed over the processes only in the ``last`` micro-batch of a step."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    return nullcontext()

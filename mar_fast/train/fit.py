@@ -1,0 +1,135 @@
+"""From lists of videos to an evaluated checkpoint: what mar-fast train does."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import MAR, from_pretrained
+from ..data import read_views
+from ..data.annotations import Sample
+from ..data.video import open_film
+from ..eval import accuracy
+from .curves import draw_curves
+from .dataset import ClipDataset
+from .distributed import World
+from .loop import Result, Run, Videos
+from .optim import accumulation
+from .recipe import Recipe
+from .start import start
+
+Say = Callable[[str], None]
+
+
+def fit(
+    recipe: Recipe,
+    samples: Sequence[Sample] | Videos,
+    validation: Sequence[Sample] | Videos,
+    out: Path,
+    world: World,
+    *,
+    init: str | Path | None = None,
+    clips: int = 8,
+    workers: int = 2,
+    resume: bool = False,
+    allow_changes: bool = False,
+    say: Say = print,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Result:
+    """Train a model by a recipe, in this process as one of all.
+
+    Args:
+        recipe: What to do.
+        samples: The videos to train on, from `read_annotations`; or a dataset that gives items itself.
+        validation: The videos to validate on; empty for no validation.
+        out: The run's folder. It gets checkpoints/, log.jsonl, curves.png, best.safetensors, last.safetensors.
+        world: All processes, see `distributed.world`.
+        init: A checkpoint to start from, in any layout; None for random weights.
+        clips: As many as a process takes at a time; a step accumulates gradients to the recipe's batch.
+        workers: Processes that read for this one.
+        resume: Go on from the newest checkpoint in ``out``.
+        allow_changes: Resume with another recipe, list or number of processes.
+        say: Told in words what happens, in rank 0.
+        on_row: Told each row of the log, in rank 0.
+
+    Raises:
+        ValueError: something does not fit; the message names it. `DivergedError` if the loss does not stay finite.
+        OSError: something is not there, or cannot be written.
+    """
+    accumulate = accumulation(recipe, world.size, clips)
+    training = samples if isinstance(samples, Videos) else ClipDataset(samples, recipe)
+    checking: Videos | None = validation if isinstance(validation, Videos) else None
+    if checking is None and validation:
+        checking = ClipDataset(validation, recipe, training=False)
+    model, report, notes = start(recipe, init)
+    if world.main:
+        for line in (*(() if report is None else (str(report),)), *notes):
+            say(line)
+        if accumulate > 1:
+            say(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
+    identity = "" if isinstance(samples, Videos) else accuracy.list_fingerprint(samples)
+    run = Run(
+        recipe,
+        model.to(world.device),
+        training,
+        out,
+        world=world,
+        accumulate=accumulate,
+        validation=checking,
+        workers=workers,
+        settings={"list": identity},
+        on_row=on_row,
+    )
+    if resume:
+        run.resume(allow_changes=allow_changes)
+        if world.main:
+            say(f"{out}: goes on after step {run.done} of {run.steps}")
+    result = run.train()
+    if world.main and not result.stopped:
+        draw_curves(out / "log.jsonl", out / "curves.png")
+    return result
+
+
+def multi_view_test(
+    recipe: Recipe,
+    checkpoint: Path,
+    samples: Sequence[Sample],
+    out: Path,
+    world: World,
+    *,
+    workers: int = 2,
+    on_video: Callable[[accuracy.Accuracy], None] = lambda so_far: None,
+) -> accuracy.Accuracy:
+    """The recipe's test, of several clips and crops of each video, in this process alone.
+
+    Args:
+        recipe: Views and sampling.
+        checkpoint: What `fit` wrote.
+        samples: The videos.
+        out: A JSON line for each video; an interrupted test goes on there.
+        world: Its device is used.
+        workers: Videos that are read at a time.
+        on_video: Told the accuracy so far.
+    """
+    model: MAR = from_pretrained(checkpoint).to(world.device).eval()
+    data, config, views = recipe.data, model.config, recipe.test
+
+    def read(path: Path) -> Tensor:
+        stride = data.stride
+        if data.fps:
+            with open_film(path) as film:
+                stride = max(1, round(stride * float(film.rate or data.fps) / data.fps))
+        how: dict[str, Any] = dict(clips=views.clips, crops=views.crops, sampling=data.sampling, stride=stride)
+        return read_views(path, config.num_frames, size=config.image_size, short="repeat", **how)
+
+    settings = {
+        "model": accuracy.fingerprint(model),
+        "list": accuracy.list_fingerprint(samples),
+        "views": f"{views.clips}x{views.crops}",
+    }
+    journal = accuracy.Journal(out, settings)
+    try:
+        return accuracy.evaluate(model, samples, read, journal, workers=max(1, workers), on_video=on_video)
+    finally:
+        journal.close()

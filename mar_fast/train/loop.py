@@ -1,0 +1,369 @@
+"""The loop: steps, validations and checkpoints, from the first step or from where a run was left.
+
+Every random number is drawn from the seed and from what it is for (epoch, step, rank, micro-batch, video), so that a
+run that was ended at any moment goes on with the same bits.
+"""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import MAR
+from ..files import remove_leftovers
+from ..token_mask import TokenMask
+from .dataset import Batch, Broken, BrokenVideos, Item
+from .distributed import World, spread
+from .loader import batches, make_loader
+from .log import Log
+from .masks import draw_mask
+from .mixing import Mixing
+from .optim import adamw, learning_rate, peak_lr
+from .recipe import Recipe
+from .sampler import StepSampler
+from .state import Checkpoints, export
+from .step import Inputs, Stepper
+
+# A loss this many times the mean of the last ones has exploded.
+EXPLODED, REMEMBERED = 20, 100
+
+
+class DivergedError(ValueError):
+    """The loss is not finite, or it exploded."""
+
+
+class Videos(Dataset[Item]):
+    """What `train` takes: items by `sampler.Key`, as `dataset.ClipDataset` has them.
+
+    Attributes:
+        paths: Of each video.
+    """
+
+    paths: list[str]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: Steps done.
+        best: The best validation: its numbers and its epoch; empty if there was none.
+        broken: Videos that could not be read, and why.
+        stopped: Whether somebody asked it to stop before its end.
+    """
+
+    step: int
+    best: Mapping[str, float]
+    broken: Mapping[str, str]
+    stopped: bool
+
+
+class Run:
+    """A run in this process, one of ``world.size``.
+
+    Args:
+        recipe: What to do.
+        model: On the device of this process; it is trained in place.
+        videos: To train on.
+        out: The run's folder: checkpoints/, log.jsonl, best.safetensors, last.safetensors.
+        world: All processes.
+        accumulate: Micro-batches a step.
+        validation: Videos to validate on; None for no validation.
+        workers: Processes that read for this one.
+        settings: What else must be the same when the run is resumed, such as a fingerprint of the list.
+        on_row: Told each row of the log, in rank 0.
+
+    Raises:
+        ValueError: too few videos for a step, or a batch that cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: MAR,
+        videos: Videos,
+        out: Path,
+        *,
+        world: World,
+        accumulate: int = 1,
+        validation: Videos | None = None,
+        workers: int = 2,
+        settings: Mapping[str, Any] | None = None,
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        self.recipe, self.config, self.world, self.out, self.accumulate = recipe, model.config, world, out, accumulate
+        self.videos, self._on_row = videos, on_row
+        share: dict[str, Any] = dict(rank=world.rank, world=world.size)
+        self.sampler = StepSampler(len(videos), recipe.data.batch, accumulate=accumulate, seed=recipe.seed, **share)
+        self.loader = make_loader(videos, self.sampler, workers=workers)
+        self.validation: DataLoader[Item] | None = None
+        if validation is not None:
+            size = recipe.data.batch // (world.size * accumulate) * recipe.data.repeats  # clips of a micro-batch
+            every = StepSampler(len(validation), size * world.size, training=False, **share)
+            self.validation = make_loader(validation, every, workers=workers)
+        # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
+        torch.ones(8, device=world.device).sqrt()
+        called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
+        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe, recipe.data.batch))
+        self.stepper = Stepper(model, called, optimizer, recipe, world)
+        self.mixing = Mixing(recipe.augment, self.config)
+        common = {"recipe": recipe.as_dict(), "processes": world.size, "accumulate": accumulate, **(settings or {})}
+        self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
+        self.broken = BrokenVideos(len(videos), recipe.data.max_broken)
+        self.done, self.best = 0, dict[str, float]()
+        self.stopped = self.due = False
+        self.steps = self.sampler.steps * recipe.schedule.epochs
+        self._losses = deque[float](maxlen=REMEMBERED)
+        self._pending: _Step | None = None
+        self.log: Log | None = None
+        self._clock, self._saved = time.perf_counter(), time.monotonic()
+
+    def resume(self, *, allow_changes: bool = False) -> None:
+        """Go on from the newest checkpoint.
+
+        Args:
+            allow_changes: Even if the recipe, the list or the number of processes is another one.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is one of a run with other settings, or damaged.
+        """
+        self.done, extra = self.checkpoints.load(self.stepper.parts, allow_changes=allow_changes)
+        self.best, self.broken.errors = extra["best"], extra["broken"]
+        if self.world.main:
+            for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
+                remove_leftovers(self.out, name)
+
+    def train(self) -> Result:
+        """Train from here to the end, or until the process is interrupted (SIGINT) or told to end (SIGTERM).
+
+        Raises:
+            DivergedError: the loss is not finite or it exploded; the checkpoints are of before.
+            ValueError: too many videos could not be read.
+            OSError: something cannot be written.
+        """
+        recipe, per_epoch, self._clock = self.recipe, self.sampler.steps, time.perf_counter()
+        self.log = Log(self.out / "log.jsonl", self.done) if self.world.main else None
+        with _asked_to_stop() as asked:
+            for epoch in range(self.done // per_epoch, recipe.schedule.epochs):
+                self._epoch(epoch, asked)
+                if self.stopped:
+                    break
+                last = epoch + 1 == recipe.schedule.epochs
+                if self.validation is not None and ((epoch + 1) % recipe.test.every == 0 or last):
+                    self._validate(epoch)
+                if (epoch + 1) % recipe.checkpoint_every == 0 or last:
+                    self._save()
+            if self.stopped:
+                self._save()
+            else:
+                with self._weights():
+                    export(self.stepper.parts.model, self.out / "last.safetensors", self.world)
+        return Result(self.done, self.best, self.broken.errors, self.stopped)
+
+    def _epoch(self, epoch: int, asked: list[int]) -> None:
+        per_epoch = self.sampler.steps
+        self.sampler.set_epoch(epoch, self.done - epoch * per_epoch)
+        read = batches(self.loader)
+        while self.done < (epoch + 1) * per_epoch and not self.stopped:
+            lr = learning_rate(self.recipe, self.done, per_epoch, self.recipe.data.batch)
+            step = _Step(self.done + 1, (self.done + 1) / per_epoch, lr)
+            told = self.stepper.step(self._inputs(read, step), self.accumulate, lr)
+            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), self._overdue()])))
+            step.told = _to_host(self.world.sum(told))
+            self.done += 1
+            self._settle()  # the step before, so that the device always has work
+            self._pending = step
+            if self.world.device.type == "cpu":
+                self._settle()
+            if self.due and self.done < (epoch + 1) * per_epoch:
+                self._save()
+        self._settle()
+
+    def _overdue(self) -> bool:
+        """Whether rank 0 wants a checkpoint within the epoch."""
+        minutes = self.recipe.checkpoint_minutes
+        return self.world.main and minutes > 0 and time.monotonic() - self._saved > 60 * minutes
+
+    def _inputs(self, read: Iterator[Batch], step: "_Step") -> Iterator[Inputs]:
+        """The micro-batches of a step, on the device, masked and mixed."""
+        device, recipe = self.world.device, self.recipe
+        for number in range(self.accumulate):
+            began = time.perf_counter()
+            batch = next(read)
+            step.waited += time.perf_counter() - began
+            step.clips += len(batch.video)
+            step.broken += batch.broken
+            step.index += batch.index.tolist()
+            seed = _seed(recipe.seed, step.number, self.world.rank, number)
+            torch.manual_seed(seed)  # of dropout and drop path
+            generator = torch.Generator().manual_seed(seed)
+            mask, decoder_mask = draw_mask(recipe.mask, len(batch.video), self.config.grid, self.config.cell, generator)
+            video, labels = (value.to(device, non_blocking=True) for value in (batch.video, batch.labels))
+            video, target = self.mixing(video, labels if recipe.task == "finetune" else None, batch.boxes, generator)
+            yield Inputs(video, target, _to(mask, device), _to(decoder_mask, device))
+
+    def _settle(self) -> None:
+        """Look at the numbers of the step that was taken last, and write them down."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        loss, classification, reconstruction, right, norm, broken, asked, due = step.told()
+        if broken:
+            new = self.broken.add([one for some in self.world.gather(step.broken) for one in some])
+            self._say({"step": step.number, "broken": [one._asdict() for one in new]} if new else None)
+        mean = sum(self._losses) / len(self._losses) if len(self._losses) == REMEMBERED else math.inf
+        if not math.isfinite(loss) or loss > EXPLODED * mean:
+            names = sorted({self.videos.paths[index] for some in self.world.gather(step.index) for index in some})
+            before = self.checkpoints.steps()
+            raise DivergedError(
+                f"loss: got {loss:.3g} in step {step.number}, after a mean of {mean:.3g}, expected a finite one below "
+                f"{EXPLODED} times that. Videos of the step: {', '.join(names)}. Checkpoints of before it, in "
+                f"{self.checkpoints.folder}: {', '.join(map(str, before)) or 'none'}; --resume goes on there, with "
+                "--allow-changes and, for example, a lower optimizer.lr"
+            )
+        self._losses.append(loss)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        row = {"step": step.number, "steps": self.steps, "epoch": step.epoch, "loss": loss, "lr": step.lr}
+        if self.recipe.task == "finetune":
+            row |= {"classification": classification, "accuracy": right}
+        if self.recipe.task == "pretrain" or self.recipe.reconstruction_weight:
+            row["reconstruction"] = reconstruction
+        if self.recipe.optimizer.clip_grad:
+            row["norm"] = norm
+        if self.stepper.parts.scaler.is_enabled():
+            row["scale"] = self.stepper.parts.scaler.get_scale()
+        row |= {"clips_per_second": step.clips * self.world.size / seconds, "waiting": min(step.waited / seconds, 1.0)}
+        self._say(row)
+        self.stopped, self.due = asked > 0, due > 0
+
+    def _say(self, row: dict[str, Any] | None) -> None:
+        if row is not None and self.log is not None:
+            self.log.add(row)
+            self._on_row(row)
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """The weights that are validated and exported: the moving average, if there is one."""
+        return self.stepper.averaged() if self.stepper.parts.average else nullcontext()
+
+    def _validate(self, epoch: int) -> None:
+        with self._weights():
+            found = self.validate()
+            score = found.get("top1", -found["loss"])
+            if not self.best or score > self.best.get("top1", -self.best["loss"]):
+                self.best = {"epoch": epoch + 1, **found}
+                export(self.stepper.parts.model, self.out / "best.safetensors", self.world)
+        self._say({"step": self.done, "epoch": epoch + 1, "validation": found, "best": self.best})
+
+    def validate(self) -> dict[str, float]:
+        """Loss, and in fine-tuning top-1 and top-5, of the videos to validate on; each counts once."""
+        assert self.validation is not None
+        stepper, recipe, device = self.stepper, self.recipe, self.world.device
+        stepper.called.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # videos, loss, first, among the first five
+        for number, batch in enumerate(batches(self.validation)):
+            generator = torch.Generator().manual_seed(_seed(recipe.seed, number))
+            mask, decoder_mask = draw_mask(recipe.mask, len(batch.video), self.config.grid, self.config.cell, generator)
+            if recipe.mask.kind == "cell_running" and recipe.mask.ratio == self.config.mask_ratio:
+                mask = None  # the model's own test form
+            video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
+            with torch.no_grad(), stepper.autocast():
+                out = stepper.called(
+                    video,
+                    _to(mask, device),
+                    decoder_mask=_to(decoder_mask, device),
+                    reconstruct=recipe.task == "pretrain",
+                )
+            if recipe.task == "pretrain":
+                sums[:2] += torch.stack((counts.sum(), out.reconstruction_loss * counts.sum()))
+                continue
+            logits = out.logits.float()[counts]
+            rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
+            loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
+            sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
+        videos, loss, first, five = self.world.sum(sums).tolist()
+        found = {"videos": videos, "loss": loss / max(videos, 1)}
+        return (
+            found
+            if recipe.task == "pretrain"
+            else {**found, "top1": first / max(videos, 1), "top5": five / max(videos, 1)}
+        )
+
+    def _save(self) -> None:
+        self._settle()  # no checkpoint of weights that are not finite
+        self._saved, self.due = time.monotonic(), False
+        extra = {"best": self.best, "broken": self.broken.errors}
+        self.checkpoints.save(self.done, self.stepper.parts, extra, self.world)
+
+
+@dataclass
+class _Step:
+    """What is known of a step on the host."""
+
+    number: int
+    epoch: float
+    lr: float
+    told: Callable[[], list[float]] = list
+    waited: float = 0.0
+    clips: int = 0
+    broken: list[Broken] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of its own for each use."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _to(mask: TokenMask | None, device: torch.device) -> TokenMask | None:
+    return None if mask is None else mask.to(device)
+
+
+def _to_host(values: Tensor) -> Callable[[], list[float]]:
+    """A function that waits for ``values`` and returns them; until then the device goes on."""
+    if values.device.type == "cpu":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def wait() -> list[float]:
+        ready.synchronize()
+        return copy.tolist()
+
+    return wait
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list to which the numbers of signals are added that ask this process to stop; a second one stops it at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

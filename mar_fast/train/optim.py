@@ -1,0 +1,159 @@
+"""AdamW's parameter groups, the learning rate of every step, and accumulation to a recipe's batch."""
+
+import math
+from typing import Any
+
+import torch
+
+from ..kernels import checks
+from ..model import MAR
+from .recipe import Optimizer, Recipe
+
+Group = dict[str, Any]
+
+
+def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]:
+    """Groups of trainable parameters with the same rates, from the first layer to the last.
+
+    The patch embedding is layer 0, block i of the encoder layer i + 1, and all else layer depth + 1. The learning rate
+    of a layer is ``lr * layer_decay ** (depth + 1 - layer)``: for all its parameters ("all", VideoMAE), or for the
+    encoder's matrices alone ("weights", MAR), while biases, norms and what follows the encoder keep ``lr``. Biases,
+    norms and the mask token have no weight decay.
+
+    Args:
+        model: Not wrapped by DDP, which changes names; after `fully_shard`, which keeps them but replaces parameters.
+        optimizer: Weight decay, layer decay and its rule.
+        lr: The learning rate to start from; `set_lr` changes it.
+
+    Returns:
+        Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor, and ``name``.
+        Each trainable parameter is in one of them, in the model's order.
+
+    Raises:
+        ValueError: no parameter is trainable.
+    """
+    depth = model.config.depth
+    groups: dict[tuple[float, float], Group] = {}
+    layers: dict[tuple[float, float], set[int]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, matrix = _layer(name, depth), parameter.ndim > 1 and name != "mask_token"
+        decays = optimizer.layer_decay_of == "all" or (matrix and name.startswith("encoder."))
+        scale = optimizer.layer_decay ** (depth + 1 - layer) if decays else 1.0
+        key = scale, optimizer.weight_decay if matrix else 0.0
+        group = groups.setdefault(key, dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=key[1]))
+        group["params"].append(parameter)
+        layers.setdefault(key, set()).add(layer)
+    if not groups:
+        raise checks.bad("model", "no parameter that requires a gradient", "at least one")
+    for key, group in groups.items():
+        kind = ": matrices" if key[1] else ": biases, norms" if optimizer.weight_decay else ""
+        group["name"] = _span(layers[key], depth) + kind
+    return sorted(groups.values(), key=lambda group: (group["lr_scale"], group["weight_decay"]))
+
+
+def _layer(name: str, depth: int) -> int:
+    part, _, rest = name.removeprefix("encoder.").partition(".")
+    if not name.startswith("encoder.") or part not in ("patch_embed", "blocks"):
+        return depth + 1
+    return 0 if part == "patch_embed" else int(rest.partition(".")[0]) + 1
+
+
+def _span(layers: set[int], depth: int) -> str:
+    """In words: "patch embedding", "block 3", "head", or from the first of these to the last."""
+
+    def word(layer: int) -> str:
+        return "patch embedding" if layer == 0 else "head" if layer > depth else f"block {layer - 1}"
+
+    first, last = word(min(layers)), word(max(layers))
+    return first if first == last else f"{first} to {last}"
+
+
+def adamw(model: MAR, optimizer: Optimizer, lr: float) -> torch.optim.AdamW:
+    """torch's AdamW on `parameter_groups`, fused where the device has that."""
+    groups = parameter_groups(model, optimizer, lr)
+    fused = all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])
+    beta1, beta2 = optimizer.betas
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=optimizer.eps, fused=fused)
+
+
+def set_lr(adamw: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group ``lr`` times its ``lr_scale``."""
+    for group in adamw.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def lr_factor(recipe: Recipe, batch: int) -> float:
+    """What lr, min_lr and warmup_lr are multiplied by: batch / lr_batch, or 1 where lr is absolute.
+
+    Args:
+        recipe: With ``optimizer.lr_batch``.
+        batch: Videos a step, over all processes; repeated samples of a video do not count.
+    """
+    return batch / recipe.optimizer.lr_batch if recipe.optimizer.lr_batch else 1.0
+
+
+def peak_lr(recipe: Recipe, batch: int) -> float:
+    """The learning rate that `learning_rate` rises to and falls from, of groups with factor 1; arguments as there."""
+    return recipe.optimizer.lr * lr_factor(recipe, batch)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, batch: int) -> float:
+    """The learning rate of one step, of groups with factor 1.
+
+    Steps are counted from 0 to epochs * steps_per_epoch - 1. Step 0 has warmup_lr, or lr if there is no warm-up; the
+    last step is one short of the end of the cosine, where min_lr would be reached. With ``warmup_to = "peak"`` the W
+    steps of the warm-up go linearly to lr, which step W - 1 has, and the cosine begins at step W, with lr again
+    (VideoMAE). With "cosine" the cosine begins at step 0, and the warm-up goes linearly to the value that it has at
+    step W, the first one after it (MAR).
+
+    Args:
+        recipe: Rates, epochs and warm-up.
+        step: The optimizer's step, not the micro-batch.
+        steps_per_epoch: Videos // batch: an incomplete last batch is left out.
+        batch: Videos a step, over all processes, see `lr_factor`.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    schedule, factor = recipe.schedule, lr_factor(recipe, batch)
+    steps = schedule.epochs * steps_per_epoch
+    if not 0 <= step < steps:
+        raise checks.bad("step", step, f"0 to {steps - 1}: {schedule.epochs} epochs of {steps_per_epoch} steps")
+    peak, low, start = (rate * factor for rate in (recipe.optimizer.lr, schedule.min_lr, schedule.warmup_lr))
+    warmup = schedule.warmup_epochs * steps_per_epoch
+
+    def cosine(done: float) -> float:
+        return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+
+    if schedule.warmup_to == "cosine":
+        return start + (cosine(warmup / steps) - start) * step / warmup if step < warmup else cosine(step / steps)
+    warmup = int(warmup)
+    if step < warmup:
+        return start + (peak - start) * step / max(1, warmup - 1)
+    return cosine((step - warmup) / (steps - warmup))
+
+
+def accumulation(recipe: Recipe, processes: int, clips_per_process: int) -> int:
+    """How many micro-batches make a step of the recipe's batch: as few as fit, of equal size, of whole videos.
+
+    Args:
+        recipe: With ``data.batch`` videos a step and ``data.repeats`` clips of each.
+        processes: That share the batch equally.
+        clips_per_process: As many clips as a process takes at a time.
+
+    Raises:
+        ValueError: the batch cannot be shared equally, or the clips of one video are too many.
+    """
+    batch, repeats = recipe.data.batch, recipe.data.repeats
+    for name, value in (("processes", processes), ("clips_per_process", clips_per_process)):
+        if not isinstance(value, int) or value < 1:
+            raise checks.bad(name, repr(value), "a whole number, 1 or more")
+    if batch % processes:
+        accepted = f"a divisor of data.batch = {batch} (or another batch: --set data.batch=...)"
+        raise checks.bad("processes", processes, accepted)
+    if clips_per_process < repeats:
+        raise checks.bad("clips_per_process", clips_per_process, f"{repeats} (data.repeats) or more")
+    videos = batch // processes
+    return next(n for n in range(1, videos + 1) if videos % n == 0 and videos // n * repeats <= clips_per_process)

@@ -1,0 +1,129 @@
+"""One step of training: forward, loss, backward, update; nothing here is random but dropout and drop path."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import MAR, TokenMask
+from ..model import MAROutput, mar_loss
+from .distributed import World, last_only
+from .optim import set_lr
+from .recipe import Recipe
+from .state import Parts
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A micro-batch on the device, ready for the model.
+
+    Attributes:
+        video: (B, C, T, H, W), uint8 or normalised.
+        target: (B,) classes or (B, classes) soft targets; None in pre-training.
+        mask: Which tokens are visible; None where all are.
+        decoder_mask: Which positions the decoder predicts; None for all that are dropped.
+    """
+
+    video: Tensor
+    target: Tensor | None
+    mask: TokenMask | None
+    decoder_mask: TokenMask | None = None
+
+
+class Stepper:
+    """Takes steps with a model.
+
+    Args:
+        model: On its device.
+        called: What `distributed.spread` makes of it.
+        optimizer: Of its parameters, see `optim.adamw`.
+        recipe: Precision, clipping, moving average, weight of the reconstruction.
+        world: All processes.
+    """
+
+    def __init__(
+        self, model: MAR, called: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World
+    ) -> None:
+        self.called, self.recipe, self.world = called, recipe, world
+        precision = recipe.optimizer.precision
+        scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        named = dict(model.named_parameters())
+        average = {name: p.detach().clone() for name, p in named.items()} if recipe.optimizer.ema else {}
+        self.parts = Parts(model, optimizer, scaler, average)
+        self._parameters = [named[name] for name in average]
+        self._trained = [p for p in named.values() if p.requires_grad]
+        self._autocast = DTYPES.get(precision)
+
+    def step(self, inputs: Iterator[Inputs], count: int, lr: float) -> Tensor:
+        """One step over ``count`` micro-batches.
+
+        Returns:
+            (5,) float32 on the device, of this process: the loss, its classification and its reconstruction part, the
+            share of clips classified rightly (by their heaviest target), the norm of the gradients if they are clipped.
+        """
+        parts, optimizer = self.parts, self.parts.optimizer
+        self.called.train()
+        set_lr(optimizer, lr)
+        told = torch.zeros(5, device=self.world.device)
+        for number in range(count):
+            batch = next(inputs)
+            with last_only(self.called, number == count - 1):
+                with self.autocast():
+                    out = self.called(batch.video, batch.mask, decoder_mask=batch.decoder_mask)
+                    loss = objective(out, batch.target, self.recipe)
+                parts.scaler.scale(loss / count).backward()
+            told[:4] += torch.stack(_numbers(out, batch.target, loss)) / count
+        if self.recipe.optimizer.clip_grad:
+            parts.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(self._trained, self.recipe.optimizer.clip_grad)
+            told[4] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        parts.scaler.step(optimizer)
+        parts.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if parts.average:
+            torch._foreach_lerp_(list(parts.average.values()), self._parameters, 1 - self.recipe.optimizer.ema)
+        return told
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the recipe."""
+        return torch.autocast(self.world.device.type, self._autocast, enabled=self._autocast is not None)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the moving average of its weights, if there is one."""
+        average = list(self.parts.average.values())
+        own = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, average, strict=True):
+                parameter.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, own, strict=True):
+                    parameter.copy_(value)
+
+
+def objective(out: MAROutput, target: Tensor | None, recipe: Recipe) -> Tensor:
+    """What is minimised: `mar_loss` in fine-tuning, the reconstruction loss in pre-training."""
+    if recipe.task == "pretrain":
+        assert out.reconstruction_loss is not None
+        return out.reconstruction_loss
+    assert target is not None
+    return mar_loss(out, target, recipe.reconstruction_weight)
+
+
+def _numbers(out: MAROutput, target: Tensor | None, loss: Tensor) -> list[Tensor]:
+    zero = torch.zeros((), device=loss.device)
+    reconstruction = zero if out.reconstruction_loss is None else out.reconstruction_loss.detach().float()
+    if out.logits is None or target is None:
+        return [loss.detach().float(), zero, reconstruction, zero]
+    logits, hard = out.logits.detach().float(), target.argmax(-1) if target.ndim == 2 else target
+    classification = F.cross_entropy(logits, target.to(logits.dtype) if target.ndim == 2 else target)
+    right = (logits.argmax(-1) == hard).float().mean()
+    return [loss.detach().float(), classification, reconstruction, right]

@@ -1,0 +1,247 @@
+"""A run that is killed at any moment goes on to the bits of one that never was.
+
+MAR_FAST_KILLS sets how many kills there are (make kills: 20). Each run is the command itself, on films made here.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from clips import textured
+
+import mar_fast
+
+KILLS = int(os.environ.get("MAR_FAST_KILLS", "3")) - 2  # at random moments; of the others each has a test of its own
+VIDEOS, STEPS = 8, 8
+RECIPE = """
+reconstruction_weight = 0.1
+checkpoint_minutes = 1e-9
+keep = 2
+[model]
+name = "mar_vit_small"
+num_frames = 4
+image_size = [32, 32]
+patch_size = [2, 8, 8]
+embed_dim = 32
+depth = 2
+num_heads = 2
+num_classes = 2
+drop_path_rate = 0.2
+head_dropout = 0.2
+bridge_embed_dim = 32
+bridge_num_heads = 2
+decoder_embed_dim = 16
+decoder_depth = 1
+decoder_num_heads = 2
+[mask]
+kind = "cell_running"
+ratio = 0.5
+[data]
+batch = 4
+repeats = 2
+stride = 2
+[augment]
+rand_augment = "rand-m7-n2-mstd0.5-inc1"
+erase = 0.25
+mixup = 0.8
+cutmix = 1.0
+smoothing = 0.1
+[optimizer]
+precision = "fp32"
+ema = 0.9
+layer_decay = 0.75
+[schedule]
+epochs = 4
+warmup_epochs = 1.0
+[test]
+clips = 2
+crops = 1
+every = 2
+"""
+# Writes half of the second checkpoint, then ends as by SIGKILL.
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+save, calls = torch.save, []
+def half(content, file, **options):
+    calls.append(file)
+    save(content, file, **options)
+    if len(calls) == 2:
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+from mar_fast.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    for number in range(VIDEOS):
+        textured(folder / f"{number}.mp4", frames=12 + number, size=(40, 48 + number), codec="libx264")
+    (folder / "list.txt").write_text("".join(f"{number}.mp4 {number % 2}\n" for number in range(VIDEOS)))
+    (folder / "small.toml").write_text(RECIPE)
+    return folder
+
+
+def arguments(films, out, *more):
+    lists = ["--train", films / "list.txt", "--val", films / "list.txt"]
+    return ["train", "--recipe", films / "small.toml", *lists, "--out", out, "--clips", 4, "--workers", 1, *more]
+
+
+def command(*words, script="from mar_fast.cli import main; main()"):
+    environment = os.environ | {"PYTHONPATH": str(Path(mar_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", script, *map(str, words)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def processes(*words):
+    """The command in two processes."""
+    paths = [str(Path(mar_fast.__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*run, "-m", "mar_fast.cli", *map(str, words)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, code=0):
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == code, said
+    return said
+
+
+def kill(process):
+    """The process and, unlike SIGKILL alone in the field, at once; its workers are to end by themselves."""
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    process.stdout.close()
+
+
+def state(out):
+    newest = sorted((out / "checkpoints").glob("step-*.pt"))[-1]
+    return newest.name, torch.load(newest, weights_only=True)
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def rows(out):
+    timings = ("clips_per_second", "waiting")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
+
+
+def assert_same(out, want):
+    assert rows(out) == rows(want)
+    (name, got), (expected_name, expected) = state(out), state(want)
+    assert name == expected_name == f"step-{STEPS:08d}.pt"
+    assert equal(got, expected)
+    for file in ("best.safetensors", "last.safetensors", "test.json"):
+        assert (out / file).read_bytes() == (want / file).read_bytes(), file
+    assert (out / "curves.png").is_file()
+    assert not [path for path in out.rglob(".*") if path.is_file()], "something half-written is left"
+
+
+@pytest.fixture(scope="module")
+def never_killed(films, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "never"
+    finish(command(*arguments(films, out)))
+    assert len(list((out / "checkpoints").glob("*.pt"))) == 2
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, STEPS + 1))
+    assert all(0 < row["waiting"] <= 1 for row in map(json.loads, (out / "log.jsonl").open()) if "loss" in row)
+    return out
+
+
+def newest(out):
+    return max((int(file.stem[5:]) for file in (out / "checkpoints").glob("step-*.pt")), default=0)
+
+
+def test_killed_at_random_moments(films, never_killed, tmp_path):
+    out, draw, killed = tmp_path / "run", random.Random(1), 0
+    process = command(*arguments(films, out))
+    while killed < KILLS:
+        reached = newest(out)
+        deadline = time.monotonic() + 120
+        while newest(out) <= reached and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)  # a kill before the first new checkpoint would go in circles
+        time.sleep(draw.uniform(0, 0.3))
+        if process.poll() is not None:  # it came to its end: once more from the beginning
+            finish(process)
+            assert_same(out, never_killed)
+            out = tmp_path / f"run-{killed}"
+            process = command(*arguments(films, out))
+            continue
+        kill(process)
+        killed += 1
+        logged = max((row["step"] for row in rows_so_far(out) if "loss" in row), default=0)
+        assert newest(out) >= logged - 1, "more is lost than what was done since the last checkpoint"
+        process = command(*arguments(films, out, "--resume"))
+    said = finish(process)
+    assert "goes on after step" in said
+    assert_same(out, never_killed)
+
+
+def rows_so_far(out):
+    content = (out / "log.jsonl").read_text()
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+def test_killed_while_a_checkpoint_is_written(films, never_killed, tmp_path):
+    out = tmp_path / "run"
+    finish(command(*arguments(films, out), script=KILLED_WHILE_WRITING), -signal.SIGKILL)
+    assert newest(out) == 1
+    finish(command(*arguments(films, out, "--resume")))
+    assert_same(out, never_killed)
+
+
+def test_interrupted_by_hand(films, never_killed, tmp_path):
+    """Ctrl-C ends the step and saves."""
+    out = tmp_path / "run"
+    process = command(*arguments(films, out))
+    while newest(out) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, 130)
+    assert "--resume goes on" in said
+    assert newest(out) == max(row["step"] for row in rows(out))
+    finish(command(*arguments(films, out, "--resume")))
+    assert_same(out, never_killed)
+
+
+def test_one_of_two_processes_is_killed(films, tmp_path):
+    never, out = tmp_path / "never", tmp_path / "run"
+    shorter = ["--set", "schedule.epochs=2", "--clips", 2]
+    finish(processes(*arguments(films, never, *shorter)))
+    process = processes(*arguments(films, out, *shorter))
+    while newest(out) < 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    assert process.wait(timeout=120) != 0
+    process.stdout.close()
+    assert 1 <= newest(out) <= 4
+    said = finish(processes(*arguments(films, out, *shorter, "--resume")))
+    assert "goes on after step" in said
+    assert rows(out) == rows(never)
+    assert equal(state(out)[1], state(never)[1])
+    assert (out / "best.safetensors").read_bytes() == (never / "best.safetensors").read_bytes()

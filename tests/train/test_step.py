@@ -1,0 +1,207 @@
+"""One step of the trainer against a step written out in plain PyTorch on reference.MAR, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative
+
+from mar_fast import TokenMask, reference
+from mar_fast.train.distributed import World
+from mar_fast.train.masks import draw_mask
+from mar_fast.train.optim import adamw
+from mar_fast.train.recipe import read_recipe
+from mar_fast.train.start import start
+from mar_fast.train.step import Inputs, Stepper
+
+ALONE = World(0, 1, torch.device("cpu"))
+SMALL = [
+    "model.num_frames=8", "model.image_size=[64, 64]", "model.embed_dim=64", "model.depth=2", "model.num_heads=2",
+    "model.bridge_embed_dim=32", "model.bridge_num_heads=2", "model.decoder_embed_dim=32", "model.decoder_num_heads=2",
+    "optimizer.precision=fp32", "optimizer.layer_decay=0.75",
+]  # fmt: skip
+CASES = {
+    "MAR": ("motions", ["optimizer.layer_decay_of=weights", "optimizer.clip_grad=0.0"]),
+    "MAR, clipped": ("motions", ["optimizer.clip_grad=0.5"]),
+    "VideoMAE": (
+        "motions",
+        ["model.classifier=linear", "model.final_norm=false", "model.mask_ratio=0.0", "model.decoder_depth=0",
+         "mask.kind=none", "mask.ratio=0.0", "reconstruction_weight=0.0", "optimizer.clip_grad=0.0"],
+    ),
+    "pre-training": ("motions_pretrain", ["optimizer.clip_grad=0.02", "optimizer.betas=[0.9, 0.95]"]),
+    "dual masking": ("motions_pretrain", ["mask.decoder=cell_running", "optimizer.clip_grad=0.0"]),
+}  # fmt: skip
+LR = 1e-3
+
+
+def recipe_of(case, *changes):
+    name, more = CASES[case]
+    return read_recipe(name, [*SMALL, *more, *changes])
+
+
+def models(recipe):
+    """Ours and the reference with the same weights, none at a special value."""
+    ours, _, _ = start(recipe)
+    ours = ours.double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.05)
+    plain = reference.MAR(recipe.config()).double()
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+def inputs_of(recipe, clips=4):
+    generator = torch.Generator().manual_seed(1)
+    config = recipe.config()
+    video = torch.randn(clips, 3, 8, 64, 64, generator=generator, dtype=torch.float64)
+    target = torch.randn(clips, 11, generator=generator, dtype=torch.float64).softmax(1)
+    mask, decoder_mask = draw_mask(recipe.mask, clips, config.grid, config.cell, generator)
+    return Inputs(video, None if recipe.task == "pretrain" else target, mask, decoder_mask)
+
+
+def rows(inputs, first, last):
+    def cut(mask):
+        if mask is None:
+            return None
+        return TokenMask(mask.keep_idx[first:last], mask.drop_idx[first:last], mask.grid)
+
+    target = None if inputs.target is None else inputs.target[first:last]
+    return Inputs(inputs.video[first:last], target, cut(inputs.mask), cut(inputs.decoder_mask))
+
+
+def plain_step(model, inputs, recipe):
+    """A step of AdamW by its formulas; returns the gradients before they are clipped."""
+    everything = TokenMask.from_bool_masked(torch.zeros(len(inputs.video), math.prod(recipe.config().grid)).bool())
+    mask = everything if inputs.mask is None else inputs.mask
+    pretrain = recipe.task == "pretrain"
+    out = model(
+        inputs.video,
+        mask,
+        reconstruct=pretrain or recipe.reconstruction_weight > 0,
+        decoder_mask=inputs.decoder_mask,
+    )
+    loss = 0
+    if not pretrain:
+        loss = -(inputs.target * F.log_softmax(out.logits, dim=1)).sum() / len(inputs.video)
+    if pretrain or recipe.reconstruction_weight:
+        loss = loss + (1 if pretrain else recipe.reconstruction_weight) * out.reconstruction_loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    limit, (beta1, beta2) = recipe.optimizer.clip_grad, recipe.optimizer.betas
+    shrink = min(1.0, limit / (norm.item() + 1e-6)) if limit else 1.0
+    depth = recipe.config().depth
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name not in gradients:
+                continue
+            parts = name.split(".")
+            layer = depth + 1
+            if parts[:2] == ["encoder", "patch_embed"]:
+                layer = 0
+            elif parts[:2] == ["encoder", "blocks"]:
+                layer = int(parts[2]) + 1
+            matrix = p.ndim > 1 and name != "mask_token"
+            decays = recipe.optimizer.layer_decay_of == "all" or (matrix and parts[0] == "encoder")
+            lr = LR * (recipe.optimizer.layer_decay ** (depth + 1 - layer) if decays else 1)
+            g = gradients[name] * shrink
+            first, second = (1 - beta1) * g / (1 - beta1), (1 - beta2) * g**2 / (1 - beta2)
+            p.mul_(1 - lr * (recipe.optimizer.weight_decay if matrix else 0))
+            p.sub_(lr * first / (second.sqrt() + recipe.optimizer.eps))
+    return float(loss.detach()), gradients
+
+
+def our_step(model, parts, recipe):
+    """A step of ours; the gradients are seen by a hook, since the step sets them to None."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+
+        def seen(p, name=name):
+            gradients[name] = p.grad.clone()
+
+        parameter.register_post_accumulate_grad_hook(seen)
+    stepper = Stepper(model, model, adamw(model, recipe.optimizer, LR), recipe, ALONE)
+    told = stepper.step(iter(parts), len(parts), LR)
+    return told, gradients, stepper
+
+
+# The loss of dual masking is a mean over as many positions as the masks leave, which differ from clip to clip.
+@pytest.mark.parametrize(
+    ("case", "micro_batches"),
+    [(case, count) for case in CASES for count in (1, 4) if case != "dual masking" or count == 1],
+)
+def test_a_step_is_a_plain_step(case, micro_batches):
+    recipe = recipe_of(case)
+    (ours, plain), inputs = models(recipe), inputs_of(recipe)
+    size = 4 // micro_batches
+    told, gradients, _ = our_step(ours, [rows(inputs, i * size, (i + 1) * size) for i in range(micro_batches)], recipe)
+    loss, expected = plain_step(plain, inputs, recipe)
+    assert float(told[0]) == pytest.approx(loss, rel=1e-6)  # it is told in float32
+    assert set(gradients) == set(expected)
+    for name, want in expected.items():
+        assert relative(gradients[name], want) <= 1e-10, name
+    for (name, got), want in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (got - want).abs().max() <= 1e-8, name
+        assert got.grad is None
+
+
+def test_what_a_step_tells():
+    recipe = recipe_of("MAR, clipped")
+    (ours, plain), inputs = models(recipe), inputs_of(recipe)
+    told, _, _ = our_step(ours, [inputs], recipe)
+    out = plain(inputs.video, inputs.mask, reconstruct=True)
+    classification = F.cross_entropy(out.logits, inputs.target)
+    right = (out.logits.argmax(1) == inputs.target.argmax(1)).double().mean()
+    (classification + 0.1 * out.reconstruction_loss).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    want = [classification + 0.1 * out.reconstruction_loss, classification, out.reconstruction_loss, right, norm]
+    assert told.tolist() == pytest.approx([float(value.detach()) for value in want], rel=1e-6)
+
+
+def test_moving_average():
+    recipe = recipe_of("MAR", "optimizer.ema=0.9")
+    (ours, _), inputs = models(recipe), inputs_of(recipe)
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    _, _, stepper = our_step(ours, [inputs], recipe)
+    after = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    with stepper.averaged():
+        for name, p in ours.named_parameters():
+            assert torch.allclose(p, 0.9 * before[name] + 0.1 * after[name], rtol=1e-12, atol=1e-14), name
+    assert all(torch.equal(p, after[name]) for name, p in ours.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision(precision):
+    """Autocast to 16 bits, weights in float32; fp16 with a scaler that skips a step whose gradients overflow."""
+    recipe = recipe_of("MAR", f"optimizer.precision={precision}")
+    ours, plain = (model.float() for model in models(recipe))
+    inputs = inputs_of(recipe)
+    inputs = Inputs(inputs.video.float(), inputs.target.float(), inputs.mask)
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    stepper = Stepper(ours, ours, adamw(ours, recipe.optimizer, LR), recipe, ALONE)
+    assert stepper.parts.scaler.is_enabled() == (precision == "fp16")
+    if precision == "fp16":
+        stepper.parts.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+        stepper.step(iter([inputs]), 1, LR)
+        assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+        assert stepper.parts.scaler.get_scale() == 2.0**59
+        stepper.parts.scaler = torch.amp.GradScaler("cpu")
+    told = stepper.step(iter([inputs]), 1, LR)
+    loss, _ = plain_step(plain, inputs, recipe)
+    assert float(told[0]) == pytest.approx(loss, rel=1e-2)
+    for (name, got), want in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert got.dtype == torch.float32
+        assert not torch.equal(got, before[name]), name
+        assert (got - want).abs().max() <= 2.1 * LR, name  # AdamW's first step is lr times a sign
+
+
+def test_gradient_checkpointing_changes_nothing():
+    found = []
+    for changes in ([], ["gradient_checkpointing=true"]):
+        recipe = recipe_of("MAR", *changes)
+        (ours, _), inputs = models(recipe), inputs_of(recipe)
+        found.append(our_step(ours, [inputs], recipe)[1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
