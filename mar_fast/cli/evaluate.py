@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..data import read_annotations, read_labels
-from ..data.annotations import FORMATS
+from ..data.annotations import FORMATS, check_samples
 from ..data.video import Sampling
 from ..eval import accuracy
 from ..kernels import checks
@@ -60,7 +60,7 @@ def evaluate(
         argument = "LIST" if labels is None else "--labels"
         raise checks.bad(argument, f"{listed.classes} classes", f"{config.num_classes}, as the checkpoint has")
     read = options.view_reader(config, views, sampling, stride, short)
-    accuracy.check(model, listed.samples)
+    check_samples(listed.samples, model.config.num_classes)
     settings: dict[str, Any] = {
         "model": accuracy.fingerprint(model),
         "list": accuracy.list_fingerprint(listed.samples),

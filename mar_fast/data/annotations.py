@@ -105,6 +105,25 @@ def read_annotations(
     return Annotations(format, tuple(samples), None if labels is None else len(labels))
 
 
+def check_samples(samples: Sequence[Sample], classes: int | None) -> None:
+    """Check, before any work, that a list fits a model and that its videos are there.
+
+    Args:
+        samples: Of the list.
+        classes: How many the model has; None for a model that does not classify.
+
+    Raises:
+        ValueError: a label that the model does not have, or none of the files found.
+    """
+    for sample in samples:
+        if classes is not None and not 0 <= sample.label < classes:
+            where, label = sample.location, sample.label
+            raise ValueError(f"{where}: got label {label}, expected 0 to {classes - 1}, as the model has")
+    if not any(sample.path.exists() for sample in samples):
+        first = f"the first would be {str(samples[0].path)!r}"
+        raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
+
+
 def read_labels(path: Path) -> list[str]:
     """The names of the classes, in the order of their numbers.
 

@@ -50,8 +50,12 @@ _EMPTY: dict[str, Callable[["Packet"], bool]] = {
 
 
 @contextmanager
-def open_video(source: Source) -> Iterator["Video"]:
+def open_video(source: Source, threads: int = 0) -> Iterator["Video"]:
     """Open the video stream of a file, of its bytes or of an open binary file.
+
+    Args:
+        source: The file.
+        threads: Of the decoder; 0 lets FFmpeg choose.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,7 +68,7 @@ def open_video(source: Source) -> Iterator["Video"]:
         source = io.BytesIO(source)
     elif isinstance(source, io.TextIOBase) or not getattr(source, "seekable", bool)():
         raise checks.bad_type("path", type(source).__name__, "a path, bytes, or a binary file that can be sought in")
-    with _errors(source), Video(source) as video:
+    with _errors(source), Video(source, threads) as video:
         yield video
 
 
@@ -106,11 +110,12 @@ class Video:
     Attributes:
         total: How many frames there are.
         aspect: Width of a pixel over its height.
+        rate: Frames a second on average; None where the file does not say.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, threads: int = 0) -> None:
         self.name = name_of(source)
-        self._source = source
+        self._source, self._threads = source, threads
         self._files = ExitStack()
 
     def __enter__(self) -> "Video":
@@ -118,6 +123,7 @@ class Video:
             on_error.enter_context(self._files)
             self._open()
             self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
+            self.rate = self._stream.average_rate
             self._index = _index(self.name, self._container, self._stream)
             if self._index.late:
                 self._open()
@@ -137,7 +143,7 @@ class Video:
     def _open(self) -> None:
         """Open the file, again if it is open."""
         self._files.close()
-        self._container, self._stream = self._files.enter_context(_opened(self._source))
+        self._container, self._stream = self._files.enter_context(_opened(self._source, self._threads))
 
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
         """Decode these frames, ascending, each once; numbers count in order of presentation.
@@ -212,7 +218,7 @@ class Video:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def _opened(source: Source, threads: int = 0) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """The file and its main video stream, and not a picture beside it."""
     import av
 
@@ -228,6 +234,7 @@ def _opened(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         if stream.codec_context is None:
             raise checks.bad("path", f"{name} in a codec that FFmpeg does not know", "a video file that it can decode")
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
         try:
             yield container, stream
         finally:

@@ -23,6 +23,7 @@ class FrameFolder:
     Attributes:
         total: How many there are.
         aspect: Width of a pixel over its height.
+        rate: None; pictures have no times.
 
     Raises:
         FileNotFoundError: there is no picture.
@@ -30,7 +31,7 @@ class FrameFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.name, self.aspect = repr(os.fspath(folder)), Fraction(1)
+        self.name, self.aspect, self.rate = repr(os.fspath(folder)), Fraction(1), None
         found = [file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURES and file.name[0] != "."]
         if not found:
             got = f"{self.name}, a folder without pictures ({', '.join(PICTURES)})"

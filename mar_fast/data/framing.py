@@ -2,6 +2,7 @@
 
 import math
 import struct
+import threading
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 Image = np.ndarray[Any, np.dtype[Any]]
+
+_THREAD = threading.local()
 
 
 def pictures(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int] | None, crops: int = 1) -> list[Image]:
@@ -34,18 +37,29 @@ def pictures(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int] | None
     """
     turns, mirrored = orientation(frame)
     if size is None:
-        return [_upright(frame.to_ndarray(format="rgb24"), turns, mirrored)] * crops
+        return [_upright(_rgb(frame, frame.height, frame.width), turns, mirrored)] * crops
     height, width = size if turns % 2 == 0 else size[::-1]  # of the frame as it is stored
     shown_width = frame.width * float(aspect)  # in heights of a pixel
     scale = max(height / frame.height, width / shown_width)
     full_height = max(height, round(frame.height * scale))
     full_width = max(width, round(shown_width * scale))
-    whole = frame.to_ndarray(format="rgb24", width=full_width, height=full_height, interpolation="BILINEAR")
-    image = _upright(whole, turns, mirrored)
+    image = _upright(_rgb(frame, full_height, full_width), turns, mirrored)
     spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
     shares = [(k, crops - 1) for k in range(crops)] if crops > 1 else [(1, 2)]
     corners = [(spare_height * k // steps, spare_width * k // steps) for k, steps in shares]
     return [image[top : top + size[0], left : left + size[1]].copy() for top, left in corners]
+
+
+def picture(frame: "VideoFrame", aspect: Fraction, short_side: int) -> Image:
+    """(H, W, 3) uint8 of the whole frame, whose short side is resized to ``short_side`` if it is longer.
+
+    Raises:
+        ValueError: the frame is to be shown turned by other than quarter turns.
+    """
+    turns, mirrored = orientation(frame)
+    shown_width = frame.width * float(aspect)
+    scale = min(1.0, short_side / min(frame.height, shown_width))
+    return _upright(_rgb(frame, round(frame.height * scale), round(shown_width * scale)), turns, mirrored)
 
 
 def orientation(frame: "VideoFrame") -> tuple[int, bool]:
@@ -62,6 +76,16 @@ def orientation(frame: "VideoFrame") -> tuple[int, bool]:
     if abs(degrees - 90 * round(degrees / 90)) > 1:
         raise checks.bad("path", f"a video to be shown turned by {degrees:.0f} degrees", "a multiple of 90")
     return round(degrees / 90) % 4, mirrored
+
+
+def _rgb(frame: "VideoFrame", height: int, width: int) -> Image:
+    """(H, W, 3), by one converter for each thread: to make one costs more than to convert most frames."""
+    from av.video.reformatter import VideoReformatter
+
+    if not hasattr(_THREAD, "converter"):
+        _THREAD.converter = VideoReformatter()
+    converted = _THREAD.converter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1)
+    return converted.to_ndarray()
 
 
 def _upright(image: Image, turns: int, mirrored: bool) -> Image:

@@ -112,8 +112,8 @@ Film = Video | FrameFolder
 
 
 @contextmanager
-def open_film(source: Source) -> Iterator[Film]:
-    """Open a video or a folder of pictures.
+def open_film(source: Source, threads: int = 0) -> Iterator[Film]:
+    """Open a video or a folder of pictures; arguments as in `open_video`.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see `open_video` and `FrameFolder`.
@@ -121,7 +121,7 @@ def open_film(source: Source) -> Iterator[Film]:
     if is_folder(source):
         yield FrameFolder(source)
     else:
-        with open_video(source) as video:
+        with open_video(source, threads) as video:
             yield video
 
 

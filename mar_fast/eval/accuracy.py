@@ -132,22 +132,6 @@ def list_fingerprint(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(json.dumps([[s.name, s.label] for s in samples]).encode()).hexdigest()[:16]
 
 
-def check(model: MAR, samples: Sequence[Sample]) -> None:
-    """Check, before any work, that a list fits a model and that its videos are there.
-
-    Raises:
-        ValueError: a label that the model does not have, or none of the files found.
-    """
-    classes = model.config.num_classes
-    for sample in samples:
-        if not 0 <= sample.label < classes:
-            where, label = sample.location, sample.label
-            raise ValueError(f"{where}: got label {label}, expected 0 to {classes - 1}, as the model has")
-    if not any(sample.path.exists() for sample in samples):
-        first = f"the first would be {str(samples[0].path)!r}"
-        raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
-
-
 def evaluate(
     model: MAR,
     samples: Sequence[Sample],

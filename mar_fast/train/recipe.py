@@ -58,6 +58,9 @@ class Augment:
     rand_augment: str = ""
     """timm's notation: "rand-m9-mstd0.5-inc1" or "rand-m7-n4-mstd0.5-inc1"; empty for none."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of RandAugment's geometric ops; crops are resized bilinearly."""
+    fill: Literal["gray", "mean"] = "gray"
+    """What RandAugment's geometric ops move into the picture: 128 (VideoMAE), or the mean colour of the model (MAR)."""
     crop: Literal["random_resized", "multi_scale", "center"] = "random_resized"
     scale: tuple[float, ...] = (0.08, 1.0)
     """Of random_resized: least and greatest area. Of multi_scale: the shares of the short side to choose from."""

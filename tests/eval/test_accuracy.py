@@ -10,7 +10,7 @@ import torch
 from helpers import small_config
 
 import mar_fast
-from mar_fast.data.annotations import Sample
+from mar_fast.data.annotations import Sample, check_samples
 from mar_fast.eval import accuracy, classify
 from mar_fast.eval.accuracy import Accuracy, Journal
 
@@ -227,10 +227,10 @@ def test_fingerprints(listed):
 def test_lists_that_do_not_fit(listed, tmp_path):
     judge, samples, _ = listed
     with pytest.raises(ValueError, match="line 1: got label 11, expected 0 to 10, as the model has"):
-        accuracy.check(judge, [replace(samples[0], label=11)])
+        check_samples([replace(samples[0], label=11)], 11)
     lost = [replace(sample, path=tmp_path / "gone" / sample.name) for sample in samples]
     with pytest.raises(ValueError, match=r"root: got a folder with none of the 8 videos, expected .*gone/0.mp4"):
-        accuracy.check(judge, lost)
+        check_samples(lost, 11)
     with pytest.raises(ValueError, match="workers: got 0"):
         accuracy.evaluate(judge, samples, None, Journal(tmp_path / "r.jsonl", {}), workers=0)
 

@@ -1,0 +1,95 @@
+"""The loader: worker processes that decode and augment while the device computes."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from .dataset import Batch, ClipDataset, Item, collate
+from .sampler import StepSampler
+
+
+def make_loader(
+    dataset: ClipDataset, sampler: StepSampler, *, workers: int, prefetch: int = 2, pin_memory: bool | None = None
+) -> "DataLoader[Item]":
+    """A loader of `Batch`es; iterate over it by `batches`.
+
+    Args:
+        dataset: The clips.
+        sampler: Its `StepSampler.set_epoch` chooses what the next iteration gives.
+        workers: Processes, which stay from epoch to epoch; 0 reads in this one.
+        prefetch: Batches that each worker reads ahead.
+        pin_memory: For copies to a GPU that do not block; None where there is one.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_context() if workers else None,
+        # Of its own: an iteration draws from it, and must not move the generator that the run keeps.
+        generator=torch.Generator(),
+    )
+
+
+def batches(loader: "DataLoader[Item]") -> Iterator[Batch]:
+    """The batches of an epoch.
+
+    Raises:
+        RuntimeError: a worker died, or its dataset gave up; the message says which.
+    """
+    try:
+        yield from loader
+    except (RuntimeError, OSError, EOFError) as error:
+        text = str(error)
+        if text.startswith("Caught "):  # in a worker, with its traceback; the last line is the error
+            raise RuntimeError(text.strip().splitlines()[-1].removeprefix("RuntimeError: ")) from error
+        if "DataLoader worker" in text or not isinstance(error, RuntimeError):  # or a batch that went with its worker
+            accepted = "workers that stay alive: is there enough memory for them, also in /dev/shm? (or fewer workers)"
+            raise RuntimeError(f"workers: got one that died ({text}), expected {accepted}") from error
+        raise
+
+
+def clips_per_second(dataset: ClipDataset, seconds: float = 5.0) -> float:
+    """Clips that one core reads and augments in a second, without a model.
+
+    Measured in CPU time of this process on random videos, so that a busy machine does not matter.
+    """
+    keys = iter(StepSampler(len(dataset), 1))
+    begin, clips = time.process_time(), 0
+    while (spent := time.process_time() - begin) < seconds:
+        key = next(keys, None)
+        if key is None:
+            break
+        clips += len(collate([dataset[item] for item in key]).video)
+    return clips / spent
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Workers are forked off a process with one thread: locks of the trainer's threads might never open in a fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the trainer has ended, even by SIGKILL: PyTorch only watches the process that forked it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
