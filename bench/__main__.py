@@ -13,14 +13,14 @@ from . import harness
 from .suites import SUITES
 
 # Commands with options of their own.
-COMMANDS = ("gpu", "host", "matrix", "tune")
+COMMANDS = ("gpu", "host", "matrix", "motions", "tune")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run suites, or a command of its own; exit code 1 if one of our own results is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0] in COMMANDS:
-        # Imported only here: they need Triton.
+        # Imported only here: they need Triton, or films.
         command = importlib.import_module(f".{arguments[0]}", __package__)
         return int(command.main(arguments[1:]))
     parser = argparse.ArgumentParser(prog="python -m mar_fast.bench", description=__doc__)

@@ -20,6 +20,7 @@ from ..data.framing import pictures
 from .dataset import NO_BOX, Item, Videos, collate
 from .distributed import World
 from .fit import fit
+from .loop import validation_masks
 from .recipe import Recipe, read_recipe
 from .sampler import Key
 
@@ -142,16 +143,18 @@ def demo(recipe: Recipe, out: Path, world: World, **how: Any) -> dict[str, Any] 
         return None
     model = from_pretrained(second / "last.safetensors").to(world.device).eval()
     found: dict[str, Any] = {
-        f"accuracy, {split}": accuracy(model, Motions(split, CHECKED)) for split in ("same films", "other film")
+        f"accuracy, {split}": accuracy(model, Motions(split, CHECKED), recipe) for split in ("same films", "other film")
     }
     return {**found, "classes": len(MOTIONS), "steps": result.step, "seconds": round(time.monotonic() - began)}
 
 
-def accuracy(model: MAR, clips: Motions) -> float:
-    """Share of clips whose motion comes first."""
-    right = 0
+def accuracy(model: MAR, clips: Motions, recipe: Recipe) -> float:
+    """Share of clips whose motion comes first, with the masks that a recipe validates with."""
+    right, config, device = 0, model.config, next(model.parameters()).device
     for first in range(0, len(clips), 32):
         batch = collate([clips[Key(index)] for index in range(first, min(first + 32, len(clips)))])
+        mask, _ = validation_masks(recipe, config, len(batch.video), first)
         with torch.no_grad():
-            right += int((model(batch.video.to(model.mask_token.device)).logits.argmax(1).cpu() == batch.labels).sum())
+            logits = model(batch.video.to(device), None if mask is None else mask.to(device)).logits
+        right += int((logits.argmax(1).cpu() == batch.labels).sum())
     return right / len(clips)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import MAR
+from .. import MAR, MARConfig
 from ..files import remove_leftovers
 from ..token_mask import TokenMask
 from .dataset import Batch, Broken, BrokenVideos, Item, Videos
@@ -149,16 +149,18 @@ class Run:
         with _asked_to_stop() as asked:
             for epoch in range(self.done // per_epoch, recipe.schedule.epochs):
                 self._epoch(epoch, asked)
+                if self.done == (epoch + 1) * per_epoch:  # also if it is to stop: what belongs to an epoch ends it
+                    last = epoch + 1 == recipe.schedule.epochs
+                    if self.validation is not None and ((epoch + 1) % recipe.test.every == 0 or last):
+                        self._validate(epoch)
+                    if (epoch + 1) % recipe.checkpoint_every == 0 or last or self.stopped:
+                        self._save()
+                elif self.stopped:
+                    self._save()
                 if self.stopped:
                     break
-                last = epoch + 1 == recipe.schedule.epochs
-                if self.validation is not None and ((epoch + 1) % recipe.test.every == 0 or last):
-                    self._validate(epoch)
-                if (epoch + 1) % recipe.checkpoint_every == 0 or last:
-                    self._save()
-            if self.stopped:
-                self._save()
-            else:
+            if self.done == self.steps:
+                self.stopped = False
                 with self._weights():
                     export(self.stepper.parts.model, self.out / "last.safetensors", self.world)
         return Result(self.done, self.best, self.broken.errors, self.stopped)
@@ -265,10 +267,7 @@ class Run:
         stepper.called.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # videos, loss, first, among the first five
         for number, batch in enumerate(batches(self.validation)):
-            generator = torch.Generator().manual_seed(_seed(recipe.seed, number))
-            mask, decoder_mask = draw_mask(recipe.mask, len(batch.video), self.config.grid, self.config.cell, generator)
-            if recipe.mask.kind == "cell_running" and recipe.mask.ratio == self.config.mask_ratio:
-                mask = None  # the model's own test form
+            mask, decoder_mask = validation_masks(recipe, self.config, len(batch.video), number)
             video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
                 out = stepper.called(
@@ -311,6 +310,17 @@ class _Step:
     clips: int = 0
     broken: list[Broken] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
+
+
+def validation_masks(
+    recipe: Recipe, config: MARConfig, batch: int, number: int
+) -> tuple[TokenMask | None, TokenMask | None]:
+    """The masks of batch ``number`` of a validation, the same every time; None for the model's own test form."""
+    generator = torch.Generator().manual_seed(_seed(recipe.seed, number))
+    mask, decoder_mask = draw_mask(recipe.mask, batch, config.grid, config.cell, generator)
+    if recipe.mask.kind == "cell_running" and recipe.mask.ratio == config.mask_ratio:
+        mask = None
+    return mask, decoder_mask
 
 
 def _seed(*numbers: int) -> int:
