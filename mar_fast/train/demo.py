@@ -74,12 +74,13 @@ class Motions(Videos):
         return len(self.paths)
 
     def __getitem__(self, key: Key) -> Item:
-        rng = np.random.default_rng([self.seed, key.epoch if self.split == "train" else 0, key.index, len(self.split)])
-        label = key.index % len(MOTIONS)
+        epoch = key.epoch if self.split == "train" else 0
+        rng = np.random.default_rng([self.seed, epoch, key.video_index, len(self.split)])
+        label = key.video_index % len(MOTIONS)
         film = self.frames[int(rng.integers(len(self.frames)))]
         frame = film[int(rng.integers(len(film)))]
         clip = _move(frame, list(MOTIONS.values())[label], self.num_frames, self.side, rng)
-        return Item(clip.numpy()[None], label, key.index, [NO_BOX], key.counts, [])
+        return Item(clip.numpy()[None], label, key.video_index, [NO_BOX], key.counts, [])
 
 
 def _frames(path: Path) -> list[Tensor]:

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .dataset import Batch, ClipDataset, Item, collate
 from .sampler import StepSampler
 
 
 def make_loader(
-    dataset: ClipDataset, sampler: StepSampler, *, workers: int, prefetch: int = 2, pin_memory: bool | None = None
+    dataset: Dataset[Item], sampler: StepSampler, *, workers: int, prefetch: int = 2, pin_memory: bool | None = None
 ) -> "DataLoader[Item]":
     """A loader of `Batch`es; iterate over it by `batches`.
 

@@ -209,7 +209,7 @@ class Run:
             step.waited += time.perf_counter() - began
             step.clips += len(batch.video)
             step.broken += batch.broken
-            step.index += batch.index.tolist()
+            step.index += batch.video_index.tolist()
             seed = _seed(recipe.seed, step.number, self.world.rank, number)
             torch.manual_seed(seed)  # of dropout and drop path
             generator = torch.Generator().manual_seed(seed)
