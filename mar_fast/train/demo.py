@@ -74,8 +74,7 @@ class Motions(Videos):
         return len(self.paths)
 
     def __getitem__(self, key: Key) -> Item:
-        epoch = key.epoch if self.split == "train" else 0
-        rng = np.random.default_rng([self.seed, epoch, key.video_index, len(self.split)])
+        rng = np.random.default_rng([self.seed, key.epoch if self.split == "train" else 0, key.video_index, len(self.split)])
         label = key.video_index % len(MOTIONS)
         film = self.frames[int(rng.integers(len(self.frames)))]
         frame = film[int(rng.integers(len(film)))]

@@ -1,0 +1,153 @@
+"""mar-fast train, in one process: what it says and writes, and what it refuses."""
+
+import json
+import resource
+
+import pytest
+
+pytest.importorskip("av")
+
+import torch
+from train_cases import RECIPE, VIDEOS, write_films
+
+import mar_fast
+from mar_fast.train.loop import Run
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    lines = write_films(folder)
+    texts = {
+        "empty.txt": "", "one.txt": "".join(line for line in lines if line.endswith("0\n")),
+        "beyond.txt": "".join(lines).replace(" 1\n", " 7\n"), "few.txt": "".join(lines[:3]),
+        "gone.txt": "".join(lines).replace(".mp4", ".avi"),
+        "small.toml": RECIPE.replace("epochs = 4", "epochs = 1").replace("1e-9", "0.0"),
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def train(run, films):
+    def call(*more, videos="list.txt", recipe="small.toml"):
+        named = ["--recipe", films / recipe] if recipe else []
+        lists = ["--train", films / videos] if videos else []
+        return run("train", *named, *lists, "--workers", 0, *more)
+
+    return call
+
+
+def test_from_a_list_to_an_evaluated_checkpoint(train, films, tmp_path):
+    code, out, err = train("--val", films / "list.txt", "--clips", 4)
+    assert code == 0, err
+    assert "2 micro-batches a step" in err and "all weights are new" in err and "epoch 1: videos 8" in err
+    assert "test of run/best.safetensors, 2 clips x 1 crops: top-1" in out
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written == {
+        "best.safetensors", "last.safetensors", "checkpoints", "curves.png", "log.jsonl", "test.json", "test.jsonl"
+    }  # fmt: skip
+    outcome = json.loads((tmp_path / "run/test.json").read_text())
+    assert outcome["finished"] == VIDEOS and outcome["broken"] == 0
+    # A checkpoint of its own kind, of the same sizes: the encoder is taken, the classifier is new.
+    code, _, err = train("--init", "run/last.safetensors", "--out", "second", "--clips", 8)
+    assert code == 0, err
+    assert "mar_fast layout" in err and "new: classifier" in err
+    old, new = (mar_fast.from_pretrained(f"{name}/last.safetensors") for name in ("run", "second"))
+    assert not torch.equal(old.classifier.head.weight, new.classifier.head.weight)
+    assert not (tmp_path / "second/best.safetensors").exists()
+
+
+def test_show(train, tmp_path):
+    code, out, _ = train("--show", "--processes", 2, "--clips", 2, videos=None)
+    assert code == 0
+    assert "2 (processes) x 2 (micro-batches) x 2 (clips)" in out and "AdamW" in out
+    assert (tmp_path / "run.schedule.png").is_file() and not (tmp_path / "run").exists()
+    code, out, _ = train("--recipe", "list", recipe=None, videos=None)
+    assert code == 0 and out.split() == mar_fast.train.list_recipes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(recipe=None), "--recipe: got none, expected one of mar_k400_base"),
+        (dict(videos=None), "--train: got none, expected a list of videos"),
+        (dict(videos="empty.txt"), "empty.txt: got no video"),
+        (dict(videos="one.txt"), "got no video of 1 of 2 classes, the first 1"),
+        (dict(videos="beyond.txt"), "got label 7, expected 0 to 1, as the model has"),
+        (dict(videos="few.txt"), "3 videos"),
+        (dict(videos="gone.txt"), "none of the 8 videos"),
+        (dict(videos="no.txt"), "no.txt"),
+        (dict(more=["--clips", 1]), "clips_per_process: got 1, expected 2 (data.repeats) or more"),
+        (dict(more=["--set", "optimizer.lrr=1"]), "optimizer.lrr: got an unknown key, expected 'lr', the nearest"),
+        (dict(more=["--set", "augment.rand_augment=strong"]), "rand_augment"),
+        (dict(more=["--resume"]), "--resume: got 'run/checkpoints' without a checkpoint"),
+        (dict(more=["--init", "wide.safetensors"]), "--init: got a checkpoint of embed_dim 64, expected 32"),
+        (dict(more=["--out", "full"]), "--out: full is not empty"),
+        (dict(more=["--out", "wide.safetensors"]), "--out: wide.safetensors is a file"),
+    ],
+)
+def test_bad_input(train, options, message, tmp_path):
+    config = mar_fast.named_config(
+        "mar_vit_small", num_frames=4, image_size=(32, 32), patch_size=(2, 8, 8), embed_dim=64, depth=2, num_heads=2,
+        decoder_embed_dim=16, decoder_num_heads=2,
+    )  # fmt: skip
+    mar_fast.save_checkpoint(mar_fast.MAR(config), tmp_path / "wide.safetensors")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, _, err = train(*options.pop("more", ()), **options)
+    assert (code, message in err) == (2, True), err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_something_else(train, films, tmp_path):
+    assert train()[0] == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for more, videos, said in (
+        (["--set", "optimizer.lr=3e-4"], "list.txt", "recipe"),
+        ([], "turned.txt", "list"),
+        (["--clips", 2], "list.txt", "accumulate 1, now 4"),
+    ):
+        (films / "turned.txt").write_text("".join(reversed((films / "list.txt").read_text().splitlines(True))))
+        code, _, err = train("--resume", *more, videos=videos)
+        assert code == 2 and "--resume: got a run of other settings" in err and said in err, err
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+    code, _, err = train("--resume", "--allow-changes", "--set", "schedule.epochs=2")
+    assert code == 0 and "goes on after step 2 of 4" in err
+
+
+def test_a_disk_that_is_full(train, films, tmp_path):
+    """The checkpoint of before stays, and no half of a new one."""
+    assert train("--set", "checkpoint_minutes=1e-9")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code, _, err = train("--resume", "--allow-changes", "--set", "schedule.epochs=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "step-" in err and "cannot be written" in err, err
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == names
+
+
+@pytest.mark.parametrize("how", ["nan", "exploded"])
+def test_a_loss_that_does_not_stay_finite(train, films, tmp_path, monkeypatch, how):
+    monkeypatch.setattr("mar_fast.train.loop.REMEMBERED", 2)
+    inputs = Run._inputs
+
+    def spoiled(self, read, step):
+        for one in inputs(self, read, step):
+            if step.number == 4:
+                one.video.copy_(one.video * (float("nan") if how == "nan" else 1e4))
+            yield one
+
+    monkeypatch.setattr(Run, "_inputs", spoiled)
+    changes = ["--set", "schedule.epochs=3", "--set", "augment.mixup=0.5"]
+    if how == "exploded":
+        changes += ["--set", "reconstruction_weight=1e6", "--set", "model.norm_pix_loss=false"]
+    code, _, err = train(*changes)
+    assert code == 2 and "loss: got" in err and "in step 4" in err and ".mp4" in err, err
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002.pt"]
+    assert str(films) in err.split("Videos of the step: ")[1]
