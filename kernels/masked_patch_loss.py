@@ -1,5 +1,7 @@
 """masked_patch_loss: the reconstruction loss straight from the clip, for dropped patches only."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,14 +98,16 @@ def eager_masked_patch_loss(
     """What `masked_patch_loss` means, in plain PyTorch."""
     if pixels.numel() == 0:
         return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).sum()  # 0, still connected to pixels
-    target = patch_targets(video, drop_idx, clip_idx, patch_size, mean, std, normalize, pixels.dtype)
+    sizes: dict[str, Any] = dict(patch_size=patch_size, mean=mean, std=std, normalize=normalize)
+    target = patch_targets(video, drop_idx, clip_idx, dtype=pixels.dtype, **sizes)
     return (pixels.to(target.dtype) - target).square().mean()
 
 
 def patch_targets(
     video: Tensor,
     index: Tensor,
-    clip_idx: Tensor | None,
+    clip_idx: Tensor | None = None,
+    *,
     patch_size: tuple[int, int, int],
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,

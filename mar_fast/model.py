@@ -326,14 +326,14 @@ class MAR(nn.Module):
 
     def _loss(self, pixels: Tensor, video: Tensor, mask: TokenMask, decoder_mask: TokenMask | None) -> Tensor:
         config = self.config
-        sizes: tuple[Any, ...] = (config.patch_size, config.mean, config.std, config.norm_pix_loss)
+        sizes: dict[str, Any] = dict(patch_size=config.patch_size, mean=config.mean, std=config.std)
+        sizes["normalize"] = config.norm_pix_loss
         if decoder_mask is None:
-            options = dict(zip(("patch_size", "mean", "std", "normalize"), sizes, strict=True))
-            return masked_patch_loss(pixels, video, mask.drop_idx, mask.drop_clip_idx, **options)
+            return masked_patch_loss(pixels, video, mask.drop_idx, mask.drop_clip_idx, **sizes)
         # How many positions count depends on the masks; weights of 0 and 1 keep every shape fixed.
         dropped = torch.ones(mask.batch, mask.num_tokens, device=video.device)
         counts = dropped.scatter(1, mask.keep_idx.long(), 0.0).gather(1, decoder_mask.keep_idx.long())  # (B, K)
-        target = patch_targets(video, decoder_mask.keep_idx, None, *sizes, pixels.dtype)
+        target = patch_targets(video, decoder_mask.keep_idx, dtype=pixels.dtype, **sizes)
         error = (pixels.to(target.dtype) - target).square().mean(-1)  # (B, K)
         return (error * counts).sum() / counts.sum().clamp(min=1)
 

@@ -273,11 +273,12 @@ class MAR(nn.Module):
             for b in range(video.shape[0]):
                 masked[b, mask.keep_idx[b].long()] = False
 
-        dtype = self.encoder.patch_embed["proj"].weight.dtype
-        like = dict(dtype=torch.promote_types(dtype, torch.float32), device=video.device)
-        mean, std = (torch.tensor(values, **like).view(-1, 1, 1, 1) for values in (config.mean, config.std))
+        weight = next(self.encoder.patch_embed.parameters())
+        exact = wide(torch.empty(0, dtype=weight.dtype, device=video.device))
+        mean = exact.new_tensor(config.mean).view(-1, 1, 1, 1)
+        std = exact.new_tensor(config.std).view(-1, 1, 1, 1)
         clip = (video.to(mean) / 255 - mean) / std if video.dtype == torch.uint8 else video
-        clip = clip.to(dtype)
+        clip = clip.to(weight.dtype)
 
         features = self.encoder(clip, masked)
         logits = self.classifier(features) if self.classifier is not None else None

@@ -164,8 +164,8 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
             for broken in row.get("broken", ()):
                 common.tell(f"warning: {broken['path']} cannot be read: {broken['error']}", style="yellow")
             numbers = row | {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
-            for name, value in numbers.items() if board is not None else ():
-                if isinstance(value, int | float):
+            for name, value in numbers.items():
+                if board is not None and isinstance(value, int | float):
                     board.add_scalar(name, value, row["step"])
 
         yield on_row

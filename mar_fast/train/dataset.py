@@ -73,7 +73,20 @@ class Batch(NamedTuple):
     broken: list[Broken]
 
 
-class ClipDataset(Dataset[Item]):
+class Videos(Dataset[Item]):
+    """What a run reads: items by `sampler.Key`.
+
+    Attributes:
+        paths: Of all videos, for messages.
+    """
+
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class ClipDataset(Videos):
     """Clips of the videos of a list, indexed by `Key`.
 
     A broken video is replaced by another one in training, drawn by seed, epoch and index, so that batches stay equal
@@ -106,9 +119,6 @@ class ClipDataset(Dataset[Item]):
         self.data, self.seed, self.training = recipe.data, recipe.seed, training
         self.num_frames, self.size = config.num_frames, config.image_size
         self.augment = ClipAugment(recipe.augment, self.size, config.mean)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def __getitem__(self, key: Key) -> Item:
         repeats = self.data.repeats if self.training else 1

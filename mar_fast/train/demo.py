@@ -17,10 +17,9 @@ from .. import MAR, from_pretrained
 from ..data import sample_clip
 from ..data.decoding import open_video
 from ..data.framing import pictures
-from .dataset import NO_BOX, Item, collate
+from .dataset import NO_BOX, Item, Videos, collate
 from .distributed import World
 from .fit import fit
-from .loop import Videos
 from .recipe import Recipe, read_recipe
 from .sampler import Key
 
@@ -70,11 +69,10 @@ class Motions(Videos):
         self.split, self.num_frames, self.side, self.seed = split, num_frames, side, seed
         self.paths = [f"{split} {number}" for number in range(size)]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, key: Key) -> Item:
-        rng = np.random.default_rng([self.seed, key.epoch if self.split == "train" else 0, key.video_index, len(self.split)])
+        rng = np.random.default_rng(
+            [self.seed, key.epoch if self.split == "train" else 0, key.video_index, len(self.split)]
+        )
         label = key.video_index % len(MOTIONS)
         film = self.frames[int(rng.integers(len(self.frames)))]
         frame = film[int(rng.integers(len(film)))]

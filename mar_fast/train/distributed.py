@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import MAR, machine
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 # Rank 0 alone runs the multi-view test, and the others wait for it.
 TIMEOUT = timedelta(hours=12)
@@ -117,5 +120,5 @@ def last_only(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if last else model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
+        cast("FSDPModule", model).set_requires_gradient_sync(last)
     return nullcontext()

@@ -12,9 +12,9 @@ from ..data.annotations import Sample
 from ..data.video import open_film
 from ..eval import accuracy
 from .curves import draw_curves
-from .dataset import ClipDataset
+from .dataset import ClipDataset, Videos
 from .distributed import World
-from .loop import Result, Run, Videos
+from .loop import Result, Run
 from .optim import accumulation
 from .recipe import Recipe
 from .start import start
@@ -58,9 +58,11 @@ def fit(
         OSError: something is not there, or cannot be written.
     """
     accumulate = accumulation(recipe, world.size, clips)
-    training = samples if isinstance(samples, Videos) else ClipDataset(samples, recipe)
-    checking: Videos | None = validation if isinstance(validation, Videos) else None
-    if checking is None and validation:
+    training: Videos = samples if isinstance(samples, Videos) else ClipDataset(samples, recipe)
+    checking: Videos | None = None
+    if isinstance(validation, Videos):
+        checking = validation
+    elif validation:
         checking = ClipDataset(validation, recipe, training=False)
     model, report, notes = start(recipe, init)
     if world.main:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset import Batch, ClipDataset, Item, collate
+from .dataset import Batch, Item, Videos, collate
 from .sampler import StepSampler
 
 
 def make_loader(
-    dataset: Dataset[Item], sampler: StepSampler, *, workers: int, prefetch: int = 2, pin_memory: bool | None = None
+    dataset: Videos, sampler: StepSampler, *, workers: int, prefetch: int = 2, pin_memory: bool | None = None
 ) -> "DataLoader[Item]":
     """A loader of `Batch`es; iterate over it by `batches`.
 
@@ -58,7 +58,7 @@ def batches(loader: "DataLoader[Item]") -> Iterator[Batch]:
         raise
 
 
-def clips_per_second(dataset: ClipDataset, seconds: float = 5.0) -> float:
+def clips_per_second(dataset: Videos, seconds: float = 5.0) -> float:
     """Clips that one core reads and augments in a second, without a model.
 
     Measured in CPU time of this process on random videos, so that a busy machine does not matter.

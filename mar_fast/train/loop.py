@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .. import MAR
 from ..files import remove_leftovers
 from ..token_mask import TokenMask
-from .dataset import Batch, Broken, BrokenVideos, Item
+from .dataset import Batch, Broken, BrokenVideos, Item, Videos
 from .distributed import World, spread
 from .loader import batches, make_loader
 from .log import Log
@@ -41,19 +41,6 @@ EXPLODED, REMEMBERED = 20, 100
 
 class DivergedError(ValueError):
     """The loss is not finite, or it exploded."""
-
-
-class Videos(Dataset[Item]):
-    """What `train` takes: items by `sampler.Key`, as `dataset.ClipDataset` has them.
-
-    Attributes:
-        paths: Of each video.
-    """
-
-    paths: list[str]
-
-    def __len__(self) -> int:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -359,7 +346,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
         asked.append(number)
         signal.signal(number, before[number])
 
-    before = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

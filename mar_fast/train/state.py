@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -144,7 +143,7 @@ class Parts:
         average: The moving average of each parameter, empty where there is none.
     """
 
-    model: nn.Module
+    model: MAR
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: dict[str, torch.Tensor]

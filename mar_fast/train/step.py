@@ -55,7 +55,7 @@ class Stepper:
         named = dict(model.named_parameters())
         average = {name: p.detach().clone() for name, p in named.items()} if recipe.optimizer.ema else {}
         self.parts = Parts(model, optimizer, scaler, average)
-        self._parameters = [named[name] for name in average]
+        self._parameters: list[Tensor] = [named[name] for name in average]
         self._trained = [p for p in named.values() if p.requires_grad]
         self._autocast = DTYPES.get(precision)
 
