@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .dataset import Batch, Item, Videos, collate
 from .sampler import StepSampler
