@@ -107,8 +107,6 @@ class ClipDataset(Videos):
         classes = config.num_classes if recipe.task == "finetune" else None
         if not samples:
             raise checks.bad("list", "no video", "at least one")
-        if recipe.seed < 0:
-            raise checks.bad("seed", recipe.seed, "0 or more")
         check_samples(samples, classes)
         if classes is not None and training:
             missing = sorted(set(range(classes)) - {sample.label for sample in samples})
