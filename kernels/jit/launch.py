@@ -49,11 +49,11 @@ TUNED = ("sm_80", "sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and launch options of one kernel.
+    """Tile sizes and launch options of one kernel; beside each kernel is said which of them it reads.
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
-    dimension of a matrix product. ``resident`` says whether the tile that a program owns stays in registers or is
-    loaded anew at each step. Which of these a kernel reads is said beside it.
+    dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
+    not ``resident``.
     """
 
     block_m: int
@@ -75,18 +75,15 @@ class Choice:
     kernel: str
     config: LaunchConfig
     dtype: str
-    shape: Mapping[str, int]
+    shape: Mapping[str, int] = field(hash=False)
 
     def __str__(self) -> str:
         return ", ".join([self.kernel, self.dtype, *(f"{name} {value}" for name, value in self.shape.items())])
 
-    def __hash__(self) -> int:
-        return hash(str(self))
-
 
 @dataclass(frozen=True)
 class Override:
-    """A row of the user's file: its configuration, and for which dtypes (none: all) and ranges of the shape it is."""
+    """A row of the user's file: a configuration, its source, and the dtypes (none: all) and shapes that it is for."""
 
     config: LaunchConfig
     origin: str
@@ -104,10 +101,9 @@ class Override:
             range(low, high)  # two integers
 
     def fits(self, dtype: str, shape: Mapping[str, int]) -> bool:
-        """Whether it is meant for a call; a feature that the call does not have never fits."""
-        return (not self.dtypes or dtype in self.dtypes) and all(
-            name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items()
-        )
+        """Whether a call is of these dtypes and within all ranges, of which none is of a feature that it lacks."""
+        inside = (name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items())
+        return (not self.dtypes or dtype in self.dtypes) and all(inside)
 
 
 def overrides_path() -> Path:
@@ -117,14 +113,10 @@ def overrides_path() -> Path:
 
 
 def read_overrides(path: Path) -> dict[tuple[str, str], list[Override]]:
-    """The rows by architecture and kernel; the first row that fits a call wins.
-
-    Raises:
-        ValueError: the file is not such a table; the message names it and the row.
-    """
+    """The rows by architecture and kernel, none without a file; ValueError names the file and the row that is wrong."""
     found, at = dict[tuple[str, str], list[Override]](), str(path)
     try:
-        for target, kernels in json.loads(path.read_text()).items():
+        for target, kernels in json.loads(path.read_text() if path.is_file() else "{}").items():
             for kernel, rows in kernels.items():
                 for number, row in enumerate(rows):
                     at = f"{path}, {target}, {kernel}, row {number}"
@@ -136,10 +128,7 @@ def read_overrides(path: Path) -> dict[tuple[str, str], list[Override]]:
     return found
 
 
-@cache
-def _overrides() -> dict[tuple[str, str], list[Override]]:
-    path = overrides_path()
-    return read_overrides(path) if path.is_file() else {}
+_overrides = cache(lambda: read_overrides(overrides_path()))
 
 
 def forget_choices() -> None:
@@ -167,14 +156,14 @@ def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
 def choose(
     kernel: str, config: Callable[..., LaunchConfig], operand: Tensor, dtype: torch.dtype | None = None, **shape: int
 ) -> Choice:
-    """The configuration of a kernel for a call: the user's own, or by ``config(architecture, dtype, **shape)``.
+    """The configuration of a kernel for a call: the user's, or by ``config(architecture, dtype, **shape)``.
 
     ``operand`` is a tensor on the device; ``dtype`` is what products work in, if not the operand's.
     """
-    target, name = architecture(operand), str(dtype or operand.dtype).removeprefix("torch.")
-    fitting = [row.config for row in _overrides().get((target, kernel), ()) if row.fits(name, shape)]
-    chosen = _forced.get(kernel) or next(iter(fitting), None)
-    return Choice(kernel, chosen or config(target, dtype or operand.dtype, **shape), name, shape)
+    dtype, target = dtype or operand.dtype, architecture(operand)
+    name = str(dtype).removeprefix("torch.")
+    fitting = (row.config for row in _overrides().get((target, kernel), ()) if row.fits(name, shape))
+    return Choice(kernel, _forced.get(kernel) or next(fitting, None) or config(target, dtype, **shape), name, shape)
 
 
 # Launches.
