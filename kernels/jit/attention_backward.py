@@ -51,7 +51,7 @@ def add_query_gradient(
         b_s = inner_of_loaded(query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
         b_dp = inner_of_loaded(
             grad, o_m, m_m, grad_row_stride, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )  # fmt: skip
+        )
     b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_n[None, :], b_p, 0.0)
@@ -146,7 +146,7 @@ def add_key_value_gradient(
         b_dv = add_product_of_loaded(b_dv, b_p, grad + zero, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
         b_dp = inner_of_loaded(
             value, o_n, m_n, row_stride, grad, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )  # fmt: skip
+        )
     b_ds = b_p * (b_dp - b_delta[None, :])
     if RESIDENT:
         b_dk = add_product(b_dk, b_ds, b_q, PRECISION)

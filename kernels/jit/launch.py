@@ -1,7 +1,7 @@
-"""How a kernel is launched: with which tiles, and with nothing looked up again.
+"""How kernels are launched: the choice of tiles, and launches that look nothing up a second time.
 
-A launcher makes a `Launch` once for each kind of call and calls it with the tensors of each call. On tensors without
-memory it is recorded instead, for the compile check.
+A launcher makes one `Launch` for each kind of call, and calls it with the tensors of each call. On meta tensors it is
+recorded instead, for the compile check.
 """
 
 import json
@@ -30,14 +30,14 @@ def _no_device() -> int:
     return -1
 
 
-# Where PyTorch was built without CUDA there are neither.
+# Both are missing where PyTorch was built without CUDA.
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_device)
 
-# Outputs are allocated by torch.empty_like where they can be: it takes a third of torch.empty's time.
+# Outputs are allocated by torch.empty_like where possible: it takes a third of torch.empty's time.
 DENSE = torch.contiguous_format
 
-# Versions in which a compiled kernel may be run as `Launch` does it.
+# Versions of Triton whose compiled kernels `Launch` can run directly.
 DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and not torch.version.hip
 
 
@@ -142,7 +142,7 @@ _forced: Mapping[str, LaunchConfig] = {}
 
 @contextmanager
 def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
-    """Within this context these kernels take these configurations, whatever would be chosen."""
+    """Within this context these kernels take these configurations, and no choice is made for them."""
     global _forced
     before, _forced = _forced, {**_forced, **configs}
     plan.forget()
@@ -173,7 +173,7 @@ _recorded: "list[tuple[Launch, tuple[Tensor | None, ...]]] | None" = None
 
 @contextmanager
 def recording() -> "Iterator[list[tuple[Launch, tuple[Tensor | None, ...]]]]":
-    """Within this context nothing runs: launches and their tensors are appended to the list that this yields."""
+    """Within this context nothing runs: launches are appended to the list that it yields, with their tensors."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -187,9 +187,9 @@ _stubbed = False
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """Within this context tensors on a CPU take the Triton path and no kernel runs: what is left is the host's cost.
+    """Within this context CPU tensors take the Triton path and no kernel runs: what is left is the host's cost.
 
-    Values of indices are not looked at either, as on a GPU.
+    Values of indices are not checked either, as on a GPU.
     """
     global _stubbed, current_device, current_stream
     plan.forget()
@@ -205,14 +205,14 @@ def stubbed() -> Iterator[None]:
 
 
 class Launch:
-    """One launch with everything but its tensors. Called with them, in the kernel's order, None for what is not there.
+    """A launch, complete but for its tensors: it is called with these, in the kernel's order, None for one left out.
 
     Args:
         kernel: The Triton function; its parameters are tensors, numbers and constants, in this order.
         grid: Programs along each axis.
         numbers: Integers and floats.
         choice: Its configuration.
-        copied: Which tensors are copied first, as the kernel cannot address them: (True, False, ...), short at the end.
+        copied: For each tensor whether it is copied first, because the kernel cannot address it; False beyond the end.
         **constants: By name.
     """
 
@@ -245,7 +245,7 @@ class Launch:
         if self._run is None or _recorded is not None or _hooked() or current_device() != self._index:
             self._look_up(tensors)
             return
-        # Nothing is looked up but the stream.
+        # Only the stream is looked up.
         self._run(*self._grid, current_stream(self._index), *self._arguments[0], *tensors, *self._arguments[1])
 
     def _look_up(self, tensors: tuple[Tensor | None, ...]) -> None:
@@ -289,7 +289,7 @@ class Launch:
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to be told of launches."""
+    """Whether a profiler listens to launches."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
@@ -298,7 +298,7 @@ def _hooked() -> bool:
 
 
 def row_stride(x: Tensor) -> int | None:
-    """Values from one row of (..., D) to the next, where its rows lie evenly spaced; None where x must be copied."""
+    """Values from one row of (..., D) to the next if rows are evenly spaced; None if x must be copied."""
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return None
     stride, below = None, 0
@@ -314,26 +314,26 @@ def row_stride(x: Tensor) -> int | None:
 
 
 def rows(x: Tensor) -> tuple[int, bool]:
-    """(stride, copied): how far apart the rows of x lie for a kernel, and whether it must be copied for that."""
+    """(stride, copied): the row stride that a kernel sees, and whether x must be copied for it."""
     stride = row_stride(x)
     return (x.shape[-1], True) if stride is None else (stride, False)
 
 
 def scattered(vector: Tensor | None) -> bool:
-    """Whether a vector must be copied to lie side by side."""
+    """Whether a vector is not contiguous, so that it must be copied."""
     return vector is not None and not vector.is_contiguous()
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What ``torch.empty_like(..., memory_format=DENSE)`` makes such a tensor of: one value, which is never read.
+    """A template for ``torch.empty_like(..., memory_format=DENSE)``: it has this shape, but only one value, never read.
 
-    A plan may keep it, as it may keep no other tensor.
+    No other tensor may be kept in a plan.
     """
     return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def precision(operand: Tensor) -> str:
-    """How the tensor cores multiply float32 without losing its precision: by parts on NVIDIA's, as it is on AMD's."""
+    """``input_precision`` of float32 products: three TF32 products on NVIDIA's tensor cores, exact on AMD's."""
     return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
 
 

@@ -26,7 +26,7 @@ from op_cases import (
     plain_scatter,
     scatter_operands,
     varlen_operands,
-)  # fmt: skip
+)
 
 from mar_fast import kernels
 

@@ -275,7 +275,7 @@ BAD_OPTIONS = [
     ("masked_patch_loss", dict(patch_size=PATCH), dict(patch_size=[2, 3, 5]), "patch_size"),
     ("masked_patch_loss", dict(patch_size=Triple(*PATCH)), dict(patch_size=Triple(2, 3.0, 5)), "patch_size"),
     ("gather_patch_embed", {}, dict(mean=None), "mean and std"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "good", "bad", "argument"), BAD_OPTIONS)
