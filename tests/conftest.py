@@ -64,6 +64,17 @@ def poisoned(request):
 
 
 @pytest.fixture
+def few_tiles():
+    """The small calls of plan_cases in tiles that fit them."""
+    import plan_cases
+
+    from mar_fast.kernels.jit.launch import forced
+
+    with forced(plan_cases.CONFIGS):
+        yield
+
+
+@pytest.fixture
 def bfloat16_too(monkeypatch):
     """The interpreter takes bfloat16: for tests that compare bits or allow for the rounding that it gets wrong."""
     monkeypatch.setattr("mar_fast.kernels.device.REFUSED", ())

@@ -19,7 +19,7 @@ from . import attention_backward
 from .attention_tiles import (
     ANY,
     LOG2_E,
-    Table,
+    Tables,
     add_product,
     add_product_of_loaded,
     addresses,
@@ -143,19 +143,18 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-# See `Table`. BLOCK_M is queries, BLOCK_N keys; queries are resident. Compiled clean by Triton 3.6 and 3.9 and not
+# See `Tables`. BLOCK_M is queries, BLOCK_N keys; queries are resident. Compiled clean by Triton 3.6 and 3.9 and not
 # measured, unless a comment says more.
-HALF: Table = {
+FORWARD: Tables = ({
     "sm_80": {(64, 64): (64, 32, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 3),
               (96, ANY): (128, 64, 128, 8, 2), (128, ANY): (128, 64, 64, 8, 2)},
     "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 3), (64, ANY): (128, 128, 128, 8, 3),
               (96, ANY): (128, 128, 128, 8, 2), (128, ANY): (128, 64, 128, 8, 3)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (128, ANY): (128, 128, 128, 8, 2)},
     "": {(128, ANY): (64, 64, 64, 4, 1)},
-}  # fmt: skip
-# Not 64 x 16 with 8 warps on sm_90: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as left operand
-# of the second product they give errors of 2e-4 or garbage (Triton 3.6). The compile check refuses that layout.
-FLOAT32: Table = {
+}, {
+    # Not 64 x 16 with 8 warps on sm_90: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as left
+    # operand of the second product they give errors of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
     "sm_80": {(32, ANY): (64, 64, 32, 8, 1, False), (64, ANY): (64, 32, 32, 4, 1), (95, ANY): (32, 16, 32, 4, 1),
               (96, ANY): (64, 16, 32, 4, 1), (128, ANY): (32, 16, 32, 4, 1, False)},
     "sm_90": {(32, ANY): (64, 64, 32, 8, 1, False), (64, ANY): (64, 32, 32, 4, 1), (95, ANY): (64, 16, 32, 4, 1, False),
@@ -164,13 +163,13 @@ FLOAT32: Table = {
                (95, ANY): (16, 16, 32, 4, 1, False), (96, ANY): (64, 32, 32, 8, 1, False),
                (128, ANY): (16, 16, 64, 8, 1, False)},
     "": {(128, ANY): (32, 32, 32, 4, 1, False)},
-}  # fmt: skip
+})  # fmt: skip
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
     """By the tables, but for one case. sm_90 up to 1100 tokens is measured: H200, Triton 3.6, bc236cf, 198 us at 784,
     where 128 x 128 x 128 took 268; values compared there at 663e046."""
-    chosen = by_shape(HALF, FLOAT32, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged)
+    chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged)
     if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)
     return chosen

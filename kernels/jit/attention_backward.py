@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention_tiles import (
     ANY,
     LOG2_E,
-    Table,
+    Tables,
     add_product,
     add_product_of_loaded,
     addresses,
@@ -209,18 +209,17 @@ def attention_backward_key_value_kernel(
         store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
-# See `Table`. BLOCK_M is queries, BLOCK_N keys; resident are queries in the first two, keys and values in the others.
+# See `Tables`. BLOCK_M is queries, BLOCK_N keys; resident are queries, and keys and values in the second pair.
 # Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90 up to 1100 tokens: H200, Triton 3.6, bc236cf, both
 # kernels 581 us at 784 tokens, 674 before (only that of queries: 658); values compared there at 663e046.
-QUERY_HALF: Table = {
+QUERY: Tables = ({
     "sm_80": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (128, ANY): (128, 32, 64, 8, 2)},
     "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 32, 64, 4, 3), (64, ANY): (128, 64, 128, 8, 3),
               (128, ANY): (128, 64, 128, 8, 2)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 2),
                (95, ANY): (64, 64, 128, 4, 2), (96, ANY): (64, 32, 128, 4, 2), (128, ANY): (128, 64, 128, 8, 2)},
     "": {(128, ANY): (64, 32, 64, 4, 1)},
-}  # fmt: skip
-QUERY_FLOAT32: Table = {
+}, {
     "sm_80": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 4, 1, False), (95, ANY): (64, 16, 32, 8, 1, False),
               (128, ANY): (64, 32, 32, 4, 1, False)},
     "sm_90": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 32, 32, 4, 1, False),
@@ -228,8 +227,8 @@ QUERY_FLOAT32: Table = {
     "sm_100": {(32, ANY): (64, 32, 32, 4, 1), (96, ANY): (64, 16, 32, 4, 1, False),
                (128, ANY): (64, 16, 32, 8, 1, False)},
     "": {(128, ANY): (32, 32, 32, 4, 1, False)},
-}  # fmt: skip
-KEY_VALUE_HALF: Table = {
+})  # fmt: skip
+KEY_VALUE: Tables = ({
     "sm_80": {(64, 64): (32, 64, 64, 4, 2), (32, ANY): (64, 128, 128, 8, 3), (64, ANY): (32, 128, 64, 8, 3),
               (80, ANY): (16, 64, 64, 4, 2), (96, ANY): (16, 128, 128, 8, 2), (128, ANY): (16, 64, 32, 4, 2, False)},
     "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (32, 64, 64, 4, 3), (64, ANY): (64, 128, 128, 8, 3),
@@ -237,8 +236,7 @@ KEY_VALUE_HALF: Table = {
     "sm_100": {(64, 64): (32, 64, 64, 4, 2), (64, ANY): (64, 128, 128, 8, 3), (80, ANY): (64, 64, 128, 8, 2),
                (95, ANY): (32, 64, 128, 4, 2), (128, ANY): (64, 64, 128, 8, 2)},
     "": {(32, ANY): (32, 64, 32, 4, 1), (64, ANY): (32, 128, 64, 8, 1), (128, ANY): (16, 32, 32, 4, 1, False)},
-}  # fmt: skip
-KEY_VALUE_FLOAT32: Table = {
+}, {
     "sm_80": {(32, ANY): (32, 64, 32, 8, 1, False), (64, ANY): (16, 32, 32, 8, 1, False),
               (95, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 32, 4, 1, False)},
     "sm_90": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
@@ -246,9 +244,9 @@ KEY_VALUE_FLOAT32: Table = {
     "sm_100": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
                (80, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 64, 8, 1, False)},
     "": {(128, ANY): (32, 32, 32, 4, 1, False)},
-}  # fmt: skip
-config_query = partial(by_shape, QUERY_HALF, QUERY_FLOAT32)
-config_key_value = partial(by_shape, KEY_VALUE_HALF, KEY_VALUE_FLOAT32)
+})  # fmt: skip
+config_query = partial(by_shape, QUERY)
+config_key_value = partial(by_shape, KEY_VALUE)
 
 
 def gradients(grad, grad_lse, qkv, out, lse, *options: Any) -> tuple[Tensor]:

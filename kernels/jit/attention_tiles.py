@@ -217,16 +217,16 @@ def lse_row(tokens: int) -> int:
     return (tokens + 15) // 16 * 16
 
 
-# {architecture ("" is any other): {(largest head size, most tokens): (block_m, block_n, block_k, num_warps, num_stages,
-# resident)}}
-Table = Mapping[str, Mapping[tuple[int, int], Sequence[Any]]]
+# One for 16 bits and one for float32: {architecture ("" is any other): {(largest head size, most tokens): row}}, a row
+# being (block_m, block_n, block_k, num_warps, num_stages, resident).
+Tables = Sequence[Mapping[str, Mapping[tuple[int, int], Sequence[Any]]]]
 ANY = 2**31
 
 
 def by_shape(
-    half: Table, single: Table, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool
+    tables: Tables, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool
 ) -> LaunchConfig:
-    """The first row that covers a call, of the table for 16 bits or of that for float32."""
-    table = single if dtype == torch.float32 else half
+    """The first row that covers a call."""
+    table = tables[dtype == torch.float32]
     rows = table.get(arch, table[""]).items()
     return LaunchConfig(*next(row for (size, most), row in rows if head_dim <= size and tokens <= most))

@@ -101,7 +101,7 @@ class Override:
             range(low, high)  # two integers
 
     def fits(self, dtype: str, shape: Mapping[str, int]) -> bool:
-        """Whether a call is of these dtypes and within all ranges, of which none is of a feature that it lacks."""
+        """Whether it is for such a call; a row with a range for a feature that the call lacks is not."""
         inside = (name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items())
         return (not self.dtypes or dtype in self.dtypes) and all(inside)
 

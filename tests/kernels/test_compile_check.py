@@ -51,17 +51,6 @@ def test_whole_matrix(capsys):
         assert __main__.main(["matrix"]) == 0
 
 
-TABLES = {
-    (f"attention_{kernel}", single): getattr(module, f"{name}{'FLOAT32' if single else 'HALF'}")
-    for kernel, module, name in (
-        ("forward", attention, ""),
-        ("backward_query", attention_backward, "QUERY_"),
-        ("backward_key_value", attention_backward, "KEY_VALUE_"),
-    )
-    for single in (False, True)
-}
-
-
 def test_every_choice_is_reached():
     """Each line of the launch choices, and each row of their tables, by some call; nothing is compiled for it."""
     lines, before = {}, sys.gettrace()
@@ -81,9 +70,12 @@ def test_every_choice_is_reached():
     for function, reached in lines.items():
         never = {line for _, _, line in function.co_lines() if line} - reached - {function.co_firstlineno}
         assert not never, (function.co_filename, sorted(never))
-    left = {(*key, arch, row) for key, table in TABLES.items() for arch, rows in table.items() for row in rows}
+    passes = dict(forward=attention.FORWARD)
+    passes |= dict(backward_query=attention_backward.QUERY, backward_key_value=attention_backward.KEY_VALUE)
+    tables = {(f"attention_{name}", single): pair[single] for name, pair in passes.items() for single in (False, True)}
+    left = {(*key, arch, row) for key, table in tables.items() for arch, rows in table.items() for row in rows}
     for target, choice in made:
-        if table := TABLES.get(key := (choice.kernel, choice.dtype == "float32")):
+        if table := tables.get(key := (choice.kernel, choice.dtype == "float32")):
             arch, size, tokens = target if target in table else "", choice.shape["head_dim"], choice.shape["tokens"]
             left.discard((*key, arch, next(row for row in table[arch] if size <= row[0] and tokens <= row[1])))
     assert not left

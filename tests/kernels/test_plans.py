@@ -9,7 +9,6 @@ import pytest
 import torch
 from op_cases import cropped, gather_operands, loss_operands, scatter_operands, strided
 from plan_cases import (
-    CONFIGS,
     PATCH,
     assert_planned_as_unplanned,
     assert_same,
@@ -28,13 +27,7 @@ from mar_fast.kernels.jit import launch
 from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 from mar_fast.kernels.plan import Plans
 
-pytestmark = pytest.mark.interpreter
-
-
-@pytest.fixture(autouse=True)
-def _few_tiles():
-    with forced(CONFIGS):
-        yield
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("few_tiles")]
 
 
 @pytest.fixture
