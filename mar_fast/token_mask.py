@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ class TokenMask:
     keep_idx: Tensor
     drop_idx: Tensor
     grid: tuple[int, ...]
-    cu_seqlens: Tensor | None = None
+    # Strict export of torch 2.11 cannot return the default of a field, but what a factory makes.
+    cu_seqlens: Tensor | None = field(default_factory=lambda: None)
     max_seqlen: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The suites by name: what each measures, as cases, and what it concludes from them."""
+"""The suites by name: the cases that each measures, and the conclusions it draws from them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from . import dropin, encoder, flops, kernels, pipeline, scaling, training, wate
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its cases, one after the other, and what follows from all of their records and the environment.
+    """Cases to measure in turn, and the conclusions from all their records.
 
-    ``needs`` is a package without which it has nothing to measure.
+    ``needs`` is a package without which there is nothing to measure.
     """
 
     about: str
