@@ -67,9 +67,13 @@ def save_checkpoint(
     metadata = {"format": "pt"} if layout == "hf" else {METADATA_KEY: json.dumps(asdict(config))}
 
     def write_tensors(file: Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file(tensors, file, metadata=metadata)
+        try:
+            save_file(tensors, file, metadata=metadata)
+        except SafetensorError as error:  # a disk that is full
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
     if layout != "hf":
         write_whole(path, write_tensors)

@@ -18,6 +18,8 @@ from . import common, options
 from .evaluate import Format
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from ..data.annotations import Sample
     from ..train.distributed import World
     from ..train.recipe import Recipe
@@ -61,6 +63,8 @@ def train(
         for name in training.list_recipes():
             common.show(name)
         return
+    if demo and (recipe or videos or val or init):
+        raise checks.bad("--demo", "it with --recipe, --train, --val or --init", "none of them: it has its own")
     if recipe is None and not demo:
         raise checks.bad("--recipe", "none", f"one of {', '.join(training.list_recipes())}, or a TOML file")
     chosen = training.read_recipe(DEMO if recipe is None else recipe, given or ())
@@ -90,6 +94,7 @@ def train(
             raise KeyboardInterrupt
         if world.main and not demo and checked and chosen.task == "finetune":
             _test(chosen, checked, out, world, workers)
+        world.barrier()  # all wait for the test, and leave together
 
 
 def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) -> None:
@@ -97,7 +102,7 @@ def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) 
 
     flops = show.product_rate(machine.device(), show.DTYPES[recipe.optimizer.precision])
     common.show(show.describe(recipe, videos, processes, clips, shards=processes if recipe.shard else 1, flops=flops))
-    picture = out.with_suffix(".schedule.png") if out.suffix != ".png" else out
+    picture = out.absolute().with_name(f"{out.absolute().name}.schedule.png")
     show.draw_schedule(recipe, videos, picture)
     common.show(f"Written: {picture}")
 
@@ -144,13 +149,12 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
     if not world.main:
         yield lambda row: None
         return
-    board = None
+    boards: list[SummaryWriter] = []
     if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install tensorboard") from error
-        board = SummaryWriter(str(out / "tensorboard"))
     began: list[tuple[float, int]] = []
     with common.progress() as step:
 
@@ -164,11 +168,17 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
             for broken in row.get("broken", ()):
                 common.tell(f"warning: {broken['path']} cannot be read: {broken['error']}", style="yellow")
             numbers = row | {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
+            if tensorboard and not boards:  # only now: a run that is refused leaves nothing behind
+                boards.append(SummaryWriter(str(out / "tensorboard"), purge_step=row["step"]))
             for name, value in numbers.items():
-                if board is not None and isinstance(value, int | float):
-                    board.add_scalar(name, value, row["step"])
+                if boards and isinstance(value, int | float):
+                    boards[0].add_scalar(name, value, row["step"])
 
-        yield on_row
+        try:
+            yield on_row
+        finally:
+            for board in boards:
+                board.close()
 
 
 def _progress(row: dict[str, Any], began: float, first: int) -> str:

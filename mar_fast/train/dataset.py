@@ -137,7 +137,7 @@ class ClipDataset(Videos):
             entropy = [self.seed, key.epoch, key.video_index, repeats + len(broken)]
             index = int(np.random.default_rng(entropy).integers(len(self)))
         got = f"{TRIES} unreadable videos one after the other, the last {broken[-1].path} ({broken[-1].error})"
-        raise RuntimeError(f"list: got {got}, expected videos that can be read")
+        raise checks.bad("list", got, "videos that can be read")
 
     def _read(self, index: int, rngs: Sequence[np.random.Generator]) -> list[list[Image]]:
         """The frames of each clip of a video."""

@@ -72,10 +72,8 @@ def world(device: str = "auto") -> Iterator[World]:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield World(dist.get_rank(), size, chosen)
-    finally:
-        dist.destroy_process_group()
+    yield World(dist.get_rank(), size, chosen)
+    dist.destroy_process_group()  # not after an error: other processes may be waiting within a sum
 
 
 def leave(code: int) -> NoReturn:
@@ -111,7 +109,8 @@ def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module
     for part in (model.encoder, model.decoder, model.classifier):
         for block in getattr(part, "blocks", ()):
             fully_shard(block)
-    fully_shard(model)
+    # By default the outermost stays whole after a forward pass, and a validation has no backward pass that ends this.
+    fully_shard(model, reshard_after_forward=True)
     return model
 
 

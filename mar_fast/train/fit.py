@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import MAR, from_pretrained
@@ -11,6 +12,7 @@ from ..data import read_views
 from ..data.annotations import Sample
 from ..data.video import open_film
 from ..eval import accuracy
+from ..kernels import checks
 from .curves import draw_curves
 from .dataset import ClipDataset, Videos
 from .distributed import World
@@ -57,6 +59,8 @@ def fit(
         ValueError: something does not fit; the message names it. `DivergedError` if the loss does not stay finite.
         OSError: something is not there, or cannot be written.
     """
+    if not resume and (out / "checkpoints").exists():
+        raise FileExistsError(f"out: got {str(out)!r}, which has a run, expected a new folder (or resume)")
     accumulate = accumulation(recipe, world.size, clips)
     training: Videos = samples if isinstance(samples, Videos) else ClipDataset(samples, recipe)
     checking: Videos | None = None
@@ -65,11 +69,11 @@ def fit(
     elif validation:
         checking = ClipDataset(validation, recipe, training=False)
     model, report, notes = start(recipe, init)
-    if world.main:
+    if world.main and not resume:
         for line in (*(() if report is None else (str(report),)), *notes):
             say(line)
-        if accumulate > 1:
-            say(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
+    if world.main and accumulate > 1:
+        say(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
     identity = "" if isinstance(samples, Videos) else accuracy.list_fingerprint(samples)
     run = Run(
         recipe,
@@ -87,9 +91,16 @@ def fit(
         run.resume(allow_changes=allow_changes)
         if world.main:
             say(f"{out}: goes on after step {run.done} of {run.steps}")
-    result = run.train()
+    try:
+        result = run.train()
+    except torch.OutOfMemoryError as error:
+        accepted = "fewer (or gradient_checkpointing=true, or shard=true in several processes)"
+        raise checks.bad("clips", f"{clips}, too many for the memory of the device ({error})", accepted) from error
     if world.main and not result.stopped:
-        draw_curves(out / "log.jsonl", out / "curves.png")
+        try:
+            draw_curves(out / "log.jsonl", out / "curves.png")
+        except ModuleNotFoundError as error:
+            say(f"no curves.png: {error}")
     return result
 
 
@@ -109,7 +120,7 @@ def multi_view_test(
         recipe: Views and sampling.
         checkpoint: What `fit` wrote.
         samples: The videos.
-        out: A JSON line for each video; an interrupted test goes on there.
+        out: A JSON line for each video; an interrupted test goes on there, one of other weights or views is replaced.
         world: Its device is used.
         workers: Videos that are read at a time.
         on_video: Told the accuracy so far.
@@ -130,7 +141,10 @@ def multi_view_test(
         "list": accuracy.list_fingerprint(samples),
         "views": f"{views.clips}x{views.crops}",
     }
-    journal = accuracy.Journal(out, settings)
+    try:
+        journal = accuracy.Journal(out, settings)
+    except FileExistsError:
+        journal = accuracy.Journal(out, settings, force=True)
     try:
         return accuracy.evaluate(model, samples, read, journal, workers=max(1, workers), on_video=on_video)
     finally:

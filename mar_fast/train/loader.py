@@ -44,17 +44,18 @@ def batches(loader: "DataLoader[Item]") -> Iterator[Batch]:
     """The batches of an epoch.
 
     Raises:
-        RuntimeError: a worker died, or its dataset gave up; the message says which.
+        ChildProcessError: a worker died.
+        Exception: what a worker raised, without its traceback.
     """
     try:
         yield from loader
-    except (RuntimeError, OSError, EOFError) as error:
+    except Exception as error:
         text = str(error)
         if text.startswith("Caught "):  # in a worker, with its traceback; the last line is the error
-            raise RuntimeError(text.strip().splitlines()[-1].removeprefix("RuntimeError: ")) from error
-        if "DataLoader worker" in text or not isinstance(error, RuntimeError):  # or a batch that went with its worker
+            raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) from error
+        if "DataLoader worker" in text or isinstance(error, OSError | EOFError):  # or a batch that went with its worker
             accepted = "workers that stay alive: is there enough memory for them, also in /dev/shm? (or fewer workers)"
-            raise RuntimeError(f"workers: got one that died ({text}), expected {accepted}") from error
+            raise ChildProcessError(f"workers: got one that died ({text}), expected {accepted}") from error
         raise
 
 
@@ -83,6 +84,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _start_worker(worker: int) -> None:
+    os.setpgid(0, 0)  # Ctrl-C goes to a whole group, and the trainer still needs its workers to end the step
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

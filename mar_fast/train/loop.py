@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from .. import MAR, MARConfig
 from ..files import remove_leftovers
+from ..kernels import checks
 from ..token_mask import TokenMask
 from .dataset import Batch, Broken, BrokenVideos, Item, Videos
 from .distributed import World, spread
@@ -109,7 +110,8 @@ class Run:
         optimizer = adamw(model, recipe.optimizer, peak_lr(recipe, recipe.data.batch))
         self.stepper = Stepper(model, called, optimizer, recipe, world)
         self.mixing = Mixing(recipe.augment, self.config)
-        common = {"recipe": recipe.as_dict(), "processes": world.size, "accumulate": accumulate, **(settings or {})}
+        common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "processes": world.size}
+        common |= {"accumulate": accumulate, **(settings or {})}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
         self.broken = BrokenVideos(len(videos), recipe.data.max_broken)
         self.done, self.best = 0, dict[str, float]()
@@ -131,6 +133,8 @@ class Run:
             ValueError: it is one of a run with other settings, or damaged.
         """
         self.done, extra = self.checkpoints.load(self.stepper.parts, allow_changes=allow_changes)
+        if self.done > self.steps:
+            raise checks.bad("--resume", f"a run after step {self.done}", f"one of at most {self.steps} steps, as asked")
         self.best, self.broken.errors = extra["best"], extra["broken"]
         if self.world.main:
             for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
@@ -266,7 +270,9 @@ class Run:
         stepper, recipe, device = self.stepper, self.recipe, self.world.device
         stepper.called.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # videos, loss, first, among the first five
+        broken = list[Broken]()
         for number, batch in enumerate(batches(self.validation)):
+            broken += batch.broken
             mask, decoder_mask = validation_masks(recipe, self.config, len(batch.video), number)
             video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
@@ -283,6 +289,8 @@ class Run:
             rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
             loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
             sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
+        if told := [one._asdict() for some in self.world.gather(broken) for one in dict.fromkeys(some)]:
+            self._say({"step": self.done, "broken": told})
         videos, loss, first, five = self.world.sum(sums).tolist()
         found = {"videos": videos, "loss": loss / max(videos, 1)}
         return (

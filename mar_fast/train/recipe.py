@@ -169,6 +169,10 @@ class Recipe:
             ValueError, TypeError: the section [model] does not fit.
         """
         given = {**self.model, "gradient_checkpointing": self.gradient_checkpointing, **overrides}
+        if self.mask.kind in ("none", "cell_running"):  # what is validated and tested, where the model does not say it
+            given.setdefault("mask_ratio", self.mask.ratio)
+        if self.task == "finetune" and not self.reconstruction_weight:
+            given["decoder_depth"] = 0  # without a loss it would be run for nothing, and DDP would wait for gradients
         return named_config(given.pop("name", "mar_vit_base"), **given)
 
 
@@ -350,7 +354,7 @@ def _check(recipe: Recipe) -> None:
     only_with = "0 with kind 'none', and above 0 with any other"
     need("mask.ratio", mask.ratio, (mask.kind == "none") == (mask.ratio == 0), only_with)
     try:
-        config = recipe.config(**_model(recipe.model))
+        config = recipe.config(**{"mask_ratio": 0.0} | _model(recipe.model))  # mask.ratio is checked below
     except TypeError as error:
         raise ValueError(f"model.{error}") from error
     except ValueError as error:
@@ -360,6 +364,8 @@ def _check(recipe: Recipe) -> None:
         if kind == "cell_running":
             masked_slots(name, ratio, config.cell)
             check_cell(config.cell, config.grid)
+    if mask.kind == "none":
+        need("model.mask_ratio", config.mask_ratio, not config.mask_ratio, "0 with mask.kind = 'none'")
     if mask.decoder != "dropped":
         need("mask.decoder", mask.decoder, config.decoder_depth > 0, "'dropped': this model has no decoder")
     if recipe.task == "pretrain":

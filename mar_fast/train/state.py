@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -73,7 +74,10 @@ class Checkpoints:
             if world.main:
                 shutil.rmtree(shares, ignore_errors=True)
             world.barrier()
-            dcp.save(parts.state(), checkpoint_id=shares)
+            try:
+                dcp.save(parts.state(), checkpoint_id=shares)
+            except CheckpointException as error:
+                raise OSError(f"{shares}: cannot be written ({_first(error)})") from error
         else:
             plain |= parts.state()
         if world.main:
@@ -112,19 +116,44 @@ class Checkpoints:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path}: cannot be read ({error}); remove it to go on from the one before") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise checks.bad("--resume", f"{str(path)!r} of another format", "a checkpoint of mar-fast train")
         self._compare(content["settings"], allow_changes)
+        if parts.sharded == ("model" in content):
+            got = "whole weights" if "model" in content else "weights that are spread over processes"
+            raise checks.bad("--resume", f"{str(path)!r} with {got}", "the same shard= and kind of run")
         state = content
-        if parts.sharded:
-            state = parts.state()
-            dcp.load(state, checkpoint_id=self.folder / f"shares-{steps[-1]:08d}")
-        parts.load(state, content["scaler"])
+        try:
+            if parts.sharded:
+                state = parts.state()
+                dcp.load(state, checkpoint_id=self.folder / f"shares-{steps[-1]:08d}")
+            parts.load(state, content["scaler"])
+        except (CheckpointException, KeyError, RuntimeError) as error:
+            raise checks.bad("--resume", f"{str(path)!r}, which does not fit ({_first(error)})", "one that does") from error
         return steps[-1], content["extra"]
 
     def _compare(self, old: Mapping[str, Any], allow_changes: bool) -> None:
-        changed = [key for key in sorted({*old, *self.settings}) if old.get(key) != self.settings.get(key)]
-        told = "; ".join(f"{key} {_short(old.get(key))}, now {_short(self.settings.get(key))}" for key in changed)
+        before, now = (dict(_flat(settings)) for settings in (old, self.settings))
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        told = "; ".join(f"{key} {_short(before.get(key))}, now {_short(now.get(key))}" for key in changed)
         if told and not allow_changes:
             raise checks.bad("--resume", f"a run of other settings ({told})", "the same, or --allow-changes")
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """("recipe.optimizer.lr", 1e-3) and so on."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _first(error: BaseException) -> str:
+    """The first fault of an error that has a line for each."""
+    faults = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+    text = str(faults[0][0] if faults else error).strip()
+    return next((line.strip() for line in text.splitlines()[1:2]), text)
 
 
 def _short(value: object) -> str:
@@ -153,6 +182,10 @@ class Parts:
         """Whether parameters are spread over the processes."""
         return isinstance(next(self.model.parameters()), DTensor)
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def state(self) -> dict[str, Any]:
         """Everything but the scaler, by names."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -163,11 +196,15 @@ class Parts:
         return self.scaler.state_dict()
 
     def load(self, state: Mapping[str, Any], scaler: dict[str, Any]) -> None:
-        """Put a state back."""
+        """Put a state back; a moving average that it does not have begins with the weights."""
+        rates = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for group, own in zip(self._groups, rates, strict=True):
+            group.update(own)  # those of the recipe, which may be another one
         with torch.no_grad():
-            for name, value in self.average.items():
-                value.copy_(state["average"][name])
+            for name, parameter in self.model.named_parameters():
+                if name in self.average:
+                    self.average[name].copy_(state["average"].get(name, parameter))
         if scaler:
             self.scaler.load_state_dict(scaler)
 
