@@ -18,8 +18,6 @@ from . import common, options
 from .evaluate import Format
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from ..data.annotations import Sample
     from ..train.distributed import World
     from ..train.recipe import Recipe
@@ -149,7 +147,7 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
     if not world.main:
         yield lambda row: None
         return
-    boards: list[SummaryWriter] = []
+    boards: list[Any] = []
     if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -18,12 +18,15 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         rows = [row for row in read_log(path) if row["step"] <= step] if step and path.exists() else []
         write_whole(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-        self._file = path.open("a")
+        self.path, self._file = path, path.open("a")
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be written ({error})") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

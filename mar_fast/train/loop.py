@@ -134,7 +134,7 @@ class Run:
         """
         self.done, extra = self.checkpoints.load(self.stepper.parts, allow_changes=allow_changes)
         if self.done > self.steps:
-            raise checks.bad("--resume", f"a run after step {self.done}", f"one of at most {self.steps} steps, as asked")
+            raise checks.bad("--resume", f"a run after step {self.done}", f"{self.steps} steps or fewer, as asked now")
         self.best, self.broken.errors = extra["best"], extra["broken"]
         if self.world.main:
             for name in ("best.safetensors", "last.safetensors", "log.jsonl"):

@@ -342,32 +342,29 @@ def _check(recipe: Recipe) -> None:
         pair = values[name]
         need(name, pair, len(pair) == 2 and 0 < pair[0] <= pair[1], "two numbers above 0, the smaller first")
     need("augment.erase_area", augment.erase_area, augment.erase_area[1] <= 1, "shares of the picture, up to 1")
-    scale, ordered = augment.scale, "two areas above 0, up to 1, the smaller first"
+    scale = augment.scale
     need("augment.scale", scale, bool(scale) and 0 < min(scale) <= max(scale) <= 1, "numbers above 0, up to 1")
     if augment.crop == "random_resized":
-        need("augment.scale", scale, len(scale) == 2 and scale[0] <= scale[1], ordered)
-    betas = optimizer.betas
-    need("optimizer.betas", betas, len(betas) == 2 and 0 <= min(betas) <= max(betas) < 1, "two rates in [0, 1)")
+        met = len(scale) == 2 and scale[0] <= scale[1]
+        need("augment.scale", scale, met, "two areas above 0, up to 1, the smaller first")
+    met = len(optimizer.betas) == 2 and 0 <= min(optimizer.betas) <= max(optimizer.betas) < 1
+    need("optimizer.betas", optimizer.betas, met, "two rates in [0, 1)")
     need("schedule.min_lr", schedule.min_lr, schedule.min_lr <= optimizer.lr, f"{optimizer.lr} (optimizer.lr) or less")
-    last = f"0 to {schedule.epochs}, the epochs of the run"
-    need("schedule.warmup_epochs", schedule.warmup_epochs, schedule.warmup_epochs <= schedule.epochs, last)
-    only_with = "0 with kind 'none', and above 0 with any other"
-    need("mask.ratio", mask.ratio, (mask.kind == "none") == (mask.ratio == 0), only_with)
+    warmup = schedule.warmup_epochs
+    need("schedule.warmup_epochs", warmup, warmup <= schedule.epochs, f"0 to {schedule.epochs}, the epochs of the run")
+    need("mask.ratio", mask.ratio, (mask.kind == "none") == (mask.ratio == 0), "0 with kind 'none', else above 0")
     try:
         config = recipe.config(**{"mask_ratio": 0.0} | _model(recipe.model))  # mask.ratio is checked below
-    except TypeError as error:
-        raise ValueError(f"model.{error}") from error
-    except ValueError as error:
-        raise error if str(error).startswith("model") else ValueError(f"model.{error}") from error
-    running = [("mask.ratio", mask.ratio, mask.kind), ("mask.decoder_ratio", mask.decoder_ratio, mask.decoder)]
-    for name, ratio, kind in running:
-        if kind == "cell_running":
-            masked_slots(name, ratio, config.cell)
+        if "cell_running" in (mask.kind, mask.decoder):
             check_cell(config.cell, config.grid)
-    if mask.kind == "none":
-        need("model.mask_ratio", config.mask_ratio, not config.mask_ratio, "0 with mask.kind = 'none'")
-    if mask.decoder != "dropped":
-        need("mask.decoder", mask.decoder, config.decoder_depth > 0, "'dropped': this model has no decoder")
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error) if str(error).startswith("model") else f"model.{error}") from error
+    for name, kind in (("mask.ratio", mask.kind), ("mask.decoder_ratio", mask.decoder)):
+        if kind == "cell_running":
+            masked_slots(name, values[name], config.cell)
+    ratio, decodes = config.mask_ratio, mask.decoder == "dropped" or config.decoder_depth > 0
+    need("model.mask_ratio", ratio, mask.kind != "none" or not ratio, "0 with mask.kind = 'none'")
+    need("mask.decoder", mask.decoder, decodes, "'dropped': this model has no decoder")
     if recipe.task == "pretrain":
         need("model.decoder_depth", config.decoder_depth, config.decoder_depth > 0, "1 or more: pre-training decodes")
         need("model.classifier", config.classifier, config.classifier is None, "'none' in pre-training")

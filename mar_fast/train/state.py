@@ -129,7 +129,7 @@ class Checkpoints:
                 dcp.load(state, checkpoint_id=self.folder / f"shares-{steps[-1]:08d}")
             parts.load(state, content["scaler"])
         except (CheckpointException, KeyError, RuntimeError) as error:
-            raise checks.bad("--resume", f"{str(path)!r}, which does not fit ({_first(error)})", "one that does") from error
+            raise checks.bad("--resume", f"{str(path)!r} ({_first(error)})", "a checkpoint that fits") from error
         return steps[-1], content["extra"]
 
     def _compare(self, old: Mapping[str, Any], allow_changes: bool) -> None:

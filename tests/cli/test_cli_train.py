@@ -2,6 +2,8 @@
 
 import json
 import resource
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +23,13 @@ def films(tmp_path_factory):
     texts = {
         "empty.txt": "", "one.txt": "".join(line for line in lines if line.endswith("0\n")),
         "beyond.txt": "".join(lines).replace(" 1\n", " 7\n"), "few.txt": "".join(lines[:3]),
+        "broken.txt": "".join(lines).replace("0.mp4", "cut.mp4"), "all_broken.txt": "cut.mp4 0\n" + lines[1],
         "gone.txt": "".join(lines).replace(".mp4", ".avi"),
         "small.toml": RECIPE.replace("epochs = 4", "epochs = 1").replace("1e-9", "0.0"),
     }  # fmt: skip
     for name, text in texts.items():
         (folder / name).write_text(text)
+    (folder / "cut.mp4").write_bytes((folder / "0.mp4").read_bytes()[:300])
     return folder
 
 
@@ -50,6 +54,10 @@ def test_from_a_list_to_an_evaluated_checkpoint(train, films, tmp_path):
     }  # fmt: skip
     outcome = json.loads((tmp_path / "run/test.json").read_text())
     assert outcome["finished"] == VIDEOS and outcome["broken"] == 0
+    # Further epochs: the test is made again, of the new best one.
+    further = ["--resume", "--allow-changes", "--set", "schedule.epochs=2", "--set", "test.clips=1"]
+    code, out, err = train("--val", films / "list.txt", "--clips", 4, *further)
+    assert code == 0 and "1 clips x 1 crops: top-1" in out and "all weights are new" not in err, err
     # A checkpoint of its own kind, of the same sizes: the encoder is taken, the classifier is new.
     code, _, err = train("--init", "run/last.safetensors", "--out", "second", "--clips", 8)
     assert code == 0, err
@@ -59,11 +67,59 @@ def test_from_a_list_to_an_evaluated_checkpoint(train, films, tmp_path):
     assert not (tmp_path / "second/best.safetensors").exists()
 
 
+def test_broken_videos(train, films):
+    code, _, err = train("--val", films / "broken.txt")
+    assert code == 0 and "cut.mp4 cannot be read" in err and "videos 7" in err, err
+    changes = ["--set", "data.max_broken=1", "--set", "data.batch=1", "--set", "model.num_classes=1"]
+    code, _, err = train(*changes, "--out", "all", "--workers", 1, videos="all_broken.txt")
+    assert code == 2 and "list: got 10 unreadable videos one after the other" in err, err
+
+
+def test_what_is_missing_at_the_end(train, tmp_path, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("matplotlib is not there")
+
+    monkeypatch.setattr("mar_fast.train.fit.draw_curves", missing)
+    code, _, err = train()
+    assert code == 0 and "no curves.png: matplotlib is not there" in err
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr("mar_fast.train.step.Stepper.step", too_large)
+    code, _, err = train("--out", "large")
+    assert code == 2 and "clips: got 8, too many for the memory of the device (tried to allocate)" in err
+
+
+def test_tensorboard(train, tmp_path, monkeypatch):
+    boards = []
+
+    class Board(dict):
+        def __init__(self, folder, purge_step):
+            boards.append(self)
+            self.folder, self.first, self.closed = folder, purge_step, False
+
+        def add_scalar(self, name, value, step):
+            self[name, step] = value
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    assert train("--tensorboard", "--init", "nothing.pth")[0] == 2
+    assert not boards and not list((tmp_path / "run").iterdir())
+    assert train("--tensorboard")[0] == 0
+    (board,) = boards
+    assert (board.folder, board.first, board.closed) == ("run/tensorboard", 1, True)
+    assert all(("loss", step) in board for step in (1, 2))
+
+
 def test_show(train, tmp_path):
     code, out, _ = train("--show", "--processes", 2, "--clips", 2, videos=None)
     assert code == 0
     assert "2 (processes) x 2 (micro-batches) x 2 (clips)" in out and "AdamW" in out
     assert (tmp_path / "run.schedule.png").is_file() and not (tmp_path / "run").exists()
+    assert train("--show", "--out", "v1.5")[0] == 0 and (tmp_path / "v1.5.schedule.png").is_file()
     code, out, _ = train("--recipe", "list", recipe=None, videos=None)
     assert code == 0 and out.split() == mar_fast.train.list_recipes()
 
@@ -72,6 +128,7 @@ def test_show(train, tmp_path):
     ("options", "message"),
     [
         (dict(recipe=None), "--recipe: got none, expected one of mar_k400_base"),
+        (dict(more=["--demo"]), "--demo: got it with --recipe, --train"),
         (dict(videos=None), "--train: got none, expected a list of videos"),
         (dict(videos="empty.txt"), "empty.txt: got no video"),
         (dict(videos="one.txt"), "got no video of 1 of 2 classes, the first 1"),
@@ -106,7 +163,7 @@ def test_resuming_something_else(train, films, tmp_path):
     assert train()[0] == 0
     kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for more, videos, said in (
-        (["--set", "optimizer.lr=3e-4"], "list.txt", "recipe"),
+        (["--set", "optimizer.lr=3e-4"], "list.txt", "(recipe.optimizer.lr 0.001, now 0.0003)"),
         ([], "turned.txt", "list"),
         (["--clips", 2], "list.txt", "accumulate 1, now 4"),
     ):
@@ -116,6 +173,21 @@ def test_resuming_something_else(train, films, tmp_path):
         assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
     code, _, err = train("--resume", "--allow-changes", "--set", "schedule.epochs=2")
     assert code == 0 and "goes on after step 2 of 4" in err
+    again = ["--resume", "--allow-changes", "--set"]
+    code, _, err = train(*again, "schedule.epochs=1")
+    assert code == 2 and "--resume: got a run after step 4, expected 2 steps or fewer" in err
+    code, _, err = train(*again, "model.embed_dim=64", "--set", "schedule.epochs=2")
+    assert code == 2 and "size mismatch for encoder.patch_embed.proj.weight" in err
+
+
+def test_the_configuration_of_a_checkpoint(train, tmp_path):
+    """Mean colours are the checkpoint's: a run that is resumed without it would have others."""
+    assert train()[0] == 0
+    model = mar_fast.from_pretrained("run/last.safetensors", mean=(0.5, 0.5, 0.5))
+    mar_fast.save_checkpoint(model, tmp_path / "gray.safetensors")
+    assert train("--out", "second", "--init", "gray.safetensors")[0] == 0
+    code, _, err = train("--out", "second", "--resume")
+    assert code == 2 and "config.mean [0.5, 0.5, 0.5], now [0.485" in err, err
 
 
 def test_a_disk_that_is_full(train, films, tmp_path):
@@ -130,6 +202,12 @@ def test_a_disk_that_is_full(train, films, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and "step-" in err and "cannot be written" in err, err
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == names
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code, _, err = train("--out", "second", "--val", films / "list.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "second/best.safetensors: cannot be written" in err, err
 
 
 @pytest.mark.parametrize("how", ["nan", "exploded"])

@@ -242,6 +242,16 @@ def test_decoder_mask_needs_a_decoder():
         read_recipe("videomae_k400_base", ["mask.decoder=cell_running"])
 
 
+def test_models_follow_the_mask_and_the_loss():
+    none = ["mask.kind=none", "mask.ratio=0.0", "reconstruction_weight=0"]
+    for changes, ratio, depth in (([], 0.5, 4), (["mask.ratio=0.75"], 0.75, 4), (none, 0.0, 0)):
+        config = read_recipe("mar_k400_base", changes).config()
+        assert (config.mask_ratio, config.decoder_depth) == (ratio, depth)
+    assert read_recipe("mar_k400_base", ["mask.ratio=0.75", "model.mask_ratio=0.5"]).config().mask_ratio == 0.5
+    with pytest.raises(ValueError, match="model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"):
+        read_recipe("mar_k400_base", [*none, "model.mask_ratio=0.5"])
+
+
 def test_changes():
     changes = ["optimizer.lr=3e-4", "seed = 7", "model.classifier=linear", "augment.rand_augment=", "data.fps=0"]
     changes += ["model.image_size=[192, 96]", "augment.crop = center", "compile=true", "optimizer.betas=[0, 0.5]"]

@@ -205,3 +205,16 @@ def test_gradient_checkpointing_changes_nothing():
         (ours, _), inputs = models(recipe), inputs_of(recipe)
         found.append(our_step(ours, [inputs], recipe)[1])
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_states_put_back_with_another_recipe():
+    """Rates are those of the recipe; a moving average that was not there begins with the weights."""
+    old, new = recipe_of("MAR"), recipe_of("MAR", "optimizer.weight_decay=0.2", "optimizer.ema=0.9")
+    first, second = (Stepper(m, m, adamw(m, r.optimizer, LR), r, ALONE) for r in (old, new) for m in [start(r)[0]])
+    with torch.no_grad():
+        for parameter in first.parts.model.parameters():
+            parameter.add_(1.0)
+    second.parts.load(first.parts.state(), {})
+    assert {group["weight_decay"] for group in second.parts.optimizer.param_groups} == {0.0, 0.2}
+    for name, parameter in first.parts.model.named_parameters():
+        assert torch.equal(second.parts.average[name], parameter)

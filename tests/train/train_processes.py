@@ -40,6 +40,10 @@ def step(case, shard, out, micro_batches=2):
                 parameter.zero_()
         assert checkpoints.load(stepper.parts) == (1, {"best": {}})
         assert all(torch.equal(whole(p), weights[name]) for name, p in model.named_parameters())
+        with torch.no_grad():  # a validation: no backward pass follows
+            one = rows(inputs, 0, 1)
+            called.eval()(one.video, one.mask)
+        assert stepper.parts.sharded == shard
         export(model, out / "model.safetensors", here)
         told = here.sum(told / here.size)
         if here.main:
