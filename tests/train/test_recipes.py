@@ -248,7 +248,7 @@ def test_models_follow_the_mask_and_the_loss():
         config = read_recipe("mar_k400_base", changes).config()
         assert (config.mask_ratio, config.decoder_depth) == (ratio, depth)
     assert read_recipe("mar_k400_base", ["mask.ratio=0.75", "model.mask_ratio=0.5"]).config().mask_ratio == 0.5
-    with pytest.raises(ValueError, match="model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"):
+    with pytest.raises(ValueError, match=r"model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"):
         read_recipe("mar_k400_base", [*none, "model.mask_ratio=0.5"])
 
 
