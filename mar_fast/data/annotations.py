@@ -12,6 +12,7 @@ from ..kernels import checks
 # What each format is, as it is told to the user.
 FORMATS = {
     "list": "lines of a path, for folders of pictures their number, and a label number from 0; or a csv with a header",
+    "paths": "lines of a path, without labels",
     "kinetics": "Kinetics, a csv with the columns label, youtube_id, time_start, time_end",
     "ssv2": "Something-Something v2, JSON entries with id and template",
     "ucf101": "UCF101, lines of Class/file.avi, in training lists with a number from 1",
@@ -39,7 +40,7 @@ class Sample:
     Attributes:
         name: As in the list.
         path: Its file or folder of pictures, which need not exist.
-        label: Its class, from 0.
+        label: Its class, from 0; -1 where the list has no labels.
         location: File and line of the list, for messages.
     """
 
@@ -195,7 +196,7 @@ def _detect(text: str) -> str:
         return "kinetics"
     if _UCF101_NAME.fullmatch(first) or (_UCF101_LINE.fullmatch(first) and not _LIST_LINE.fullmatch(first)):
         return "ucf101"
-    return "list"
+    return "list" if not first or set(",;\t") & set(first) or _LIST_LINE.fullmatch(first) else "paths"
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
@@ -227,6 +228,11 @@ def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
         if counted is not None and not (root / name).exists():  # "folder frames label"
             name = _unquoted(counted[1])
         yield Sample(name, root / name, int(found[2]), where)
+
+
+def _paths(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+    for where, line in _lines(path, text):
+        yield Sample(_unquoted(line), root / _unquoted(line), -1, where)
 
 
 def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
@@ -307,6 +313,7 @@ def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]
 
 _READERS: dict[str, Callable[[Path, str, Path, Sequence[str] | None], Iterator[Sample]]] = {
     "list": _list,
+    "paths": _paths,
     "kinetics": _kinetics,
     "ssv2": _ssv2,
     "ucf101": _ucf101,
