@@ -153,12 +153,19 @@ class _Writer:
 
     def finish(self, content: Mapping[str, Any]) -> None:
         """Give both files their names."""
-        ends = (self._frames, self._seconds)
-        frames, seconds = (list(zip(values[::2], values[1::2], strict=True)) for values in ends)
-        rows = {"windows": self.count, "frames": frames, "seconds": seconds or None}
-        text = json.dumps({"video": self.film.name, **content, **rows}) + "\n"
+        about = {"video": self.film.name, **content, "windows": self.count}
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w") as file:
+                file.write(json.dumps(about)[:-1])
+                for name, ends in (("frames", self._frames), ("seconds", self._seconds)):
+                    file.write(f', "{name}": [')
+                    file.writelines(f"{', ' * (i > 0)}[{ends[i]}, {ends[i + 1]}]" for i in range(0, len(ends), 2))
+                    file.write("]")
+                file.write("}\n")
+
         with self._files:
-            write_whole(self.film.about, lambda temporary: temporary.write_text(text))
+            write_whole(self.film.about, write)
 
     def abandon(self) -> None:
         """Delete what was written."""

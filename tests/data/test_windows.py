@@ -17,29 +17,8 @@ from mar_fast.data.windows import Sliding, film_windows, read_ahead, stream_wind
 SIZE = (24, 32)
 
 
-def naive(samples, sliding):
-    """The frames of each window, where ``samples`` are the frames to count, one after the other."""
-    found, start = [], 0
-    while start < len(samples):
-        numbers = [start + i * sliding.frame_stride for i in range(sliding.num_frames)]
-        if numbers[-1] >= len(samples):
-            # What is left, unless the windows before have shown the last frame.
-            if sliding.tail == "repeat" and (not found or start - sliding.stride + sliding.span < len(samples)):
-                found.append([samples[min(number, len(samples) - 1)] for number in numbers])
-            break
-        found.append([samples[number] for number in numbers])
-        start += sliding.stride
-    return found
-
-
-def shown_at(times, fps):
-    """The frame that is shown at each tick of a clock."""
-    ticks = [n / Fraction(fps) for n in range(int(times[-1] * Fraction(fps)) + 1)]
-    return [max(n for n, time in enumerate(times) if time <= tick) for tick in ticks]
-
-
 def agrees(windows, images, samples, times, sliding):
-    want = naive(samples, sliding)
+    want = clips.sliding(samples, sliding)
     windows = list(windows)
     assert [window.number for window in windows] == list(range(len(want)))
     for window, numbers in zip(windows, want, strict=True):
@@ -67,7 +46,7 @@ def test_ends_of_films(tmp_path, shape, tail):
     sliding = Sliding(*shape, tail=tail)
     spans = {1, 2, sliding.span - 1, *range(sliding.span, sliding.span + 3), 33, sliding.span + 2 * sliding.stride}
     for total in sorted(spans - {0}):
-        assert sliding.count(total) == len(naive(list(range(total)), sliding)), total
+        assert sliding.count(total) == len(clips.sliding(range(total), sliding)), total
     path = clips.textured(tmp_path / "a.mkv", 33, SIZE)
     images, times = clips.every_frame(path), [Fraction(n, 25) for n in range(33)]
     agrees(read(path, sliding), images, list(range(33)), times, sliding)
@@ -100,13 +79,10 @@ def test_a_constant_rate(tmp_path, kind, fps):
     times = [Fraction(time - TIMES[kind][0], 1000) for time in TIMES[kind]]
     path = clips.textured(tmp_path / "a.mkv", len(times), SIZE, times=TIMES[kind])
     images, sliding = clips.every_frame(path), Sliding(4, 3, 2, fps=fps)
-    samples = shown_at(times, str(fps))
+    samples = clips.shown_at(times, str(fps))
     agrees(read(path, sliding), images, samples, times, sliding)
     timed = [(Fraction(time, 1000), image) for time, image in zip(TIMES[kind], images, strict=True)]
-    windows = list(stream_windows(timed, sliding, SIZE))
-    assert [np.stack(w.pictures).tolist() for w in windows] == [
-        np.stack(w.pictures).tolist() for w in read(path, sliding)
-    ]
+    agrees(stream_windows(timed, sliding, SIZE), images, samples, [time for time, _ in timed], sliding)
 
 
 def test_variable_rate_by_frames(tmp_path):
@@ -157,22 +133,23 @@ def test_frames_of_a_stream(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("options", "message"),
     [
-        (lambda: Sliding(stride=0), "stride: got 0, expected a whole number, 1 or more"),
-        (lambda: Sliding(frame_stride=1.5), "frame_stride: got 1.5"),
-        (lambda: Sliding(num_frames=True), "num_frames: got True"),
-        (lambda: Sliding(fps=0), "fps: got 0, expected frames a second, above 0, up to 1000"),
-        (lambda: Sliding(fps=float("nan")), "fps: got nan"),
-        (lambda: Sliding(tail="error"), "tail: got 'error', expected 'repeat' or 'drop'"),
-        (lambda: list(stream_windows([np.zeros((4, 4), np.uint8)], Sliding(1), SIZE)), r"frames: got uint8 of shape \(4"),
-        (lambda: list(stream_windows([np.zeros((4, 4, 3))], Sliding(1), SIZE)), "frames: got float64 of shape"),
-        (lambda: list(stream_windows([np.zeros((4, 4, 3))], Sliding(fps=2), SIZE)), "fps: got 2, expected None, for pict"),
+        (dict(stride=0), "stride: got 0, expected a whole number, 1 or more"),
+        (dict(frame_stride=1.5), "frame_stride: got 1.5"),
+        (dict(num_frames=True), "num_frames: got True"),
+        (dict(fps=0), "fps: got 0, expected frames a second, above 0, up to 1000"),
+        (dict(fps=float("nan")), "fps: got nan"),
+        (dict(tail="error"), "tail: got 'error', expected 'repeat' or 'drop'"),
+        (dict(num_frames=1, frames=np.zeros((4, 4), np.uint8)), "frames: got uint8 of shape"),
+        (dict(num_frames=1, frames=np.zeros((4, 4, 3))), "frames: got float64 of shape"),
+        (dict(fps=2, frames=np.zeros((4, 4, 3), np.uint8)), "fps: got 2, expected None, for pictures and other films"),
     ],
-)  # fmt: skip
-def test_bad_arguments(make, message):
+)
+def test_bad_arguments(options, message):
+    frames = [options.pop("frames", None)]
     with pytest.raises(ValueError, match=message):
-        make()
+        list(stream_windows(frames, Sliding(**options), SIZE))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
