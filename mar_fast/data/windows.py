@@ -197,32 +197,30 @@ def _decoded(film: Film, order: Sequence[int], sliding: Sliding) -> Iterator[tup
 
 def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callable[[Any], Image]) -> Iterator[Window]:
     """The windows of frames that come in ascending order; those that no window shows may be missing, but the last."""
-    held: dict[int, tuple[_Shot, Image]] = {}
+    held: dict[int, _Shot] = {}  # with pictures for frames: a decoded frame may be much larger
     index, stride = 0, sliding.stride
-    latest: tuple[_Shot, Image] | None = None
-
-    def resized(shot: _Shot) -> tuple[_Shot, Image]:
-        return latest if latest is not None and latest[0] is shot else (shot, picture(shot.frame))
+    sample, shot, resized = -1, None, None
 
     def window(last: int) -> Window:
-        start = index * stride
-        shown = [held[min(start + i * sliding.frame_stride, last)] for i in range(sliding.num_frames)]
-        ends = shown[0][0], shown[-1][0]
-        times = [float(end.seconds) for end in ends if end.seconds is not None]
-        seconds = (times[0], times[1]) if len(times) == 2 else None
-        return Window(index, (ends[0].number, ends[1].number), seconds, [image for _, image in shown])
+        numbers = (index * stride + i * sliding.frame_stride for i in range(sliding.num_frames))
+        shown = [held[min(number, last)] for number in numbers]
+        first, final = shown[0], shown[-1]
+        timed = first.seconds is not None and final.seconds is not None
+        seconds = (float(first.seconds or 0), float(final.seconds or 0)) if timed else None
+        return Window(index, (first.number, final.number), seconds, [one.frame for one in shown])
 
-    sample, shot = -1, None
-    for sample, shot in shots:
+    for sample, next_shot in shots:
+        if next_shot is not shot:  # at a constant rate a frame may be there several times
+            shot, resized = next_shot, None
         if sliding.shows(sample):
-            held[sample] = latest = resized(shot)
+            held[sample] = resized = resized or shot._replace(frame=picture(shot.frame))
         while index * stride + sliding.span - 1 <= sample:
             yield window(sample)
             index += 1
             for passed in [number for number in held if number < index * stride]:
                 del held[passed]
     if shot is not None and index < sliding.count(sample + 1):
-        held[sample] = resized(shot)
+        held[sample] = resized or shot._replace(frame=picture(shot.frame))
         yield window(sample)
 
 
