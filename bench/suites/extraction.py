@@ -1,7 +1,8 @@
 """extraction: features of windows that slide over a film, against a loop that reads each window anew.
 
-The first case reads the first windows of the film and runs no model. The second one takes a few windows through the encoder:
-ours, the loop with the same model and mask, and the loop as it is copied from examples, dense, with transformers.
+The first case reads the first windows of the film and runs no model. Others take a few through the encoder: ours, the
+loop with the same model and mask, and the loop as it is copied from examples, dense, with transformers. The last ones
+compute the features of one batch in each dtype, without reading.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 import mar_fast
-from mar_fast import reference
+from mar_fast import machine, reference
 from mar_fast.data import read_clip, sample_clip
 from mar_fast.data.video import open_film
-from mar_fast.data.windows import Sliding, film_windows
+from mar_fast.data.windows import Sliding, Window, film_windows
 from mar_fast.eval import extract
+from mar_fast.eval.extraction import Extractor
 
 from .. import transformers_peers
 from ..case import Case, Prepared, Provider, RunOptions
@@ -37,8 +39,53 @@ def cases(options: RunOptions) -> Iterator[Case]:
     """Reading alone; then half of the tokens, and all of them."""
     size = options.sizes[0]
     yield reading_case(options, size)
-    for keep in (0.5,) if options.quick else (0.5, 1.0):
+    kept = (0.5,) if options.quick else (0.5, 1.0)
+    for keep in kept:
         yield features_case(options, size, keep)
+    for keep in kept:
+        yield dtype_case(options, size, keep)
+
+
+def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
+    """Pooled features of one batch of windows, in float32 and in 16 bits."""
+    config = replace(model_config(size, 1.0), mask_ratio=1 - keep)
+    workload = Workload(config, WINDOWS, options.device, torch.float32)
+    shape = (WINDOWS, config.num_frames, *config.image_size, config.channels)
+
+    @cache
+    def pixels() -> Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def prepared(dtype: torch.dtype) -> Prepared:
+        model = mar_fast.MAR(config).eval().to(options.device)
+        model.load_state_dict(workload.weights)
+        take = Extractor(model.to(dtype), batch=WINDOWS)
+        windows = [Window(number, (0, 0), None, list(clip)) for number, clip in enumerate(pixels().numpy())]
+        return Prepared(lambda: take(windows), lambda: [take(windows)[config.depth][:1]])
+
+    @torch.inference_mode()
+    def exact() -> list[Tensor]:
+        plain = reference.MAR(config).double().eval().to(options.device)
+        plain.load_state_dict(workload.weights)
+        mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1, 1) for value in (config.mean, config.std))
+        clips = (pixels()[:1].permute(0, 4, 1, 2, 3).double() / 255 - mean) / std
+        return [plain(clips.to(options.device)).features.mean(1).cpu()]
+
+    return Case(
+        suite="extraction",
+        name=f"ViT-{LETTERS[size]}, {WINDOWS} windows, by dtype",
+        mode="inference",
+        x=keep,
+        dtype=torch.float32,
+        clips=WINDOWS,
+        providers=tuple(
+            Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact)
+            for name, dtype in machine.DTYPES.items()
+        ),
+        expected=exact,
+        tolerance=TOLERANCE[torch.bfloat16],
+        baseline=f"{OURS}, fp32",
+    )
 
 
 def _film(options: RunOptions) -> Path:

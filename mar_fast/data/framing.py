@@ -2,6 +2,7 @@
 
 import math
 import struct
+import threading
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -34,18 +35,34 @@ def pictures(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int] | None
     """
     turns, mirrored = orientation(frame)
     if size is None:
-        return [_upright(frame.to_ndarray(format="rgb24"), turns, mirrored)] * crops
+        return [_upright(_rgb(frame), turns, mirrored)] * crops
     height, width = size if turns % 2 == 0 else size[::-1]  # of the frame as it is stored
     shown_width = frame.width * float(aspect)  # in heights of a pixel
     scale = max(height / frame.height, width / shown_width)
     full_height = max(height, round(frame.height * scale))
     full_width = max(width, round(shown_width * scale))
-    whole = frame.to_ndarray(format="rgb24", width=full_width, height=full_height, interpolation="BILINEAR")
-    image = _upright(whole, turns, mirrored)
+    image = _upright(_rgb(frame, full_width, full_height), turns, mirrored)
     spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
     shares = [(k, crops - 1) for k in range(crops)] if crops > 1 else [(1, 2)]
     corners = [(spare_height * k // steps, spare_width * k // steps) for k, steps in shares]
     return [image[top : top + size[0], left : left + size[1]].copy() for top, left in corners]
+
+
+_local = threading.local()
+
+
+def _rgb(frame: "VideoFrame", width: int | None = None, height: int | None = None) -> Image:
+    """(H, W, 3) uint8, by one scaler for each of our threads.
+
+    A frame's own scaler starts threads, and they live on until Python collects garbage: hundreds of them.
+    """
+    from av.video.reformatter import VideoReformatter  # only here: a machine without PyAV can run everything but this
+
+    if not hasattr(_local, "scaler"):
+        _local.scaler = VideoReformatter()
+    size = {} if width is None else {"width": width, "height": height}
+    image: Image = _local.scaler.reformat(frame, format="rgb24", interpolation="BILINEAR", **size).to_ndarray()
+    return image
 
 
 def orientation(frame: "VideoFrame") -> tuple[int, bool]:

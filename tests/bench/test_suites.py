@@ -235,7 +235,11 @@ def test_extraction(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     monkeypatch.setattr(extraction, "WINDOWS", 2)
     film = clips.textured(tmp_path / "a.mkv", 120, (64, 80), codec="ffv1")
-    reading, features = (measured(case) for case in extraction.cases(options(clip=str(film))))
+    reading, features, dtypes = (measured(case) for case in extraction.cases(options(clip=str(film))))
+    assert [name for name, own in dtypes.items() if own["time"].p50 > 0] == [
+        f"mar_fast, {name}" for name in machine.DTYPES
+    ]
+    assert all(own["error"].p50 < (1e-5 if "fp32" in name else 3e-2) for name, own in dtypes.items())
     assert 3 * reading[extraction.OURS]["time"].p50 < reading[extraction.LOOP]["time"].p50
     assert reading[extraction.OURS]["error"].p50 == 0
     assert list(features) == [extraction.LOOP, extraction.OURS, extraction.COPIED]
