@@ -12,11 +12,11 @@ from ..kernels import checks
 # What each format is, as it is told to the user.
 FORMATS = {
     "list": "lines of a path, for folders of pictures their number, and a label number from 0; or a csv with a header",
-    "paths": "lines of a path, without labels",
     "kinetics": "Kinetics, a csv with the columns label, youtube_id, time_start, time_end",
     "ssv2": "Something-Something v2, JSON entries with id and template",
     "ucf101": "UCF101, lines of Class/file.avi, in training lists with a number from 1",
     "hmdb51": "HMDB51, a file for each class with lines of name.avi and 0, 1 or 2, which is test",
+    "paths": "lines of a path, without labels",
 }
 EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 

@@ -1,6 +1,8 @@
 """Sliding windows against their definition: decode every frame, take the times, slice. Films are made by the tests."""
 
+import gc
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -181,3 +183,15 @@ def test_an_unexpected_error_is_not_swallowed(tmp_path, monkeypatch):
     monkeypatch.setattr("mar_fast.data.windows.pictures", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(read_ahead([film], Sliding(2), SIZE, workers=1, depth=2))
+
+
+def test_threads_do_not_pile_up(tmp_path):
+    """A scaler of each frame's own would leave some behind until Python collects garbage."""
+    path = clips.textured(tmp_path / "a.mkv", 60, (48, 64))
+    before = len(list(Path("/proc/self/task").iterdir()))
+    gc.disable()
+    try:
+        read(path, Sliding(4, 1, 1))
+        assert len(list(Path("/proc/self/task").iterdir())) < before + 40
+    finally:
+        gc.enable()
