@@ -145,15 +145,27 @@ class Video:
         self._files.close()
         self._container, self._stream = self._files.enter_context(_opened(self._source, self._threads))
 
+    def time(self, number: int) -> Fraction | None:
+        """Seconds from the first frame to this one; None if the file does not say.
+
+        By time stamps where these number the frames, else by the average rate.
+        """
+        if not self._index.counted:
+            return (self._index.stamps[number] - self._index.stamps[0]) * Fraction(self._stream.time_base or 0)
+        rate = self._stream.average_rate
+        return number / rate if rate else None
+
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
-        """Decode these frames, ascending, each once; numbers count in order of presentation.
+        """Decode these frames; numbers ascend, and count in order of presentation.
+
+        Each number is asked for when its frame is, so that there may be any number of them.
 
         Raises:
             ValueError: one of them cannot be decoded.
         """
         source: Iterator[tuple[int, VideoFrame]] | None = None
         reached = -1
-        for wanted in sorted(set(numbers)):
+        for wanted in numbers:
             if source is None or self._keys[bisect_right(self._keys, wanted) - 1] > reached + 1:
                 source = self._start(wanted)
             found = next((numbered for numbered in source if numbered[0] >= wanted), None)
@@ -210,10 +222,7 @@ class Video:
                 yield number, frame
 
     def _seconds(self, number: int) -> str:
-        stamps = self._index.stamps
-        if self._index.counted:
-            return ""
-        return f", {float((stamps[number] - stamps[0]) * (self._stream.time_base or 0)):.2f} s from the start,"
+        return "" if self._index.counted else f", {float(self.time(number) or 0):.2f} s from the start,"
 
 
 @contextmanager
