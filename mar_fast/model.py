@@ -47,7 +47,7 @@ class MAROutput(NamedTuple):
     """What a forward pass gives; None where it was not asked for.
 
     Attributes:
-        logits: (B, classes).
+        logits: (B, classes), or (B, D) pooled features if ``num_classes`` is 0.
         features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a ragged mask.
         reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets (of all clips together).
         pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order;
@@ -211,13 +211,13 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Mean over tokens, LayerNorm, linear layer."""
+    """Mean over tokens, LayerNorm, linear layer; with ``num_classes`` 0 no linear layer, as VideoMAE's encoders have."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.num_classes)
+        self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D), or packed (total, D) -> (B, classes)."""
