@@ -50,7 +50,7 @@ class MARConfig:
     # Classifier
     classifier: Literal["bridging", "linear"] | None = "bridging"
     num_classes: int = 400
-    """0, for the linear classifier only, is none: its logits are the mean of the tokens after the norm (B, embed_dim)."""
+    """0, for the linear classifier only, is no head: logits are (B, embed_dim), the mean of the tokens, normalised."""
     bridge_embed_dim: int = 512
     bridge_depth: int = 2
     bridge_num_heads: int = 4

@@ -11,6 +11,7 @@ One forward serves equal and ragged masks. With a ragged one tokens are packed, 
 """
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -211,7 +212,7 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Mean over tokens, LayerNorm, linear layer; with ``num_classes`` 0 no linear layer, as VideoMAE's encoders have."""
+    """Mean over tokens, LayerNorm, linear layer; no linear layer where ``num_classes`` is 0, as in timm."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
@@ -261,6 +262,25 @@ class MAR(nn.Module):
             if isinstance(module, Fused):
                 module.fallbacks = fallbacks
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> "MAR":
+        """`mar_fast.from_pretrained`: of a hub id, a folder that `save_pretrained` wrote, or any other checkpoint."""
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Path:
+        """Write a folder with config.json, weights and a model card: see `mar_fast.checkpoint.save_pretrained`."""
+        from .checkpoint import save_pretrained
+
+        return save_pretrained(self, save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload such a folder to the hub: see `mar_fast.checkpoint.push_to_hub`."""
+        from .checkpoint import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices and zero biases, as MAE (arXiv 2111.06377) and VideoMAE begin."""

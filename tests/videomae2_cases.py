@@ -5,6 +5,7 @@ none without classes. Clips are (B, C, T, H, W), and a shell, what AutoModel giv
 """
 
 import json
+import math
 from types import SimpleNamespace
 
 import torch
@@ -14,11 +15,29 @@ from torch import nn
 from torch.nn import functional as F
 
 SMALL_CONFIG = dict(
-    img_size=list(SIZE), patch_size=16, in_chans=3, num_classes=0, embed_dim=96, depth=2, num_heads=3, mlp_ratio=4,
-    qkv_bias=True, qk_scale=None, drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, norm_layer="nn.LayerNorm",
-    layer_norm_eps=1e-6, init_values=0.0, use_learnable_pos_emb=False, tubelet_size=2, use_mean_pooling=True,
-    with_cp=False, num_frames=FRAMES, cos_attn=False,
-)  # fmt: skip
+    img_size=list(SIZE),
+    patch_size=16,
+    in_chans=3,
+    num_classes=0,
+    embed_dim=96,
+    depth=2,
+    num_heads=3,
+    mlp_ratio=4,
+    qkv_bias=True,
+    qk_scale=None,
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
+    drop_path_rate=0.0,
+    norm_layer="nn.LayerNorm",
+    layer_norm_eps=1e-6,
+    init_values=0.0,
+    use_learnable_pos_emb=False,
+    tubelet_size=2,
+    use_mean_pooling=True,
+    with_cp=False,
+    num_frames=FRAMES,
+    cos_attn=False,
+)
 
 
 def hub_config(**changes):
@@ -93,13 +112,9 @@ class VisionTransformer(nn.Module):
         height, width = c["img_size"]
         tokens = c["num_frames"] // patch[0] * (height // patch[1]) * (width // patch[2])
         self.patch_embed = PatchEmbed(c["in_chans"], dim, patch)
-        self.pos_embed = torch.tensor(
-            [
-                [(torch.sin if i % 2 == 0 else torch.cos)(torch.tensor(p / 10000 ** (i // 2 * 2 / dim), dtype=torch.double))
-                 for i in range(dim)]
-                for p in range(tokens)
-            ]
-        )[None].float()  # fmt: skip
+        angle = [[p / 10000 ** (i // 2 * 2 / dim) for i in range(dim)] for p in range(tokens)]
+        table = [[(math.cos if i % 2 else math.sin)(value) for i, value in enumerate(row)] for row in angle]
+        self.pos_embed = torch.tensor([table])
         hidden = int(dim * c["mlp_ratio"])
         self.blocks = nn.ModuleList(Block(dim, c["num_heads"], hidden, eps) for _ in range(c["depth"]))
         pooled = c["use_mean_pooling"]

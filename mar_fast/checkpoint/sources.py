@@ -180,7 +180,7 @@ def _from_fine_tuned(file: File) -> Checkpoint:
 
 
 def _from_videomae2(file: File) -> Checkpoint:
-    """VideoMAE v2's folders on the hub: fine-tuned names, in front of which "model." may stand, and their config.json."""
+    """VideoMAE v2's folders on the hub: fine-tuned names, with or without "model." in front, and a config.json."""
     content = file.configs["config.json"]
     prefixed = any(name.startswith("model.") for name in file.tensors)
     checkpoint = _renamed(file, VIDEOMAE2 if prefixed else replace(FINE_TUNED, title=VIDEOMAE2.title))

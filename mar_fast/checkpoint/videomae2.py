@@ -17,10 +17,15 @@ _TYPE = "VideoMAEv2_Base"
 _CODE = "OpenGVLab/VideoMAEv2-Base"
 # Our fields, and what model_config calls them.
 _FIELDS = {
-    "embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "channels": "in_chans",
-    "num_frames": "num_frames", "num_classes": "num_classes", "drop_path_rate": "drop_path_rate",
+    "embed_dim": "embed_dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "channels": "in_chans",
+    "num_frames": "num_frames",
+    "num_classes": "num_classes",
+    "drop_path_rate": "drop_path_rate",
     "head_dropout": "head_drop_rate",
-}  # fmt: skip
+}
 # Arguments of which mar_fast computes one value only, or null.
 _FIXED = {
     "norm_layer": "nn.LayerNorm",

@@ -61,7 +61,9 @@ def save_checkpoint(
     if not isinstance(model, MAR):
         raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
     if labels is not None:
-        _check_labels(labels, layout, model.config)
+        if layout not in FOLDERS:
+            raise checks.bad("labels", f"some, for layout {layout!r}", "None: only a folder has them")
+        check_labels(labels, model.config)
     path = check_target(path, layout, force)
     names = layout_for(model.config, layout)
     if layout in FOLDERS:
@@ -93,9 +95,10 @@ def _write_tensors(model: MAR, names: Layout, file: Path, layout: LayoutName) ->
     save_file(named_tensors(model, names), file, metadata=metadata)
 
 
-def _check_labels(labels: Sequence[str], layout: str, config: MARConfig) -> None:
-    if layout not in FOLDERS or not config.classifier:
-        raise checks.bad("labels", f"some, for layout {layout!r}", "None: only a folder with a classifier has them")
+def check_labels(labels: Sequence[str], config: MARConfig) -> None:
+    """Check that there is a name for each class."""
+    if not config.classifier:
+        raise checks.bad("labels", "some, for a model without a classifier", "None")
     if isinstance(labels, str) or len(labels) != config.num_classes:
         raise checks.bad("labels", f"{len(labels)} names", f"{config.num_classes}, one for each class")
 
@@ -123,8 +126,8 @@ def check_target(path: str | Path, layout: str, force: bool) -> Path:
     return path
 
 
-def check_folder(path: Path, names: Sequence[str], force: bool) -> None:
-    """Check that a folder of these files may be written, or replaced with ``force``: it may hold nothing else.
+def check_folder(path: Path, names: Sequence[str], force: bool, beside: Sequence[str] = ()) -> None:
+    """Check that a folder of these files may be written, or replaced with ``force``; only ``beside`` may be there too.
 
     Raises:
         FileExistsError, NotADirectoryError: something stands in the way.
@@ -132,7 +135,7 @@ def check_folder(path: Path, names: Sequence[str], force: bool) -> None:
     if path.is_file():
         raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
     may_write([path / name for name in names], force)
-    if path.is_dir() and (others := sorted(item.name for item in path.iterdir() if item.name not in names)):
+    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*names, *beside})):
         raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")
 
 

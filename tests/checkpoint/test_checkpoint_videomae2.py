@@ -1,4 +1,4 @@
-"""VideoMAE v2: its folders on the hub, its distilled and dual-masked files; the same outputs as a plain implementation."""
+"""VideoMAE v2: folders of the hub, distilled and dual-masked files; outputs are those of a plain implementation."""
 
 import argparse
 import json
@@ -17,8 +17,12 @@ import mar_fast
 from mar_fast import MAR, cost, from_pretrained, named_config, reference, save_checkpoint
 
 FEATURES = {**LINEAR, "num_classes": 0}
-IMAGENET = {"image_processor_type": "VideoMAEImageProcessor", "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225], "size": {"shortest_edge": 32}}  # fmt: skip
+IMAGENET = {
+    "image_processor_type": "VideoMAEImageProcessor",
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "size": {"shortest_edge": 32},
+}
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -70,7 +74,7 @@ def test_transformers_computes_the_same():
 
 
 def test_without_mean_pooling(tmp_path):
-    """Features of token 0 after the last norm: the encoder alone, whose first feature that is; a head on it is refused."""
+    """Token 0 after the last norm: the first feature of the encoder alone; a head on it is refused."""
     told = dict(use_mean_pooling=False)
     ours = from_pretrained(v2_folder(tmp_path / "a", **told))
     assert ours.config.classifier is None and ours.config.final_norm
@@ -118,7 +122,7 @@ def test_distilled_file(tmp_path):
 
 
 def test_dual_masked_file(tmp_path):
-    """vit_g_hybrid_pt_1200e.pth: VideoMAE's pre-training names, patch 14, a decoder of 4 blocks, 1176 values a tubelet."""
+    """vit_g_hybrid_pt_1200e.pth: pre-training names, patch 14, 4 decoder blocks, 1176 values a tubelet."""
     sizes = dict(patch_size=(2, 14, 14), image_size=(28, 56), mlp_ratio=48 / 11, embed_dim=66, num_heads=3)
     model = small_model(**PRETRAINING, **sizes, decoder_depth=4, decoder_mlp_ratio=48 / 11, decoder_embed_dim=66)
     torch.save({"model": model.state_dict(), "epoch": 1199}, tmp_path / "a.pth")
@@ -149,12 +153,12 @@ def test_written_folder(tmp_path, classes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(classifier=None, decoder_depth=0), "classifier, for VideoMAE v2's layout on the hub: got None, expected 'linear'"),
+        (dict(classifier=None, decoder_depth=0), "classifier, for VideoMAE v2's .*: got None, expected 'linear'"),
         (dict(num_classes=7, **{**LINEAR, "decoder_depth": 2}), "decoder_depth, for VideoMAE v2.*: got 2, expected 0"),
         (dict(LINEAR, classifier_norm_eps=1e-5), "classifier_norm_eps, .*: got 1e-05, expected 1e-06, as encoder_eps"),
         ({}, "got 'bridging', expected 'linear' or None"),
     ],
-)  # fmt: skip
+)
 def test_what_the_layout_cannot_say(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         save_checkpoint(small_model(**change), tmp_path / "a", layout="videomae2")
@@ -187,7 +191,7 @@ CONFIGS = {
     "no divisor": (dict(num_heads=5), "num_heads: got 5, expected a divisor of embed_dim 96"),
     "a word": (dict(mlp_ratio="wide"), "config.json, model_config: got a value that does not fit"),
     "a lost norm": (dict(use_mean_pooling=False), "2 missing .*model.norm.weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -208,20 +212,20 @@ def changed(name, by):
 NORM, QKV = "model.fc_norm.weight", "model.blocks.0.attn.qkv.weight"
 # Damage to the weights, and the message, by the file's own names.
 DAMAGE = {
-    "lost bias": (gone("model.blocks.1.attn.v_bias"), r"1 missing \(model.blocks.1.attn.v_bias\). The biases|missing"),
+    "lost bias": (gone("model.blocks.1.attn.v_bias"), r"1 missing \(model.blocks.1.attn.v_bias\)"),
     "lost fc_norm": (gone(NORM), r"1 missing \(model.fc_norm.weight\)"),
-    "lost embedding": (gone("model.patch_embed.proj.weight"), "no model.patch_embed.proj.weight .VideoMAE v2 hub layout"),
-    "lost block": (lambda s: [s.pop(name) for name in list(s) if ".blocks.1." in name], "model_config.depth: got 2, expected 1"),
+    "lost embedding": (gone("model.patch_embed.proj.weight"), "no model.patch_embed.proj.weight"),
+    "lost block": (lambda s: [s.pop(name) for name in list(s) if ".1." in name], "depth: got 2, expected 1"),
     "unknown entry": (lambda s: s.update({"model.cls_token": torch.ones(1)}), r"1 unknown \(model.cls_token\)"),
-    "layer scale": (lambda s: s.update({"model.blocks.0.gamma_1": torch.ones(96)}), r"unknown \(model.blocks.0.gamma_1\)"),
-    "a head": (lambda s: s.update({"model.head.weight": torch.ones(5, 96)}), "num_classes: got 0, expected 5, by the shape"),
+    "layer scale": (lambda s: s.update({"model.blocks.0.gamma_1": torch.ones(96)}), r"unknown \(model.blocks.0.gamma"),
+    "a head": (lambda s: s.update({"model.head.weight": torch.ones(5, 96)}), "num_classes: got 0, expected 5"),
     "last norm too": (lambda s: s.update({"model.norm.weight": torch.ones(96)}), r"unknown \(model.norm.weight\)"),
     "learned table": (lambda s: s.update({"model.pos_embed": torch.ones(1, 24, 96)}), "model.pos_embed .values up to"),
-    "entry outside": (lambda s: s.update({"blocks.0.norm1.weight": torch.ones(96)}), r"unknown \(blocks.0.norm1.weight\)"),
+    "entry outside": (lambda s: s.update({"blocks.0.norm1.weight": torch.ones(96)}), r"unknown \(blocks.0.norm1"),
     "transposed": (changed(QKV, torch.t), r"attn.qkv.weight: got shape \(96, 288\), expected \(288, 96\)"),
     "integers": (changed(NORM, torch.Tensor.long), "model.fc_norm.weight: got torch.int64"),
     "NaN": (changed(NORM, lambda value: value * torch.nan), r"with NaN or infinity \(model.fc_norm.weight\)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -280,8 +284,8 @@ def test_features_are_no_classifier():
         named_config("mar_vit_base", num_classes=0)
 
 
-# As published (VideoMAE v2, arXiv 2303.16727, and its model zoo), 16 x 224 x 224: parameters in M, multiply-adds in G. Its
-# counter rounds up where ours rounds to the nearest, and counts a little more than matrix products.
+# As published for VideoMAE v2 (arXiv 2303.16727), 16 x 224 x 224: parameters in M, multiply-adds in G. Parameters are
+# rounded up there, and its counter counts a little more than matrix products.
 PUBLISHED = {"small": (22, 57), "base": (87, 180), "large": (305, 597), "huge": (633, 1192), "giant": (1012, 2544)}
 
 
@@ -297,8 +301,8 @@ def test_published_sizes(size):
     assert count.multiply_adds / 1e9 == pytest.approx(giga, rel=2.5e-3)
 
 
-# Embed_dim, blocks, heads and values a tubelet of the published pre-training decoders. Small, huge: VideoMAE; base, large:
-# MAR, which has VideoMAE's; giant: VideoMAE v2.
+# Embed_dim, blocks, heads and values a tubelet of the published pre-training decoders: VideoMAE's, of which MAR has
+# base and large; giant is VideoMAE v2's.
 DECODERS = {
     "small": (192, 4, 3, 1536),
     "base": (384, 4, 6, 1536),
