@@ -67,7 +67,7 @@ def test_nothing_is_overwritten(tmp_path):
     (folder / "notes.txt").write_text("mine too")
     with pytest.raises(FileExistsError, match=r"holds notes.txt, expected a new folder"):
         save_pretrained(model, folder, force=True)
-    with pytest.raises(TypeError, match="model: got str, expected a mar_fast.MAR"):
+    with pytest.raises(TypeError, match=r"model: got str, expected a mar_fast\.MAR"):
         save_pretrained("model", tmp_path / "b")
 
 
