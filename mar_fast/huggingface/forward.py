@@ -29,7 +29,7 @@ _RECORDED = ("output_hidden_states", "output_attentions")
 class _Accelerated(nn.Module):
     """What the accelerated classes share: copying, pickling, and caches that follow the weights."""
 
-    _mar_fast: State
+    _mar_fast: Any  # a State
     _mar_fast_from: type[nn.Module]
     _mar_fast_output: Any
     _mar_fast_state: type[State] = State

@@ -143,7 +143,7 @@ def same_outputs(model: Any) -> None:
 class AcceleratedVideoMAE2(nn.Module):
     """The accelerated forward; `mar_fast.huggingface.forward` makes a class of it and of the model's own."""
 
-    _mar_fast: VideoMAE2State
+    _mar_fast: Any
 
     def forward(self, pixel_values: Tensor, *arguments: Any, **kwargs: Any) -> Any:
         """VideoMAEv2's forward: (B, C, T, H, W), normalised -> logits (B, classes), or pooled features (B, D).
@@ -153,16 +153,15 @@ class AcceleratedVideoMAE2(nn.Module):
             *arguments: Others of the model's own forward, which then runs.
             **kwargs: Also.
         """
-        state, own = self._mar_fast, super().forward
+        own = super().forward
+        state: VideoMAE2State = self._mar_fast
         rates = getattr(self, "config").model_config  # noqa: B009
         if arguments or kwargs:
-            what: str | None = "calls with other arguments"
+            state.warn_once("calls with other arguments")
         elif self.training and any(rates.get(name) for name in _DROPOUT):
-            what = "training with dropout or stochastic depth"
+            state.warn_once("training with dropout or stochastic depth")
+        elif (mar := state.mar(self)) is None:
+            state.warn_once(CHANGED)
         else:
-            mar = state.mar(self)
-            if mar is not None:
-                return mar(pixel_values).logits
-            what = CHANGED
-        state.warn_once(what)
+            return mar(pixel_values).logits
         return own(pixel_values, *arguments, **kwargs)
