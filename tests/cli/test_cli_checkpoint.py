@@ -187,7 +187,7 @@ def test_convert_repairs_nothing_else(run, lost, tmp_path):
         ((broken, "new", "--biases-from", "nowhere"), "source: got 'nowhere', which does not exist"),
         (
             (broken, "new"),
-            "--to: got none, expected one of mar_fast, mar, videomae, hf, or --biases-from",
+            "--to: got none, expected one of mar_fast, mar, videomae, videomae2, hf, or --biases-from",
         ),
         ((broken, "original", "--biases-from", original), "already exists"),
     ):
@@ -289,7 +289,7 @@ def test_videomae2_folders(tmp_path, run):
     code, out, _ = run("checkpoint", "inspect", str(folder))
     assert code == 0 and "VideoMAE v2 hub" in out and "pooling" in out
     for layout, name in (("videomae2", "again"), ("videomae", "a.safetensors")):
-        code, _, err = run("checkpoint", "convert", str(folder), str(tmp_path / name), "--to", layout)
-        assert code == 0 and "the same bits when read back" in err
+        code, out, _ = run("checkpoint", "convert", str(folder), str(tmp_path / name), "--to", layout)
+        assert code == 0 and "the same bits when read back" in out
         back = from_pretrained(tmp_path / name)
         assert back.config.num_classes == 0 and same_weights(back, from_pretrained(folder))
