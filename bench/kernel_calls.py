@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from mar_fast import kernels
-from mar_fast.kernels.jit.compile_check import Code, recorded
-from mar_fast.kernels.jit.launch import Choice, Launch
+from mar_fast.kernels.jit.compile_check import recorded
+from mar_fast.kernels.jit.launch import Launch
 
 from . import op_cases
 from .op_cases import SIZES, TOKENS, OpCase, Operands
@@ -19,47 +19,40 @@ from .suites.kernels import results
 BF16, FLOATS = torch.bfloat16, (torch.bfloat16, torch.float16, torch.float32)
 CLIPS, VISIBLE = 32, 784
 PASSES = ("forward", "backward")
-Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 Change = Callable[[Operands], Operands]
-Key = TypeVar("Key", bound=Choice | Code)
+Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 
 
 @cache
-def calls(device: str) -> tuple[OpCase, ...]:
-    """All of them, the most usual of each op first."""
+def calls(device: str) -> dict[str, OpCase]:
+    """All of them by what they are in words, the most usual of each op first."""
     every = (_elementwise, _masked_patch_loss, _gather_patch_embed, _attention)
-    return tuple(call for op in every for call in op(torch.device(device)))
+    found = [call for op in every for call in op(torch.device(device))]
+    return {f"{call.op}, {call.label}, {str(call.dtype).removeprefix('torch.')}": call for call in found}
 
 
-def name(number: int) -> str:
-    """What a call is, in words."""
-    call = calls("meta")[number]
-    return f"{call.op}, {call.label}, {str(call.dtype).removeprefix('torch.')}"
-
-
-def launches(number: int, target: str, passes: Sequence[str] = PASSES) -> list[Recorded]:
+def launches(call: str, target: str, passes: Sequence[str] = PASSES) -> list[Recorded]:
     """What a call launches on a target: "forward" is without gradients, "backward" with them, and both ways."""
-    call = calls("meta")[number]
-    ours, wanted = call.ours, call.differentiated
-    return recorded(lambda: [results(ours, call.operands(), wanted, mode) for mode in passes], target)
+    case = calls("meta")[call]
+    return recorded(lambda: [results(case.ours, case.operands(), case.differentiated, mode) for mode in passes], target)
 
 
-def launched(key: Callable[..., Key], targets: Sequence[str], names: Sequence[str] = ()) -> dict[Key, list[int]]:
-    """What is launched on some targets, of some kernels or ops, by ``key(launch, tensors, target)``; by which calls.
+def launched(key: Callable[..., Any], targets: Sequence[str], names: Sequence[str] = ()) -> dict[Any, list[str]]:
+    """What is launched, by ``key(launch, tensors, target)``, with all calls that do; of all ops and kernels or of some.
 
     Raises:
-        ValueError: no kernel or op has such a name.
+        ValueError: no op or kernel has such a name.
     """
-    found: dict[Key, dict[int, None]] = {}
-    for number in range(len(calls("meta"))):
+    found = dict[Any, dict[str, str]]()
+    for call, case in calls("meta").items():
         for target in targets:
-            for launch, tensors in launches(number, target):
-                found.setdefault(key(launch, tensors, target), {})[number] = None
-    known = {one: {one.kernel, *(calls("meta")[number].op for number in numbers)} for one, numbers in found.items()}
+            for launch, tensors in launches(call, target):
+                found.setdefault(key(launch, tensors, target), {})[call] = case.op
+    known = {one: {one.kernel, *made_by.values()} for one, made_by in found.items()}
     every = set[str]().union(*known.values())
     if unknown := set(names) - every:
         raise ValueError(f"--kernel: got {min(unknown)!r}, expected an op or a kernel of {', '.join(sorted(every))}")
-    return {one: list(numbers) for one, numbers in found.items() if not names or known[one] & set(names)}
+    return {one: [*made_by] for one, made_by in found.items() if not names or known[one] & set(names)}
 
 
 def _changed(case: OpCase, more: str, *changes: Change, also: tuple[str, ...] = (), autocast: bool = False) -> OpCase:
@@ -72,8 +65,7 @@ def _changed(case: OpCase, more: str, *changes: Change, also: tuple[str, ...] = 
         return made
 
     ours, label = case.ours, f"{case.label}{more}{', autocast' * autocast}"
-    ours = _autocast()(ours) if autocast else ours
-    differentiated = (*case.differentiated, *also)
+    ours, differentiated = _autocast()(ours) if autocast else ours, (*case.differentiated, *also)
     return replace(case, label=label, operands=operands, ours=ours, differentiated=differentiated)
 
 
@@ -152,7 +144,8 @@ def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
     kinds = ((32, 768, torch.uint8), (32, 768, BF16), (1, 768, torch.uint8), (4, 384, BF16), (32, 384, BF16))
     for clips, width, pixels in kinds:
         case = op_cases.gather_patch_embed(device, BF16, clips, VISIBLE, width, pixels)
-        yield from (_changed(case, "", also=("pos_embed",)), _changed(case, ", other layout", _other_layout))
+        yield _changed(case, ", learnt positions", also=("pos_embed",))
+        yield _changed(case, ", other layout", _other_layout)
     for dtype in FLOATS:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
         yield from (case, _changed(case, ", gradient of the clip", also=("video",)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mar_fast.kernels.jit.compile_check import STRICT, TARGETS, TRITON, check_all, code
 
-from .kernel_calls import launched, name
+from .kernel_calls import launched
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'kernel':38} {'target':7} {'configuration':43} figures, call")
     faults, failed = [], 0
     for report in check_all([*entries], options.jobs):
-        told, call = report.code, name(entries[report.code][0])
+        told, call = report.code, entries[report.code][0]
         figures = ", ".join(f"{what} {value}" for what, value in report.figures.items())
         print(f"{told.kernel:38} {told.target:7} {told.config!s:43} {figures:75} {call}", flush=True)
         faults += [f"{told.kernel}, {call}, {told.target}: {fault}" for fault in report.faults]

@@ -5,19 +5,31 @@ of the films it was trained on and on a film that it never saw. Results are writ
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from mar_fast import from_pretrained
+from mar_fast import MAR, from_pretrained
+from mar_fast.timing import interleaved
 from mar_fast.train import World, fit, read_recipe
+from mar_fast.train.dataset import collate
 from mar_fast.train.demo import CHECKED, CLIPS, Motions, accuracy
+from mar_fast.train.masks import draw_mask
+from mar_fast.train.mixing import Mixing
+from mar_fast.train.optim import adamw
+from mar_fast.train.sampler import StepSampler
+from mar_fast.train.step import Inputs, Stepper
+
+from .plain import PlainMAR, patch_loss
 
 NAME = "motions"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -50,6 +62,46 @@ def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     return {"variant": name, "seed": seed, "steps": result.step, **found}
 
 
+def throughput(seconds: float) -> str:
+    """Steps of ours against a plain PyTorch loop: the same clips, augmentation, masks, model and optimizer."""
+    recipe = read_recipe(NAME, ["augment.mixup=0.8", "augment.cutmix=1.0", "augment.smoothing=0.1"])
+    config, device = recipe.config(), torch.device("cpu")
+    videos, mixing = Motions("train", CLIPS), Mixing(recipe.augment, config)
+    generator = torch.Generator().manual_seed(0)
+    keys = itertools.cycle(StepSampler(len(videos), recipe.data.batch))
+
+    def inputs() -> Iterator[Inputs]:
+        batch = collate([videos[key] for key in next(keys)])
+        mask, _ = draw_mask(recipe.mask, len(batch.video), config.grid, config.cell, generator)
+        video, target = mixing(batch.video, batch.labels, batch.boxes, generator)
+        yield Inputs(video, target, mask)
+
+    model, plain = MAR(config), PlainMAR(config).train()
+    stepper = Stepper(model, model, adamw(model, recipe.optimizer, 1e-3), recipe, World(0, 1, device))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+
+    def plain_step() -> None:
+        one = next(inputs())
+        assert one.mask is not None and one.target is not None
+        keep, drop = one.mask.keep_idx.long(), one.mask.drop_idx.long()
+        logits, features = plain(one.video, keep)
+        loss = F.cross_entropy(logits, one.target)
+        pixels = plain.pixels(features, keep, drop)
+        (loss + recipe.reconstruction_weight * patch_loss(pixels, one.video, drop, config)).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), recipe.optimizer.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def read() -> None:
+        next(inputs())
+
+    calls = {"mar_fast": lambda: stepper.step(inputs(), 1, 1e-3), "plain PyTorch": plain_step, "reading alone": read}
+    spreads = interleaved(calls, device, budget=seconds, min_rounds=7)
+    rate = {name: recipe.data.batch / spread.p50 for name, spread in spreads.items()}
+    lines = [f"{name}: {rate[name]:.1f} clips/s (step {spread})" for name, spread in spreads.items()]
+    return "\n".join([*lines, f"ours / plain: {rate['mar_fast'] / rate['plain PyTorch']:.2f}x"])
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean, least and greatest accuracy of each variant, in Markdown."""
     lines = [
@@ -75,7 +127,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--epochs", type=int, default=6, help="of a run, 100 steps of 32 clips each")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--throughput", type=float, metavar="SECONDS", help="compare with a plain loop instead")
     options = parser.parse_args(arguments)
+    if options.throughput:
+        print(throughput(options.throughput))
+        return 0
     results = options.out / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     done = {(row["variant"], row["seed"]) for row in rows}

@@ -215,6 +215,12 @@ def gather_patch_embed(
     )
 
 
+def memory_bound(plain: Function, others: Mapping[str, Function] | None = None, **fields: Any) -> OpCase:
+    """An op that computes next to nothing, beside its definition in PyTorch, which is also compiled."""
+    peers = {"PyTorch": plain, **(others or {}), "PyTorch, compiled": compiled(plain)}
+    return OpCase(peers=peers, eager="PyTorch", flops=0.0, small=True, **fields)
+
+
 def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
     """Residual add and LayerNorm."""
 
@@ -226,20 +232,17 @@ def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens:
         residual = residual + x
         return F.layer_norm(residual, weight.shape, weight, bias, 1e-6), residual
 
-    return OpCase(
+    return memory_bound(
+        plain,
         op="add_layer_norm",
         label=f"{batch} clips, {tokens} tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
         operands=operands,
         ours=kernels.add_layer_norm,
-        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        eager="PyTorch",
         differentiated=("x", "residual", "weight", "bias"),
-        flops=0.0,
         bytes=4.0 * batch * tokens * width * dtype.itemsize,
         backward=(0.0, 1.0),
-        small=True,
     )
 
 
@@ -249,20 +252,17 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
     def plain(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias)
 
-    return OpCase(
+    return memory_bound(
+        plain,
         op="bias_gelu",
         label=f"{batch} clips, {tokens} tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
         operands=lambda: dict(x=random(device, dtype, batch, tokens, width), bias=random(device, dtype, width)),
         ours=kernels.bias_gelu,
-        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        eager="PyTorch",
         differentiated=("x", "bias"),
-        flops=0.0,
         bytes=2.0 * batch * tokens * width * dtype.itemsize,
         backward=(0.0, 1.5),
-        small=True,
     )
 
 
@@ -277,21 +277,17 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
             pos_embed=random(device, torch.float32, TOKENS, width),
         )
 
-    plain = eager_scatter_tokens
-    return OpCase(
+    return memory_bound(
+        eager_scatter_tokens,
         op="scatter_tokens",
         label=f"{batch} clips, {tokens} of 1568 tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
         operands=operands,
         ours=kernels.scatter_tokens,
-        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        eager="PyTorch",
         differentiated=("visible", "mask_token"),
-        flops=0.0,
         bytes=float(batch * (tokens + TOKENS) * width * dtype.itemsize),
         backward=(0.0, 1.0),
-        small=True,
     )
 
 
@@ -313,20 +309,18 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
         return F.mse_loss(pixels.float(), chosen)
 
     plain = functools.partial(eager_masked_patch_loss, **options)
-    return OpCase(
+    return memory_bound(
+        plain,
         op="masked_patch_loss",
         label=f"{batch} clips, {tokens} of 1568 tubelets dropped",
         tokens=tokens,
         dtype=dtype,
         operands=operands,
         ours=functools.partial(kernels.masked_patch_loss, **options),
-        peers={"PyTorch": plain, "all patches, then index": all_then_index, "PyTorch, compiled": compiled(plain)},
-        eager="PyTorch",
+        others={"all patches, then index": all_then_index},
         differentiated=("pixels",),
-        flops=0.0,
         bytes=float(batch * tokens * 1536 * (1 + dtype.itemsize)),
         backward=(0.0, 2 * dtype.itemsize / (1 + dtype.itemsize)),
-        small=True,
     )
 
 

@@ -27,7 +27,7 @@ from mar_fast.kernels.jit.compile_check import Code, check_all, code
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
 from mar_fast.timing import Spread
 
-from .kernel_calls import PASSES, calls, launched, launches, name
+from .kernel_calls import PASSES, calls, launched, launches
 from .op_cases import Operands
 from .suites import kernels as suite
 
@@ -37,33 +37,31 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 Times = dict[LaunchConfig, list[Spread]]  # for each call
 
 
-def results(number: int, kernel: str, config: LaunchConfig) -> list[Tensor]:
+@lru_cache(1)
+def _operands(call: str) -> Operands:
+    return calls("cuda")[call].operands()
+
+
+def results(call: str, kernel: str, config: LaunchConfig) -> list[Tensor]:
     """Outputs and gradients of a call; what a kernel leaves unwritten is NaN, not what was there before."""
-    before, call = torch.are_deterministic_algorithms_enabled(), calls("cuda")[number]
+    before, case = torch.are_deterministic_algorithms_enabled(), calls("cuda")[call]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
     try:
         with use_backend("triton"), forced({kernel: config}):
-            ours, operands, wanted = call.ours, _operands(number), call.differentiated
-            found = [one for mode in PASSES for one in suite.results(ours, operands, wanted, mode)]
+            found = [suite.results(case.ours, _operands(call), case.differentiated, mode) for mode in PASSES]
             torch.cuda.synchronize()
-            return found
+            return [*found[0], *found[1]]
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-def seconds(number: int, backward: bool, kernel: str, config: LaunchConfig) -> float:
+def seconds(call: str, backward: bool, kernel: str, config: LaunchConfig) -> float:
     """The device's time for a call's forward or backward pass."""
-    call, operands = calls("cuda")[number], _operands(number)
-    ours = call.ours
+    ours, wanted, operands = calls("cuda")[call].ours, calls("cuda")[call].differentiated, _operands(call)
     with use_backend("triton"), forced({kernel: config}):
-        run = suite.backward_of(ours, operands, call.differentiated) if backward else suite.forward_of(ours, operands)
+        run = suite.backward_of(ours, operands, wanted) if backward else suite.forward_of(ours, operands)
         run()  # has its launches looked up
         return timing.seconds(run, torch.device("cuda"))
-
-
-@lru_cache(1)
-def _operands(number: int) -> Operands:
-    return calls("cuda")[number].operands()
 
 
 def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
@@ -94,7 +92,7 @@ class Unit:
     """One choice, and the calls that make it."""
 
     choice: Choice
-    calls: Sequence[int]
+    calls: Sequence[str]
     architecture: str
 
     def compiled_clean(self, configs: Sequence[LaunchConfig]) -> list[LaunchConfig]:
@@ -102,28 +100,26 @@ class Unit:
         codes, in_force = dict[tuple[Code, ...], LaunchConfig](), self.choice.config
         for config in configs:
             with suppress(Exception), forced({self.choice.kernel: config}):  # a launcher may refuse a configuration
-                every = [
+                made = [
                     code(*one, self.architecture) for call in self.calls for one in launches(call, self.architecture)
                 ]
-                codes.setdefault(tuple(one for one in every if one.kernel == self.choice.kernel), config)
+                codes.setdefault(tuple(one for one in made if one.kernel == self.choice.kernel), config)
         reports = check_all([one for told in codes for one in told], os.cpu_count() or 1)
         bad = {one.code.config for one in reports if one.faults and (one.code.config != in_force or not one.figures)}
         return [config for config in codes.values() if config not in bad]
 
-    def agreeing(self, configs: Sequence[LaunchConfig]) -> list[LaunchConfig]:
-        """Those with the results of the first one, which is in force; not even that one if they are not finite."""
-        left = list(configs)
-        for call in self.calls:
-            expected = results(call, self.choice.kernel, configs[0])
-            for config in list(left):
-                try:
-                    for mine, theirs in zip(results(call, self.choice.kernel, config), expected, strict=True):
-                        share, largest = TOLERANCE[theirs.dtype], float(theirs.abs().max())
-                        assert math.isfinite(largest)
-                        torch.testing.assert_close(mine, theirs, rtol=share, atol=share * largest)
-                except Exception:  # the driver may also refuse what the compiler took
-                    left.remove(config)
-        return left
+    def agrees(self, config: LaunchConfig) -> bool:
+        """Whether it gives what the configuration in force gives, which must be finite."""
+        kernel, in_force = self.choice.kernel, self.choice.config
+        try:
+            for call in self.calls:
+                for mine, theirs in zip(results(call, kernel, config), results(call, kernel, in_force), strict=True):
+                    share, largest = TOLERANCE[theirs.dtype], float(theirs.abs().max())
+                    assert math.isfinite(largest)
+                    torch.testing.assert_close(mine, theirs, rtol=share, atol=share * largest)
+        except Exception:  # the driver may also refuse what the compiler took
+            return False
+        return True
 
     def race(self, configs: Sequence[LaunchConfig]) -> Times:
         """Time them in turn, so that a drift of the clock hits all alike."""
@@ -141,31 +137,30 @@ class Unit:
         Raises:
             ArithmeticError: the configuration in force does not compile, or gives no finite results.
         """
-        in_force = best = self.choice.config
-        seen = {in_force}
-        while True:
-            fresh = [config for config in neighbours(best) if config not in seen]
+        best, winner, seen, times = None, self.choice.config, {self.choice.config}, Times()
+        while winner != best:
+            best, fresh = winner, [config for config in neighbours(winner) if config not in seen]
             seen.update(fresh)
-            candidates = self.agreeing(self.compiled_clean([*dict.fromkeys([in_force, best, *fresh])]))
-            if in_force not in candidates:
+            compiled = self.compiled_clean([*dict.fromkeys([self.choice.config, best, *fresh])])
+            candidates = [one for one in compiled if self.choice.config in compiled and self.agrees(one)]
+            if self.choice.config not in candidates:
                 raise ArithmeticError("the configuration in force does not compile, or gives no finite results")
             times = self.race(candidates)
-            if (better := fastest(times, best)) is None:
-                return fastest({config: times[config] for config in (in_force, best)}, in_force) or in_force, times
-            best = better
+            winner = fastest(times, self.choice.config)
+        return winner, times
 
 
-def fastest(times: Times, base: LaunchConfig) -> LaunchConfig | None:
-    """The fastest candidate, by geometric mean, that beats ``base`` beyond the spread; None where there is none.
+def fastest(times: Times, in_force: LaunchConfig) -> LaunchConfig:
+    """The fastest candidate, by geometric mean, that beats the one in force beyond the spread; else the one in force.
 
     Its 80th percentile is below the other's 20th in some call, and in no call its 20th is above the other's 80th.
     """
-    ratios = dict[LaunchConfig, float]()
+    ratios = {in_force: 0.0}
     for config, every in times.items():
-        pairs = list(zip(every, times[base], strict=True))
+        pairs = list(zip(every, times[in_force], strict=True))
         if any(mine.p80 < other.p20 for mine, other in pairs) and all(mine.p20 <= other.p80 for mine, other in pairs):
             ratios[config] = statistics.fmean(math.log(mine.p50 / other.p50) for mine, other in pairs)
-    return min((config for config in ratios if ratios[config] < 0), key=ratios.__getitem__, default=None)
+    return min(ratios, key=ratios.__getitem__)
 
 
 def add_override(path: Path, architecture: str, choice: Choice, config: LaunchConfig, origin: str) -> None:
@@ -201,15 +196,14 @@ def main(arguments: Sequence[str]) -> int:
         where, architecture = gpu()
         about = machine.environment(where)
         measured = "measured: " + ", ".join(f"{about[key]}" for key in ("device", "torch", "triton", "commit", "date"))
-        if options.out.is_file():
-            read_overrides(options.out)
-        for choice, numbers in launched(lambda launch, *_: launch.choice, [architecture], options.kernel).items():
+        read_overrides(options.out)
+        for choice, made_by in launched(lambda launch, *_: launch.choice, [architecture], options.kernel).items():
             try:
-                best, times = Unit(choice, numbers, architecture).search()
+                best, times = Unit(choice, made_by, architecture).search()
             except ArithmeticError as error:
                 print(f"{choice}: {error}", flush=True)
                 continue
-            every = zip(times[best], times[choice.config], map(name, numbers), strict=True)
+            every = zip(times[best], times[choice.config], made_by, strict=True)
             said = "; ".join(f"{a.p50 * 1e6:.1f} us against {b.p50 * 1e6:.1f} us ({call})" for a, b, call in every)
             if best != choice.config:
                 add_override(options.out, architecture, choice, best, f"{measured}: {said}")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -100,7 +101,7 @@ def eager_masked_patch_loss(
         return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).sum()  # 0, still connected to pixels
     sizes: dict[str, Any] = dict(patch_size=patch_size, mean=mean, std=std, normalize=normalize)
     target = patch_targets(video, drop_idx, clip_idx, dtype=pixels.dtype, **sizes)
-    return (pixels.to(target.dtype) - target).square().mean()
+    return F.mse_loss(pixels.to(target.dtype), target)
 
 
 def patch_targets(
@@ -115,15 +116,16 @@ def patch_targets(
     dtype: torch.dtype,
 ) -> Tensor:
     """(B, M, t * h * w * C), or (total, ...) with clip_idx: what pixels of ``dtype`` are to be, in float32 at least."""
+    # In place from here on: what was gathered is nobody else's.
     target = gather_tubelets(video.detach(), index, patch_size, clip_idx)  # (B, M, C, t, h, w), or (total, C, ...)
     target = target.movedim(-4, -1)  # (B, M, t, h, w, C), or (total, t, h, w, C)
     target = target.to(torch.promote_types(dtype, torch.float32))
     if video.dtype == torch.uint8:
-        target = target / 255
+        target = target.div_(255)
     elif mean is not None and std is not None:
         scale, shift = (per_channel(values, video.device, target.dtype) for values in (std, mean))
-        target = target * scale + shift
+        target = target.mul_(scale).add_(shift)
     if normalize:
         variance, average = torch.var_mean(target, dim=(-4, -3, -2), keepdim=True, correction=1)
-        target = (target - average) / (variance.sqrt() + 1e-6)
+        target = target.sub_(average).div_(variance.sqrt_().add_(1e-6))
     return target.flatten(-4)

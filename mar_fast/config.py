@@ -182,10 +182,16 @@ _SIZES: dict[str, dict[str, Any]] = {
     "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=12, decoder_num_heads=8),
     "huge": dict(embed_dim=1280, depth=32, num_heads=16, decoder_embed_dim=640, decoder_depth=12, decoder_num_heads=8),
     "giant": dict(
-        embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, patch_size=(2, 14, 14),
-        decoder_embed_dim=512, decoder_depth=4, decoder_num_heads=8,
+        embed_dim=1408,
+        depth=40,
+        num_heads=16,
+        mlp_ratio=48 / 11,
+        patch_size=(2, 14, 14),
+        decoder_embed_dim=512,
+        decoder_depth=4,
+        decoder_num_heads=8,
     ),
-}  # fmt: skip
+}
 
 # A dense VideoMAE classifier: mean pooling and its own norm instead of the encoder's last one, no decoder.
 _DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)

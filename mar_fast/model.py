@@ -10,6 +10,7 @@ One forward serves equal and ragged masks. With a ragged one tokens are packed, 
 `Segments` say where each clip begins and ends; they are None for an equal mask.
 """
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,7 @@ from .layers import (
     Constant,
     Fallbacks,
     Fused,
+    Stream,
     like_weight,
     mean_of_tokens,
     norm,
@@ -144,6 +146,25 @@ class Encoder(Fused):
         if self.norm is not None:
             return norm(self.fallbacks, self.norm, x, residual, row_scale)[0]
         return total(x, residual, row_scale)
+
+    def layers(
+        self, video: Tensor, keep_idx: Tensor, numbers: Collection[int], segments: Segments | None = None
+    ) -> dict[int, Tensor]:
+        """The residual stream after some blocks, numbered from 1; after the last one it is the encoder's output.
+
+        (B, C, T, H, W), (B, N) -> (B, N, D) for each, or packed (total,) -> (total, D). Blocks that no number needs are
+        not run.
+        """
+        clip_idx = None if segments is None else segments.clip_idx
+        stream: Stream = (self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx), None, None)
+        found = {}
+        for number, block in enumerate(self.blocks[: max(numbers)], 1):
+            stream = block(*stream, None, segments)
+            if number == len(self.blocks) and self.norm is not None:
+                found[number] = norm(self.fallbacks, self.norm, *stream)[0]
+            elif number in numbers:
+                found[number] = total(*stream)
+        return found
 
 
 class PixelDecoder(Fused):

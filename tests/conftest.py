@@ -13,6 +13,9 @@ torch.ones(8).sqrt()
 # Small models gain nothing from a second thread, and lose much where another process keeps a core busy.
 torch.set_num_threads(1)
 
+# Launch choices are ours, not those of the user who runs the tests.
+os.environ["MAR_FAST_CONFIGS"] = os.devnull
+
 # The cache of compiled graphs does not notice that a custom op has got another argument.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -58,6 +61,17 @@ def poisoned(request):
     with poison.launchers() as poisoning:
         yield poisoning
     assert poisoning.allocated != 0, "nothing went through a launcher"  # a test sets None where nothing should
+
+
+@pytest.fixture
+def few_tiles():
+    """The small calls of plan_cases in tiles that fit them."""
+    import plan_cases
+
+    from mar_fast.kernels.jit.launch import forced
+
+    with forced(plan_cases.CONFIGS):
+        yield
 
 
 @pytest.fixture

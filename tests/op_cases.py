@@ -46,6 +46,27 @@ def strided(value):
     return buffer[(slice(None, None, 2),) * value.ndim].copy_(value)
 
 
+def rows_apart(value):
+    """Rows 3 elements further apart than they are long, after an odd offset."""
+    buffer = torch.full((*value.shape[:-1], value.shape[-1] + 3), torch.nan, dtype=value.dtype)
+    return buffer[..., 1:-2].copy_(value)
+
+
+def tokens_first(value):
+    """(B, N, ...) in the memory of (N, B, ...): no single row stride describes it."""
+    return value.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def width_first(value):
+    """Unit stride in the last dimension but one."""
+    return value.mT.contiguous().mT
+
+
+def expanded(value):
+    """All elements one element, as the gradient of a sum."""
+    return value[(slice(1),) * value.ndim].expand(value.shape)
+
+
 def channels_last(video):
     """As decoders give it: (B, T, H, W, C), permuted."""
     return video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)

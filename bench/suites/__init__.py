@@ -1,18 +1,18 @@
-"""The suites by name: what each measures, as cases, and what it concludes from them."""
+"""The suites by name: the cases that each measures, and the conclusions it draws from them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..case import Case, RunOptions
 from ..records import Record
-from . import dropin, encoder, flops, kernels, pipeline, scaling, training, waterfall
+from . import dropin, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its cases, one after the other, and what follows from all of their records and the environment.
+    """Cases to measure in turn, and the conclusions from all their records.
 
-    ``needs`` is a package without which it has nothing to measure.
+    ``needs`` is a package without which there is nothing to measure.
     """
 
     about: str
@@ -30,4 +30,5 @@ SUITES = {
     "kernels": Suite("each op against its peers, forward and backward", kernels.cases),
     "scaling": Suite("cost against tokens, batch, frames, resolution, keep ratio", scaling.cases, scaling.conclude),
     "pipeline": Suite("video file to logits: bound by data or by compute?", pipeline.cases, pipeline.conclude),
+    "extraction": Suite("sliding windows of a film to features, against reading each window anew", extraction.cases),
 }

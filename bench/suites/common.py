@@ -1,4 +1,4 @@
-"""What several suites agree on: keep ratios, names, models, tolerances, the least work."""
+"""Shared by the suites: keep ratios, names, models, tolerances, the least work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +17,12 @@ KEPT = (0.5, 0.25, 1.0)
 CLASSES = 174  # Something-Something v2
 LETTERS = {"small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 
-# What logits, losses or all gradients together may differ from float64 by, whatever the baseline does.
+# How far logits, losses, or all gradients together may be from float64, even if the baseline is closer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
-    """MAR of a size; where all is kept, the dense VideoMAE classifier: MAR would do needless work there."""
+    """MAR of a size; the dense VideoMAE classifier if all tokens are kept, where MAR would only add work."""
     if keep == 1:
         return mar_fast.named_config(f"videomae_vit_{size}", num_classes=CLASSES)
     without = {} if decoder else {"decoder_depth": 0}
@@ -46,7 +46,7 @@ def model_case(
     floor: Floor | None = None,
     share: float = 1.0,
 ) -> Case:
-    """A workload of a whole model; ``expected`` and ``floor`` are the reference's by default, ``x`` the keep ratio."""
+    """A case of a whole model. By default the reference gives what is expected, and ``x`` is the keep ratio."""
     return Case(
         suite=suite,
         name=name,

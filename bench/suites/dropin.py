@@ -22,7 +22,7 @@ from .common import case_name, least_work, model_case, model_config
 
 
 def cases(options: RunOptions) -> Iterator[Case]:
-    """Dense and at 50 %: a classifier's logits, a step of its dense fine-tuning, and one of pre-training at 50 %."""
+    """A classifier's logits, dense and at 50 %; a step of dense fine-tuning; a step of pre-training at 50 %."""
     for size in options.sizes:
         for batch in options.batches if options.on_gpu else options.batches[:1]:
             with_compiled = options.on_gpu or not options.quick
@@ -34,7 +34,7 @@ def cases(options: RunOptions) -> Iterator[Case]:
 
 
 def inference_case(options: RunOptions, size: str, batch: int, keep: float, with_compiled: bool) -> Case:
-    """A classifier's logits; kept tokens are those that ``keep`` of `mar_fast.accelerate` stands for."""
+    """A classifier's logits, from all tokens or from those that ``mar_fast.accelerate(..., keep=...)`` keeps."""
     config = replace(model_config(size, 1.0), mask_ratio=1 - keep)
     workload = Workload(config, batch, options.device, options.dtype)
     return model_case(

@@ -9,18 +9,18 @@ from .common import KEPT, case_name, model_case, model_config
 
 
 def cases(options: RunOptions) -> Iterator[Case]:
-    """Every size, batch and keep ratio on a GPU. On a CPU larger batches, which gain little there, at 50 % only."""
+    """Every size, batch and keep ratio on a GPU; on a CPU larger batches gain little, and are only run at 50 %."""
     for size in options.sizes:
         for batch in options.batches:
             latency = batch == options.batches[0]
             kept = KEPT if options.on_gpu or latency else KEPT[:1]
             for keep in KEPT[:2] if options.quick else kept:
-                # Compiling takes far longer than measuring there: at the first batch and not for the dense model.
+                # On a CPU compiling takes far longer than measuring: only at the first batch, not for the dense model.
                 compiled = options.on_gpu or (not options.quick and keep < 1 and latency)
                 yield inference_case(options, size, batch, keep, compiled)
 
 
 def inference_case(options: RunOptions, size: str, batch: int, keep: float, compiled: bool) -> Case:
-    """One size, batch and keep ratio, the dense model where everything is kept."""
+    """One size, batch and keep ratio; the dense model if all tokens are kept."""
     workload = Workload(model_config(size, keep), batch, options.device, options.dtype)
     return model_case("encoder", case_name(size, batch), workload, providers(workload, compiled=compiled))

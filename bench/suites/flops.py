@@ -1,4 +1,4 @@
-"""flops: multiply-adds and parameters by arithmetic, against the paper and what the original code was counted to do."""
+"""flops: multiply-adds and parameters by formula, beside the paper's and those counted in the original code."""
 
 from collections.abc import Iterator, Mapping
 

@@ -1,8 +1,8 @@
 """kernels: each op against its peers, forward and backward.
 
-On a GPU at the sizes of ViT-B and L, on a CPU at one of them. Operands are random and come in several sets that take
-turns, so that none is left in a cache. On a GPU a small op is timed as a CUDA graph: its launches cost more on the
-host than it takes on the device.
+On a GPU at the sizes of ViT-B and L, on a CPU at one of them. Operands are random, and several sets take turns, so that
+none is still in a cache. On a GPU a small op is timed as a CUDA graph: launching it takes the host longer than running
+it takes the device.
 """
 
 import functools
@@ -21,8 +21,8 @@ from ..case import Case, Floor, Prepared, Provider, RunOptions
 from ..op_cases import Function, OpCase, Operands, op_cases
 from ..records import OURS
 
-# What a provider's result may differ from float64: some roundings of the dtype. TF32 is let pass in float32. On a CPU
-# PyTorch sums LayerNorm's gradients of weight and bias in bfloat16, which alone is off by 3e-2.
+# How far a provider's result may be from float64: a few roundings of the dtype. TF32 passes for float32. On a CPU
+# PyTorch sums LayerNorm's gradients of weight and bias in bfloat16, which is an error of 3e-2 by itself.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 5e-2}
 BATCHED = ("video", "keep_idx", "drop_idx", "qkv", "x", "residual", "visible", "pixels")
 SETS = 3
@@ -88,7 +88,7 @@ def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool) -> Case:
 
 
 def peers_on_a_cpu(op_case: OpCase, mode: str) -> dict[str, Function]:
-    """The peers but the one that our op itself runs there; attention in blocks is no peer's."""
+    """The peers, without the one that our op runs on a CPU; attention in blocks of scores is ours alone."""
     in_blocks = op_case.op == "attention" and mode == "forward" and op_case.dtype == torch.bfloat16
     left_out = None if in_blocks and cpu_attention.PREFERRED else op_case.eager
     return {name: function for name, function in op_case.peers.items() if name != left_out}
@@ -143,7 +143,7 @@ def forward_of(function: Function, operands: Operands) -> Callable[[], Any]:
 def backward_of(function: Function, operands: Operands, differentiated: tuple[str, ...]) -> Callable[[], Any]:
     """A function that runs the backward pass alone, again and again; the forward pass is done here."""
     leaves = {key: operands[key].detach().requires_grad_() for key in differentiated}
-    with functorch_config.patch(donated_buffer=False):  # what is compiled here keeps what its backward pass reads
+    with functorch_config.patch(donated_buffer=False):  # a compiled function's backward pass runs again and again
         outputs = [out for out in listed(function(**{**operands, **leaves})) if out.requires_grad]
     generator = torch.Generator("cpu" if outputs[0].is_meta else outputs[0].device).manual_seed(1)
     seeds = [

@@ -1,7 +1,7 @@
-"""pipeline: a video file to logits. What takes longer, decoding a clip or classifying it, and what is both together?
+"""pipeline: a video file to logits. Which takes longer, decoding a clip or classifying it, and how long do both take?
 
-Decoding and the model are timed alone and one after the other. A loader that decodes the next clip while the model
-works on this one runs at the pace of the slower of the two: the verdict is that one.
+Decoding and the model are each timed alone, and then one after the other. A loader that decodes the next clip while the
+model works on this one runs at the pace of the slower of the two, which the verdict names.
 """
 
 import functools
@@ -84,7 +84,7 @@ def pipeline_case(options: RunOptions, size: str, keep: float) -> Case:
 
 
 def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
-    """For each keep ratio the share of decoding in both together, and in words what bounds the pipeline."""
+    """The share of decoding in the time of both, by keep ratio; the note says what bounds the pipeline."""
     shares = []
     for own in records.grouped(found, lambda record: record.workload).values():
         times = {record.provider: record for record in own if record.metric == "time"}

@@ -47,7 +47,7 @@ def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
     """The model and batch at position ``x``: ViT of a size at 50 %, 16 frames, 224 x 224, batch 1, but for the axis."""
     config = model_config(size, 0.5)
     if axis == "keep ratio":
-        # MAR at every position, also at 1: another classifier there would be a step in the curve.
+        # MAR even at 1: another classifier would be a step in the curve.
         return replace(config, mask_ratio=1 - x), 1
     if axis == "batch":
         return config, int(x)
@@ -57,7 +57,7 @@ def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
 
 
 def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
-    """An exponent for each axis and provider, that of visible tokens over all axes but batch among them."""
+    """An exponent for each axis and provider, and one for visible tokens, from all axes but batch."""
     size = options.sizes[0]
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for record in found:

@@ -9,7 +9,7 @@ from .common import case_name, model_case, model_config
 
 
 def cases(options: RunOptions) -> Iterator[Case]:
-    """Every size and batch at 50 % and, where time is not short, 75 % masking."""
+    """Every size and batch at 50 % masking, and at 75 % unless the run is quick."""
     for size in options.sizes:
         for batch in options.batches if options.on_gpu else options.batches[:1]:
             for keep in (0.5,) if options.quick else (0.5, 0.25):

@@ -1,4 +1,4 @@
-"""waterfall: from the dense model as one finds it to ours, a step at a time, each with its error and memory.
+"""waterfall: from the usual dense model to ours, one step at a time, with the error and memory of each.
 
 All steps of a case are timed in turn. Only the first one classifies from all tokens.
 """

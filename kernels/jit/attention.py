@@ -17,12 +17,13 @@ from torch import Tensor
 from .. import flops
 from . import attention_backward
 from .attention_tiles import (
+    ANY,
     LOG2_E,
-    Table,
+    Tables,
     add_product,
     add_product_of_loaded,
     addresses,
-    by_head_dim,
+    by_shape,
     inner,
     inner_of_loaded,
     load_tiles,
@@ -33,7 +34,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import TUNED, Launch, LaunchConfig, choose, scattered
+from .launch import Launch, LaunchConfig, choose, scattered
 from .op import Op, Run
 
 
@@ -142,38 +143,36 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-# See `Table`. BLOCK_M is queries, BLOCK_N keys; queries are resident.
-#
-# float32 on sm_90 must not be 64 x 16 with 8 warps: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but
-# as left operand of the second product they give errors of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
-_HALF: Table = {
-    "sm_80": {64: (128, 128, 128, 8, 3), 80: (128, 64, 128, 8, 3), 96: (128, 64, 128, 8, 2), 128: (128, 64, 64, 8, 2)},
-    "sm_90": {64: (128, 128, 128, 8, 3), 96: (128, 128, 128, 8, 2), 128: (128, 64, 128, 8, 3)},
-    "sm_100": {64: (128, 128, 128, 8, 3), 128: (128, 128, 128, 8, 2)},
-    "": {128: (64, 64, 64, 4, 1)},
-}  # fmt: skip
-_FLOAT32: Table = {
-    "sm_80": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (32, 16, 32, 4, 1), 96: (64, 16, 32, 4, 1),
-              128: (32, 16, 32, 4, 1, False)},
-    "sm_90": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (64, 16, 32, 4, 1, False),
-              96: (64, 16, 32, 4, 1), 128: (128, 32, 32, 8, 1, False)},
-    "sm_100": {32: (64, 64, 32, 8, 1, False), 64: (64, 32, 32, 4, 1), 95: (16, 16, 32, 4, 1, False),
-               96: (64, 32, 32, 8, 1, False), 128: (16, 16, 64, 8, 1, False)},
-    "": {128: (32, 32, 32, 4, 1, False)},
-}  # fmt: skip
+# See `Tables`. BLOCK_M is queries, BLOCK_N keys; queries are resident. Compiled clean by Triton 3.6 and 3.9 and not
+# measured, unless a comment says more.
+FORWARD: Tables = ({
+    "sm_80": {(64, 64): (64, 32, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 3),
+              (96, ANY): (128, 64, 128, 8, 2), (128, ANY): (128, 64, 64, 8, 2)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 3), (64, ANY): (128, 128, 128, 8, 3),
+              (96, ANY): (128, 128, 128, 8, 2), (128, ANY): (128, 64, 128, 8, 3)},
+    "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (128, ANY): (128, 128, 128, 8, 2)},
+    "": {(128, ANY): (64, 64, 64, 4, 1)},
+}, {
+    # Not 64 x 16 with 8 warps on sm_90: scores in the layout of m64n8k8 are right to 5e-8 on an H200, but as left
+    # operand of the second product they give errors of 2e-4 or garbage (Triton 3.6). The compile check refuses it.
+    "sm_80": {(32, ANY): (64, 64, 32, 8, 1, False), (64, ANY): (64, 32, 32, 4, 1), (95, ANY): (32, 16, 32, 4, 1),
+              (96, ANY): (64, 16, 32, 4, 1), (128, ANY): (32, 16, 32, 4, 1, False)},
+    "sm_90": {(32, ANY): (64, 64, 32, 8, 1, False), (64, ANY): (64, 32, 32, 4, 1), (95, ANY): (64, 16, 32, 4, 1, False),
+              (96, ANY): (64, 16, 32, 4, 1), (128, ANY): (128, 32, 32, 8, 1, False)},
+    "sm_100": {(32, ANY): (64, 64, 32, 8, 1, False), (64, ANY): (64, 32, 32, 4, 1),
+               (95, ANY): (16, 16, 32, 4, 1, False), (96, ANY): (64, 32, 32, 8, 1, False),
+               (128, ANY): (16, 16, 64, 8, 1, False)},
+    "": {(128, ANY): (32, 32, 32, 4, 1, False)},
+})  # fmt: skip
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """Compiled clean by Triton 3.6 and 3.9 and not measured, unless a comment says more."""
-    if dtype == torch.float32:
-        return by_head_dim(_FLOAT32, arch, head_dim)
-    if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        # H200, Triton 3.6, bc236cf: 198 us at 784 tokens, 8 warps took 268; values compared there at 663e046.
-        size = 128 if not ragged and tokens % 128 <= 16 else 64
-        return LaunchConfig(size, size, 64, 4, 3)
-    if arch in TUNED and head_dim <= 64 and tokens <= 64:
-        return LaunchConfig(64, 32 if arch == "sm_80" else 64, 128, 4, 2)
-    return by_head_dim(_HALF, arch, head_dim)
+    """By the tables, but for one case. sm_90 up to 1100 tokens is measured: H200, Triton 3.6, bc236cf, 198 us at 784,
+    where 128 x 128 x 128 took 268; values compared there at 663e046."""
+    chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged)
+    if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and tokens % 128 <= 16:
+        return LaunchConfig(128, 128, 64, 4, 3)
+    return chosen
 
 
 # Up to which head size float32 was verified on hardware, with a size for each row of the tables: H200, Triton 3.6,

@@ -5,6 +5,7 @@ queries, which also stores delta = sum(out * grad, 1) - grad_lse for the other, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import (
+    ANY,
     LOG2_E,
-    Table,
+    Tables,
     add_product,
     add_product_of_loaded,
     addresses,
-    by_head_dim,
+    by_shape,
     inner,
     inner_of_loaded,
     load_tiles,
@@ -28,7 +30,7 @@ from .attention_tiles import (
     tail,
     zero_tiles,
 )
-from .launch import DENSE, TUNED, Launch, LaunchConfig, choose, scattered
+from .launch import DENSE, Launch, choose, scattered
 from .op import Run
 
 
@@ -49,7 +51,7 @@ def add_query_gradient(
         b_s = inner_of_loaded(query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
         b_dp = inner_of_loaded(
             grad, o_m, m_m, grad_row_stride, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )  # fmt: skip
+        )
     b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_n[None, :], b_p, 0.0)
@@ -144,7 +146,7 @@ def add_key_value_gradient(
         b_dv = add_product_of_loaded(b_dv, b_p, grad + zero, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
         b_dp = inner_of_loaded(
             value, o_n, m_n, row_stride, grad, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )  # fmt: skip
+        )
     b_ds = b_p * (b_dp - b_delta[None, :])
     if RESIDENT:
         b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
@@ -207,60 +209,44 @@ def attention_backward_key_value_kernel(
         store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
 
 
-# See `Table`. BLOCK_M is queries, BLOCK_N keys; resident are queries in the first two, keys and values in the others.
-_QUERY_HALF: Table = {
-    "sm_80": {64: (128, 64, 128, 8, 3), 128: (128, 32, 64, 8, 2)},
-    "sm_90": {64: (128, 64, 128, 8, 3), 128: (128, 64, 128, 8, 2)},
-    "sm_100": {64: (128, 64, 128, 8, 3), 80: (128, 64, 128, 8, 2), 95: (64, 64, 128, 4, 2), 96: (64, 32, 128, 4, 2),
-               128: (128, 64, 128, 8, 2)},
-    "": {128: (64, 32, 64, 4, 1)},
-}  # fmt: skip
-_QUERY_FLOAT32: Table = {
-    "sm_80": {32: (64, 32, 32, 4, 1), 64: (64, 16, 32, 4, 1, False), 95: (64, 16, 32, 8, 1, False),
-              128: (64, 32, 32, 4, 1, False)},
-    "sm_90": {32: (64, 32, 32, 4, 1), 64: (64, 32, 32, 4, 1, False), 128: (64, 16, 32, 4, 1, False)},
-    "sm_100": {32: (64, 32, 32, 4, 1), 96: (64, 16, 32, 4, 1, False), 128: (64, 16, 32, 8, 1, False)},
-    "": {128: (32, 32, 32, 4, 1, False)},
-}  # fmt: skip
-_KEY_VALUE_HALF: Table = {
-    "sm_80": {32: (64, 128, 128, 8, 3), 64: (32, 128, 64, 8, 3), 80: (16, 64, 64, 4, 2), 96: (16, 128, 128, 8, 2),
-              128: (16, 64, 32, 4, 2, False)},
-    "sm_90": {64: (64, 128, 128, 8, 3), 80: (64, 128, 128, 8, 2), 128: (64, 64, 128, 8, 2)},
-    "sm_100": {64: (64, 128, 128, 8, 3), 80: (64, 64, 128, 8, 2), 95: (32, 64, 128, 4, 2), 128: (64, 64, 128, 8, 2)},
-    "": {32: (32, 64, 32, 4, 1), 64: (32, 128, 64, 8, 1), 128: (16, 32, 32, 4, 1, False)},
-}  # fmt: skip
-_KEY_VALUE_FLOAT32: Table = {
-    "sm_80": {32: (32, 64, 32, 8, 1, False), 64: (16, 32, 32, 8, 1, False), 95: (32, 16, 32, 4, 1, False),
-              128: (16, 16, 32, 4, 1, False)},
-    "sm_90": {32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 96: (16, 16, 32, 4, 1, False),
-              128: (32, 16, 32, 8, 1, False)},
-    "sm_100": {32: (32, 64, 32, 4, 1, False), 64: (32, 64, 32, 8, 1, False), 80: (32, 16, 32, 4, 1, False),
-               128: (16, 16, 64, 8, 1, False)},
-    "": {128: (32, 32, 32, 4, 1, False)},
-}  # fmt: skip
-
-
-def config_query(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """Compiled clean by Triton 3.6 and 3.9 and not measured, unless a comment says more."""
-    if dtype == torch.float32:
-        return by_head_dim(_QUERY_FLOAT32, arch, head_dim)
-    if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        # H200, Triton 3.6, bc236cf: both kernels 658 us at 784 tokens, 674 before; values compared there at 663e046.
-        return LaunchConfig(64, 32, 64, 4, 3)
-    if arch in TUNED and head_dim <= 64 and tokens <= 64:
-        return LaunchConfig(64, 64, 128, 4, 2)
-    return by_head_dim(_QUERY_HALF, arch, head_dim)
-
-
-def config_key_value(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """`config_query` for the gradients of keys and values."""
-    if dtype == torch.float32:
-        return by_head_dim(_KEY_VALUE_FLOAT32, arch, head_dim)
-    if arch == "sm_90" and head_dim <= 64 and 64 < tokens <= 1100:
-        return LaunchConfig(32, 64, 64, 4, 3)  # measured and compared as above: 581 us
-    if arch in TUNED and head_dim <= 64 and tokens <= 64:
-        return LaunchConfig(64, 64, 128, 4, 2) if arch == "sm_90" else LaunchConfig(32, 64, 64, 4, 2)
-    return by_head_dim(_KEY_VALUE_HALF, arch, head_dim)
+# See `Tables`. BLOCK_M is queries, BLOCK_N keys; resident are queries, and keys and values in the second pair.
+# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90 up to 1100 tokens: H200, Triton 3.6, bc236cf, both
+# kernels 581 us at 784 tokens, 674 before (only that of queries: 658); values compared there at 663e046.
+QUERY: Tables = ({
+    "sm_80": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (128, ANY): (128, 32, 64, 8, 2)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 32, 64, 4, 3), (64, ANY): (128, 64, 128, 8, 3),
+              (128, ANY): (128, 64, 128, 8, 2)},
+    "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 2),
+               (95, ANY): (64, 64, 128, 4, 2), (96, ANY): (64, 32, 128, 4, 2), (128, ANY): (128, 64, 128, 8, 2)},
+    "": {(128, ANY): (64, 32, 64, 4, 1)},
+}, {
+    "sm_80": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 4, 1, False), (95, ANY): (64, 16, 32, 8, 1, False),
+              (128, ANY): (64, 32, 32, 4, 1, False)},
+    "sm_90": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 32, 32, 4, 1, False),
+              (128, ANY): (64, 16, 32, 4, 1, False)},
+    "sm_100": {(32, ANY): (64, 32, 32, 4, 1), (96, ANY): (64, 16, 32, 4, 1, False),
+               (128, ANY): (64, 16, 32, 8, 1, False)},
+    "": {(128, ANY): (32, 32, 32, 4, 1, False)},
+})  # fmt: skip
+KEY_VALUE: Tables = ({
+    "sm_80": {(64, 64): (32, 64, 64, 4, 2), (32, ANY): (64, 128, 128, 8, 3), (64, ANY): (32, 128, 64, 8, 3),
+              (80, ANY): (16, 64, 64, 4, 2), (96, ANY): (16, 128, 128, 8, 2), (128, ANY): (16, 64, 32, 4, 2, False)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (32, 64, 64, 4, 3), (64, ANY): (64, 128, 128, 8, 3),
+              (80, ANY): (64, 128, 128, 8, 2), (128, ANY): (64, 64, 128, 8, 2)},
+    "sm_100": {(64, 64): (32, 64, 64, 4, 2), (64, ANY): (64, 128, 128, 8, 3), (80, ANY): (64, 64, 128, 8, 2),
+               (95, ANY): (32, 64, 128, 4, 2), (128, ANY): (64, 64, 128, 8, 2)},
+    "": {(32, ANY): (32, 64, 32, 4, 1), (64, ANY): (32, 128, 64, 8, 1), (128, ANY): (16, 32, 32, 4, 1, False)},
+}, {
+    "sm_80": {(32, ANY): (32, 64, 32, 8, 1, False), (64, ANY): (16, 32, 32, 8, 1, False),
+              (95, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 32, 4, 1, False)},
+    "sm_90": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
+              (96, ANY): (16, 16, 32, 4, 1, False), (128, ANY): (32, 16, 32, 8, 1, False)},
+    "sm_100": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
+               (80, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 64, 8, 1, False)},
+    "": {(128, ANY): (32, 32, 32, 4, 1, False)},
+})  # fmt: skip
+config_query = partial(by_shape, QUERY)
+config_key_value = partial(by_shape, KEY_VALUE)
 
 
 def gradients(grad, grad_lse, qkv, out, lse, *options: Any) -> tuple[Tensor]:

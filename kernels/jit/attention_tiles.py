@@ -217,11 +217,16 @@ def lse_row(tokens: int) -> int:
     return (tokens + 15) // 16 * 16
 
 
-# {architecture ("" is any other): {largest head size: (block_m, block_n, block_k, num_warps, num_stages, resident)}}
-Table = Mapping[str, Mapping[int, Sequence[Any]]]
+# One for 16 bits and one for float32: {architecture ("" is any other): {(largest head size, most tokens): row}}, a row
+# being (block_m, block_n, block_k, num_warps, num_stages, resident).
+Tables = Sequence[Mapping[str, Mapping[tuple[int, int], Sequence[Any]]]]
+ANY = 2**31
 
 
-def by_head_dim(table: Table, arch: str, head_dim: int) -> LaunchConfig:
-    """The first row of a table that covers a head size."""
-    row = next(row for limit, row in table.get(arch, table[""]).items() if head_dim <= limit)
-    return LaunchConfig(*row)
+def by_shape(
+    tables: Tables, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool
+) -> LaunchConfig:
+    """The first row that covers a call."""
+    table = tables[dtype == torch.float32]
+    rows = table.get(arch, table[""]).items()
+    return LaunchConfig(*next(row for (size, most), row in rows if head_dim <= size and tokens <= most))

@@ -145,9 +145,14 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     pos_stride, pos_copied = rows(pos_embed)
     template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
     choice = choose(
-        "gather_patch_embed_forward", config, video, work,
-        pixel_bytes=video.element_size(), rows=count, columns=columns,
-    )  # fmt: skip
+        "gather_patch_embed_forward",
+        config,
+        video,
+        work,
+        pixel_bytes=video.element_size(),
+        rows=count,
+        columns=columns,
+    )
     tile = choice.config
     launch = Launch(
         gather_patch_embed_forward_kernel, (triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n),),

@@ -249,17 +249,27 @@ def backward(*inputs: Any) -> Run:
 
 
 def _weight_gradient(
-    stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, mean: Channels, std: Channels,
+    stride: int,
+    grad: Tensor,
+    video: Tensor,
+    keep_idx: Tensor,
+    weight: Tensor,
+    mean: Channels,
+    std: Channels,
     work: torch.dtype,
-) -> Run:  # fmt: skip
+) -> Run:
     """``run(grad, video, keep_idx, clip_idx, grad_sum, out)``: (M, D) -> (D, C, t, h, w)."""
     columns, channels, t, h, w = weight.shape
     count, values = keep_idx.numel(), channels * t * h * w
     layout, copied = layout_of(video, (t, h, w))
     choice = choose(
-        "gather_patch_embed_backward_weight", config_weight, grad, work,
-        pixel_bytes=video.element_size(), columns=columns,
-    )  # fmt: skip
+        "gather_patch_embed_backward_weight",
+        config_weight,
+        grad,
+        work,
+        pixel_bytes=video.element_size(),
+        columns=columns,
+    )
     tile = choice.config
     programs = triton.cdiv(columns, tile.block_m) * triton.cdiv(values, tile.block_n)
     row_tiles = triton.cdiv(count, tile.block_k)
@@ -330,7 +340,10 @@ def _position_gradient(stride: int, grad: Tensor, keep_idx: Tensor, pos_embed: T
     launch = Launch(
         gather_patch_embed_backward_position_kernel,
         (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n)),
-        (keep_idx.numel(), length, columns, stride), choice,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-    )  # fmt: skip
+        (keep_idx.numel(), length, columns, stride),
+        choice,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+    )
     return launch

@@ -1,7 +1,7 @@
-"""How a kernel is launched: with which tiles, and with nothing looked up again.
+"""How kernels are launched: the choice of tiles, and launches that look nothing up a second time.
 
-A launcher makes a `Launch` once for each kind of call and calls it with the tensors of each call. On tensors without
-memory it is recorded instead, for the compile check.
+A launcher makes one `Launch` for each kind of call, and calls it with the tensors of each call. On meta tensors it is
+recorded instead, for the compile check.
 """
 
 import json
@@ -30,14 +30,14 @@ def _no_device() -> int:
     return -1
 
 
-# Where PyTorch was built without CUDA there are neither.
+# Both are missing where PyTorch was built without CUDA.
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_device)
 
-# Outputs are allocated by torch.empty_like where they can be: it takes a third of torch.empty's time.
+# Outputs are allocated by torch.empty_like where possible: it takes a third of torch.empty's time.
 DENSE = torch.contiguous_format
 
-# Versions in which a compiled kernel may be run as `Launch` does it.
+# Versions of Triton whose compiled kernels `Launch` can run directly.
 DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and not torch.version.hip
 
 
@@ -49,11 +49,11 @@ TUNED = ("sm_80", "sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and launch options of one kernel.
+    """Tile sizes and launch options of one kernel; beside each kernel is said which of them it reads.
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
-    dimension of a matrix product. ``resident`` says whether the tile that a program owns stays in registers or is
-    loaded anew at each step. Which of these a kernel reads is said beside it.
+    dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
+    not ``resident``.
     """
 
     block_m: int
@@ -75,18 +75,15 @@ class Choice:
     kernel: str
     config: LaunchConfig
     dtype: str
-    shape: Mapping[str, int]
+    shape: Mapping[str, int] = field(hash=False)
 
     def __str__(self) -> str:
         return ", ".join([self.kernel, self.dtype, *(f"{name} {value}" for name, value in self.shape.items())])
 
-    def __hash__(self) -> int:
-        return hash(str(self))
-
 
 @dataclass(frozen=True)
 class Override:
-    """A row of the user's file: its configuration, and for which dtypes (none: all) and ranges of the shape it is."""
+    """A row of the user's file: a configuration, its source, and the dtypes (none: all) and shapes that it is for."""
 
     config: LaunchConfig
     origin: str
@@ -104,10 +101,9 @@ class Override:
             range(low, high)  # two integers
 
     def fits(self, dtype: str, shape: Mapping[str, int]) -> bool:
-        """Whether it is meant for a call; a feature that the call does not have never fits."""
-        return (not self.dtypes or dtype in self.dtypes) and all(
-            name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items()
-        )
+        """Whether it is for such a call; a row with a range for a feature that the call lacks is not."""
+        inside = (name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items())
+        return (not self.dtypes or dtype in self.dtypes) and all(inside)
 
 
 def overrides_path() -> Path:
@@ -117,14 +113,10 @@ def overrides_path() -> Path:
 
 
 def read_overrides(path: Path) -> dict[tuple[str, str], list[Override]]:
-    """The rows by architecture and kernel; the first row that fits a call wins.
-
-    Raises:
-        ValueError: the file is not such a table; the message names it and the row.
-    """
+    """The rows by architecture and kernel, none without a file; ValueError names the file and the row that is wrong."""
     found, at = dict[tuple[str, str], list[Override]](), str(path)
     try:
-        for target, kernels in json.loads(path.read_text()).items():
+        for target, kernels in json.loads(path.read_text() if path.is_file() else "{}").items():
             for kernel, rows in kernels.items():
                 for number, row in enumerate(rows):
                     at = f"{path}, {target}, {kernel}, row {number}"
@@ -136,10 +128,7 @@ def read_overrides(path: Path) -> dict[tuple[str, str], list[Override]]:
     return found
 
 
-@cache
-def _overrides() -> dict[tuple[str, str], list[Override]]:
-    path = overrides_path()
-    return read_overrides(path) if path.is_file() else {}
+_overrides = cache(lambda: read_overrides(overrides_path()))
 
 
 def forget_choices() -> None:
@@ -153,7 +142,7 @@ _forced: Mapping[str, LaunchConfig] = {}
 
 @contextmanager
 def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
-    """Within this context these kernels take these configurations, whatever would be chosen."""
+    """Within this context these kernels take these configurations, and no choice is made for them."""
     global _forced
     before, _forced = _forced, {**_forced, **configs}
     plan.forget()
@@ -167,14 +156,14 @@ def forced(configs: Mapping[str, LaunchConfig]) -> Iterator[None]:
 def choose(
     kernel: str, config: Callable[..., LaunchConfig], operand: Tensor, dtype: torch.dtype | None = None, **shape: int
 ) -> Choice:
-    """The configuration of a kernel for a call: the user's own, or by ``config(architecture, dtype, **shape)``.
+    """The configuration of a kernel for a call: the user's, or by ``config(architecture, dtype, **shape)``.
 
     ``operand`` is a tensor on the device; ``dtype`` is what products work in, if not the operand's.
     """
-    target, name = architecture(operand), str(dtype or operand.dtype).removeprefix("torch.")
-    fitting = [row.config for row in _overrides().get((target, kernel), ()) if row.fits(name, shape)]
-    chosen = _forced.get(kernel) or next(iter(fitting), None)
-    return Choice(kernel, chosen or config(target, dtype or operand.dtype, **shape), name, shape)
+    dtype, target = dtype or operand.dtype, architecture(operand)
+    name = str(dtype).removeprefix("torch.")
+    fitting = (row.config for row in _overrides().get((target, kernel), ()) if row.fits(name, shape))
+    return Choice(kernel, _forced.get(kernel) or next(fitting, None) or config(target, dtype, **shape), name, shape)
 
 
 # Launches.
@@ -184,7 +173,7 @@ _recorded: "list[tuple[Launch, tuple[Tensor | None, ...]]] | None" = None
 
 @contextmanager
 def recording() -> "Iterator[list[tuple[Launch, tuple[Tensor | None, ...]]]]":
-    """Within this context nothing runs: launches and their tensors are appended to the list that this yields."""
+    """Within this context nothing runs: launches are appended to the list that it yields, with their tensors."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -198,9 +187,9 @@ _stubbed = False
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """Within this context tensors on a CPU take the Triton path and no kernel runs: what is left is the host's cost.
+    """Within this context CPU tensors take the Triton path and no kernel runs: what is left is the host's cost.
 
-    Values of indices are not looked at either, as on a GPU.
+    Values of indices are not checked either, as on a GPU.
     """
     global _stubbed, current_device, current_stream
     plan.forget()
@@ -216,14 +205,14 @@ def stubbed() -> Iterator[None]:
 
 
 class Launch:
-    """One launch with everything but its tensors. Called with them, in the kernel's order, None for what is not there.
+    """A launch, complete but for its tensors: it is called with these, in the kernel's order, None for one left out.
 
     Args:
         kernel: The Triton function; its parameters are tensors, numbers and constants, in this order.
         grid: Programs along each axis.
         numbers: Integers and floats.
         choice: Its configuration.
-        copied: Which tensors are copied first, as the kernel cannot address them: (True, False, ...), short at the end.
+        copied: For each tensor whether it is copied first, because the kernel cannot address it; False beyond the end.
         **constants: By name.
     """
 
@@ -256,7 +245,7 @@ class Launch:
         if self._run is None or _recorded is not None or _hooked() or current_device() != self._index:
             self._look_up(tensors)
             return
-        # Nothing is looked up but the stream.
+        # Only the stream is looked up.
         self._run(*self._grid, current_stream(self._index), *self._arguments[0], *tensors, *self._arguments[1])
 
     def _look_up(self, tensors: tuple[Tensor | None, ...]) -> None:
@@ -300,7 +289,7 @@ class Launch:
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to be told of launches."""
+    """Whether a profiler listens to launches."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
@@ -309,7 +298,7 @@ def _hooked() -> bool:
 
 
 def row_stride(x: Tensor) -> int | None:
-    """Values from one row of (..., D) to the next, where its rows lie evenly spaced; None where x must be copied."""
+    """Values from one row of (..., D) to the next if rows are evenly spaced; None if x must be copied."""
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return None
     stride, below = None, 0
@@ -325,26 +314,26 @@ def row_stride(x: Tensor) -> int | None:
 
 
 def rows(x: Tensor) -> tuple[int, bool]:
-    """(stride, copied): how far apart the rows of x lie for a kernel, and whether it must be copied for that."""
+    """(stride, copied): the row stride that a kernel sees, and whether x must be copied for it."""
     stride = row_stride(x)
     return (x.shape[-1], True) if stride is None else (stride, False)
 
 
 def scattered(vector: Tensor | None) -> bool:
-    """Whether a vector must be copied to lie side by side."""
+    """Whether a vector is not contiguous, so that it must be copied."""
     return vector is not None and not vector.is_contiguous()
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What ``torch.empty_like(..., memory_format=DENSE)`` makes such a tensor of: one value, which is never read.
+    """A template for ``torch.empty_like(..., memory_format=DENSE)``: it has this shape, but only one value, never read.
 
-    A plan may keep it, as it may keep no other tensor.
+    No other tensor may be kept in a plan.
     """
     return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def precision(operand: Tensor) -> str:
-    """How the tensor cores multiply float32 without losing its precision: by parts on NVIDIA's, as it is on AMD's."""
+    """``input_precision`` of float32 products: three TF32 products on NVIDIA's tensor cores, exact on AMD's."""
     return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
 
 

@@ -171,11 +171,15 @@ def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Te
     tile = choice.config
     tiles = triton.cdiv(length, tile.block_m)
     launch = Launch(
-        scatter_tokens_forward_kernel, (batch * tiles, triton.cdiv(columns, tile.block_n)),
-        (length, count, columns, tiles, stride, *keep_strides, pos_stride), choice,
+        scatter_tokens_forward_kernel,
+        (batch * tiles, triton.cdiv(columns, tile.block_n)),
+        (length, count, columns, tiles, stride, *keep_strides, pos_stride),
+        choice,
         (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens)),
-        **_search(most, tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-    )  # fmt: skip
+        **_search(most, tile),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )
 
     def run(*tensors: Any) -> Tensor:
         out = outputs(*tensors)
@@ -215,11 +219,15 @@ def backward(*inputs: Any) -> Run:
     clips = min(batch, CLIPS_WITH_POSITIONS if needs[2] else CLIPS)
     groups, tiles = triton.cdiv(batch, clips), triton.cdiv(length, tile.block_m)
     launch = Launch(
-        scatter_tokens_backward_kernel, (groups, tiles, triton.cdiv(columns, tile.block_n)),
-        (batch, length, count, columns, clips, stride, *keep_strides), choice,
+        scatter_tokens_backward_kernel,
+        (groups, tiles, triton.cdiv(columns, tile.block_n)),
+        (batch, length, count, columns, clips, stride, *keep_strides),
+        choice,
         (copied, False, scattered(cu_seqlens)),
-        **_search(most, tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-    )  # fmt: skip
+        **_search(most, tile),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )
     add_mask = sum_parts(grad, groups * tiles, columns) if needs[1] else None
     # One group alone leaves its sums in the gradient itself.
     add_pos = sum_parts(grad, groups, length * columns) if needs[2] and groups > 1 else None

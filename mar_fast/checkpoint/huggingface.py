@@ -23,13 +23,18 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Our fields, and what config.json calls them.
 _KEYS = {
-    "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
-    "channels": "num_channels", "num_frames": "num_frames",
-}  # fmt: skip
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "channels": "num_channels",
+    "num_frames": "num_frames",
+}
 _DECODER_KEYS = {
-    "decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
-    "decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss",
-}  # fmt: skip
+    "decoder_embed_dim": "decoder_hidden_size",
+    "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_num_heads": "decoder_num_attention_heads",
+    "norm_pix_loss": "norm_pix_loss",
+}
 
 
 def said(file: File, kind: str, final_norm: bool, decoder: bool) -> dict[str, tuple[Any, str]]:

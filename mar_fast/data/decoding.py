@@ -80,7 +80,7 @@ def open_picture(path: Path) -> "VideoFrame":
     """
     # An open file, since in a name FFmpeg takes %d for the number of a picture.
     with _errors(path), path.open("rb") as file, _opened(file) as (container, stream):
-        frame = next(_decoded(container.demux(stream)), None)
+        frame = next(_decoded(_packets(container, stream)), None)
     if frame is None or frame.is_corrupt:
         raise checks.bad("path", f"{str(path)!r}, which cannot be decoded", "a complete picture")
     return frame
@@ -127,10 +127,10 @@ class Video:
             self._index = _index(self.name, self._container, self._stream)
             if self._index.late:
                 self._open()
-                self._index.begin(frame.pts for frame in _decoded(self._container.demux(self._stream)))
+                self._index.begin(frame.pts for frame in _decoded(_packets(self._container, self._stream)))
             if self._index.counted:
                 self._open()
-                self.total = sum(1 for _ in _decoded(self._container.demux(self._stream)))
+                self.total = sum(1 for _ in _decoded(_packets(self._container, self._stream)))
             else:
                 self.total = len(self._index.stamps)
             self._keys = self._index.keys
@@ -145,15 +145,27 @@ class Video:
         self._files.close()
         self._container, self._stream = self._files.enter_context(_opened(self._source, self._threads))
 
+    def time(self, number: int) -> Fraction | None:
+        """Seconds from the first frame to this one; None if the file does not say.
+
+        By time stamps where these number the frames, else by the average rate.
+        """
+        if not self._index.counted:
+            return (self._index.stamps[number] - self._index.stamps[0]) * Fraction(self._stream.time_base or 0)
+        rate = self._stream.average_rate
+        return number / rate if rate else None
+
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
-        """Decode these frames, ascending, each once; numbers count in order of presentation.
+        """Decode these frames; numbers ascend, and count in order of presentation.
+
+        Each number is asked for when its frame is, so that there may be any number of them.
 
         Raises:
             ValueError: one of them cannot be decoded.
         """
         source: Iterator[tuple[int, VideoFrame]] | None = None
         reached = -1
-        for wanted in sorted(set(numbers)):
+        for wanted in numbers:
             if source is None or self._keys[bisect_right(self._keys, wanted) - 1] > reached + 1:
                 source = self._start(wanted)
             found = next((numbered for numbered in source if numbered[0] >= wanted), None)
@@ -179,7 +191,7 @@ class Video:
         if before > 1:  # an mp4 that an editor trimmed may have no key frame at its beginning
             self._keys = array("q", [0])
         self._open()
-        frames = _decoded(self._container.demux(self._stream))
+        frames = _decoded(_packets(self._container, self._stream))
         return enumerate(frames) if self._index.counted else self._numbered(frames)
 
     def _sought(self, key: int, wanted: int) -> Iterator[tuple[int, "VideoFrame"]]:
@@ -187,12 +199,11 @@ class Video:
         import av
 
         index = self._index
-        _drain(self._stream)
         try:
             self._container.seek(index.stamps[key], stream=self._stream, backward=True)
         except (av.error.FFmpegError, OSError):
             return
-        packets = self._container.demux(self._stream)
+        packets = _packets(self._container, self._stream)
         first = next((packet for packet in packets if index.is_key(packet)), None)
         if first is None or index.number(first.pts) > wanted:
             return
@@ -211,10 +222,7 @@ class Video:
                 yield number, frame
 
     def _seconds(self, number: int) -> str:
-        stamps = self._index.stamps
-        if self._index.counted:
-            return ""
-        return f", {float((stamps[number] - stamps[0]) * (self._stream.time_base or 0)):.2f} s from the start,"
+        return "" if self._index.counted else f", {float(self.time(number) or 0):.2f} s from the start,"
 
 
 @contextmanager
@@ -238,21 +246,15 @@ def _opened(source: Source, threads: int = 0) -> Iterator[tuple["InputContainer"
         try:
             yield container, stream
         finally:
-            _drain(stream)
+            # PyAV frees a decoder while it holds the GIL. A thread that is still decoding then and has something to log
+            # waits for the GIL, if av.logging is on, and both wait for ever. This waits for the threads without it.
+            stream.codec_context.flush_buffers()
 
 
-def _drain(stream: "VideoStream") -> None:
-    """Wait for the decoder's threads.
-
-    PyAV frees a decoder while it holds the GIL. A thread that is still decoding then and has something to log waits for
-    the GIL, if av.logging is on, and both wait for ever.
-    """
-    import av
-
-    if stream.codec_context.is_open:
-        with suppress(av.error.FFmpegError):  # a damaged frame, or it has been drained before
-            while stream.codec_context.decode(None):
-                pass
+def _packets(container: "InputContainer", *streams: "VideoStream") -> Iterator["Packet"]:
+    """All packets of the file or of these streams."""
+    with suppress(IndexError):  # PyAV at the end, if a stream began in the middle of the file
+        yield from container.demux(*streams)
 
 
 def _decoded(packets: Iterable["Packet"]) -> Iterator["VideoFrame"]:
@@ -313,7 +315,7 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
     first: Packet | None = None
     found, latest, decode_time, step, corrupt = 0, _NEVER, _NEVER, 1, False
     end = 0.0  # of the last packet of any stream, in seconds
-    for packet in container.demux():
+    for packet in _packets(container):
         if packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index or not packet.size:

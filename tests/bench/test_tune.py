@@ -1,6 +1,5 @@
 """The tuner without a GPU: candidates, filters, the choice of a winner, and the user's file, on a stand-in machine."""
 
-import importlib.util
 import json
 import random
 import re
@@ -12,7 +11,8 @@ import torch
 
 from mar_fast.kernels import device
 
-if importlib.util.find_spec("triton") is None or device.INTERPRETING:
+pytest.importorskip("triton")
+if device.INTERPRETING:
     pytest.skip("needs a Triton that compiles", allow_module_level=True)
 
 from mar_fast.bench import __main__, tune
@@ -69,20 +69,16 @@ def unit(kernel=KERNEL, where="bfloat16"):
 
 # Candidates.
 
+NEIGHBOURS = [
+    (LaunchConfig(64, 128, 32, 4, 3), dict(block_m=[32, 64, 128], block_k=[16, 32, 64], num_stages=[1, 2, 3, 4, 5])),
+    # Neither stages without a loop nor blocks that are not there; rows of unknown length take any number of warps.
+    (LaunchConfig(1), dict(block_m=[1, 2], block_n=[0], block_k=[0], num_stages=[1], num_warps=[2, 4, 8, 16])),
+    # Tiles of matrix products stay in bounds.
+    (LaunchConfig(16, 256, 16, 4, 2), dict(block_m=[16, 32], block_n=[128, 256], block_k=[16, 32])),
+]
 
-@pytest.mark.parametrize(
-    ("config", "values"),
-    [
-        (
-            LaunchConfig(64, 128, 32, 4, 3),
-            dict(block_m=[32, 64, 128], block_k=[16, 32, 64], num_stages=[1, 2, 3, 4, 5]),
-        ),
-        # Neither stages without a loop nor blocks that are not there; rows of unknown length take any number of warps.
-        (LaunchConfig(1), dict(block_m=[1, 2], block_n=[0], block_k=[0], num_stages=[1], num_warps=[2, 4, 8, 16])),
-        # Tiles of matrix products stay in bounds.
-        (LaunchConfig(16, 256, 16, 4, 2), dict(block_m=[16, 32], block_n=[128, 256], block_k=[16, 32])),
-    ],
-)
+
+@pytest.mark.parametrize(("config", "values"), NEIGHBOURS)
 def test_neighbours(config, values):
     found = tune.neighbours(config)
     assert config not in found and len(set(found)) == len(found)
@@ -93,23 +89,18 @@ def test_neighbours(config, values):
         assert not one.block_n or 4 <= one.block_m * one.block_n / (32 * one.num_warps) <= 256
 
 
-def test_options_that_a_kernel_does_not_read(machine):
-    """They make no further candidate; and the launch that is compiled is the candidate's."""
-    other = replace(NOW, num_warps=8)
-    assert unit().compiled_clean([NOW, replace(NOW, block_k=64), other, replace(NOW, resident=False)]) == [NOW, other]
-    assert machine.compiled == {NOW, other}
-
-
 def test_compiler_and_launchers_drop_candidates():
-    """Not a stand-in's word: too large a tile for its warps spills, a tiny one makes narrow loads, one is refused."""
+    """Not a stand-in's word: too large a tile for its warps spills, a tiny one makes narrow loads, one is refused, and
+    options that the kernel does not read make no further candidate."""
     bad = [LaunchConfig(64, 512), LaunchConfig(4, 32, num_warps=1), LaunchConfig(0, 32)]
-    assert unit().compiled_clean([NOW, FASTER, *bad]) == [NOW, FASTER]
+    same = [replace(NOW, block_k=64), replace(NOW, resident=False)]
+    assert unit().compiled_clean([NOW, *same, FASTER, *bad]) == [NOW, FASTER]
 
 
 @pytest.mark.parametrize(("kernel", "backward"), [("add_layer_norm_forward", False), ("add_layer_norm_backward", True)])
 def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypatch, kernel, backward):
     seen = set()
-    monkeypatch.setattr(tune, "seconds", lambda call, *passed: seen.add((tune.name(call), passed[0])) or 1.0)
+    monkeypatch.setattr(tune, "seconds", lambda call, *passed: seen.add((call, passed[0])) or 1.0)
     unit(kernel, "bfloat16, width 1024").race([NOW])
     labels = ("", ", layer scale and drop path")
     assert seen == {(f"add_layer_norm, 32 clips, 784 tokens, width 1024{more}, bfloat16", backward) for more in labels}
@@ -118,50 +109,34 @@ def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypat
 # What becomes of planted candidates.
 
 
-def test_fastest_wins(machine):
-    """It is two steps away; all are timed alike, often enough."""
-    best = replace(FASTER, num_warps=8)
-    machine.speed = {FASTER: 0.8e-3, best: 0.5e-3}
-    found, times = unit().search()
-    assert found == best
-    assert times[NOW][0].p50 == pytest.approx(1e-3, rel=0.03) and times[best][0].p50 == pytest.approx(0.5e-3, rel=0.03)
-    assert machine.timed.count(NOW) >= machine.timed.count(best) >= tune.ROUNDS
-
-
+SPILLS, LOST = ["8 bytes of spills and stack"], "False: the configuration in force does not compile, or gives no finite"
 WRONG = (1.01, float("nan"), RuntimeError("refused"), [], [torch.ones(2)], [torch.ones(3).double()])
+NOTHING_WINS = [
+    (FASTER, 0.99e-3, 1.0, [], "compiled ran timed"),  # a gain within the spread
+    (FASTER, 0.1e-3, 1.0, SPILLS, "compiled"),
+    *((FASTER, 0.1e-3, result, [], "compiled ran") for result in WRONG),
+    *((NOW, 1e-3, result, [], "compiled ran") for result in (float("nan"), float("inf"))),
+    (NOW, 1e-3, 1.0, ["does not compile"], "compiled"),
+]
 
 
-@pytest.mark.parametrize(
-    ("speed", "result", "faults", "stages"),
-    [
-        (0.99e-3, 1.0, [], "compiled ran timed"),  # a gain within the spread
-        (0.1e-3, 1.0, ["8 bytes of spills and stack"], "compiled"),
-        *((0.1e-3, result, [], "compiled ran") for result in WRONG),
-    ],
-)
-def test_candidate_that_does_not_win(machine, path, capsys, speed, result, faults, stages):
-    """It goes as far as it may, and nothing is written."""
-    machine.speed, machine.result, machine.faults = {FASTER: speed}, {FASTER: result}, {FASTER: faults}
-    assert __main__.main(COMMAND) == 0 and not path.exists() and capsys.readouterr().out.count(": stays, ") == 3
-    assert [name for name in ("compiled", "ran", "timed") if FASTER in getattr(machine, name)] == stages.split()
+@pytest.mark.parametrize(("config", "speed", "result", "faults", "stages"), NOTHING_WINS)
+def test_configuration_that_does_not_win(machine, path, capsys, config, speed, result, faults, stages):
+    """It goes as far as it may, and nothing is written; if it is the one in force nothing is even timed."""
+    machine.speed, machine.result, machine.faults = {config: speed}, {config: result}, {config: faults}
+    assert __main__.main(COMMAND) == 0 and not path.exists()
+    assert capsys.readouterr().out.count(LOST if config == NOW else ": stays, ") == 3
+    assert [name for name in ("compiled", "ran", "timed") if config in getattr(machine, name)] == stages.split()
+    assert bool(machine.timed) == (config != NOW)
 
 
 @pytest.mark.parametrize(("dtype", "near", "off"), [(torch.float32, 1e-5, 1e-3), (torch.bfloat16, 0.02, 0.08)])
 def test_agreement(machine, dtype, near, off):
     """An error counts by the value, and by the largest one."""
-    others = [replace(NOW, num_warps=warps) for warps in (2, 8, 16)]
+    configs = [NOW, *(replace(NOW, num_warps=warps) for warps in (2, 8, 16))]
     values = ([1, -100, 0], [1 + near, -100, 0], [1, -100, 90 * near], [1, -100, 100 * off])
-    machine.result = {
-        one: [torch.tensor(value, dtype=dtype)] for one, value in zip([NOW, *others], values, strict=True)
-    }
-    assert unit().agreeing([NOW, *others]) == [NOW, *others[:2]]
-
-
-@pytest.mark.parametrize(("result", "faults"), [(float("nan"), []), (float("inf"), []), (1.0, ["does not compile"])])
-def test_choice_in_force_that_does_not_work(machine, capsys, result, faults):
-    machine.result, machine.faults = {NOW: result}, {NOW: faults}
-    assert __main__.main(COMMAND) == 0 and not machine.timed
-    assert "False: the configuration in force does not compile, or gives no finite" in capsys.readouterr().out
+    machine.result = {one: [torch.tensor(v, dtype=dtype)] for one, v in zip(configs, values, strict=True)}
+    assert [*map(unit().agrees, configs)] == [True, True, True, False]
 
 
 A, B, C = (LaunchConfig(size) for size in (16, 32, 64))
@@ -171,19 +146,19 @@ def around(median, width=0.02):
     return Spread.of([median * (1 + width * step / 10) for step in range(-10, 11)])
 
 
-@pytest.mark.parametrize(
-    ("times", "winner"),
-    [
-        ({A: [around(10)], B: [around(9)], C: [around(8)]}, C),
-        ({A: [around(10)], B: [around(11)]}, None),
-        ({A: [around(10, 0.5)], B: [around(9)]}, None),  # the one in force is that fast at times
-        ({A: [around(10)], B: [around(9, 0.5)]}, None),
-        # Over several calls: faster in one, no slower in the others.
-        ({A: [around(10), around(1)], B: [around(8), around(1.001)]}, B),
-        ({A: [around(10), around(1)], B: [around(5), around(1.2)]}, None),
-        ({A: [around(10), around(1)], B: [around(8), around(1)], C: [around(9), around(0.5)]}, C),
-    ],
-)
+TIMES = [
+    ({A: [around(10)], B: [around(9)], C: [around(8)]}, C),
+    ({A: [around(10)], B: [around(11)]}, A),
+    ({A: [around(10, 0.5)], B: [around(9)]}, A),  # the one in force is that fast at times
+    ({A: [around(10)], B: [around(9, 0.5)]}, A),
+    # Over several calls: faster in one, no slower in the others.
+    ({A: [around(10), around(1)], B: [around(8), around(1.001)]}, B),
+    ({A: [around(10), around(1)], B: [around(5), around(1.2)]}, A),
+    ({A: [around(10), around(1)], B: [around(8), around(1)], C: [around(9), around(0.5)]}, C),
+]
+
+
+@pytest.mark.parametrize(("times", "winner"), TIMES)
 def test_choice_among_times(times, winner):
     assert tune.fastest(times, A) == winner
 
@@ -191,16 +166,19 @@ def test_choice_among_times(times, winner):
 # The file and the command.
 
 
-def test_winners_are_written_read_and_go_first(machine, path, capsys):
-    """Rows of other architectures, kernels and dtypes stay; a second run replaces what the first wrote."""
+def test_fastest_is_written_read_and_goes_first(machine, path, capsys):
+    """It is two steps away. Rows of other architectures, kernels and dtypes stay; a second run replaces the first's."""
     other = {"config": {"block_m": 8, "block_n": 64}, "origin": "mine"}
     mine = {TARGET: {"sum_parts": [other], KERNEL: [other | {"dtypes": ["float64"]}]}, "sm_80": {KERNEL: [other]}}
     path.parent.mkdir()
     path.write_text(json.dumps(mine))
-    for winner in (FASTER, replace(FASTER, block_m=64)):
-        machine.speed, before = {winner: 0.5e-3}, unit().choice.config
+    best = replace(FASTER, block_m=64)
+    for winner, speed in (best, {FASTER: 0.8e-3, best: 0.5e-3}), (replace(best, num_warps=8), {}):
+        machine.speed, machine.timed, before = speed or {winner: 0.5e-3}, [], unit().choice.config
         assert __main__.main(COMMAND) == 0
         assert unit().choice.config == winner != before  # without a new process
+        assert {before, winner} <= machine.compiled  # it is the candidate's launch that is compiled
+        assert machine.timed.count(before) >= machine.timed.count(winner) >= 3 * tune.ROUNDS  # of three dtypes
         said = capsys.readouterr().out
         assert f"3 rows written: {path}" in said and f"bfloat16, backward False: {winner}, " in said
     content = json.loads(path.read_text())
@@ -210,46 +188,39 @@ def test_winners_are_written_read_and_go_first(machine, path, capsys):
     assert all(row["where"] == {"backward": [0, 0]} for row in rows[:3])
     medians = re.match(r"measured: .*: (.*) us against (.*) us \(bias_gelu, 32 clips", rows[0]["origin"]).groups()
     assert [*map(float, medians)] == [pytest.approx(500, rel=0.05), pytest.approx(1000, rel=0.05)]
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file left
+    good = path.read_text()
+    with pytest.raises(ValueError, match="powers of two"):
+        tune.add_override(path, TARGET, unit().choice, LaunchConfig(3), "mine")  # whole or not at all
+    assert path.read_text() == good and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-ROW = {"dtypes": ["float32"], "where": {"backward": [0, 1]}, "config": {"block_m": 4}, "origin": "mine"}
-WRONG_ROWS = [
-    (ROW | {"config": {"block_m": 3}}, "powers of two"),
-    (ROW | {"config": {"block_m": 4, "block_j": 4}}, "block_j"),
-    (ROW | {"dtypes": "float32"}, "are no dtypes"),
-    (ROW | {"where": {"backward": 1}}, "TypeError"),
-    (ROW | {"dtype": ["float32"]}, "unexpected keyword argument 'dtype'"),
-    ({"config": {"block_m": 4}}, "origin"),
-    (1, "TypeError"),
+def table(row):
+    """A file whose second row is this one."""
+    good = {"dtypes": ["float32"], "where": {"backward": [0, 1]}, "config": {"block_m": 4}, "origin": "mine"}
+    return json.dumps({TARGET: {KERNEL: [good, good | row if isinstance(row, dict) else row]}})
+
+
+BROKEN = [
+    *((content, "got .*Error") for content in ("[]", "{", '{"sm_90": []}')),
+    (table({"config": {"block_m": 3}}), "row 1: got .*powers of two"),
+    (table({"config": {"block_m": 4, "block_j": 4}}), "row 1: got .*block_j"),
+    (table({"dtypes": "float32"}), "row 1: got .*are no dtypes"),
+    (table({"where": {"backward": 1}}), "row 1: got .*TypeError"),
+    (table({"dtype": ["float32"]}), "row 1: got .*unexpected keyword argument 'dtype'"),
+    (table(1), "row 1: got .*TypeError"),
+    (json.dumps({TARGET: {KERNEL: [{"config": {"block_m": 4}}]}}), "row 0: got .*origin"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        *((content, "got .*Error") for content in ("[]", "{", '{"sm_90": []}')),
-        *(
-            (json.dumps({TARGET: {KERNEL: [ROW, row]}}), f"{TARGET}, {KERNEL}, row 1: got .*{w}")
-            for row, w in WRONG_ROWS
-        ),
-    ],
-)
+@pytest.mark.parametrize(("content", "words"), BROKEN)
 def test_broken_file_is_an_error_and_stays(machine, tmp_path, capsys, content, words):
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(SystemExit):
         __main__.main([*COMMAND, "--out", str(path)])
+    words = words.replace("row", f"{TARGET}, {KERNEL}, row")
     assert re.search(rf"other\.json.*{words}.*, expected launch choices", capsys.readouterr().err)
     assert path.read_text() == content
-
-
-def test_file_is_written_whole_or_not_at_all(path):
-    tune.add_override(path, TARGET, unit().choice, FASTER, "mine")
-    good = path.read_text()
-    with pytest.raises(ValueError, match="powers of two"):
-        tune.add_override(path, TARGET, unit().choice, LaunchConfig(3), "mine")
-    assert path.read_text() == good and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_interrupt_keeps_what_was_measured(machine, monkeypatch, capsys, path):
@@ -270,13 +241,12 @@ def test_interrupt_keeps_what_was_measured(machine, monkeypatch, capsys, path):
 def test_errors_of_the_command(monkeypatch, capsys, machine):
     with pytest.raises(SystemExit):
         tune.main(["--kernel", "nothing"])
+    assert "--kernel: got 'nothing', expected an op or a kernel of add_layer_norm, " in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         tune.main([])
-    said = capsys.readouterr().err
-    assert "--kernel: got 'nothing', expected an op or a kernel of add_layer_norm, " in said
-    assert "torch finds no GPU here" in said
+    assert "torch finds no GPU here" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

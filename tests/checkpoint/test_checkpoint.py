@@ -258,8 +258,11 @@ def test_another_classifier_on_a_fine_tuned_file():
     state = fine_tuned_names(small_model(**LINEAR).state_dict())
     model = from_pretrained(state, classifier="bridging", num_classes=4, **TOLD)
     assert {note.name for note in model.load_report.ignored} == {
-        "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias",
-    }  # fmt: skip
+        "fc_norm.weight",
+        "fc_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     assert "classifier='bridging' was asked for" in str(model.load_report)
     assert model.config.num_classes == 4 and model.config.mask_ratio == 0.5
 
@@ -313,9 +316,13 @@ def test_allowed_by_name():
     state[extra] = torch.ones(3)
     state["decoder.norm.bias"] = torch.full((48,), torch.inf)
     model = from_pretrained(
-        state, allow_missing=lost, allow_unknown=["*.gamma_?"], allow_nonfinite=("decoder.norm.*",),
-        decoder_num_heads=3, **TOLD,
-    )  # fmt: skip
+        state,
+        allow_missing=lost,
+        allow_unknown=["*.gamma_?"],
+        allow_nonfinite=("decoder.norm.*",),
+        decoder_num_heads=3,
+        **TOLD,
+    )
     report = model.load_report
     assert [note.name for note in report.initial] == [lost] and [note.name for note in report.ignored] == [extra]
     assert not model.encoder.blocks[1].mlp.fc2.bias.any() and bool(model.decoder.norm.bias.isinf().all())

@@ -146,13 +146,17 @@ REFUSED = {
     "hf, fixed eps": ("hf", LINEAR, "classifier_norm_eps, .*: got 1e-06, expected 1e-05, which transformers fixes"),
     "hf, decoder's eps": ("hf", PRETRAINING, "decoder_norm_eps, for Hugging Face's layout: got 1e-06"),
     "hf, two eps": (
-        "hf", {**PRETRAINING, "decoder_norm_eps": 1e-5, "decoder_eps": 1e-5}, "decoder_eps, .*got 1e-05, expected 1e-0",
+        "hf",
+        {**PRETRAINING, "decoder_norm_eps": 1e-5, "decoder_eps": 1e-5},
+        "decoder_eps, .*got 1e-05, expected 1e-0",
     ),
     "hf, position": (
-        "hf", {**LINEAR, "classifier_norm_eps": 1e-5, "position_grid": (8, 14, 14)}, "position_grid, .*None: transf",
+        "hf",
+        {**LINEAR, "classifier_norm_eps": 1e-5, "position_grid": (8, 14, 14)},
+        "position_grid, .*None: transf",
     ),
     "unknown layout": ("timm", {}, "layout: got 'timm', expected one of 'mar_fast', 'mar'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

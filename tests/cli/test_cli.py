@@ -27,11 +27,16 @@ def small(monkeypatch):
     """Models of one layer, 96 wide, on clips of the usual size."""
     made = {
         case: replace(
-            savings.model_config("small", case), embed_dim=96, num_heads=3, depth=1,
-            bridge_embed_dim=32, bridge_num_heads=2, bridge_depth=1,
+            savings.model_config("small", case),
+            embed_dim=96,
+            num_heads=3,
+            depth=1,
+            bridge_embed_dim=32,
+            bridge_num_heads=2,
+            bridge_depth=1,
         )
         for case in savings.CASES
-    }  # fmt: skip
+    }
     monkeypatch.setattr(savings, "model_config", lambda size, case: made[case])
     return made
 

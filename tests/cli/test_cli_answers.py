@@ -294,9 +294,13 @@ def test_bad_input_is_one_clear_line(mar, monkeypatch, tmp_path, arguments, mess
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     clips.textured(tmp_path / "a.mp4", 80, codec="libx264")
     for name, text in {
-        "two.txt": "walk\nrun\n", "bad.csv": "a.mp4 0\nb.mp4", "high.csv": "a.mp4 0\nb.mp4 3", "gone.csv": "b.mp4 0",
-        "good.csv": "a.mp4 0\n", "walk_test_split1.txt": "a.avi 2\n",
-    }.items():  # fmt: skip
+        "two.txt": "walk\nrun\n",
+        "bad.csv": "a.mp4 0\nb.mp4",
+        "high.csv": "a.mp4 0\nb.mp4 3",
+        "gone.csv": "b.mp4 0",
+        "good.csv": "a.mp4 0\n",
+        "walk_test_split1.txt": "a.avi 2\n",
+    }.items():
         (tmp_path / name).write_text(text)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     code, out, err = mar(*arguments)

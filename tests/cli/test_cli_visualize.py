@@ -49,9 +49,11 @@ def shows(rows, clip, mask, filled):
     first = [video[:, ::2].permute(1, 2, 3, 0) for video in (clip, filled)]
     veiled = images["masked"][masked]
     return (
-        torch.equal(images["clip"], first[0]) and torch.equal(images["reconstruction"], first[1])
-        and torch.equal(images["masked"][~masked], first[0][~masked]) and bool((veiled >= 229).all())
-    )  # fmt: skip
+        torch.equal(images["clip"], first[0])
+        and torch.equal(images["reconstruction"], first[1])
+        and torch.equal(images["masked"][~masked], first[0][~masked])
+        and bool((veiled >= 229).all())
+    )
 
 
 def wanted(stride=4, ground_truth=False, mask=None, **overrides):

@@ -46,10 +46,14 @@ def test_padding_is_refused_not_ignored():
     mar_fast.register_attention()
     model = transformers.BertModel(
         transformers.BertConfig(
-            vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            vocab_size=20,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
             attn_implementation="mar_fast",
         )
-    ).eval()  # fmt: skip
+    ).eval()
     tokens = torch.randint(20, (2, 5))
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
@@ -62,11 +66,15 @@ def test_padding_is_refused_not_ignored():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("softcap", 3), ("sliding_window", 3), ("output_attentions", True),
+        ("softcap", 3),
+        ("sliding_window", 3),
+        ("output_attentions", True),
         # Of T5 and of models with sinks; tensors have no truth value of their own, and [0] would pass for False.
-        ("position_bias", torch.zeros(1, 2, 4, 4)), ("position_bias", torch.zeros(1)), ("s_aux", torch.zeros(2)),
+        ("position_bias", torch.zeros(1, 2, 4, 4)),
+        ("position_bias", torch.zeros(1)),
+        ("s_aux", torch.zeros(2)),
     ],
-)  # fmt: skip
+)
 def test_what_it_does_not_do_is_refused(name, value):
     part = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"{name}: got a value, expected None"):

@@ -125,9 +125,15 @@ def test_flash_attn(flash_attn, dtype):
     (call,) = flash_attn
     assert call.pop("qkv") is qkv  # packed as it is, nothing copied
     assert call == dict(
-        dropout_p=0.0, softmax_scale=SCALE, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=True, return_attn_probs=False,
-    )  # fmt: skip
+        dropout_p=0.0,
+        softmax_scale=SCALE,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=True,
+        return_attn_probs=False,
+    )
 
 
 def test_flash_attn_log_sum_exp(flash_attn):

@@ -3,7 +3,6 @@
 The gate compiles a part of the calls; ``make matrix`` all of them, with the pinned Triton and with an older one.
 """
 
-import importlib.util
 import os
 import re
 import sys
@@ -15,37 +14,29 @@ import torch
 
 from mar_fast.kernels import bias_gelu, device
 
-if importlib.util.find_spec("triton") is None or device.INTERPRETING:
+pytest.importorskip("triton")
+if device.INTERPRETING:
     pytest.skip("needs a Triton that compiles", allow_module_level=True)
 
 import triton
 import triton.language as tl
 
 from mar_fast.bench import __main__, kernel_calls
-from mar_fast.bench.kernel_calls import calls, launched, launches, name
+from mar_fast.bench.kernel_calls import calls, launched, launches
 from mar_fast.kernels.jit import attention, attention_backward, compile_check
 from mar_fast.kernels.jit.compile_check import STRICT, TARGETS, check, check_all, code, recorded
-from mar_fast.kernels.jit.launch import Choice, Launch, LaunchConfig, forced, forget_choices
-
-
-@pytest.fixture(autouse=True)
-def only_our_choices(monkeypatch, tmp_path):
-    """Not those of the user who runs the tests."""
-    monkeypatch.setenv("MAR_FAST_CONFIGS", str(tmp_path / "none.json"))
-    forget_choices()
-    yield
-    forget_choices()
+from mar_fast.kernels.jit.launch import Choice, Launch, LaunchConfig, forced
 
 
 def test_kernels_compile_without_faults():
     """The first half-precision and the first float32 call of each op on sm_90; one call on each other target."""
     first, every = {}, launched(code, TARGETS)
-    for number, call in enumerate(calls("meta")):
-        first.setdefault((call.dtype == torch.float32, call.op), number)
-    half = [number for (single, _), number in sorted(first.items()) if not single]
+    for call, case in calls("meta").items():
+        first.setdefault((case.dtype == torch.float32, case.op), call)
+    half = [call for (single, _), call in sorted(first.items()) if not single]
     others = [target for target in TARGETS if target != "sm_90"]
-    wanted = {(number, "sm_90") for number in first.values()} | {*zip(half, others, strict=False)}
-    chosen = [told for told, numbers in every.items() if any((number, told.target) in wanted for number in numbers)]
+    wanted = {(call, "sm_90") for call in first.values()} | {*zip(half, others, strict=False)}
+    chosen = [told for told, made_by in every.items() if any((call, told.target) in wanted for call in made_by)]
     reports = [*check_all(chosen, jobs=0)]
     assert not [report for report in reports if report.failed]
     assert {report.code.target for report in reports} == set(TARGETS)
@@ -60,36 +51,34 @@ def test_whole_matrix(capsys):
         assert __main__.main(["matrix"]) == 0
 
 
-def test_every_choice_is_reached(monkeypatch):
+def test_every_choice_is_reached():
     """Each line of the launch choices, and each row of their tables, by some call; nothing is compiled for it."""
-    reached, taken, look_up = {}, set(), attention.by_head_dim
-
-    def spy(table, arch, head_dim):
-        arch = arch if arch in table else ""
-        taken.add((id(table), arch, next(limit for limit in table[arch] if head_dim <= limit)))
-        return look_up(table, arch, head_dim)
+    lines, before = {}, sys.gettrace()
 
     def trace(frame, event, value):
         if frame.f_code.co_name.startswith("config") and "/jit/" in frame.f_code.co_filename:
-            reached.setdefault(frame.f_code, set()).add(frame.f_lineno)
+            lines.setdefault(frame.f_code, set()).add(frame.f_lineno)
             return trace
         return None
 
-    for module in (attention, attention_backward):
-        monkeypatch.setattr(module, "by_head_dim", spy)
-    before = sys.gettrace()
     sys.settrace(trace)
     try:
-        launched(code, [*TARGETS, "interpreter"])
+        targets = (*TARGETS, "interpreter")
+        made = [(to, one.choice) for to in targets for call in calls("meta") for one, _ in launches(call, to)]
     finally:
         sys.settrace(before)
-    for function, lines in reached.items():
-        never = {line for _, _, line in function.co_lines() if line} - lines - {function.co_firstlineno}
+    for function, reached in lines.items():
+        never = {line for _, _, line in function.co_lines() if line} - reached - {function.co_firstlineno}
         assert not never, (function.co_filename, sorted(never))
-    names = [*vars(attention).values(), *vars(attention_backward).values()]
-    tables = [value for value in names if isinstance(value, dict) and "" in value and "sm_90" in value]
-    assert len(tables) == 6
-    assert taken == {(id(table), arch, limit) for table in tables for arch, rows in table.items() for limit in rows}
+    passes = dict(forward=attention.FORWARD)
+    passes |= dict(backward_query=attention_backward.QUERY, backward_key_value=attention_backward.KEY_VALUE)
+    tables = {(f"attention_{name}", single): pair[single] for name, pair in passes.items() for single in (False, True)}
+    left = {(*key, arch, row) for key, table in tables.items() for arch, rows in table.items() for row in rows}
+    for target, choice in made:
+        if table := tables.get(key := (choice.kernel, choice.dtype == "float32")):
+            arch, size, tokens = target if target in table else "", choice.shape["head_dim"], choice.shape["tokens"]
+            left.discard((*key, arch, next(row for row in table[arch] if size <= row[0] and tokens <= row[1])))
+    assert not left
 
 
 # The check can fail. Plain matrix products without masks, 4096 x 4096 x 768, compiled with what the test says.
@@ -119,18 +108,18 @@ GOOD, LARGE = LaunchConfig(128, 128, 32, num_warps=8, num_stages=3), LaunchConfi
 SMALL, SINGLE = LaunchConfig(64, 64, 32, num_stages=2), "1 float32 products by one of TF32, three are needed"
 
 
-@pytest.mark.parametrize(
-    ("fault", "config", "targets", "options"),
-    [
-        ("", GOOD, TARGETS, ()),  # HMMA, HGMMA, UTCHMMA, v_mfma
-        ("", SMALL, TARGETS[:4], (torch.float32, "tf32x3")),
-        (r"[1-9]\d* bytes of spills and stack", LaunchConfig(256, 128, 32, 2, 2), ["sm_80"], ()),
-        (r"\d+ bytes of shared memory, \d+ is the limit", LARGE, ["sm_80", "sm_120"], ()),
-        ("no tensor core instruction", LaunchConfig(64, 64, 16, 8), ["sm_90"], (torch.float32, "ieee")),
-        ("does not compile: .*", replace(GOOD, block_m=8, block_k=8), ["sm_90"], ()),
-        (SINGLE, SMALL, TARGETS[:4], (torch.float32, "tf32")),
-    ],
-)
+PRODUCTS = [
+    ("", GOOD, TARGETS, ()),  # HMMA, HGMMA, UTCHMMA, v_mfma
+    ("", SMALL, TARGETS[:4], (torch.float32, "tf32x3")),
+    (r"[1-9]\d* bytes of spills and stack", LaunchConfig(256, 128, 32, 2, 2), ["sm_80"], ()),
+    (r"\d+ bytes of shared memory, \d+ is the limit", LARGE, ["sm_80", "sm_120"], ()),
+    ("no tensor core instruction", LaunchConfig(64, 64, 16, 8), ["sm_90"], (torch.float32, "ieee")),
+    ("does not compile: .*", replace(GOOD, block_m=8, block_k=8), ["sm_90"], ()),
+    (SINGLE, SMALL, TARGETS[:4], (torch.float32, "tf32")),
+]
+
+
+@pytest.mark.parametrize(("fault", "config", "targets", "options"), PRODUCTS)
 def test_product(fault, config, targets, options):
     """Good ones, too few warps, too large tiles, multiply-adds, blocks that no instruction has, one product of TF32."""
     for target in targets:
@@ -157,23 +146,19 @@ def test_product_that_the_compiler_loses(monkeypatch, target):
     assert report.faults == ["float32 products by 2.00 of TF32, three are needed"] and report.failed
 
 
-LAYOUTS = [
-    (80, "attention_forward", LaunchConfig(64, 16, 32, 8, 1, False)),
-    (88, "attention_forward", LaunchConfig(64, 16, 32, 8, 1, False)),
-    (128, "attention_forward", LaunchConfig(64, 16, 32, 8, 1, False)),
-    (128, "attention_backward_key_value", LaunchConfig(16, 64, 16, 8, 1, False)),
-]
-MATRIX = [pytest.param(*case, marks=pytest.mark.matrix) for case in LAYOUTS[1:]]
+FORWARD, KEY_VALUE = (64, 16, 32, 8, 1, False), (16, 64, 16, 8, 1, False)
+LAYOUTS = [(88, "forward", FORWARD), (128, "forward", FORWARD), (128, "backward_key_value", KEY_VALUE)]
+MATRIX = [pytest.param(*case, marks=pytest.mark.matrix) for case in LAYOUTS]
 
 
-@pytest.mark.parametrize(("size", "kernel", "config"), [LAYOUTS[0], *MATRIX])
+@pytest.mark.parametrize(("size", "kernel", "config"), [(80, "forward", FORWARD), *MATRIX])
 def test_layout_that_was_wrong_on_hardware(size, kernel, config):
     """float32 heads of 80, 88 and 128, as launched when an H200 gave results wrong by 2e-4, and as launched now."""
-    label = re.compile(rf"attention, .* heads of {size}, float32")
-    (number,) = [number for number in range(len(calls("meta"))) if label.fullmatch(name(number))]
-    for configs, fault in (({kernel: config}, r"\d+ m64n8k8 wgmma, which are wrong for float32"), ({}, "")):
+    call, kernel = f"attention, 16 clips, 784 tokens, 16 heads of {size}, float32", f"attention_{kernel}"
+    wrong = {kernel: LaunchConfig(*config)}
+    for configs, fault in ((wrong, r"\d+ m64n8k8 wgmma, which are wrong for float32"), ({}, "")):
         with forced(configs):
-            one = next(one for one in launches(number, "sm_90") if one[0].choice.kernel == kernel)
+            one = next(one for one in launches(call, "sm_90") if one[0].choice.kernel == kernel)
         assert re.fullmatch(fault, "".join(check(code(*one, "sm_90")).faults[:1]))
 
 
@@ -204,18 +189,15 @@ def test_loads_as_disassembled():
 @pytest.fixture
 def twins(monkeypatch):
     """Only bias_gelu in bfloat16, twice."""
-    first = calls("meta")[0]
-    monkeypatch.setattr(kernel_calls, "calls", lambda device: (first, replace(first, label="its twin")))
-
-
-def test_same_launch_is_compiled_once(twins):
-    entries = launched(code, ["sm_90"], ["bias_gelu"])
-    assert [told.kernel for told in entries] == ["bias_gelu_forward", "bias_gelu_backward", "sum_parts"]
-    assert all(numbers == [0, 1] for numbers in entries.values())
+    name, first = next(iter(calls("meta").items()))
+    monkeypatch.setattr(kernel_calls, "calls", lambda device: {name: first, "its twin": first})
 
 
 def test_command(twins, capsys):
-    """A table and its faults, exit code 1; names that are not known."""
+    """A table and its faults, exit code 1; names that are not known. The same launch is compiled once."""
+    entries = launched(code, ["sm_90"], ["bias_gelu"])
+    assert [told.kernel for told in entries] == ["bias_gelu_forward", "bias_gelu_backward", "sum_parts"]
+    assert all(made_by == [*kernel_calls.calls("meta")] for made_by in entries.values())
     arguments = ["matrix", "--target", "sm_90", "--kernel", "bias_gelu_forward", "--jobs", "0"]
     assert __main__.main(arguments) == 0
     line = r"bias_gelu_forward +sm_90 +16 x 256, 4 warps, 1 stages +registers .*bias_gelu, 32 clips"

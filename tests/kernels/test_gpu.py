@@ -46,10 +46,10 @@ def gather_operands(dtype, visible, width=768, batch=4, video=None, channels_las
     return dict(
         video=make_clip(batch, video or dtype, channels_last),
         keep_idx=make_index(batch, visible),
-        weight=random(width, 3, *PATCH) .div(40).to(dtype),
+        weight=random(width, 3, *PATCH).div(40).to(dtype),
         bias=random(width, dtype=dtype),
         pos_embed=random(1568, width),
-    )  # fmt: skip
+    )
 
 
 def attention_operands(dtype, visible, heads=12, size=64, batch=2):

@@ -48,3 +48,5 @@ def test_the_table_says_the_limits(figures):
     assert text.count("2.5\n") == text.count(" no gradients") - 3 and "model: PyTorch SDPA" in text
     rows = host.rows(figures, torch.device("cpu"))
     assert len(rows) == 2 * len(figures) and {row.metric for row in rows} == {"host time", "host ratio"}
+    others = {(row.case, row.provider) for row in rows if row.provider != "mar_fast"}
+    assert others == {("model", "mar_fast, eager backend"), ("model", "PyTorch SDPA")}

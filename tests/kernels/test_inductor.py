@@ -64,9 +64,11 @@ def driver():
 # Passes that stay an op of the library: where an index says at which address something is stored, inductor takes the
 # index for written.
 OPAQUE = {
-    "attention_varlen": ("forward", "backward"), "gather_patch_embed": ("backward",), "scatter_tokens": ("backward",),
+    "attention_varlen": ("forward", "backward"),
+    "gather_patch_embed": ("backward",),
+    "scatter_tokens": ("backward",),
     "masked_patch_loss": ("backward",),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -5,7 +5,7 @@ import functools
 import oracle
 import pytest
 import torch
-from op_cases import cropped, norm_operands, plain_norm, strided
+from op_cases import cropped, expanded, norm_operands, plain_norm, rows_apart, strided, tokens_first, width_first
 
 from mar_fast import kernels
 from mar_fast.kernels import device
@@ -122,26 +122,6 @@ def test_a_large_mean():
 
 
 # Strides.
-
-
-def rows_apart(value):
-    """Rows 3 elements further apart than they are long, after an odd offset."""
-    buffer = torch.full((*value.shape[:-1], value.shape[-1] + 3), torch.nan, dtype=value.dtype)
-    return buffer[..., 1:-2].copy_(value)
-
-
-def tokens_first(value):
-    """(B, N, D) in the memory of (N, B, D): no single row stride describes it."""
-    return value.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def width_first(value):
-    return value.mT.contiguous().mT
-
-
-def expanded(value):
-    """As the gradient of a sum."""
-    return value[:1, :1, :1].expand(value.shape)
 
 
 def expanded_rows(value):

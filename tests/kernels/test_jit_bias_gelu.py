@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from op_cases import cropped, gelu_operands, plain_gelu, strided
+from op_cases import cropped, expanded, gelu_operands, plain_gelu, rows_apart, strided, width_first
 
 from mar_fast import kernels
 from mar_fast.kernels import device
@@ -92,22 +92,6 @@ def test_float64_is_left_to_pytorch(poisoned):
     poisoned.allocated = None
 
 
-def transposed(value):
-    """Unit stride in the first dimension, not the last."""
-    return value.T.contiguous().T
-
-
-def rows_apart(value):
-    """Unit stride in the last dimension, rows 3 elements further apart than they are long, after an odd offset."""
-    buffer = torch.full((len(value), value.shape[1] + 3), torch.nan, dtype=value.dtype)
-    return buffer[:, 1:-2].copy_(value)
-
-
-def expanded(value):
-    """All elements one element, as the gradient of a sum."""
-    return value[:1, :1].expand(value.shape)
-
-
 def expanded_rows(value):
     """All rows one row, as the gradient of a mean over tokens."""
     return value[:1].expand(value.shape)
@@ -117,7 +101,7 @@ def expanded_columns(value):
     return value[:, :1].expand(value.shape)
 
 
-LAYOUTS = [cropped, strided, transposed, rows_apart, expanded, expanded_rows, expanded_columns]
+LAYOUTS = [cropped, strided, width_first, rows_apart, expanded, expanded_rows, expanded_columns]
 
 
 @every_dtype
@@ -178,7 +162,7 @@ def test_opcheck(shape, dtype):
 @pytest.mark.compiles
 def test_opcheck_of_strides():
     x, bias = gelu_operands(torch.float32, (17, 33)).values()
-    torch.library.opcheck(torch.ops.mar_fast.bias_gelu.default, (transposed(x).requires_grad_(), strided(bias)))
+    torch.library.opcheck(torch.ops.mar_fast.bias_gelu.default, (width_first(x).requires_grad_(), strided(bias)))
 
 
 @pytest.mark.compiles

@@ -8,10 +8,13 @@ import torch
 from op_cases import (
     MEAN,
     STD,
+    expanded,
     gather_operands,
     make_clip,
     plain_gather,
     strided,
+    tokens_first,
+    width_first,
 )
 from test_jit_gather_patch_embed import DARK, FEW, LARGE, NORMALISED, REAL, SMALL, compare, normalised
 
@@ -122,21 +125,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # Gradients.
 
 
-def expanded(value):
-    """All elements one element, as the gradient of a sum."""
-    return value[:1, :1, :1].expand(value.shape)
-
-
-def transposed(value):
-    return value.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def swapped(value):
-    """(B, N, D) in the memory of (N, B, D): no single row stride describes it."""
-    return value.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-@pytest.mark.parametrize("layout", [expanded, transposed, swapped, strided])
+@pytest.mark.parametrize("layout", [expanded, width_first, tokens_first, strided])
 def test_any_strides_of_the_gradient(layout):
     operands = gather_operands(torch.float32, **FEW)
     seed = layout(torch.randn(2, 3, 33))

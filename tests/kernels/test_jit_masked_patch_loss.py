@@ -17,6 +17,8 @@ from op_cases import (
     make_clip,
     make_index,
     plain_loss,
+    rows_apart,
+    tokens_first,
 )
 
 from mar_fast import kernels
@@ -157,15 +159,6 @@ def test_one_row_of_indices_for_all_clips():
     operands = loss_operands(torch.float32, 3, 5)
     operands["drop_idx"] = operands["drop_idx"][:1].expand(3, -1)
     check(operands, patch_size=PATCH)
-
-
-def rows_apart(value):
-    buffer = torch.full((*value.shape[:2], value.shape[2] + 3), torch.nan, dtype=value.dtype)
-    return buffer[..., 1:-2].copy_(value)
-
-
-def tokens_first(value):
-    return value.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @pytest.mark.parametrize("layout", [rows_apart, tokens_first, lambda value: value[:, :1].expand(value.shape)])

@@ -3,7 +3,16 @@
 import oracle
 import pytest
 import torch
-from op_cases import cropped, make_index, plain_scatter, scatter_operands, strided
+from op_cases import (
+    cropped,
+    expanded,
+    make_index,
+    plain_scatter,
+    scatter_operands,
+    strided,
+    tokens_first,
+    width_first,
+)
 
 from mar_fast import kernels
 from mar_fast.kernels import device
@@ -133,20 +142,6 @@ def test_one_row_for_all_clips():
     keep_idx = make_index(1, 17).expand(3, -1)
     assert keep_idx.stride(0) == 0
     check(operands_of(keep_idx, 154))
-
-
-def tokens_first(value):
-    """(B, N, D) in the memory of (N, B, D): no single row stride describes it."""
-    return value.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def width_first(value):
-    return value.mT.contiguous().mT
-
-
-def expanded(value):
-    """As the gradient of a sum."""
-    return value[:1, :1, :1].expand(value.shape)
 
 
 def expanded_clips(value):

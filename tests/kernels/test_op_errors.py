@@ -177,7 +177,7 @@ BAD = {
         (dict(std=(1.0, 1.0, 1.0)), VALUE, "mean and std", "mean=None"),
         (dict(mean=(0.0, 0.0, 0.0), std=(1.0, -1.0, 1.0)), VALUE, "std", "(1.0, -1.0, 1.0)"),
     ],
-}  # fmt: skip
+}
 
 CASES = [
     pytest.param(name, *row, id=f"{name}-{number}") for name, rows in BAD.items() for number, row in enumerate(rows)

@@ -26,7 +26,7 @@ from op_cases import (
     plain_scatter,
     scatter_operands,
     varlen_operands,
-)  # fmt: skip
+)
 
 from mar_fast import kernels
 
@@ -35,22 +35,25 @@ pytestmark = pytest.mark.triton_too
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
-GATHER = [
-    dict(count=1),
+OF_CLIPS = [
     dict(count=17, layout="channels_last"),
     dict(count=98, layout="cropped", batch=1),
-    dict(count=130, layout="strided"),
     dict(count=TOKENS),
     dict(count=1, video=torch.uint8, layout="cropped"),
-    dict(count=98, video=torch.uint8, layout="channels_last", index=torch.int64),
-    dict(count=17, video=torch.float32),  # a clip in another dtype than the weights
-    dict(count=7, patch=(2, 16, 16), grid=(2, 2, 3), width=96, video=torch.uint8),  # the real patch
+    dict(count=17, video=torch.float32),  # a clip in another dtype than weights or pixels
     dict(count=0),
     dict(batch=0),
     dict(lengths=(5, 0, 12), layout="cropped"),
     dict(lengths=(98, TOKENS, 1), video=torch.uint8, layout="channels_last", index=torch.int64),
     dict(lengths=(0, 0)),
     dict(lengths=()),
+]
+GATHER = [
+    dict(count=1),
+    dict(count=130, layout="strided"),
+    dict(count=98, video=torch.uint8, layout="channels_last", index=torch.int64),
+    dict(count=7, patch=(2, 16, 16), grid=(2, 2, 3), width=96, video=torch.uint8),  # the real patch
+    *OF_CLIPS,
 ]
 
 
@@ -221,19 +224,9 @@ def test_scatter_tokens(case, index, dtype):
 
 LOSS = [
     dict(count=1, layout="strided"),
-    dict(count=17, layout="channels_last"),
-    dict(count=98, layout="cropped", batch=1),
     dict(count=130, index=torch.int64),
-    dict(count=TOKENS),
-    dict(count=1, video=torch.uint8, layout="cropped"),
     dict(count=98, video=torch.uint8, layout="channels_last"),
-    dict(count=17, video=torch.float32),
-    dict(count=0),
-    dict(batch=0),
-    dict(lengths=(5, 0, 12), layout="cropped"),
-    dict(lengths=(98, TOKENS, 1), video=torch.uint8, layout="channels_last", index=torch.int64),
-    dict(lengths=(0, 0)),
-    dict(lengths=()),
+    *OF_CLIPS,
 ]
 
 

@@ -10,7 +10,6 @@ import torch.autograd.forward_ad as forward_ad
 from op_cases import cropped, strided
 from plan_cases import (
     CALLS,
-    CONFIGS,
     assert_same,
     every_op,
     floating,
@@ -25,16 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mar_fast import kernels
 from mar_fast.kernels import checks, plan
-from mar_fast.kernels.jit.launch import forced
 from mar_fast.kernels.plan import Plans
 
-pytestmark = pytest.mark.interpreter
-
-
-@pytest.fixture(autouse=True)
-def _few_tiles():
-    with forced(CONFIGS):
-        yield
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("few_tiles")]
 
 
 # Something else looks on.

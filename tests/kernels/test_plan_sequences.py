@@ -32,9 +32,13 @@ OPTIONS = {
     "bias_gelu": [{}],
     "scatter_tokens": [{}],
     "masked_patch_loss": [
-        dict(normalize=False), dict(normalize=1), dict(patch_size=(2, 3.0, 5)), dict(video=torch.uint8), {},
+        dict(normalize=False),
+        dict(normalize=1),
+        dict(patch_size=(2, 3.0, 5)),
+        dict(video=torch.uint8),
+        {},
     ],
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import pytest
 import torch
 from op_cases import cropped, gather_operands, loss_operands, scatter_operands, strided
 from plan_cases import (
-    CONFIGS,
     PATCH,
     assert_planned_as_unplanned,
     assert_same,
@@ -28,13 +27,7 @@ from mar_fast.kernels.jit import launch
 from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 from mar_fast.kernels.plan import Plans
 
-pytestmark = pytest.mark.interpreter
-
-
-@pytest.fixture(autouse=True)
-def _few_tiles():
-    with forced(CONFIGS):
-        yield
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("few_tiles")]
 
 
 @pytest.fixture
@@ -275,7 +268,7 @@ BAD_OPTIONS = [
     ("masked_patch_loss", dict(patch_size=PATCH), dict(patch_size=[2, 3, 5]), "patch_size"),
     ("masked_patch_loss", dict(patch_size=Triple(*PATCH)), dict(patch_size=Triple(2, 3.0, 5)), "patch_size"),
     ("gather_patch_embed", {}, dict(mean=None), "mean and std"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "good", "bad", "argument"), BAD_OPTIONS)

@@ -100,7 +100,7 @@ REFUSED = {
     "mask of another grid": ("mask", lambda: build(mar_fast.MAR)(clips(1), TokenMask.ragged([i32([0])], (4, 4, 2)))),
     "mask of another device": ("mask", lambda: build(mar_fast.MAR)(clips(1), ragged((3,)).to("meta"))),
     "no decoder": ("reconstruct", lambda: build(mar_fast.MAR, decoder_depth=0)(clips(1), ragged([3]), reconstruct=1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("named", "call"), REFUSED.values(), ids=list(REFUSED))

@@ -1,6 +1,7 @@
 """A run that is killed at any moment goes on to the bits of one that never was.
 
-MAR_FAST_KILLS sets how many kills there are (make kills: 20). Each run is the command itself, on films made here.
+MAR_FAST_KILLS sets how many kills there are (make kills: 20, one of them of one of two processes). Each run is the
+command itself, on films made here: what is killed in a process of its own, and with a worker; the others here.
 """
 
 import json
@@ -18,8 +19,10 @@ import torch
 from train_cases import RECIPE, STEPS, write_films
 
 import mar_fast
+from mar_fast import cli
+from mar_fast.train.log import Log
 
-KILLS = int(os.environ.get("MAR_FAST_KILLS", "3")) - 2  # at random moments; of the others each has a test of its own
+KILLS = int(os.environ.get("MAR_FAST_KILLS", "3"))
 # Writes half of the second checkpoint, then ends as by SIGKILL.
 KILLED_WHILE_WRITING = """
 import os, signal, sys, torch
@@ -46,13 +49,22 @@ def films(tmp_path_factory):
 
 def arguments(films, out, *more):
     lists = ["--train", films / "list.txt", "--val", films / "list.txt"]
-    return ["train", "--recipe", films / "small.toml", *lists, "--out", out, "--clips", 4, "--workers", 1, *more]
+    return ["train", "--recipe", films / "small.toml", *lists, "--out", out, "--clips", 4, *more]
+
+
+def here(*words, code=0):
+    """The command in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["mar-fast", *map(str, words), "--workers", "0"])
+        cli.main()
+        raise SystemExit(0)
+    assert (stop.value.code or 0) == code
 
 
 def command(*words, script="from mar_fast.cli import main; main()"):
     environment = os.environ | {"PYTHONPATH": str(Path(mar_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", script, *map(str, words)],
+        [sys.executable, "-P", "-c", script, *map(str, words), "--workers", "1"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -116,7 +128,7 @@ def assert_same(out, want):
 @pytest.fixture(scope="module")
 def never_killed(films, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "never"
-    finish(command(*arguments(films, out)))
+    here(*arguments(films, out))
     assert len(list((out / "checkpoints").glob("*.pt"))) == 2
     assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, STEPS + 1))
     assert all(0 < row["waiting"] <= 1 for row in map(json.loads, (out / "log.jsonl").open()) if "loss" in row)
@@ -129,26 +141,22 @@ def newest(out):
 
 def test_killed_at_random_moments(films, never_killed, tmp_path):
     out, draw, killed = tmp_path / "run", random.Random(1), 0
-    process = command(*arguments(films, out))
-    while killed < KILLS:
+    while killed < KILLS - 1 - (KILLS > 3):
+        process = command(*arguments(films, out, *(["--resume"] if newest(out) else [])))
         reached = newest(out)
-        deadline = time.monotonic() + 120
-        while newest(out) <= reached and process.poll() is None and time.monotonic() < deadline:
+        while newest(out) <= reached and process.poll() is None:
             time.sleep(0.005)  # a kill before the first new checkpoint would go in circles
         time.sleep(draw.uniform(0, 0.3))
         if process.poll() is not None:  # it came to its end: once more from the beginning
             finish(process)
             assert_same(out, never_killed)
             out = tmp_path / f"run-{killed}"
-            process = command(*arguments(films, out))
             continue
         kill(process)
         killed += 1
         logged = max((row["step"] for row in rows_so_far(out) if "loss" in row), default=0)
         assert newest(out) >= logged - 1, "more is lost than what was done since the last checkpoint"
-        process = command(*arguments(films, out, "--resume"))
-    said = finish(process)
-    assert "goes on after step" in said
+    here(*arguments(films, out, "--resume"))
     assert_same(out, never_killed)
 
 
@@ -161,24 +169,30 @@ def test_killed_while_a_checkpoint_is_written(films, never_killed, tmp_path):
     out = tmp_path / "run"
     finish(command(*arguments(films, out), script=KILLED_WHILE_WRITING), -signal.SIGKILL)
     assert newest(out) == 1
-    finish(command(*arguments(films, out, "--resume")))
+    here(*arguments(films, out, "--resume"))
     assert_same(out, never_killed)
 
 
-def test_interrupted_by_hand(films, never_killed, tmp_path):
+@pytest.mark.parametrize("step", [3, 4])  # within an epoch, and the last one of an epoch with a validation
+def test_interrupted_by_hand(films, never_killed, tmp_path, monkeypatch, capsys, step):
     """Ctrl-C ends the step and saves."""
-    out = tmp_path / "run"
-    process = command(*arguments(films, out))
-    while newest(out) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said = finish(process, 130)
-    assert "--resume goes on" in said
-    assert newest(out) == max(row["step"] for row in rows(out))
-    finish(command(*arguments(films, out, "--resume")))
+    out, add = tmp_path / "run", Log.add
+
+    def interrupt(log, row):
+        add(log, row)
+        if row["step"] == step and "loss" in row:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "add", interrupt)
+        here(*arguments(films, out), code=130)
+    assert "--resume goes on" in capsys.readouterr().err
+    assert newest(out) == max(row["step"] for row in rows(out)) == step + 1
+    here(*arguments(films, out, "--resume"))
     assert_same(out, never_killed)
 
 
+@pytest.mark.skipif(KILLS <= 3, reason="takes a minute: make kills runs it")
 def test_one_of_two_processes_is_killed(films, tmp_path):
     never, out = tmp_path / "never", tmp_path / "run"
     shorter = ["--set", "schedule.epochs=2", "--clips", 2]
