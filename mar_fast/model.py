@@ -12,6 +12,7 @@ One forward serves equal and ragged masks. With a ragged one tokens are packed, 
 
 from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class MAROutput(NamedTuple):
     """What a forward pass gives; None where it was not asked for.
 
     Attributes:
-        logits: (B, classes).
+        logits: (B, classes), or (B, D) pooled features if ``num_classes`` is 0.
         features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a ragged mask.
         reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets (of all clips together).
         pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order;
@@ -232,13 +233,13 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Mean over tokens, LayerNorm, linear layer."""
+    """Mean over tokens, LayerNorm, linear layer; no linear layer where ``num_classes`` is 0, as in timm."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.num_classes)
+        self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D), or packed (total, D) -> (B, classes)."""
@@ -282,6 +283,25 @@ class MAR(nn.Module):
             if isinstance(module, Fused):
                 module.fallbacks = fallbacks
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> "MAR":
+        """`mar_fast.from_pretrained`: of a hub id, a folder that `save_pretrained` wrote, or any other checkpoint."""
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Path:
+        """Write a folder with config.json, weights and a model card: see `mar_fast.checkpoint.save_pretrained`."""
+        from .checkpoint import save_pretrained
+
+        return save_pretrained(self, save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload such a folder to the hub: see `mar_fast.checkpoint.push_to_hub`."""
+        from .checkpoint import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices and zero biases, as MAE (arXiv 2111.06377) and VideoMAE begin."""

@@ -219,7 +219,7 @@ class Classifier(nn.Module):
             )
         self.norm = nn.LayerNorm(dim, eps=config.classifier_norm_eps)
         self.drop = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear(dim, config.num_classes)
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, classes)."""

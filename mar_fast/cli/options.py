@@ -103,7 +103,7 @@ def load_classifier(checkpoint: str, keep: float | None, dtype: str, device: str
         if keep is not None and str(error).startswith("mask_ratio:"):
             raise ValueError(f"--keep: got {keep}, a share of visible patches that is not allowed. {error}") from error
         raise
-    if model.classifier is None:
+    if model.classifier is None or not model.config.num_classes:
         raise checks.bad("--checkpoint", f"{checkpoint!r}, without a classifier", "one that was trained to classify")
     return model.to(machine.device(device), machine.DTYPES[dtype]).eval()
 
