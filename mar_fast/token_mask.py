@@ -101,7 +101,8 @@ class TokenMask:
 
         Args:
             masked: (B, L) or (B, T', H', W') bool.
-            num_visible: Visible tokens of every clip. None reads them from the mask, which waits for the device.
+            num_visible: Visible tokens of every clip. None reads them from the mask, which waits for the device, and
+                which exporters cannot do.
 
         Raises:
             ValueError, TypeError: a wrong shape or dtype, clips with unequal counts, or a count other than given.
@@ -114,6 +115,8 @@ class TokenMask:
         flat = masked.flatten(1)
         grid = tuple(map(int, masked.shape[1:]))  # symbols or tensors while a call is exported or traced
         tokens = math.prod(grid)
+        if num_visible is None:
+            check_may_count()
         if num_visible is None or checks.may_read(flat):
             counts = (~flat).sum(1).unique().tolist()
             if len(counts) > 1:
@@ -236,6 +239,13 @@ class TokenMask:
         if self.cu_seqlens is None or self.max_seqlen is None:
             return None
         return Segments(self.cu_seqlens, self.max_seqlen, clip_index(self.cu_seqlens, self.keep_idx.shape[0]))
+
+
+def check_may_count(how: str = "") -> None:
+    """Check that a mask's visible tokens can be counted now; ``how`` else to give ``num_visible``."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        accepted = f"the visible tokens of each clip: a graph cannot count them in a mask{how}"
+        raise checks.bad("num_visible", "None in a call that is exported or traced", accepted)
 
 
 def check_grid(grid: object, dimensions: tuple[int, ...] = (1, 3)) -> None:

@@ -80,7 +80,7 @@ def open_picture(path: Path) -> "VideoFrame":
     """
     # An open file, since in a name FFmpeg takes %d for the number of a picture.
     with _errors(path), path.open("rb") as file, _opened(file) as (container, stream):
-        frame = next(_decoded(container.demux(stream)), None)
+        frame = next(_decoded(_packets(container, stream)), None)
     if frame is None or frame.is_corrupt:
         raise checks.bad("path", f"{str(path)!r}, which cannot be decoded", "a complete picture")
     return frame
@@ -127,10 +127,10 @@ class Video:
             self._index = _index(self.name, self._container, self._stream)
             if self._index.late:
                 self._open()
-                self._index.begin(frame.pts for frame in _decoded(self._container.demux(self._stream)))
+                self._index.begin(frame.pts for frame in _decoded(_packets(self._container, self._stream)))
             if self._index.counted:
                 self._open()
-                self.total = sum(1 for _ in _decoded(self._container.demux(self._stream)))
+                self.total = sum(1 for _ in _decoded(_packets(self._container, self._stream)))
             else:
                 self.total = len(self._index.stamps)
             self._keys = self._index.keys
@@ -179,7 +179,7 @@ class Video:
         if before > 1:  # an mp4 that an editor trimmed may have no key frame at its beginning
             self._keys = array("q", [0])
         self._open()
-        frames = _decoded(self._container.demux(self._stream))
+        frames = _decoded(_packets(self._container, self._stream))
         return enumerate(frames) if self._index.counted else self._numbered(frames)
 
     def _sought(self, key: int, wanted: int) -> Iterator[tuple[int, "VideoFrame"]]:
@@ -187,12 +187,11 @@ class Video:
         import av
 
         index = self._index
-        _drain(self._stream)
         try:
             self._container.seek(index.stamps[key], stream=self._stream, backward=True)
         except (av.error.FFmpegError, OSError):
             return
-        packets = self._container.demux(self._stream)
+        packets = _packets(self._container, self._stream)
         first = next((packet for packet in packets if index.is_key(packet)), None)
         if first is None or index.number(first.pts) > wanted:
             return
@@ -238,21 +237,15 @@ def _opened(source: Source, threads: int = 0) -> Iterator[tuple["InputContainer"
         try:
             yield container, stream
         finally:
-            _drain(stream)
+            # PyAV frees a decoder while it holds the GIL. A thread that is still decoding then and has something to log
+            # waits for the GIL, if av.logging is on, and both wait for ever. This waits for the threads without it.
+            stream.codec_context.flush_buffers()
 
 
-def _drain(stream: "VideoStream") -> None:
-    """Wait for the decoder's threads.
-
-    PyAV frees a decoder while it holds the GIL. A thread that is still decoding then and has something to log waits for
-    the GIL, if av.logging is on, and both wait for ever.
-    """
-    import av
-
-    if stream.codec_context.is_open:
-        with suppress(av.error.FFmpegError):  # a damaged frame, or it has been drained before
-            while stream.codec_context.decode(None):
-                pass
+def _packets(container: "InputContainer", *streams: "VideoStream") -> Iterator["Packet"]:
+    """All packets of the file or of these streams."""
+    with suppress(IndexError):  # PyAV at the end, if a stream began in the middle of the file
+        yield from container.demux(*streams)
 
 
 def _decoded(packets: Iterable["Packet"]) -> Iterator["VideoFrame"]:
@@ -313,7 +306,7 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
     first: Packet | None = None
     found, latest, decode_time, step, corrupt = 0, _NEVER, _NEVER, 1, False
     end = 0.0  # of the last packet of any stream, in seconds
-    for packet in container.demux():
+    for packet in _packets(container):
         if packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index or not packet.size:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..config import IMAGENET_MEAN, IMAGENET_STD
 from ..kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from ..layers import norm, own_forward, plain_projection, put_back, total, unhooked, untouched
-from ..masking import TokenMask, cell_running
+from ..masking import cell_running
+from ..token_mask import TokenMask, check_may_count
 from .layers import MODELING, State, own_code, run_layers
 
 # Arguments that transformers passes to every model and that change nothing here.
@@ -237,10 +238,7 @@ def _mask_of_call(
     bools = bool_masked_pos.to(pixel_values.device)
     count = state.num_visible if num_visible is None else num_visible
     if count is None:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            accepted = "the visible tokens of each clip: a graph cannot count them in a mask, so pass num_visible with "
-            accepted += "the call or to mar_fast.accelerate"
-            raise checks.bad("num_visible", "None in a call that is exported or traced", accepted)
+        check_may_count(", so pass num_visible with the call or to mar_fast.accelerate")
         counts = (~bools).sum(1)
         low, high = (int(counts.min()), int(counts.max())) if batch else (tokens, tokens)
         if low != high:

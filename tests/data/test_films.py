@@ -159,12 +159,41 @@ def test_pieces_of_a_recording(tmp_path, ending):
         read_clip(pieces[1], 16, stride=1, start=0)
 
 
+def test_joined_recordings_whose_times_lie_between_each_other(tmp_path):
+    """None is there twice, so that only times of decoding tell it."""
+    one, other = (
+        clips.textured(tmp_path / f"{late}.ts", 30, codec="libx264", options={"g": "12", "bf": "0"}, times=times)
+        for late in (0, 20)
+        for times in [[late + 40 * number for number in range(30)]]
+    )
+    one.write_bytes(one.read_bytes() + other.read_bytes())
+    agrees(one, [(0, 1), (7, 1), (40, 4)], 60)
+
+
+def test_packets_that_hold_no_picture(tmp_path):
+    """MPEG-4's "as before": 01 P-VOP, 0, 1, time 01010, 1, 0 not coded."""
+    source = clips.textured(tmp_path / "a.mkv", 30, codec="mpeg4", options={"g": "12", "bf": "0"})
+    with av.open(str(source)) as old, av.open(str(tmp_path / "b.mkv"), "w") as new:
+        target = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(packet for packet in old.demux(video=0) if packet.size):
+            if number == 10:
+                empty = av.Packet(b"\0\0\1\xb6\x55\x4f")
+                empty.stream, empty.time_base = target, packet.time_base
+                empty.pts = empty.dts = packet.pts - 20
+                new.mux(empty)
+            packet.stream = target
+            new.mux(packet)
+    agrees(tmp_path / "b.mkv", [(0, 1), (9, 1), (20, 4)], 30)
+
+
 READ = """
-import sys, av, av.logging
+import contextlib, sys, av, av.logging
 av.logging.set_level(av.logging.ERROR)
 from mar_fast import data
-for k in range(40):
-    data.read_clip(sys.argv[1], 4, stride=1, start=k * 5 % 40)
+for file in sys.argv[1:]:
+    for k in range(60):
+        with contextlib.suppress(ValueError):
+            data.read_clip(file, 1, stride=1, start=k % 8)
 """
 
 
@@ -172,8 +201,15 @@ def test_every_read_ends_with_logging(tmp_path):
     """A decoder that is freed while its threads log waits for ever: a race, so many reads, in processes that end."""
     whole = clips.textured(tmp_path / "a.mp4", 60, (240, 320), codec="libx265", options=HEVC)
     cut = clips.copied(whole, tmp_path / "cut.mkv", 1)
+    with av.open(str(whole)) as file:
+        slices = [packet.pos + 6 for packet in file.demux(video=0) if packet.size]
+    damaged = bytearray(whole.read_bytes())
+    for at in slices[8:]:
+        damaged[at : at + 4] = b"\x80\0\0\0"  # no such set of parameters
+    (tmp_path / "damaged.mp4").write_bytes(damaged)
     for _ in range(TIMES):
-        subprocess.run([sys.executable, "-c", READ, str(cut)], check=True, timeout=60, stderr=subprocess.DEVNULL)
+        arguments = [sys.executable, "-c", READ, str(cut), str(tmp_path / "damaged.mp4")]
+        subprocess.run(arguments, check=True, timeout=60, stderr=subprocess.DEVNULL)
 
 
 MEMORY = """
