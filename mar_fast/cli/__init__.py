@@ -14,6 +14,7 @@ from .convert import convert
 from .cost import cost
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .tradeoff import tradeoff
 from .train import train
@@ -47,6 +48,7 @@ app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command("eval")(evaluate)
 app.command()(classify)
 app.command()(train)
+app.command()(export)
 app.command()(tradeoff)
 app.command()(visualize)
 checkpoint = typer.Typer(
