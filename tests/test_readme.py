@@ -16,7 +16,15 @@ from mar_fast.data import sample_clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-ROOMS = ["mar_fast/data", "mar_fast/checkpoint", "mar_fast/huggingface", "mar_fast/eval", "mar_fast/export", "kernels", "bench"]
+ROOMS = [
+    "mar_fast/data",
+    "mar_fast/checkpoint",
+    "mar_fast/huggingface",
+    "mar_fast/eval",
+    "mar_fast/export",
+    "kernels",
+    "bench",
+]
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 NEEDS = {"huggingface": "transformers", "checkpoint": "safetensors"}
 

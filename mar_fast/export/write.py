@@ -178,9 +178,12 @@ def _write(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
         with path.open("wb") as file:  # with a path its archive would be named after the temporary file
             torch.export.save(program, file, extra_files={EXTRA_FILE: text})
     elif info.format == "aoti":
-        from torch._inductor import aoti_compile_and_package  # takes a second
+        import torch._inductor.config as inductor  # takes a second
+        from torch._inductor import aoti_compile_and_package
 
         settings: dict[str, Any] = {"aot_inductor.metadata": {KEY: text}}
+        if hasattr(inductor.aot_inductor, "check_lowerbound"):  # it would refuse a batch of 1
+            settings["aot_inductor.check_lowerbound"] = False
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     else:
         names = dict(input_names=["video"], output_names=[info.output])
