@@ -186,8 +186,9 @@ def _write(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
             settings["aot_inductor.check_lowerbound"] = False
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     else:
-        names = dict(input_names=["video"], output_names=[info.output])
-        exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        exported = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["video"], output_names=[info.output]
+        )
         assert exported is not None
         exported.model.metadata_props[KEY] = text
         exported.save(path)
