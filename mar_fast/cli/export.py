@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .. import data, export_model, load_exported, machine
+from .. import data, export_model, machine
 from ..export.read import Format
 from ..kernels.gather_patch_embed import per_channel
 from . import common, options
@@ -56,11 +56,9 @@ def export(
         except ArithmeticError as error:
             common.show_error(error)
             raise typer.Exit(common.CHECK_FAILED) from error
-    info = load_exported(out).info
     size = common.megabytes(out.stat().st_size)
-    shape = (info.batch or "B", config.channels, config.num_frames, *config.image_size)
-    common.show(f"Written: {out} ({to}, {info.dtype}, for {info.device}), {size} MB")
-    common.show(
-        f"{info.input_dtype} video ({', '.join(map(str, shape))}) -> {info.output}, mask ratio {config.mask_ratio:g}"
-    )
+    shape = (batch or "B", config.channels, config.num_frames, *config.image_size)
+    output = "features" if model.classifier is None else "logits"
+    common.show(f"Written: {out} ({to}), {size} MB")
+    common.show(f"{pixels} video ({', '.join(map(str, shape))}) -> {output}, mask ratio {config.mask_ratio:g}")
     common.show(f"differs from the model by {difference:.1e} (relative norm) on {len(example)} clips of {path.name}")

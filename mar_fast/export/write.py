@@ -130,7 +130,7 @@ def export_model(
     return max(differences)
 
 
-def _check(model: object, path: Path, example: object, format: str) -> None:
+def _check(model: MAR, path: Path, example: Tensor, format: Format) -> None:
     if not isinstance(model, MAR):
         raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
     if model.training:

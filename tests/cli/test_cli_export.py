@@ -30,7 +30,7 @@ def test_file(run, mar, tmp_path):
     """The checkpoint's own mask for any batch of pixels, and the dense form for two normalised clips."""
     (tmp_path / "names.txt").write_text("\n".join(f"name {number}" for number in range(11)))
     code, out, _ = run("export", mar, "any.pt2", "--labels", "names.txt")
-    assert code == 0 and "Written: any.pt2 (pt2, float32, for cpu)" in out
+    assert code == 0 and "Written: any.pt2 (pt2), " in out
     assert "uint8 video (B, 3, 6, 32, 64) -> logits, mask ratio 0.5" in out and "on 3 clips of bikes.mp4" in out
     exported, clips = load_exported("any.pt2"), views(4)
     model = small_model(depth=1, bridge_depth=1, decoder_depth=1)
@@ -38,7 +38,7 @@ def test_file(run, mar, tmp_path):
 
     dense = ("--keep", 1, "--batch", 2, "--input", "float", "--set", "classifier=none", "--dtype", "bf16")
     code, out, _ = run("export", mar, "dense.pt2", *dense, "--clip", data.sample_clip())
-    assert code == 0 and "float32 video (2, 3, 6, 32, 64) -> features, mask ratio 0" in out
+    assert code == 0 and "float video (2, 3, 6, 32, 64) -> features, mask ratio 0" in out
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (model.config.mean, model.config.std))
     got = load_exported("dense.pt2")((views(2) / 255 - mean) / std)
     want = small_model(depth=1, bridge_depth=1, decoder_depth=1, mask_ratio=0.0)(views(2)).features
