@@ -79,7 +79,7 @@ def export_model(
     path = Path(path)
     _check(model, path, example, format)
     config = model.config
-    if labels is None and model.load_report is not None:
+    if labels is None and config.classifier is not None and model.load_report is not None:
         labels = model.load_report.labels
     if labels is not None and (config.classifier is None or len(labels) != config.num_classes):
         classes = 0 if config.classifier is None else config.num_classes

@@ -142,6 +142,7 @@ def test_without_the_package(kinds, folder):
 def test_fixed_batch_of_normalised_clips(kind, tmp_path):
     """Dense features, of a model that has neither classifier nor decoder."""
     model = model_of(classifier=None, decoder_depth=0, mask_ratio=0.0)
+    model.load_report = types.SimpleNamespace(labels=LABELS)  # of a classifier that was left out
     clips, path = real_clips(2).float() / 127 - 1, tmp_path / FORMATS[kind]
     export_model(model, path, clips, format=kind, dynamic_batch=False)
     exported = load_exported(path)
