@@ -20,7 +20,9 @@ PREFERRED = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile
 
 
 def takes(qkv: Tensor, dtype: torch.dtype) -> bool:
-    """Whether attention on ``qkv``, computed in ``dtype``, runs here."""
+    """Whether attention on ``qkv``, computed in ``dtype``, runs here; exports have plain ops."""
+    if torch.compiler.is_exporting():
+        return False
     on_cpu = PREFERRED and qkv.device.type == "cpu" and dtype == torch.bfloat16 and qkv.numel() > 0
     return on_cpu and not (torch.is_grad_enabled() and qkv.requires_grad)
 
