@@ -177,6 +177,18 @@ def test_joined_recordings_whose_times_lie_between_each_other(tmp_path):
     agrees(one, [(0, 1), (7, 1), (40, 4)], 60)
 
 
+def test_an_index_that_lacks_a_picture(tmp_path):
+    """After a seek the pictures of AVI are numbered by the file's index, so that their positions tell what is wrong."""
+    file = clips.textured(tmp_path / "a.avi", 30, codec="mjpeg")
+    data = bytearray(file.read_bytes())
+    at = data.index(b"idx1") + 8
+    assert data[at - 4 : at] == struct.pack("<I", 30 * 16) and at + 30 * 16 == len(data)
+    data[at - 4 : at] = struct.pack("<I", 29 * 16)
+    del data[at + 10 * 16 : at + 11 * 16]
+    file.write_bytes(data)
+    agrees(file, [(0, 1), (15, 1), (5, 7)], 30)
+
+
 def silence(stream):
     """The packets of two seconds of it."""
     frame = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 44100), np.int16), format="s16", layout="stereo")
