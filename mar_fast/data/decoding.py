@@ -275,7 +275,7 @@ class _Index:
     """
 
     stamps: Sequence[int]
-    positions: dict[int, int | None]
+    positions: dict[int, int]
     counted: bool
     late: bool
     keys: Sequence[int] = field(init=False)
@@ -311,7 +311,7 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
     empty = _EMPTY.get(stream.codec_context.codec.canonical_name, lambda packet: True)
     counted = "avi" in formats and bool(stream.codec_context.has_b_frames)
     times = array("q")
-    positions: dict[int, int | None] = {}
+    positions: dict[int, int] = {}
     first: Packet | None = None
     found, latest, decode_time, step, corrupt = 0, _NEVER, _NEVER, 1, False
     end = 0.0  # of the last packet of any stream, in seconds
@@ -328,8 +328,9 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
             decode_time = max(decode_time, packet.dts)
         if packet.pts is not None and not packet.is_discard:
             times.append(packet.pts)
-            # Frames that are shown after a key frame but stored before it are not reached from it.
-            if packet.is_keyframe and packet.pts > latest:
+            # Frames that are shown after a key frame but stored before it are not reached from it. Of several pictures
+            # in one packet of MPEG-PS only the first has a position.
+            if packet.is_keyframe and packet.pts > latest and packet.pos is not None:
                 positions[packet.pts] = packet.pos
             latest = max(latest, packet.pts)
     # In AVI the time of decoding is the number of the chunk; empty ones, "as before", give no packets. The last picture

@@ -67,9 +67,9 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
     for part in _parts(model):
         if not is_accelerated(part) and not acceptable(part):
             kind = type(part)
-            got = f"a {kind.__name__} " + (
-                "with another forward" if kind in _classes() else "in place of VideoMAEModel"
-            )
+            got = f"a {kind.__name__} with another forward"
+            if kind not in _classes():
+                got = f"a {kind.__module__}.{kind.__qualname__} in place of VideoMAEModel"
             accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
             if hasattr(part, "_hf_hook"):  # the forward of accelerate, the library
                 accepted = "transformers' own: device_map has replaced it, so load within mar_fast.patch_transformers()"
