@@ -3,6 +3,7 @@
 # make matrix compile every kernel for every GPU, with the pinned Triton and the oldest supported one; minutes
 # make oldest, make newest   the tests of torch.compile, export and fake tensors with other torch versions; 5 GB each
 # make kills  twenty training runs that are killed and go on, compared bit by bit with one that is not; minutes
+# make fuzz   damages small films and reads them, for ten minutes
 # make gpu    on a machine with a GPU and its own torch and Triton: all kernel tests there, then what decides is measured,
 #             in minutes and without a network; FULL=1 measures everything
 PYTHON ?= python3
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 OUT := demo
 RESULTS := bench/results/gpu
 
-.PHONY: demo test lint types eager interpreter suites matrix kills oldest newest gpu gpu-ops gpu-sizes sanitize clean
+.PHONY: demo test lint types eager interpreter suites matrix kills fuzz oldest newest gpu gpu-ops gpu-sizes sanitize clean
 
 demo: $(READY)
 	$(BIN)/mar-fast demo --out $(OUT) --force
@@ -55,6 +56,9 @@ matrix: $(READY) build/triton36
 
 kills: $(READY)
 	MAR_FAST_KILLS=20 $(BIN)/pytest -q tests/train/test_resume.py
+
+fuzz: $(READY)
+	$(BIN)/python tests/data/fuzz_films.py 600
 
 build/triton36: | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -22,7 +22,7 @@ from mar_fast import MAR, from_pretrained
 from mar_fast.timing import interleaved
 from mar_fast.train import World, fit, read_recipe
 from mar_fast.train.dataset import collate
-from mar_fast.train.demo import CHECKED, CLIPS, Motions, accuracy
+from mar_fast.train.demo import CHECKED, CLIPS, Motions, Split, accuracy
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import Mixing
 from mar_fast.train.optim import adamw
@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no reconstruction": ("reconstruction_weight=0.0", "model.decoder_depth=0"),
     "pre-trained start": (),
 }
-SPLITS = ("same films", "other film")
+SPLITS: tuple[Split, ...] = ("same films", "other film")
 
 
 def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     recipe = read_recipe(NAME, [*VARIANTS[name], *common])
     result = fit(recipe, videos, (), folder / "finetune", alone, init=init, **silent)
     model = from_pretrained(folder / "finetune" / "last.safetensors").eval()
-    found = {split: accuracy(model, Motions(split, CHECKED), recipe) for split in SPLITS}
+    found: dict[str, float] = {split: accuracy(model, Motions(split, CHECKED), recipe) for split in SPLITS}
     return {"variant": name, "seed": seed, "steps": result.step, **found}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
+from .library import NAMESPACE
 
 # Scores in a block: 2 MB, still in the cache when the second product reads them.
 BLOCK = 2**20
@@ -19,7 +20,9 @@ PREFERRED = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile
 
 
 def takes(qkv: Tensor, dtype: torch.dtype) -> bool:
-    """Whether attention on ``qkv``, computed in ``dtype``, runs here."""
+    """Whether attention on ``qkv``, computed in ``dtype``, runs here; exports have plain ops."""
+    if torch.compiler.is_exporting():
+        return False
     on_cpu = PREFERRED and qkv.device.type == "cpu" and dtype == torch.bfloat16 and qkv.numel() > 0
     return on_cpu and not (torch.is_grad_enabled() and qkv.requires_grad)
 
@@ -48,7 +51,7 @@ def _in_blocks(qkv: Tensor, scale: float) -> Tensor:
     return out.flatten(2)
 
 
-@torch.library.custom_op("mar_fast::cpu_attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cpu_attention", mutates_args=())
 def _opaque(qkv: Tensor, scale: float) -> Tensor:
     return _in_blocks(qkv, scale)
 
@@ -58,4 +61,4 @@ def _shape(qkv: Tensor, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4])
 
 
-register_flop_formula(torch.ops.mar_fast.cpu_attention)(flops.attention)
+register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention)(flops.attention)

@@ -130,9 +130,9 @@ def check_normalisation(
     return tuple(mean), tuple(std)
 
 
-def per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(C,) without a copy from the host, which on a GPU would wait and could not be captured in a graph."""
-    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C,) float32 without a copy from the host, which on a GPU would wait and could not be captured in a graph."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
 
 
 def tubelets(video: Tensor, patch_size: Triple) -> Tensor:
@@ -168,10 +168,9 @@ def eager_gather_patch_embed(
     t, h, w = weight.shape[2:]
     patches = gather_tubelets(video, keep_idx, (t, h, w), clip_idx)  # (B, N, C, t, h, w) or (total, C, t, h, w)
     if video.dtype == torch.uint8:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        patches = patches.to(wide) / 255
+        patches = patches.to(torch.promote_types(weight.dtype, torch.float32)) / 255
         if mean is not None and std is not None:
-            centre, spread = (per_channel(values, video.device, wide).view(-1, 1, 1, 1) for values in (mean, std))
+            centre, spread = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (mean, std))
             patches = (patches - centre) / spread
     patches = patches.flatten(-4).to(weight.dtype)
     # Embedding and position are added in float32 at least, whatever the dtype of the weights.

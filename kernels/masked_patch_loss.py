@@ -123,7 +123,7 @@ def patch_targets(
     if video.dtype == torch.uint8:
         target = target.div_(255)
     elif mean is not None and std is not None:
-        scale, shift = (per_channel(values, video.device, target.dtype) for values in (std, mean))
+        scale, shift = (per_channel(values, video.device) for values in (std, mean))
         target = target.mul_(scale).add_(shift)
     if normalize:
         variance, average = torch.var_mean(target, dim=(-4, -3, -2), keepdim=True, correction=1)

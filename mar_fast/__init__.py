@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import checkpoint, cost, data, eval, kernels, masking, reference
     from .checkpoint import LoadReport, from_pretrained, save_checkpoint
     from .config import MARConfig, list_models, named_config
+    from .export import ExportedModel, ExportInfo, export_model, load_exported
     from .huggingface import accelerate, patch_transformers, register_attention, restore
     from .inference import CompiledModel, compile_for_inference
     from .kernels import debug_checks
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "checkpoint": ("LoadReport", "from_pretrained", "save_checkpoint"),
     "config": ("MARConfig", "list_models", "named_config"),
+    "export": ("ExportInfo", "ExportedModel", "export_model", "load_exported"),
     "huggingface": ("accelerate", "patch_transformers", "register_attention", "restore"),
     "inference": ("CompiledModel", "compile_for_inference"),
     "kernels": ("debug_checks",),
@@ -31,6 +33,8 @@ _MODULES = ("checkpoint", "cost", "data", "eval", "kernels", "masking", "referen
 __all__ = [
     "MAR",
     "CompiledModel",
+    "ExportInfo",
+    "ExportedModel",
     "LoadReport",
     "MARConfig",
     "MAROutput",
@@ -43,9 +47,11 @@ __all__ = [
     "data",
     "debug_checks",
     "eval",
+    "export_model",
     "from_pretrained",
     "kernels",
     "list_models",
+    "load_exported",
     "mar_loss",
     "masking",
     "named_config",

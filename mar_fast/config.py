@@ -50,6 +50,7 @@ class MARConfig:
     # Classifier
     classifier: Literal["bridging", "linear"] | None = "bridging"
     num_classes: int = 400
+    """0, for the linear classifier only, is no head: logits are (B, embed_dim), the mean of the tokens, normalised."""
     bridge_embed_dim: int = 512
     bridge_depth: int = 2
     bridge_num_heads: int = 4
@@ -94,7 +95,8 @@ class MARConfig:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type is int:
-                least = 0 if name == "decoder_depth" else 1
+                headless = name == "num_classes" and self.classifier == "linear"
+                least = 0 if name == "decoder_depth" or headless else 1
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise checks.bad(name, repr(value), f"a whole number, {least} or more")
             elif name in _RATES:

@@ -201,7 +201,9 @@ class _Counter:
             blocks = [self.linear("classifier.proj_in", visible, config.embed_dim, dim, bias=False)]
             blocks += self.blocks("classifier", *shape, key_bias=True)
         blocks.append(self.norms("classifier.norms", 1, dim, 1))
-        return _merge([*blocks, self.linear("classifier.head", 1, dim, config.num_classes)])
+        if config.num_classes:
+            blocks.append(self.linear("classifier.head", 1, dim, config.num_classes))
+        return _merge(blocks)
 
     def decoder(self, config: MARConfig) -> list[Part]:
         visible, tokens, dim = self.visible, config.num_tokens, config.decoder_embed_dim

@@ -1,9 +1,11 @@
 """Writing results: whole or not at all."""
 
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,28 +28,29 @@ def may_write(paths: list[Path], force: bool) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it, so that no partial file is ever visible."""
+    with whole_file(path) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` to fill within this context; then it is renamed, or after an error deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
+        yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove temporary files of `write_whole` that a process left when it was killed.
-
-    Args:
-        folder: Where the files would be; nothing else may write them now.
-        pattern: Of the files' names, for example "step-*.pt".
-    """
-    stem, _, suffix = pattern.rpartition(".")
-    for file in folder.glob(f".{stem}-*.{suffix}"):
-        file.unlink(missing_ok=True)
+def remove_leftovers(path: Path) -> None:
+    """Delete what `whole_file` left beside ``path`` where its process was killed."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
+        left.unlink()
 
 
 def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:

@@ -113,7 +113,10 @@ def compile_for_inference(
         if on_gpu:
             settings["triton.cudagraphs"] = True
         else:
-            _need_compiler()
+            if not has_cpp_compiler():
+                raise RuntimeError(
+                    "compile_for_inference needs a C++ compiler on a CPU and found none; expected g++ or clang++"
+                )
             # Freed parameters fail the guard that dynamo sets on one that two modules share.
             parameters = list(model.named_parameters(remove_duplicate=False))
             shared = len(parameters) > len(list(model.parameters()))
@@ -220,15 +223,15 @@ def _autocast(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def _need_compiler() -> None:
+def has_cpp_compiler() -> bool:
+    """Whether inductor finds a C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # inductor has its own type of error for this
-        raise RuntimeError(
-            "compile_for_inference needs a C++ compiler on a CPU and found none; expected g++ or clang++"
-        ) from error
+    except Exception:  # inductor has its own type of error for this
+        return False
+    return True
 
 
 def _parts(value: Any) -> list[Any] | None:

@@ -10,7 +10,9 @@ One forward serves equal and ragged masks. With a ragged one tokens are packed, 
 `Segments` say where each clip begins and ends; they are None for an equal mask.
 """
 
+from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from .layers import (
     Constant,
     Fallbacks,
     Fused,
+    Stream,
     like_weight,
     mean_of_tokens,
     norm,
@@ -47,7 +50,7 @@ class MAROutput(NamedTuple):
     """What a forward pass gives; None where it was not asked for.
 
     Attributes:
-        logits: (B, classes).
+        logits: (B, classes), or (B, D) pooled features if ``num_classes`` is 0.
         features: (B, N, D), visible tokens after the encoder's last norm; (total, D) for a ragged mask.
         reconstruction_loss: float32 scalar, mean squared error over the dropped tubelets (of all clips together).
         pixels: (B, L - N, t * h * w * C), predicted for the dropped tubelets, in flat-index order;
@@ -144,6 +147,25 @@ class Encoder(Fused):
             return norm(self.fallbacks, self.norm, x, residual, row_scale)[0]
         return total(x, residual, row_scale)
 
+    def layers(
+        self, video: Tensor, keep_idx: Tensor, numbers: Collection[int], segments: Segments | None = None
+    ) -> dict[int, Tensor]:
+        """The residual stream after some blocks, numbered from 1; after the last one it is the encoder's output.
+
+        (B, C, T, H, W), (B, N) -> (B, N, D) for each, or packed (total,) -> (total, D). Blocks that no number needs are
+        not run.
+        """
+        clip_idx = None if segments is None else segments.clip_idx
+        stream: Stream = (self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx), None, None)
+        found = {}
+        for number, block in enumerate(self.blocks[: max(numbers)], 1):
+            stream = block(*stream, None, segments)
+            if number == len(self.blocks) and self.norm is not None:
+                found[number] = norm(self.fallbacks, self.norm, *stream)[0]
+            elif number in numbers:
+                found[number] = total(*stream)
+        return found
+
 
 class PixelDecoder(Fused):
     """A light ViT over all tokens of the grid that predicts the pixels of the dropped ones. Training only."""
@@ -211,13 +233,13 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Mean over tokens, LayerNorm, linear layer."""
+    """Mean over tokens, LayerNorm, linear layer; no linear layer where ``num_classes`` is 0, as in timm."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.num_classes)
+        self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D), or packed (total, D) -> (B, classes)."""
@@ -261,6 +283,25 @@ class MAR(nn.Module):
             if isinstance(module, Fused):
                 module.fallbacks = fallbacks
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> "MAR":
+        """`mar_fast.from_pretrained`: of a hub id, a folder that `save_pretrained` wrote, or any other checkpoint."""
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Path:
+        """Write a folder with config.json, weights and a model card: see `mar_fast.checkpoint.save_pretrained`."""
+        from .checkpoint import save_pretrained
+
+        return save_pretrained(self, save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload such a folder to the hub: see `mar_fast.checkpoint.push_to_hub`."""
+        from .checkpoint import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices and zero biases, as MAE (arXiv 2111.06377) and VideoMAE begin."""

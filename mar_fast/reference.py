@@ -219,7 +219,7 @@ class Classifier(nn.Module):
             )
         self.norm = nn.LayerNorm(dim, eps=config.classifier_norm_eps)
         self.drop = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear(dim, config.num_classes)
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, classes)."""
@@ -274,10 +274,11 @@ class MAR(nn.Module):
                 masked[b, mask.keep_idx[b].long()] = False
 
         weight = next(self.encoder.patch_embed.parameters())
-        exact = wide(torch.empty(0, dtype=weight.dtype, device=video.device))
-        mean = exact.new_tensor(config.mean).view(-1, 1, 1, 1)
-        std = exact.new_tensor(config.std).view(-1, 1, 1, 1)
-        clip = (video.to(mean) / 255 - mean) / std if video.dtype == torch.uint8 else video
+        mean = torch.tensor(config.mean, device=video.device).view(-1, 1, 1, 1)
+        std = torch.tensor(config.std, device=video.device).view(-1, 1, 1, 1)
+        clip = video
+        if video.dtype == torch.uint8:
+            clip = (wide(video.to(weight.dtype)) / 255 - mean) / std
         clip = clip.to(weight.dtype)
 
         features = self.encoder(clip, masked)

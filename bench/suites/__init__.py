@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..case import Case, RunOptions
 from ..records import Record
-from . import dropin, encoder, flops, kernels, pipeline, scaling, training, waterfall
+from . import dropin, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,5 @@ SUITES = {
     "kernels": Suite("each op against its peers, forward and backward", kernels.cases),
     "scaling": Suite("cost against tokens, batch, frames, resolution, keep ratio", scaling.cases, scaling.conclude),
     "pipeline": Suite("video file to logits: bound by data or by compute?", pipeline.cases, pipeline.conclude),
+    "extraction": Suite("sliding windows of a film to features, against reading each window anew", extraction.cases),
 }

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import plan
 from ..device import INTERPRETING
+from ..library import NAMESPACE
 
-LIBRARY = "mar_fast"
 Run = Callable[..., Any]
 Results = Sequence[Tensor | None]
 
@@ -104,7 +104,7 @@ class Op:
         self.custom = self._library_op(outputs, opaque)
         for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
             if formula is not None:
-                register_flop_formula(getattr(torch.ops.mar_fast, op), get_raw=raw_flops)(formula)
+                register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=raw_flops)(formula)
 
     def plan(self, *inputs: Any) -> Run:
         """A function of the tensors of ``inputs`` that runs this call and every other one with the same key.
@@ -266,7 +266,7 @@ class Op:
             return call
 
         declare: Any = torch.library.custom_op if INTERPRETING or opaque else torch.library.triton_op
-        op = declare(f"{LIBRARY}::{name}", checked(run), mutates_args=())
+        op = declare(f"{NAMESPACE}::{name}", checked(run), mutates_args=())
         op.register_fake(checked(fake))
         return op
 

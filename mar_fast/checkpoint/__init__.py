@@ -5,6 +5,7 @@ what the caller asks for, one `MARConfig`) and `load` (tensors into the model, s
 """
 
 from .compare import Comparison, LayerDifference, compare
+from .hub import model_card, push_to_hub, save_pretrained
 from .load import from_pretrained
 from .report import LoadReport, Note
 from .write import save_checkpoint
@@ -16,5 +17,8 @@ __all__ = [
     "Note",
     "compare",
     "from_pretrained",
+    "model_card",
+    "push_to_hub",
     "save_checkpoint",
+    "save_pretrained",
 ]

@@ -86,19 +86,25 @@ def _fields(config: dict[str, Any], decoder: bool) -> dict[str, tuple[Any, str]]
     for prefix in ("", "decoder_") if decoder else ("",):
         width, hidden = f"{prefix}hidden_size", f"{prefix}intermediate_size"
         values[f"{prefix}mlp_ratio"] = config[hidden] / config[width], f"{hidden} / {width}"
-    patch = int(config["tubelet_size"]), *_pair(config["patch_size"])
+    patch = int(config["tubelet_size"]), *pair(config["patch_size"])
     values["patch_size"] = patch, "tubelet_size and patch_size"
-    values["image_size"] = _pair(config["image_size"]), "image_size"
+    values["image_size"] = pair(config["image_size"]), "image_size"
     # transformers has the norm before pooling or, for mean pooling, none: this says what must be in the file.
     values["final_norm"] = not config["use_mean_pooling"], "use_mean_pooling"
     return {name: (value, f"config.json, {key}") for name, (value, key) in values.items()}
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width, of one number for both or of two."""
     if isinstance(value, int):
         return value, value
     height, width = value
     return int(height), int(width)
+
+
+def one_or_pair(height: int, width: int) -> int | list[int]:
+    """The way back: one number where they are equal."""
+    return height if height == width else [height, width]
 
 
 def labels(config: dict[str, Any]) -> tuple[str, ...] | None:
@@ -138,8 +144,8 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
             key: getattr(config, ours)
             for ours, key in (_KEYS | (_DECODER_KEYS if config.decoder_depth else {})).items()
         },
-        "image_size": config.image_size[0] if len(set(config.image_size)) == 1 else list(config.image_size),
-        "patch_size": height if height == width else [height, width],
+        "image_size": one_or_pair(*config.image_size),
+        "patch_size": one_or_pair(height, width),
         "tubelet_size": t,
         "intermediate_size": round(config.embed_dim * config.mlp_ratio),
         "hidden_act": "gelu",
@@ -154,7 +160,13 @@ def config_json(config: MARConfig, dtype: str, labels: Sequence[str] | None = No
     if config.decoder_depth:
         content["decoder_intermediate_size"] = round(config.decoder_embed_dim * config.decoder_mlp_ratio)
     if config.classifier:
-        names = labels or _unnamed(config.num_classes)
+        with_labels(content, labels or _unnamed(config.num_classes))
+    return content
+
+
+def with_labels(content: dict[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """config.json with the names of classes, if there are any."""
+    if names:
         content["id2label"] = {str(i): name for i, name in enumerate(names)}
         content["label2id"] = {name: i for i, name in enumerate(names)}
     return content

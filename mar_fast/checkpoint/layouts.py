@@ -84,6 +84,17 @@ FINE_TUNED = Layout(
         ("encoder.", ""),
     ),
 )
+VIDEOMAE2 = Layout(
+    "VideoMAE v2 hub",
+    (
+        ("classifier.norm.", "model.fc_norm."),
+        ("classifier.head.", "model.head."),
+        ("decoder.", "decoder."),
+        ("mask_token", "mask_token"),
+        ("encoder_to_decoder.", "encoder_to_decoder."),
+        ("encoder.", "model."),
+    ),
+)
 MAR_LAYOUT = Layout(
     "MAR",
     (

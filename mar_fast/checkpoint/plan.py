@@ -71,7 +71,8 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     said["position_grid"] = grid, "the checkpoint's grid"
 
     for name, value in overrides.items():
-        may_differ = name in guessed or (name == "num_classes" and new_head)
+        # Where the file has no head, 0, a new one is made.
+        may_differ = name in guessed or (name == "num_classes" and (new_head or said.get(name, (1, ""))[0] == 0))
         if name in said and name.endswith(_SIZES) and not may_differ and not _agree(value, said[name][0]):
             more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
             raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")

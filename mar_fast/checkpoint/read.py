@@ -89,8 +89,7 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
         raise checks.bad_type("source", type(source).__name__, "a path, a hub id or a state dict")
     path = Path(source).expanduser()
     where = str(path)
-    hub_id = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-    if isinstance(source, str) and not path.exists() and re.fullmatch(hub_id, source) and not _named(path, *SUFFIXES):
+    if isinstance(source, str) and not path.exists() and is_hub_id(source):
         path, where = _fetch(source, revision), source
     elif revision is not None:
         raise checks.bad("revision", repr(revision), f"None: {path} is not a hub id")
@@ -117,12 +116,7 @@ def _fetch(hub_id: str, revision: str | None = None) -> Path:
         ModuleNotFoundError: huggingface_hub is not installed.
         ValueError: the hub does not give it; the message says why.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"source: got the hub id {hub_id!r}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'"
-        ) from error
+    snapshot_download = hub(f"source: got the hub id {hub_id!r}").snapshot_download
     try:
         for weights in ((*_SAFETENSORS, "model-*-of-*.safetensors"), (*_PICKLED, "pytorch_model-*-of-*.bin")):
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_CONFIGS, *weights]))
@@ -133,6 +127,19 @@ def _fetch(hub_id: str, revision: str | None = None) -> Path:
         at = f" at {revision!r}" if revision else ""
         raise checks.bad("source", f"{hub_id!r}{at}, which the hub does not give ({reason})", "a hub id") from error
     return folder
+
+
+def hub(what: str) -> Any:
+    """huggingface_hub, for ``what`` needs it.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{what}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'") from error
+    return huggingface_hub
 
 
 def _json_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -167,6 +174,12 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise checks.bad_type(str(path), type(content).__name__, "a state dict, or a dict with one in it")
     arguments = content.get("args")
     return dict(content), {"args": vars(arguments)} if isinstance(arguments, argparse.Namespace) else {}
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this may be owner/name, and does not end like a file."""
+    found = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
+    return found is not None and not _named(Path(source), *SUFFIXES)
 
 
 def _named(path: Path, *suffixes: str) -> bool:

@@ -59,8 +59,7 @@ class LoadReport:
         ):
             if notes:
                 lines.append(f"{title}:")
-            by_reason = groupby(sorted(notes, key=lambda note: note.reason), lambda note: note.reason)
-            lines += [f"  {some([note.name for note in group], most)}: {reason}" for reason, group in by_reason]
+            lines += [f"  {line}" for line in by_reason(notes, most)]
         lines += [f"note: {remark}" for remark in self.remarks]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -68,6 +67,12 @@ class LoadReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self) | {name: dict(getattr(self, name)) for name in ("initial", "ignored", "origins")}
+
+
+def by_reason(notes: Sequence[Note], most: int) -> list[str]:
+    """A line for each reason, with the first names that have it."""
+    groups = groupby(sorted(notes, key=lambda note: note.reason), lambda note: note.reason)
+    return [f"{some([note.name for note in group], most)}: {reason}" for reason, group in groups]
 
 
 def some(names: Sequence[str], most: int, between: str = ", ") -> str:

@@ -15,8 +15,19 @@ from torch import Tensor
 from ..config import MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
-from . import huggingface, processors
-from .layouts import BIASES, EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, Layout, hugging_face, part_of
+from . import huggingface, processors, videomae2
+from .layouts import (
+    BIASES,
+    EPS,
+    FINE_TUNED,
+    MAR_LAYOUT,
+    OURS,
+    PRETRAINING,
+    VIDEOMAE2,
+    Layout,
+    hugging_face,
+    part_of,
+)
 from .read import File
 from .report import some
 
@@ -29,7 +40,7 @@ Said = dict[str, tuple[Any, str]]
 """Field of `MARConfig` -> (value, where it is said)."""
 
 # Position tables are not learned in any layout, but MAR and some trainers save them, by these names.
-_TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed")
+_TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed", "model.pos_embed")
 
 
 @dataclass(kw_only=True)
@@ -94,9 +105,13 @@ def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
     def has(pattern: str) -> bool:
         return any(re.match(pattern, name) for name in file.tensors)
 
-    own = _own_config(file)
-    if hugging_face := has(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\."):
+    own, config = _own_config(file), file.configs.get("config.json", {})
+    hugging_face = has(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\.")
+    v2 = videomae2.KEY in config and has(r"(model\.)?(patch_embed|blocks)\.")
+    if hugging_face:
         checkpoint = _from_hugging_face(file)
+    elif v2:
+        checkpoint = _from_videomae2(file)
     elif has(r"backbone\.(patch_embed|blocks)\."):
         checkpoint = _from_mar(file)
     elif has(r"encoder\.(patch_embed|blocks)\."):
@@ -115,8 +130,12 @@ def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
         if keys := [repr(key) for key in (*inside, *file.groups)]:
             known += f"; model_key= opens one of {some(keys, 6)}"
         raise checks.bad(file.where, f"entries such as {first}", known)
-    checkpoint.own = own
-    if own and not hugging_face:
+    checkpoint.own, checkpoint.labels = own, huggingface.labels(config)
+    if (own | checkpoint.said).get("num_classes", (None, ""))[0] == 0:
+        reason = "new: the file has no head (num_classes 0)"
+        checkpoint.absent |= {f"classifier.head.{end}": reason for end in ("weight", "bias")}
+    # Another program's config.json must agree with the weights even beside our own.
+    if own and not (hugging_face or v2):
         checkpoint.said = {}
         return checkpoint
     files = processors.found(file.where, file.configs)
@@ -158,6 +177,33 @@ def _from_fine_tuned(file: File) -> Checkpoint:
     kind = _linear(checkpoint, final_norm) if checkpoint.has("classifier") or not final_norm else None
     checkpoint.said |= say("entries in the file", classifier=kind)
     return checkpoint
+
+
+def _from_videomae2(file: File) -> Checkpoint:
+    """VideoMAE v2's folders on the hub: fine-tuned names, with or without "model." in front, and a config.json."""
+    content = file.configs["config.json"]
+    prefixed = any(name.startswith("model.") for name in file.tensors)
+    checkpoint = _renamed(file, VIDEOMAE2 if prefixed else replace(FINE_TUNED, title=VIDEOMAE2.title))
+    said, remarks = videomae2.said(file.where, content)
+    checkpoint.said |= said
+    checkpoint.remarks += remarks
+    final_norm = checkpoint.said.get("final_norm", (checkpoint.has("final_norm"), ""))[0]
+    headless = checkpoint.said.get("num_classes", (None, ""))[0] == 0
+    # Without a head these are features: averaged and normalised or, without mean pooling, each token's.
+    kind = None if headless and final_norm else _linear(checkpoint, final_norm)
+    checkpoint.said |= say("entries in the file", classifier=kind)
+    if kind is None:
+        del checkpoint.said["num_classes"]
+    if content[videomae2.KEY].get("qkv_bias") is False:
+        checkpoint.absent = _no_biases(checkpoint)
+    return checkpoint
+
+
+def _no_biases(checkpoint: Checkpoint) -> dict[str, str]:
+    """The biases of query and value, by our names, where config.json says that there are none."""
+    blocks = [name.removesuffix("attn.qkv.weight") for name in checkpoint.tensors if name.endswith("qkv.weight")]
+    reason = "zero: config.json says that query and value have no bias"
+    return {block + bias: reason for block in blocks for bias in BIASES}
 
 
 def _from_mar(file: File) -> Checkpoint:
@@ -202,14 +248,11 @@ def _from_hugging_face(file: File) -> Checkpoint:
     checkpoint.said |= say("entries in the file", classifier=classifier)
     config = file.configs.get("config.json", {})
     if not config.get("qv_bias", config.get("qkv_bias", True)):
-        blocks = [name.removesuffix("attn.qkv.weight") for name in checkpoint.tensors if name.endswith("qkv.weight")]
-        reason = "zero: config.json says that query and value have no bias"
-        checkpoint.absent = {block + bias: reason for block in blocks for bias in BIASES}
+        checkpoint.absent = _no_biases(checkpoint)
     rates = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") if config.get(key)]
     if rates:
         dropout = ", ".join(f"{key} {config[key]}" for key in rates)
         checkpoint.remarks.append(f"not carried over, without effect in evaluation: {dropout}")
-    checkpoint.labels = huggingface.labels(config)
     return checkpoint
 
 

@@ -14,6 +14,8 @@ from .convert import convert
 from .cost import cost
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
+from .extract import extract
 from .inspect import inspect
 from .tradeoff import tradeoff
 from .train import train
@@ -47,6 +49,8 @@ app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command("eval")(evaluate)
 app.command()(classify)
 app.command()(train)
+app.command()(extract)
+app.command()(export)
 app.command()(tradeoff)
 app.command()(visualize)
 checkpoint = typer.Typer(

@@ -7,14 +7,14 @@ import torch
 import typer
 
 from .. import from_pretrained, save_checkpoint
-from ..checkpoint.write import LayoutName, check_target
+from ..checkpoint.write import FOLDERS, LayoutName, check_target
 from ..kernels import checks
 from . import common, options
 
 
 def convert(
     source: options.Source,
-    out: Annotated[Path, typer.Argument(help="The .safetensors file to write; for hf a folder.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write; for hf and videomae2 a folder.")],
     to: Annotated[LayoutName | None, typer.Option(help="The layout to write. Default with --biases-from: hf.")] = None,
     biases_from: Annotated[
         str | None, typer.Option(help="A checkpoint that has the biases of query and value which the source lost.")
@@ -41,7 +41,7 @@ def convert(
     model = options.load(source, given, position=position, model_key=model_key, biases_from=biases_from, **allowed)
     assert model.load_report is not None
     labels = model.load_report.labels
-    takes_labels = to == "hf" and model.config.classifier is not None
+    takes_labels = to in FOLDERS and model.config.classifier is not None
     save_checkpoint(model, out, layout=to, force=force, labels=labels if takes_labels else None)
     common.show(str(model.load_report))
     back = from_pretrained(out).state_dict()

@@ -13,7 +13,7 @@ from ..eval import accuracy
 from ..kernels import checks
 from . import common, options
 
-Format = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51"]
+Format = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "paths"]
 # The usual test of each data set: (clips x crops, sampling).
 USUAL: dict[str, tuple[str, Sampling]] = {"ssv2": ("2x3", "uniform")}
 SHOWN_ERRORS = 5

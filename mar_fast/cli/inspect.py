@@ -37,7 +37,9 @@ def inspect(
         "decoder": (config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads),
     }
     for part, count in parts.items():
-        label = f"{config.classifier} classifier, {config.num_classes} classes" if part == "classifier" else part
+        label = part
+        if part == "classifier":
+            label = f"{config.classifier} classifier, {config.num_classes} classes" if config.num_classes else "pooling"
         table.add_row(label, *(str(size or "") for size in sizes[part]), f"{count / 1e6:.2f}")
     common.results.print(table)
     common.show(str(report))

@@ -88,22 +88,32 @@ def _field(item: str) -> tuple[str, Any]:
     return name, None if text.lower() == "none" else text
 
 
+def load_masked(source: str, keep: float | None, given: list[str] | None = None) -> MAR:
+    """`load` for a share of visible patches; ``keep`` None is the checkpoint's.
+
+    Raises:
+        ValueError: a share that the model's cells do not allow.
+    """
+    if keep is None:
+        return load(source, given)
+    if not 0 < keep <= 1:
+        raise checks.bad("--keep", keep, "a share above 0, up to 1")
+    try:
+        return load(source, [*(given or ()), f"mask_ratio={1 - keep}"])
+    except ValueError as error:
+        if str(error).startswith("mask_ratio:"):
+            raise ValueError(f"--keep: got {keep}, a share of visible patches that is not allowed. {error}") from error
+        raise
+
+
 def load_classifier(checkpoint: str, keep: float | None, dtype: str, device: str) -> MAR:
     """A classifier, ready to run; ``keep`` is the share of visible patches, None for the checkpoint's.
 
     Raises:
         ValueError: not a classifier, or a share that its cells do not allow.
     """
-    if keep is not None and not 0 < keep <= 1:
-        raise checks.bad("--keep", keep, "a share above 0, up to 1")
-    overrides: dict[str, Any] = {} if keep is None else {"mask_ratio": 1 - keep}
-    try:
-        model: MAR = mar_fast.from_pretrained(checkpoint, **overrides)
-    except ValueError as error:
-        if keep is not None and str(error).startswith("mask_ratio:"):
-            raise ValueError(f"--keep: got {keep}, a share of visible patches that is not allowed. {error}") from error
-        raise
-    if model.classifier is None:
+    model = load_masked(checkpoint, keep)
+    if model.classifier is None or not model.config.num_classes:
         raise checks.bad("--checkpoint", f"{checkpoint!r}, without a classifier", "one that was trained to classify")
     return model.to(machine.device(device), machine.DTYPES[dtype]).eval()
 

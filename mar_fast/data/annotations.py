@@ -16,6 +16,7 @@ FORMATS = {
     "ssv2": "Something-Something v2, JSON entries with id and template",
     "ucf101": "UCF101, lines of Class/file.avi, in training lists with a number from 1",
     "hmdb51": "HMDB51, a file for each class with lines of name.avi and 0, 1 or 2, which is test",
+    "paths": "lines of a path, without labels",
 }
 EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
@@ -39,7 +40,7 @@ class Sample:
     Attributes:
         name: As in the list.
         path: Its file or folder of pictures, which need not exist.
-        label: Its class, from 0.
+        label: Its class, from 0; -1 where the list has no labels.
         location: File and line of the list, for messages.
     """
 
@@ -118,7 +119,8 @@ def check_samples(samples: Sequence[Sample], classes: int | None) -> None:
     for sample in samples:
         if classes is not None and not 0 <= sample.label < classes:
             where, label = sample.location, sample.label
-            raise ValueError(f"{where}: got label {label}, expected 0 to {classes - 1}, as the model has")
+            got = f"label {label}" if label >= 0 else "no label"
+            raise ValueError(f"{where}: got {got}, expected 0 to {classes - 1}, as the model has")
     if not any(sample.path.exists() for sample in samples):
         first = f"the first would be {str(samples[0].path)!r}"
         raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
@@ -214,7 +216,7 @@ def _detect(text: str) -> str:
         return "kinetics"
     if _UCF101_NAME.fullmatch(first) or (_UCF101_LINE.fullmatch(first) and not _LIST_LINE.fullmatch(first)):
         return "ucf101"
-    return "list"
+    return "list" if not first or set(",;\t") & set(first) or _LIST_LINE.fullmatch(first) else "paths"
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
@@ -246,6 +248,11 @@ def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
         if counted is not None and not (root / name).exists():  # "folder frames label"
             name = _unquoted(counted[1])
         yield Sample(name, root / name, int(found[2]), where)
+
+
+def _paths(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+    for where, line in _lines(path, text):
+        yield Sample(_unquoted(line), root / _unquoted(line), -1, where)
 
 
 def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
@@ -326,6 +333,7 @@ def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]
 
 _READERS: dict[str, Callable[[Path, str, Path, Sequence[str] | None], Iterator[Sample]]] = {
     "list": _list,
+    "paths": _paths,
     "kinetics": _kinetics,
     "ssv2": _ssv2,
     "ucf101": _ucf101,

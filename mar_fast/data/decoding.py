@@ -145,15 +145,27 @@ class Video:
         self._files.close()
         self._container, self._stream = self._files.enter_context(_opened(self._source, self._threads))
 
+    def time(self, number: int) -> Fraction | None:
+        """Seconds from the first frame to this one; None if the file does not say.
+
+        By time stamps where these number the frames, else by the average rate.
+        """
+        if not self._index.counted:
+            return (self._index.stamps[number] - self._index.stamps[0]) * Fraction(self._stream.time_base or 0)
+        rate = self._stream.average_rate
+        return number / rate if rate else None
+
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
-        """Decode these frames, ascending, each once; numbers count in order of presentation.
+        """Decode these frames; numbers ascend, and count in order of presentation.
+
+        Each number is asked for when its frame is, so that there may be any number of them.
 
         Raises:
             ValueError: one of them cannot be decoded.
         """
         source: Iterator[tuple[int, VideoFrame]] | None = None
         reached = -1
-        for wanted in sorted(set(numbers)):
+        for wanted in numbers:
             if source is None or self._keys[bisect_right(self._keys, wanted) - 1] > reached + 1:
                 source = self._start(wanted)
             found = next((numbered for numbered in source if numbered[0] >= wanted), None)
@@ -210,10 +222,7 @@ class Video:
                 yield number, frame
 
     def _seconds(self, number: int) -> str:
-        stamps = self._index.stamps
-        if self._index.counted:
-            return ""
-        return f", {float((stamps[number] - stamps[0]) * (self._stream.time_base or 0)):.2f} s from the start,"
+        return "" if self._index.counted else f", {float(self.time(number) or 0):.2f} s from the start,"
 
 
 @contextmanager
@@ -266,7 +275,7 @@ class _Index:
     """
 
     stamps: Sequence[int]
-    positions: dict[int, int | None]
+    positions: dict[int, int]
     counted: bool
     late: bool
     keys: Sequence[int] = field(init=False)
@@ -302,7 +311,7 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
     empty = _EMPTY.get(stream.codec_context.codec.canonical_name, lambda packet: True)
     counted = "avi" in formats and bool(stream.codec_context.has_b_frames)
     times = array("q")
-    positions: dict[int, int | None] = {}
+    positions: dict[int, int] = {}
     first: Packet | None = None
     found, latest, decode_time, step, corrupt = 0, _NEVER, _NEVER, 1, False
     end = 0.0  # of the last packet of any stream, in seconds
@@ -319,8 +328,9 @@ def _index(name: str, container: "InputContainer", stream: "VideoStream") -> _In
             decode_time = max(decode_time, packet.dts)
         if packet.pts is not None and not packet.is_discard:
             times.append(packet.pts)
-            # Frames that are shown after a key frame but stored before it are not reached from it.
-            if packet.is_keyframe and packet.pts > latest:
+            # Frames that are shown after a key frame but stored before it are not reached from it. Of several pictures
+            # in one packet of MPEG-PS only the first has a position.
+            if packet.is_keyframe and packet.pts > latest and packet.pos is not None:
                 positions[packet.pts] = packet.pos
             latest = max(latest, packet.pts)
     # In AVI the time of decoding is the number of the chunk; empty ones, "as before", give no packets. The last picture

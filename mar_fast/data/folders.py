@@ -43,13 +43,16 @@ class FrameFolder:
         self._files = sorted(found, key=_natural)
         self.total = len(found)
 
+    def time(self, number: int) -> None:
+        """Pictures have no times."""
+
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
-        """Decode these pictures, ascending, each once.
+        """Decode these pictures, each when it is asked for; numbers ascend.
 
         Raises:
             ValueError: one of them cannot be decoded.
         """
-        for number in sorted(set(numbers)):
+        for number in numbers:
             yield number, open_picture(self._files[number])
 
 

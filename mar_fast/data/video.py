@@ -166,7 +166,7 @@ def choose_clips(
 
 def _read(video: Film, clips: list[list[int]], size: tuple[int, int] | None, crops: int) -> Tensor:
     """(clips * crops, C, T, H, W) uint8."""
-    numbers = {number for clip in clips for number in clip}
+    numbers = sorted({number for clip in clips for number in clip})
     found = {number: pictures(frame, video.aspect, size, crops) for number, frame in video.frames(numbers)}
     shapes = sorted({crop.shape[:2] for views in found.values() for crop in views})
     if len(shapes) > 1:

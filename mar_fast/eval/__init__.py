@@ -1,7 +1,8 @@
-"""Evaluate a model: scores of videos, ensembles of masks, reconstruction; accuracy, trade-off and pictures (README)."""
+"""Evaluate a model: scores, features, ensembles of masks, reconstruction; accuracy, trade-off and pictures (README)."""
 
 from .ensemble import complementary, log_probabilities
+from .extraction import extract
 from .reconstruction import reconstruct
 from .scores import classify
 
-__all__ = ["classify", "complementary", "log_probabilities", "reconstruct"]
+__all__ = ["classify", "complementary", "extract", "log_probabilities", "reconstruct"]

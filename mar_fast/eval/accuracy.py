@@ -72,14 +72,7 @@ class Journal:
         before, *lines = [_parse(self.path, *line) for line in enumerate(whole.splitlines(), 1)] or [{}]
         if set(before) != {"settings"}:
             raise FileExistsError(f"{self.path}: got a file without settings, expected results of mar-fast eval")
-        old = before["settings"]
-        changed = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
-        other = [f"{key} {old.get(key)!r}, now {settings.get(key)!r}" for key in changed]
-        if other:
-            raise FileExistsError(
-                f"{self.path}: got results of other settings ({'; '.join(other)}), "
-                "expected the same, another file, or --force to start anew"
-            )
+        check_settings(self.path, before["settings"], settings)
         for number, row in enumerate(lines, 2):
             if not {"video", "label"} <= set(row) or not ("error" in row or "classes" in row):
                 raise ValueError(f"{self.path}, line {number}: got {str(row)[:60]}, expected the result of a video")
@@ -106,6 +99,21 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Check that results which a second run continues are of the same settings.
+
+    Raises:
+        FileExistsError: they are not; the message names what differs.
+    """
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    other = [f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
+    if other:
+        raise FileExistsError(
+            f"{path}: got results of other settings ({'; '.join(other)}), "
+            "expected the same, another file, or --force to start anew"
+        )
 
 
 def _parse(path: Path, number: int, line: bytes) -> Result:

@@ -106,7 +106,7 @@ def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | Non
     Raises:
         ValueError, TypeError: an argument does not fit the model.
     """
-    if model.classifier is None:
+    if model.classifier is None or not model.config.num_classes:
         raise checks.bad("model", "one without a classifier", "a model that was trained to classify")
     if not masks:
         raise checks.bad("masks", "none", "at least one")

@@ -22,7 +22,7 @@ def classify(model: MAR, views: Tensor, *, batch: int = 8) -> Tensor:
     Raises:
         ValueError, TypeError: an argument does not fit the model, or a logit is not finite.
     """
-    if model.classifier is None:
+    if model.classifier is None or not model.config.num_classes:
         raise checks.bad("model", "one without a classifier", "a model that was trained to classify")
     if model.training:
         raise checks.bad("model", "one in training mode", "model.eval()")

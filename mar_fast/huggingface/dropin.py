@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels import attention, checks
 from .forward import accelerated_class, acceptable, grid_of, is_accelerated, swap_class
 from .layers import State
+from .videomae2 import VideoMAE2State, build, is_videomae2, kinds_in, same_outputs
 
 _NAMES = ("VideoMAEModel", "VideoMAEForVideoClassification", "VideoMAEForPreTraining")
 _KEEP = (0.25, 0.5, 0.75, 1.0)
@@ -41,10 +42,11 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
 
     Args:
         model: A VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining. One that is accelerated
-            already gets the new options.
-        keep: For VideoMAEForVideoClassification with mean pooling: the share of tokens that stay visible under cell
-            running masking (MAR, arXiv 2207.11660), 0.25, 0.5 or 0.75; its test form in eval mode, in training a random
-            phase for each clip and temporal shuffle. None and 1 mask nothing.
+            already gets the new options. Also a VideoMAEv2 as the hub has it (trust_remote_code), if it averages its
+            tokens: since that code is not known here, one random clip has to give the same with it and with mar_fast.
+        keep: For VideoMAEForVideoClassification with mean pooling, and VideoMAEv2: the share of tokens that stay
+            visible under cell running masking (MAR, arXiv 2207.11660), 0.25, 0.5 or 0.75; its test form in eval mode,
+            in training a random phase for each clip and temporal shuffle. None and 1 mask nothing.
         num_visible: Visible tokens of each clip in calls with ``bool_masked_pos``, for graphs without a break; None
             counts them in each mask. A call's own argument ``num_visible`` takes precedence.
 
@@ -56,6 +58,8 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
         ValueError: keep or num_visible does not fit the model, or its forward was replaced by another one.
         ImportError: transformers is missing or older than 5.0.
     """
+    if is_videomae2(model):
+        return _accelerate_videomae2(model, keep, num_visible)
     if type(model) not in _classes() and not is_accelerated(model):
         accepted = f"{' or '.join(_NAMES)} of transformers itself, not a subclass or wrapper"
         raise checks.bad_type("model", type(model).__name__, accepted)
@@ -63,9 +67,9 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
     for part in _parts(model):
         if not is_accelerated(part) and not acceptable(part):
             kind = type(part)
-            got = f"a {kind.__name__} " + (
-                "with another forward" if kind in _classes() else "in place of VideoMAEModel"
-            )
+            got = f"a {kind.__name__} with another forward"
+            if kind not in _classes():
+                got = f"a {kind.__module__}.{kind.__qualname__} in place of VideoMAEModel"
             accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
             if hasattr(part, "_hf_hook"):  # the forward of accelerate, the library
                 accepted = "transformers' own: device_map has replaced it, so load within mar_fast.patch_transformers()"
@@ -75,15 +79,37 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
     if keep is not None:
         _check_keep(model, keep)
+    _warn_of_masking(keep)
+    _warn_of_lost_biases(encoder)
+    _swap(model, State(None if keep == 1 else keep, num_visible))
+    return model
+
+
+def _accelerate_videomae2(model: Any, keep: float | None, num_visible: int | None) -> Any:
+    """`accelerate` for VideoMAE v2's own class."""
+    if num_visible is not None:
+        raise checks.bad("num_visible", num_visible, "None: a VideoMAEv2 takes no masks")
+    if isinstance(keep, bool) or keep not in (None, *_KEEP):
+        raise checks.bad("keep", repr(keep), f"None or one of {', '.join(map(str, _KEEP))}")
+    if not acceptable(model):
+        accepted = "its own: call mar_fast.accelerate first, then what replaces it"
+        raise checks.bad("model", f"a {type(model).__name__} with another forward", accepted)
+    restore(model)
+    state = VideoMAE2State(None if keep == 1 else keep, kinds_in(model))
+    build(model, state.keep)  # whether cells fill the grid
+    same_outputs(model)
+    _warn_of_masking(keep)
+    swap_class(model, state)
+    return model
+
+
+def _warn_of_masking(keep: float | None) -> None:
     if keep is not None and keep < 1:
         warnings.warn(
             f"keep={keep}: cell running masking hides {1 - keep:.0%} of every clip; accuracy drops unless the model "
             "was fine-tuned with this masking",
-            stacklevel=2,
+            stacklevel=3,
         )
-    _warn_of_lost_biases(encoder)
-    _swap(model, State(None if keep == 1 else keep, num_visible))
-    return model
 
 
 def restore(model: M) -> M:

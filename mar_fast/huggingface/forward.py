@@ -20,6 +20,7 @@ from ..layers import norm, own_forward, plain_projection, put_back, total, unhoo
 from ..masking import cell_running
 from ..token_mask import TokenMask, check_may_count
 from .layers import MODELING, State, own_code, run_layers
+from .videomae2 import NAME, AcceleratedVideoMAE2, VideoMAE2State, is_videomae2
 
 # Arguments that transformers passes to every model and that change nothing here.
 _WITHOUT_EFFECT = ("return_dict", "num_items_in_batch", "use_cache")
@@ -29,13 +30,14 @@ _RECORDED = ("output_hidden_states", "output_attentions")
 class _Accelerated(nn.Module):
     """What the accelerated classes share: copying, pickling, and caches that follow the weights."""
 
-    _mar_fast: State
+    _mar_fast: Any  # a State
     _mar_fast_from: type[nn.Module]
     _mar_fast_output: Any
+    _mar_fast_state: type[State] = State
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # For type(model)(config) and type(model).from_pretrained; `accelerate` swaps the class of a finished model.
-        self._mar_fast = State()
+        self._mar_fast = self._mar_fast_state()
         super().__init__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -139,20 +141,27 @@ class _ForPreTraining(_Accelerated):
         return _as_asked(model, self._mar_fast_output(loss=loss, logits=logits), kwargs)
 
 
-# The accelerated class of each class, and the class of its output.
+class _VideoMAE2(AcceleratedVideoMAE2, _Accelerated):
+    """The accelerated VideoMAEv2."""
+
+    _mar_fast_state = VideoMAE2State
+
+
+# The accelerated class of each class, and the class of its output, where it is one of transformers'.
 _ACCELERATED = {
     "VideoMAEModel": (_Model, "BaseModelOutput"),
     "VideoMAEForPreTraining": (_ForPreTraining, "VideoMAEForPreTrainingOutput"),
+    NAME: (_VideoMAE2, ""),
 }
 
 
 @cache
 def accelerated_class(kind: Any) -> type[nn.Module]:
-    """The class that `accelerate` gives to instances of ``kind``: VideoMAEModel or VideoMAEForPreTraining."""
+    """The class that `accelerate` gives to instances of ``kind``: VideoMAEModel, VideoMAEForPreTraining, VideoMAEv2."""
     mixin, output = _ACCELERATED[kind.__name__]
     # transformers uses these names in save_pretrained, and to look up which hidden states to record.
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    parts = {"_mar_fast_from": kind, "_mar_fast_output": getattr(sys.modules[kind.__module__], output)}
+    parts = {"_mar_fast_from": kind, "_mar_fast_output": getattr(sys.modules[kind.__module__], output, None)}
     # And the annotation of kwargs, to look up which of these the forward takes.
     theirs, ours = inspect.signature(kind.forward), inspect.signature(mixin.forward).parameters
     known = {name: value.annotation for name, value in theirs.parameters.items() if name in ours}
@@ -166,11 +175,15 @@ def is_accelerated(model: object) -> bool:
 
 
 def acceptable(module: Any) -> bool:
-    """Whether the class and forward of a VideoMAEModel or VideoMAEForPreTraining are transformers' own, or ours."""
+    """Whether class and forward of a VideoMAEModel or VideoMAEForPreTraining are transformers' own, or ours.
+
+    Those of a VideoMAEv2 are its file's own.
+    """
     if is_accelerated(module):
         return "forward" not in vars(module) or put_back(module, type(module), module._mar_fast_from)
     kind = type(module)
-    return kind.__module__ == MODELING and kind.__name__ in _ACCELERATED and own_forward(module)
+    known = is_videomae2(module) or (kind.__module__ == MODELING and kind.__name__ in _ACCELERATED)
+    return known and own_forward(module)
 
 
 def swap_class(module: Any, state: State) -> None:

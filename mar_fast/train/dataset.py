@@ -145,7 +145,7 @@ class ClipDataset(Videos):
         with open_film(self.paths[index], threads=1) as film:
             clips = [self._frames(film, rng if self.training else None) for rng in (rngs if resample else rngs[:1])]
             found = {}
-            for number, frame in film.frames({number for clip in clips for number in clip}):
+            for number, frame in film.frames(sorted({number for clip in clips for number in clip})):
                 if self.training:
                     found[number] = picture(frame, film.aspect, round(SPARE_SIZE * min(self.size)))
                 else:

@@ -138,7 +138,7 @@ class Run:
         self.best, self.broken.errors = extra["best"], extra["broken"]
         if self.world.main:
             for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
-                remove_leftovers(self.out, name)
+                remove_leftovers(self.out / name)
 
     def train(self) -> Result:
         """Train from here to the end, or until the process is interrupted (SIGINT) or told to end (SIGTERM).

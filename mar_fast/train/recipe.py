@@ -373,6 +373,7 @@ def _check(recipe: Recipe) -> None:
             need(name, values[name], values[name] == 0, "0 in pre-training, which has no labels")
     else:
         need("model.classifier", config.classifier, config.classifier is not None, "one, in fine-tuning")
+        need("model.num_classes", config.num_classes, config.num_classes > 0, "1 or more, in fine-tuning")
         weight = recipe.reconstruction_weight
         need("reconstruction_weight", weight, not weight or config.decoder_depth > 0, "0: this model has no decoder")
         need("reconstruction_weight", weight, not weight or mask.ratio > 0, "0: without a mask nothing is predicted")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from .. import MAR, save_checkpoint
-from ..files import remove_leftovers, write_whole
+from ..files import write_whole
 from ..kernels import checks
 from .distributed import World
 
@@ -92,7 +92,8 @@ class Checkpoints:
         """Remove old checkpoints, and what is left of one that was not written to its end."""
         for step in self.steps()[: -self.keep]:
             self._path(step).unlink()
-        remove_leftovers(self.folder, "step-*.pt")
+        for file in self.folder.glob(".step-*.pt"):
+            file.unlink()  # half of one, where the process was killed
         kept = {f"shares-{step:08d}" for step in self.steps()}
         for shares in self.folder.glob("shares-*"):
             if shares.name not in kept:

@@ -6,6 +6,7 @@ import sys
 import weakref
 from dataclasses import replace
 
+import clips
 import pytest
 import torch
 from helpers import relative
@@ -16,7 +17,7 @@ from mar_fast.bench import __main__ as module
 from mar_fast.bench import harness, peers, records, workloads
 from mar_fast.bench.case import Case, Floor, Prepared, Provider, RunOptions
 from mar_fast.bench.records import Record
-from mar_fast.bench.suites import SUITES, encoder, flops, kernels, pipeline, scaling, training, waterfall
+from mar_fast.bench.suites import SUITES, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
 
 CPU = torch.device("cpu")
 RATES = {"fp32": 1e11, "bf16": 2e11, "copy": 1e10}
@@ -227,6 +228,22 @@ def test_pipeline(monkeypatch):
         slow = [replace(time, p50=3 if time.provider == slower else 1) for time in times]
         (share,) = pipeline.conclude(options(), slow, ENVIRONMENT)
         assert share.note.startswith(verdict) and share.metric == "share"
+
+
+def test_extraction(monkeypatch, tmp_path):
+    """All of it is right, and reading all windows at least three times as fast as reading each anew."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(extraction, "WINDOWS", 2)
+    film = clips.textured(tmp_path / "a.mkv", 120, (64, 80), codec="ffv1")
+    reading, features, dtypes = (measured(case) for case in extraction.cases(options(clip=str(film))))
+    assert [name for name, own in dtypes.items() if own["time"].p50 > 0] == [
+        f"mar_fast, {name}" for name in machine.DTYPES
+    ]
+    assert all(own["error"].p50 < (1e-5 if "fp32" in name else 3e-2) for name, own in dtypes.items())
+    assert 3 * reading[extraction.OURS]["time"].p50 < reading[extraction.LOOP]["time"].p50
+    assert reading[extraction.OURS]["error"].p50 == 0
+    assert list(features) == [extraction.LOOP, extraction.OURS, extraction.COPIED]
+    assert all(own["error"].p50 < 1e-5 and own["time"].p50 > 0 for own in features.values())
 
 
 def test_flops_are_the_papers(monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mar_fast
 from mar_fast import from_pretrained, save_checkpoint
+from mar_fast.checkpoint.write import FOLDERS
 
 MODELS = {
     "mar_fast, bridging": ("mar_fast", {}),
@@ -23,6 +24,9 @@ MODELS = {
     "videomae pre-training": ("videomae", PRETRAINING),
     "videomae encoder": ("videomae", {**PRETRAINING, "decoder_depth": 0}),
     "videomae fine-tuned": ("videomae", LINEAR),
+    "videomae features": ("videomae", {**LINEAR, "num_classes": 0}),
+    "videomae2 classifier": ("videomae2", {**LINEAR, "encoder_eps": 1e-5, "classifier_norm_eps": 1e-5}),
+    "videomae2 features": ("videomae2", {**LINEAR, "num_classes": 0, "drop_path_rate": 0.2}),
     "hf classifier": ("hf", {**LINEAR, "classifier_norm_eps": 1e-5, "encoder_eps": 1e-12}),
     "hf pre-training": ("hf", {**PRETRAINING, "decoder_norm_eps": 1e-5, "norm_pix_loss": False}),
     "hf model": ("hf", {**PRETRAINING, "decoder_depth": 0, "final_norm": False}),
@@ -30,7 +34,7 @@ MODELS = {
 
 
 def target(folder, layout):
-    return folder / ("folder" if layout == "hf" else "file.safetensors")
+    return folder / ("folder" if layout in FOLDERS else "file.safetensors")
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -61,9 +65,11 @@ def test_round_trip_without_metadata(tmp_path, case):
         del content["mar_fast"]
         (path / "config.json").write_text(json.dumps(content))
     config = model.config
-    told = {} if layout == "hf" else {**TOLD, "encoder_eps": config.encoder_eps}
-    if layout != "hf" and config.decoder_depth:
+    told = {} if layout in FOLDERS else {**TOLD, "encoder_eps": config.encoder_eps}
+    if layout not in FOLDERS and config.decoder_depth:
         told["decoder_num_heads"] = 3
+    if layout == "videomae" and not config.num_classes:
+        told["num_classes"] = 0
     if config.classifier == "bridging":
         told["bridge_num_heads"] = 2
     back = from_pretrained(path, mask_ratio=config.mask_ratio, drop_path_rate=config.drop_path_rate, **told)

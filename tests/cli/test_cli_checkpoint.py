@@ -10,6 +10,7 @@ import torch
 from checkpoint_cases import LINEAR, PRETRAINING, clip, fine_tuned_names, same_weights, small_model
 from helpers import relative
 from safetensors.torch import load_file, save_file
+from videomae2_cases import v2_folder
 
 from mar_fast import from_pretrained, save_checkpoint
 
@@ -186,7 +187,7 @@ def test_convert_repairs_nothing_else(run, lost, tmp_path):
         ((broken, "new", "--biases-from", "nowhere"), "source: got 'nowhere', which does not exist"),
         (
             (broken, "new"),
-            "--to: got none, expected one of mar_fast, mar, videomae, hf, or --biases-from",
+            "--to: got none, expected one of mar_fast, mar, videomae, videomae2, hf, or --biases-from",
         ),
         ((broken, "original", "--biases-from", original), "already exists"),
     ):
@@ -280,3 +281,15 @@ def test_bad_files(run, tmp_path):
         code, out, err = run("checkpoint", *arguments)
         assert code == 2 and out == "" and err.startswith("error: ") and message in err
         assert "Traceback" not in err
+
+
+def test_videomae2_folders(tmp_path, run):
+    """Inspected, and written in their own layout and in VideoMAE's: pooled features stay pooled features."""
+    folder = v2_folder(tmp_path / "hub")
+    code, out, _ = run("checkpoint", "inspect", str(folder))
+    assert code == 0 and "VideoMAE v2 hub" in out and "pooling" in out
+    for layout, name in (("videomae2", "again"), ("videomae", "a.safetensors")):
+        code, out, _ = run("checkpoint", "convert", str(folder), str(tmp_path / name), "--to", layout)
+        assert code == 0 and "the same bits when read back" in out
+        back = from_pretrained(tmp_path / name)
+        assert back.config.num_classes == 0 and same_weights(back, from_pretrained(folder))

@@ -68,6 +68,7 @@ def plain(path, threads):
                     stamps.append(frame.pts)
             except av.error.FFmpegError:
                 pass
+        stream.codec_context.flush_buffers()  # as in decoding.py: else this may hang
     return pictures, stamps, sorted(times)
 
 

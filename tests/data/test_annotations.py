@@ -36,6 +36,16 @@ def test_lists_of_paths_and_labels(tmp_path, separator):
     assert read_annotations(tmp_path / "val.csv", root=tmp_path / "videos").samples[0].path.parent.name == "videos"
 
 
+def test_lists_of_paths(tmp_path):
+    """Recognised where the first line has neither a label nor columns, or asked for."""
+    names = ["some folder/b c.mp4", "a.mp4", "frames/v1", "d 2, e.mp4"]
+    (tmp_path / "val.txt").write_text("\n".join(names) + "\n\n")
+    for read in (read_annotations(tmp_path / "val.txt"), read_annotations(tmp_path / "val.txt", format="paths")):
+        assert read.format == "paths" and found(read, tmp_path) == [(name, name, -1) for name in names]
+    (tmp_path / "val.txt").write_text("b 2.mp4, c.mp4\n")
+    assert [s.name for s in read_annotations(tmp_path / "val.txt", format="paths").samples] == ["b 2.mp4, c.mp4"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

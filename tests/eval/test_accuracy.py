@@ -228,6 +228,8 @@ def test_lists_that_do_not_fit(listed, tmp_path):
     judge, samples, _ = listed
     with pytest.raises(ValueError, match="line 1: got label 11, expected 0 to 10, as the model has"):
         check_samples([replace(samples[0], label=11)], 11)
+    with pytest.raises(ValueError, match="line 1: got no label, expected 0 to 10, as the model has"):
+        check_samples([replace(samples[0], label=-1)], 11)
     lost = [replace(sample, path=tmp_path / "gone" / sample.name) for sample in samples]
     with pytest.raises(ValueError, match=r"root: got a folder with none of the 8 videos, expected .*gone/0.mp4"):
         check_samples(lost, 11)

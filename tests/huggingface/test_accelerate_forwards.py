@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import re
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ class Halved(transformers.VideoMAEModel):
 
 class Quiet(transformers.VideoMAEModel):
     """A subclass without a forward of its own."""
+
+
+class VideoMAEModel(Quiet):
+    """One of the same name."""
+
+    def forward(self, pixel_values, bool_masked_pos=None, **kwargs):
+        return super().forward(pixel_values, bool_masked_pos, **kwargs)
 
 
 @all_kinds
@@ -89,13 +97,16 @@ def test_offloading_by_device_map(tmp_path):
 
 
 @pytest.mark.parametrize("case", [CLASSIFIER, PRETRAINING], ids=["classifier", "pretraining"])
-@pytest.mark.parametrize("kind", [Halved, Quiet])
+@pytest.mark.parametrize("kind", [Halved, Quiet, VideoMAEModel])
 def test_another_class_inside(case, kind, monkeypatch):
     """As transformers' monkey patching leaves it: refused by name, and left alone by patch_transformers."""
-    plain, _, arguments = pair(case)
+    plain, fast, arguments = pair(case)
+    mar_fast.accelerate(fast)
     monkeypatch.setattr(modeling_videomae, "VideoMAEModel", kind)
+    assert type(inner(type(fast)(plain.config))) is kind
     built = type(plain)(plain.config)
-    with pytest.raises(ValueError, match=f"model: got a {kind.__name__} in place of VideoMAEModel, expected transf"):
+    name = re.escape(f"{kind.__module__}.{kind.__name__}")
+    with pytest.raises(ValueError, match=f"model: got a {name} in place of VideoMAEModel, expected transf"):
         mar_fast.accelerate(built)
     with mar_fast.patch_transformers():
         built = type(plain)(plain.config)

@@ -1,0 +1,200 @@
+"""save_pretrained and push_to_hub: a model as a folder with a card, by the conventions of PyTorchModelHubMixin."""
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import write_whole_folder
+from ..kernels import checks
+from ..model import MAR
+from .read import hub, is_hub_id
+from .report import by_reason
+from .write import FILES, LayoutName, check_folder, check_labels, layout_for, write_files
+
+CARD = "README.md"
+
+
+def save_pretrained(
+    model: MAR,
+    save_directory: str | Path,
+    *,
+    layout: LayoutName = "mar_fast",
+    labels: Sequence[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write config.json, model.safetensors, preprocessor_config.json and README.md, the model card, into a folder.
+
+    `from_pretrained` of the folder gives the same model back, bit for bit.
+
+    Args:
+        model: The model.
+        save_directory: The folder. A card that is there stays as it is.
+        layout: The names of the weights, as for `save_checkpoint`.
+        labels: The names of the classes; None for those that the model's checkpoint had.
+        force: Replace a model that is there; other files in the folder are an error all the same.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the layout cannot express the model.
+        FileExistsError, NotADirectoryError: something stands in the way.
+        TypeError: not a `mar_fast.MAR`.
+    """
+    if not isinstance(model, MAR):
+        raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
+    labels = _labels(model) if labels is None else labels
+    if labels is not None:
+        check_labels(labels, model.config)
+    layout_for(model.config, layout)
+    folder = Path(save_directory).expanduser()
+    card = folder / CARD
+    kept = card.read_bytes() if card.is_file() else None
+    check_folder(folder, FILES, force, beside=(CARD,))
+
+    def write(new: Path) -> None:
+        write_files(model, new, layout, labels)
+        (new / CARD).write_bytes(model_card(model, labels).encode() if kept is None else kept)
+
+    write_whole_folder(folder, write)
+    return folder
+
+
+def push_to_hub(
+    model: MAR,
+    repo_id: str,
+    *,
+    commit_message: str = "Push model using huggingface_hub.",
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+    layout: LayoutName = "mar_fast",
+    labels: Sequence[str] | None = None,
+) -> str:
+    """Upload what `save_pretrained` writes, in one commit; a repository that is not there is made.
+
+    `mar_fast.from_pretrained(repo_id)` reads it. A model card that the repository has stays as it is: edit it there.
+
+    Args:
+        model: The model.
+        repo_id: "owner/name", or a name for one of your own.
+        commit_message: Of the commit.
+        private: Whether a new repository is; None for your organisation's default.
+        token: None for the one that you are logged in with.
+        branch: Where the commit goes; None for the main one.
+        create_pr: Make a pull request of it.
+        layout: As for `save_pretrained`.
+        labels: As for `save_pretrained`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: the hub refuses it, or the layout cannot express the model.
+        ModuleNotFoundError: huggingface_hub is not installed.
+    """
+    huggingface_hub = hub(f"repo_id: got {repo_id!r}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_pretrained(model, Path(temporary) / "model", layout=layout, labels=labels)
+        api = huggingface_hub.HfApi(token=token)
+        try:
+            repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+            has_card = api.file_exists(repo_id, CARD, revision=branch)
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id,
+                    repo_type="model",
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    revision=branch,
+                    create_pr=create_pr,
+                    ignore_patterns=[CARD] if has_card else None,
+                )
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            got = f"{repo_id!r}, which the hub does not take ({reason})"
+            raise checks.bad("repo_id", got, "a repository that you may write to") from error
+
+
+def model_card(model: MAR, labels: Sequence[str] | None = None) -> str:
+    """The text of README.md, from the model and its `LoadReport`: what it is, what was read into it, what is new.
+
+    It states no licence, since the files that a model is made of do not say theirs.
+
+    Args:
+        model: The model.
+        labels: The names of its classes.
+    """
+    config, report = model.config, model.load_report
+    frames, (height, width) = config.num_frames, config.image_size
+    classes = config.num_classes if config.classifier else 0
+    parts = [f"An encoder {config.embed_dim} wide with {config.depth} blocks and {config.num_heads} heads"]
+    if classes:
+        parts.append(f"a {config.classifier} classifier of {classes} classes")
+    elif config.classifier:
+        parts.append("mean pooling with a norm and no head")
+    if config.decoder_depth:
+        parts.append(f"a pixel decoder {config.decoder_embed_dim} wide with {config.decoder_depth} blocks")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    seen = f"It sees {1 - config.mask_ratio:.0%} of each clip's patches (cell running masking)."
+    lines = [
+        "---",
+        "library_name: mar_fast",
+        *(["pipeline_tag: video-classification"] if classes else []),
+        "tags:",
+        "- videomae",
+        *(["- mar"] if config.classifier == "bridging" else []),
+        "---",
+        "",
+        "# Video transformer of mar_fast",
+        "",
+        f"{', '.join(parts)}: {parameters / 1e6:.2f} M parameters. Clips are {frames} frames of {height} x {width}. "
+        + (seen if config.mask_ratio else "It sees every patch."),
+        "",
+        "```python",
+        "import mar_fast",
+        "",
+        'model = mar_fast.from_pretrained("owner/name")  # this repository, or the folder',
+        f"out = model(clips)  # (B, {config.channels}, {frames}, {height}, {width}), uint8 or normalised",
+        "```",
+        "",
+        "## Weights",
+        "",
+    ]
+    if report is None:
+        lines.append("No checkpoint was read into this model: it began at random.")
+    else:
+        count = len(report.read)
+        lines.append(f"Read from {_shown(report.source)} ({report.layout} layout): {count} tensors.")
+        for title, notes in (
+            ("New when it was loaded", report.initial),
+            ("In that checkpoint and not read", report.ignored),
+        ):
+            if notes:
+                lines += ["", f"{title}:", "", *(f"- {_shown(line)}" for line in by_reason(notes, 6))]
+        if report.warnings:
+            lines += ["", "Warnings:", "", *(f"- {_shown(warning)}" for warning in report.warnings)]
+    lines += ["", "Training that came after is not recorded here."]
+    if labels:
+        lines += ["", "## Classes", "", ", ".join(labels)]
+    lines += [
+        "",
+        "## Licence",
+        "",
+        "None is stated. It depends on the weights and the data that this model was made from: name it here, and as "
+        "`license:` above, before others use the model.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(model: MAR) -> tuple[str, ...] | None:
+    labels = model.load_report.labels if model.load_report is not None else None
+    return labels if labels and len(labels) == model.config.num_classes else None
+
+
+def _shown(text: str) -> str:
+    """Without the folders of this machine: a card is public."""
+    return text if is_hub_id(text) else re.sub(r"(?<![\w.])~?(/[^/\s,;:]+)+/(?=[^/\s])", "", text)

@@ -1,0 +1,300 @@
+"""Features of many films to files, as they come: whole or not at all, and a second run goes on where one ended.
+
+Each film has a file of features and one of JSON beside it, which says what the rows are and by which settings they were
+made. The JSON comes first, so that a file of features is always one that has been finished.
+"""
+
+import json
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.windows import Report, Sliding, Window, read_ahead
+from ..files import may_write, remove_leftovers, whole_file, write_whole
+from ..kernels import checks
+from .accuracy import check_settings
+from .extraction import Extractor
+
+Form = Literal["safetensors", "npy"]
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors' names of dtypes
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film to extract features from: its name, its file or folder of pictures, and the file for its features."""
+
+    name: str
+    path: Path
+    out: Path
+
+    @property
+    def about(self) -> Path:
+        """The JSON file beside its features."""
+        return self.out.with_name(self.out.name.removesuffix(self.out.suffix) + ".json")
+
+
+def plan_films(paths: Sequence[Path], root: Path | None, out: Path, form: Form) -> list[Film]:
+    """Where the features of each film go: below ``out`` as the film is below ``root``.
+
+    Args:
+        paths: Files or folders of pictures.
+        root: A folder that they are all in; None is that of each.
+        out: The folder for the features.
+        form: The ending of their files.
+
+    Raises:
+        ValueError: a film is not below the root, or two would have the same file of features.
+    """
+    films: dict[Path, Film] = {}
+    for path in paths:
+        name = path.name if root is None else os.path.relpath(path, root)
+        if Path(name).parts[:1] in ((), ("..",)):
+            raise checks.bad("root", f"{str(root)!r}, without {str(path)!r}", "a folder that all videos are in")
+        stem = Path(name) if path.is_dir() else Path(name).with_suffix("")
+        film = Film(Path(name).as_posix(), path, out / stem.with_name(f"{stem.name}.{form}"))
+        if film.out in films:
+            both = f"{str(films[film.out].path)!r} and {str(path)!r}, which would both be {str(film.out)!r}"
+            raise checks.bad("videos", both, "one video for each file (or a root above both)")
+        films[film.out] = film
+    return list(films.values())
+
+
+def unfinished(films: Sequence[Film], settings: Mapping[str, Any], *, force: bool = False) -> list[Film]:
+    """The films without features yet; leftovers of a process that was killed are removed.
+
+    Raises:
+        FileExistsError: a file is there that is not features of these settings, and ``force`` is not set.
+        NotADirectoryError: a file is where a folder must be.
+    """
+    may_write([path for film in films for path in (film.out, film.about)], force=True)
+    left = []
+    for film in films:
+        if force or not film.about.exists():
+            may_write([film.out], force)
+        else:
+            check_settings(film.about, _settings(film.about), settings)
+        if force or not film.out.exists():
+            left.append(film)
+        for path in (film.out, film.about):
+            remove_leftovers(path)
+    return left
+
+
+def _settings(about: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(about.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, dict):
+        raise FileExistsError(f"{about}: got another kind of file, expected results of mar-fast extract, or --force")
+    return found
+
+
+class _Writer:
+    """The two files of a film, to which rows are written as they come."""
+
+    def __init__(self, film: Film, count: int, extractor: Extractor) -> None:
+        self.film, self.count, self.done = film, count, 0
+        self._shape = (count, *extractor.row_shape)
+        self._dtype = extractor.dtype
+        self._row_bytes = int(np.prod(extractor.row_shape)) * extractor.dtype.itemsize
+        self._frames, self._seconds = array("q"), array("d")
+        with ExitStack() as files:
+            temporary = files.enter_context(whole_file(film.out))
+            self._file: IO[bytes] = files.enter_context(temporary.open("wb"))
+            self._header(extractor.layers)
+            first = self._file.tell()
+            self._offsets = {number: first + i * count * self._row_bytes for i, number in enumerate(extractor.layers)}
+            self._files = files.pop_all()
+
+    def _header(self, layers: Sequence[int]) -> None:
+        if self.film.out.suffix == ".npy":
+            header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(self._file, header)
+            return
+        size = self.count * self._row_bytes
+        tensors = {
+            f"layer.{number}": {
+                "dtype": _NAMES[self._dtype],
+                "shape": self._shape,
+                "data_offsets": (i * size, (i + 1) * size),
+            }
+            for i, number in enumerate(layers)
+        }
+        text = json.dumps(tensors).encode()
+        text += b" " * (-len(text) % 8)  # so that what follows is aligned
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, windows: Sequence[Window], layers: Mapping[int, Tensor]) -> None:
+        """The next rows (n, ...) of each layer, for n windows."""
+        for number, rows in layers.items():
+            self._file.seek(self._offsets[number] + self.done * self._row_bytes)
+            self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
+        for window in windows:
+            self._frames.extend(window.frames)
+            self._seconds.extend(window.seconds or ())
+        self.done += len(windows)
+
+    @property
+    def seconds(self) -> float:
+        """Of the film, up to the last window so far."""
+        return self._seconds[-1] if self._seconds else 0.0
+
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Give both files their names."""
+        about = {"video": self.film.name, **content, "windows": self.count}
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w") as file:
+                file.write(json.dumps(about)[:-1])
+                for name, ends in (("frames", self._frames), ("seconds", self._seconds)):
+                    file.write(f', "{name}": [')
+                    file.writelines(f"{', ' * (i > 0)}[{ends[i]}, {ends[i + 1]}]" for i in range(0, len(ends), 2))
+                    file.write("]")
+                file.write("}\n")
+
+        with self._files:
+            write_whole(self.film.about, write)
+
+    def abandon(self) -> None:
+        """Delete what was written."""
+        self._files.__exit__(InterruptedError, InterruptedError(), None)
+
+
+@dataclass
+class Extraction:
+    """What became of a list of films.
+
+    Attributes:
+        films: How many were to be done.
+        finished: How many have their files.
+        broken: Why films could not be read, by name.
+        windows: How many were computed.
+        video_seconds: Length of the films that were finished.
+        seconds: That all of it took.
+        model_seconds: In which the model ran.
+    """
+
+    films: int
+    finished: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    windows: int = 0
+    video_seconds: float = 0.0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        """Whether reading films or the model limits the pace: "data" if the model waits half of the time."""
+        return "compute" if self.model_seconds > self.seconds / 2 else "data"
+
+
+def extract_films(
+    extractor: Extractor,
+    films: Sequence[Film],
+    sliding: Sliding,
+    content: Mapping[str, Any],
+    *,
+    workers: int = 2,
+    on_batch: Callable[[Extraction], None] = lambda so_far: None,
+) -> Extraction:
+    """Write the features of films, with windows of several of them in a batch.
+
+    Args:
+        extractor: The model and what is taken from it.
+        films: From `unfinished`.
+        sliding: Which windows.
+        content: What each JSON file says beside the windows, "settings" among it.
+        workers: Films that are read at a time, while the model runs.
+        on_batch: Told how far it is, after each batch.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    if not isinstance(workers, int) or workers < 1:
+        raise checks.bad("workers", repr(workers), "a whole number, 1 or more")
+    job = _Job(extractor, films, content, Extraction(len(films)), on_batch)
+    size, ahead = extractor.model.config.image_size, 2 * extractor.batch
+    try:
+        job.run(read_ahead([film.path for film in films], sliding, size, workers=workers, depth=ahead))
+    finally:
+        for writer in job.writers.values():
+            writer.abandon()
+    return job.done
+
+
+Item = tuple[int, Window]  # a window and the number of its film
+
+
+@dataclass
+class _Job:
+    extractor: Extractor
+    films: Sequence[Film]
+    content: Mapping[str, Any]
+    done: Extraction
+    on_batch: Callable[[Extraction], None]
+    writers: dict[int, _Writer] = field(default_factory=dict)
+
+    def run(self, reports: Iterator[tuple[int, Report]]) -> None:
+        """The model has a thread of its own: meanwhile the next batch is gathered, and the last one is written."""
+        begin = time.perf_counter()
+        running: tuple[list[Item], Future[dict[int, Tensor]]] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            for items in chain(self._batches(reports), [None]):
+                before, running = running, None
+                if items is not None:
+                    gathered = self.extractor.gather([window for _, window in items])
+                    running = items, pool.submit(self._compute, len(items), *gathered)
+                if before is not None:
+                    self._write(before[0], before[1].result())
+                self.done.seconds = time.perf_counter() - begin
+                self.on_batch(self.done)
+
+    def _batches(self, reports: Iterator[tuple[int, Report]]) -> Iterator[list[Item]]:
+        """Windows of all films as they come, in full batches and a last one; films begin and break meanwhile."""
+        items: list[Item] = []
+        for number, report in reports:
+            if isinstance(report, int):
+                self.writers[number] = _Writer(self.films[number], report, self.extractor)
+            elif isinstance(report, Exception):
+                self.done.broken[self.films[number].name] = str(report)
+                items = [item for item in items if item[0] != number]
+                if number in self.writers:
+                    self.writers.pop(number).abandon()
+            elif report is not None:
+                items.append((number, report))
+            if len(items) == self.extractor.batch:
+                yield items
+                items = []
+        if items:
+            yield items
+
+    def _compute(self, count: int, pictures: Tensor, shown: Tensor) -> dict[int, Tensor]:
+        begin = time.perf_counter()
+        found = self.extractor.compute(count, pictures, shown)
+        self.done.model_seconds += time.perf_counter() - begin
+        return found
+
+    def _write(self, items: Sequence[Item], computed: Mapping[int, Tensor]) -> None:
+        for number in dict.fromkeys(number for number, _ in items):
+            if number not in self.writers:  # it broke
+                continue
+            writer, rows = self.writers[number], [row for row, (film, _) in enumerate(items) if film == number]
+            writer.add([items[row][1] for row in rows], {layer: found[rows] for layer, found in computed.items()})
+            if writer.done == writer.count:
+                writer.finish(self.content)
+                del self.writers[number]
+                self.done.finished += 1
+                self.done.video_seconds += writer.seconds
+        self.done.windows += len(items)
