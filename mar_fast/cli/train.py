@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..train.recipe import Recipe
 
 DEMO = "motions"
+SECONDS = 60  # from one line of progress to the next, in a file or a pipe, where no bar moves
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
             common.show(name)
         return
     if demo and (recipe or videos or val or init):
-        raise checks.bad("--demo", "it with --recipe, --train, --val or --init", "none of them: it has its own")
+        raise checks.bad("--demo", "also --recipe, --train, --val or --init", "none of them: the demo has its own")
     if recipe is None and not demo:
         raise checks.bad("--recipe", "none", f"one of {', '.join(training.list_recipes())}, or a TOML file")
     chosen = training.read_recipe(DEMO if recipe is None else recipe, given or ())
@@ -154,12 +155,17 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install tensorboard") from error
     began: list[tuple[float, int]] = []
+    told: list[float] = []
     with common.progress() as step:
 
         def on_row(row: dict[str, Any]) -> None:
             if "loss" in row:
                 began.append((time.monotonic(), row["step"])) if not began else None
-                step(_progress(row, *began[0]), row["step"] / row["steps"])
+                text = _progress(row, *began[0])
+                step(text, row["step"] / row["steps"])
+                if not common.errors.is_terminal and (not told or time.monotonic() - told[-1] > SECONDS):
+                    common.tell(text)
+                    told.append(time.monotonic())
             elif "validation" in row:
                 found = ", ".join(f"{name} {value:.4g}" for name, value in row["validation"].items())
                 common.tell(f"epoch {row['epoch']}: {found}")

@@ -342,16 +342,15 @@ def _check(recipe: Recipe) -> None:
         pair = values[name]
         need(name, pair, len(pair) == 2 and 0 < pair[0] <= pair[1], "two numbers above 0, the smaller first")
     need("augment.erase_area", augment.erase_area, augment.erase_area[1] <= 1, "shares of the picture, up to 1")
-    scale = augment.scale
+    scale, ordered = augment.scale, "two areas above 0, up to 1, the smaller first"
     need("augment.scale", scale, bool(scale) and 0 < min(scale) <= max(scale) <= 1, "numbers above 0, up to 1")
     if augment.crop == "random_resized":
-        met = len(scale) == 2 and scale[0] <= scale[1]
-        need("augment.scale", scale, met, "two areas above 0, up to 1, the smaller first")
-    met = len(optimizer.betas) == 2 and 0 <= min(optimizer.betas) <= max(optimizer.betas) < 1
-    need("optimizer.betas", optimizer.betas, met, "two rates in [0, 1)")
+        need("augment.scale", scale, len(scale) == 2 and scale[0] <= scale[1], ordered)
+    betas = optimizer.betas
+    need("optimizer.betas", betas, len(betas) == 2 and 0 <= min(betas) <= max(betas) < 1, "two rates in [0, 1)")
     need("schedule.min_lr", schedule.min_lr, schedule.min_lr <= optimizer.lr, f"{optimizer.lr} (optimizer.lr) or less")
-    warmup = schedule.warmup_epochs
-    need("schedule.warmup_epochs", warmup, warmup <= schedule.epochs, f"0 to {schedule.epochs}, the epochs of the run")
+    last = f"0 to {schedule.epochs}, the epochs of the run"
+    need("schedule.warmup_epochs", schedule.warmup_epochs, schedule.warmup_epochs <= schedule.epochs, last)
     need("mask.ratio", mask.ratio, (mask.kind == "none") == (mask.ratio == 0), "0 with kind 'none', else above 0")
     try:
         config = recipe.config(**{"mask_ratio": 0.0} | _model(recipe.model))  # mask.ratio is checked below

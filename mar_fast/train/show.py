@@ -41,8 +41,8 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     attention's output, q, k and v, and the MLP's hidden values before and after GELU, (6 + 2 * mlp_ratio) * D; and the
     residual stream twice, in 4 bytes. With gradient checkpointing a block keeps its two inputs, and one block at a time
     keeps all. The encoder's blocks run on visible tokens, and so do the bridge's; the decoder's on all. Added are the
-    visible pixels at the embedding in b bytes, and the predicted ones in 4. What is left out: masks of dropout,
-    statistics of norms, 16-bit copies of weights (see `memory`), work space.
+    visible pixels at the embedding in b bytes, and the predicted ones and their targets in 4 each. What is left out:
+    masks of dropout, statistics of norms, 16-bit copies of weights (see `memory`), work space.
     """
     config, visible = recipe.config(), visible_tokens(recipe)
     value = DTYPES[recipe.optimizer.precision].itemsize
@@ -52,7 +52,7 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     kept = visible * config.patch_values * value
     if decodes(recipe):
         stacks.append((config.num_tokens, config.decoder_embed_dim, config.decoder_mlp_ratio, config.decoder_depth))
-        kept += (config.num_tokens - visible) * config.patch_values * 4
+        kept += (config.num_tokens - visible) * config.patch_values * 8
     full = [round(tokens * dim * ((6 + 2 * ratio) * value + 8)) for tokens, dim, ratio, _ in stacks]
     if recipe.gradient_checkpointing:
         kept += max(full) + sum(tokens * dim * (value + 4) * depth for tokens, dim, _, depth in stacks)

@@ -47,6 +47,7 @@ def test_from_a_list_to_an_evaluated_checkpoint(train, films, tmp_path):
     code, out, err = train("--val", films / "list.txt", "--clips", 4)
     assert code == 0, err
     assert "2 micro-batches a step" in err and "all weights are new" in err and "epoch 1: videos 8" in err
+    assert "step 1 of 2, loss" in err and "step 2 of 2" not in err  # a minute has not passed
     assert "test of run/best.safetensors, 2 clips x 1 crops: top-1" in out
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {
@@ -128,7 +129,7 @@ def test_show(train, tmp_path):
     ("options", "message"),
     [
         (dict(recipe=None), "--recipe: got none, expected one of mar_k400_base"),
-        (dict(more=["--demo"]), "--demo: got it with --recipe, --train"),
+        (dict(more=["--demo"]), "--demo: got also --recipe, --train"),
         (dict(videos=None), "--train: got none, expected a list of videos"),
         (dict(videos="empty.txt"), "empty.txt: got no video"),
         (dict(videos="one.txt"), "got no video of 1 of 2 classes, the first 1"),
