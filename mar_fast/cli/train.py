@@ -89,7 +89,8 @@ def train(
         else:
             stopped = training.fit(chosen, listed, checked, out, world, init=init, **how).stopped
         if stopped:
-            common.tell(f"{out}: stopped; the same command with --resume goes on")
+            if world.main:
+                common.tell(f"{out}: stopped; the same command with --resume goes on")
             raise KeyboardInterrupt
         if world.main and not demo and checked and chosen.task == "finetune":
             _test(chosen, checked, out, world, workers)
