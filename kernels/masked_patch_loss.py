@@ -116,16 +116,16 @@ def patch_targets(
     dtype: torch.dtype,
 ) -> Tensor:
     """(B, M, t * h * w * C), or (total, ...) with clip_idx: what pixels of ``dtype`` are to be, in float32 at least."""
-    # In place from here on: what was gathered is nobody else's.
     target = gather_tubelets(video.detach(), index, patch_size, clip_idx)  # (B, M, C, t, h, w), or (total, C, ...)
-    target = target.movedim(-4, -1)  # (B, M, t, h, w, C), or (total, t, h, w, C)
+    # Not -4 and -1: ONNX's older exporter would keep them. (B, M, t, h, w, C), or (total, t, h, w, C)
+    target = target.movedim(target.ndim - 4, target.ndim - 1)
     target = target.to(torch.promote_types(dtype, torch.float32))
     if video.dtype == torch.uint8:
-        target = target.div_(255)
+        target = target / 255
     elif mean is not None and std is not None:
         scale, shift = (per_channel(values, video.device) for values in (std, mean))
-        target = target.mul_(scale).add_(shift)
+        target = (target * scale).add_(shift)
     if normalize:
         variance, average = torch.var_mean(target, dim=(-4, -3, -2), keepdim=True, correction=1)
-        target = target.sub_(average).div_(variance.sqrt_().add_(1e-6))
+        target = (target - average).div_(variance.sqrt_().add_(1e-6))
     return target.flatten(-4)
