@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m mar_fast.bench {NAME}", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("motions"), help="folder of the runs and of results.jsonl")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--epochs", type=int, default=6, help="of a run, 100 steps of 32 clips each")
+    parser.add_argument("--epochs", type=int, default=5, help="of a run, 100 steps of 32 clips each")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--throughput", type=float, metavar="SECONDS", help="compare with a plain loop instead")
     options = parser.parse_args(arguments)
