@@ -63,11 +63,15 @@ def plain(path, threads):
             if packet.pts is not None and packet.size and not packet.is_discard:
                 times.append(packet.pts)
             try:
-                for frame in packet.decode():
-                    pictures.append(hash(frame.to_ndarray(format="rgb24").tobytes()))
-                    stamps.append(frame.pts)
+                frames = packet.decode()
             except av.error.FFmpegError:
-                pass
+                continue
+            for frame in frames:
+                stamps.append(frame.pts)
+                try:
+                    pictures.append(hash(frame.to_ndarray(format="rgb24").tobytes()))
+                except av.error.FFmpegError:
+                    pictures.append(None)  # it counts all the same
         stream.codec_context.flush_buffers()  # as in decoding.py: else this may hang
     return pictures, stamps, sorted(times)
 
@@ -83,7 +87,8 @@ def check(seed, films, folder):
     path = folder / f"damaged{film.suffix}"
     path.write_bytes(data)
     tell(stage="plain decoding", how=how, film=film.name)
-    undamaged, known = plain(film, "AUTO")[0], []
+    undamaged, *before = plain(film, "AUTO")
+    at_times, known = dict(zip(before[0], undamaged, strict=True)), []
     with av.open(str(film)) as file:
         codec = file.streams.best("video").codec_context.name
     for threads in ("AUTO", "SLICE", "NONE"):
@@ -110,7 +115,7 @@ def check(seed, films, folder):
             continue
         kinds = set()
         for number, picture in zip(range(start, total, stride), clip.permute(1, 2, 3, 0), strict=False):
-            kinds.add(kind_of(number, hash(picture.numpy().tobytes()), undamaged, known, codec))
+            kinds.add(kind_of(number, hash(picture.numpy().tobytes()), undamaged, at_times, known, codec))
         wrong = [kind for kind in kinds if kind.startswith("WRONG")]
         tell(result=wrong[0] if wrong else sorted(kinds)[-1], run=(start, stride, count))
 
@@ -121,14 +126,15 @@ def kind_of_error(error):
     return "error: " + re.sub(r"[\d.]+", "*", found[1]).strip(" ,") if found else f"WRONG {error!r}"
 
 
-def kind_of(number, picture, undamaged, known, codec):
-    """Whose picture this is."""
+def kind_of(number, picture, undamaged, at_times, known, codec):
+    """Whose picture this is; a film that lacks some of its frames still has the others at their times."""
     if undamaged[number : number + 1] == [picture]:
         return "1 as before the damage"
     there = {hashed for pictures, *_ in known for hashed in pictures[number : number + 1]}
     if picture in there:
         return "2 as plain decoding"
     for pictures, stamps, times in known:
+        there.update(at_times.get(time) for time in times[number : number + 1])
         begun = [
             time for time in times if stamps and time >= stamps[0]
         ]  # frames that no key frame precedes are left out
@@ -136,7 +142,7 @@ def kind_of(number, picture, undamaged, known, codec):
             p for p, time in zip(pictures, stamps, strict=True) for t in (times, begun) if [time] == t[number:][:1]
         )
     if picture in there:
-        return "3 as plain decoding at that time"
+        return "3 as plain decoding, or as before, at that time"
     # Where FFmpeg gives what it could not decode without an error, that may depend on threads and on memory.
     if picture not in undamaged and (not there <= set(undamaged) or codec in ("mjpeg", "ffv1")):
         return "4 damaged, and in plain decoding in another way"
