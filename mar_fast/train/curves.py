@@ -20,7 +20,8 @@ def draw_curves(log: Path, picture: Path) -> None:
     checked = [row for row in rows if "validation" in row]
     if not steps:
         return
-    names = [name for name in ("loss", "reconstruction", "accuracy") if name in steps[0]]
+    classifies = "accuracy" in steps[0]  # else the loss is the reconstruction's
+    names = [name for name in ("loss", "reconstruction", "accuracy") if name in steps[0]] if classifies else ["loss"]
     figure = new_figure(figsize=(4 * (len(names) + 1), 3.2))
     axes = figure.subplots(1, len(names) + 1)
     epochs = np.array([row["epoch"] for row in steps])
@@ -33,7 +34,7 @@ def draw_curves(log: Path, picture: Path) -> None:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    if "accuracy" in names:
+    if classifies:
         axes[names.index("accuracy")].set_ylim(0, 1)
     axes[-1].plot(epochs, [row["lr"] for row in steps], color=OURS)
     axes[-1].set_title("learning rate")
