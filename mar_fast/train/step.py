@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import MAR, TokenMask
@@ -77,7 +76,7 @@ class Stepper:
                     out = self.called(batch.video, batch.mask, decoder_mask=batch.decoder_mask)
                     loss = objective(out, batch.target, self.recipe)
                 parts.scaler.scale(loss / count).backward()
-            told[:4] += torch.stack(_numbers(out, batch.target, loss)) / count
+            told[:4] += torch.stack(_numbers(out, batch.target, loss, self.recipe.reconstruction_weight)) / count
         if self.recipe.optimizer.clip_grad:
             parts.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(self._trained, self.recipe.optimizer.clip_grad)
@@ -118,12 +117,11 @@ def objective(out: MAROutput, target: Tensor | None, recipe: Recipe) -> Tensor:
     return mar_loss(out, target, recipe.reconstruction_weight)
 
 
-def _numbers(out: MAROutput, target: Tensor | None, loss: Tensor) -> list[Tensor]:
-    zero = torch.zeros((), device=loss.device)
+def _numbers(out: MAROutput, target: Tensor | None, loss: Tensor, weight: float) -> list[Tensor]:
+    zero, loss = torch.zeros((), device=loss.device), loss.detach().float()
     reconstruction = zero if out.reconstruction_loss is None else out.reconstruction_loss.detach().float()
     if out.logits is None or target is None:
-        return [loss.detach().float(), zero, reconstruction, zero]
-    logits, hard = out.logits.detach().float(), target.argmax(-1) if target.ndim == 2 else target
-    classification = F.cross_entropy(logits, target.to(logits.dtype) if target.ndim == 2 else target)
-    right = (logits.argmax(-1) == hard).float().mean()
-    return [loss.detach().float(), classification, reconstruction, right]
+        return [loss, zero, reconstruction, zero]
+    hard = target.argmax(-1) if target.ndim == 2 else target
+    right = (out.logits.detach().argmax(-1) == hard).float().mean()
+    return [loss, loss - weight * reconstruction, reconstruction, right]
