@@ -50,6 +50,7 @@ _TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
 _WIDE_LOAD = re.compile(
     r"\b(?:LDG|LDGSTS)\.E\S*\.(?:128|256)\b|cp\.async\.bulk(?:\.tensor\.\dd)?\.shared|(?:global|buffer)_load_dwordx4"
 )
+_TMA = re.compile(r"\bUTMA(?:LDG|STG)\b")
 # So laid out float32 was wrong on an H200 (Triton 3.6) by the size of one TF32 product; all three are there.
 _WRONG_LAYOUT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n8k8\.")
 
@@ -99,8 +100,11 @@ def code(launch: Launch, tensors: Sequence[Tensor | None], target: str) -> Code:
     function, config, names = launch.kernel.fn, launch.choice.config, launch.kernel.arg_names
     values = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
     signature = {name: "constexpr" if name in launch.constants else _kind(values[name]) for name in names}
+    for i, block in launch.blocks.items():
+        signature[names[i]] = f"tensordesc<{signature[names[i]][1:]}{list(block.block)}>"
     constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
-    multiples = [i for i, name in enumerate(names) if name not in constants and _divisible(values[name])]
+    skipped = {*constants, *(names[i] for i in launch.blocks)}
+    multiples = [i for i, name in enumerate(names) if name not in skipped and _divisible(values[name])]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return Code(
         launch.choice.kernel, target, f"{function.__module__}:{function.__qualname__}", signature, constants,
@@ -142,7 +146,9 @@ def check(code: Code) -> Report:
         "shared": (shared := compiled.metadata.shared),
         "tensor core": (tensor_core := len(_TENSOR_CORE.findall(text))),
         "wide loads": (wide := len(_WIDE_LOAD.findall(text))),
+        "TMA": (tma := len(_TMA.findall(text))),
     }
+    described = any(str(kind).startswith("tensordesc") for kind in code.signature.values())
     limit, wrong = SHARED_LIMIT.get(code.target, 101376), len(_WRONG_LAYOUT.findall(text))
     single, products = _products(compiled.asm["ttir"], compiled.asm["ttgir"])
     faults = {
@@ -152,6 +158,7 @@ def check(code: Code) -> Report:
         f"{single} float32 products by one of TF32, three are needed": single > 0,
         f"float32 products by {products:.2f} of TF32, three are needed": products != 3 and not single,
         f"{wrong} m64n8k8 wgmma, which are wrong for float32": wrong > 0,
+        "no TMA instruction": described and not tma,
         "no global load of 16 bytes": not wide and code.target in STRICT and code.kernel not in COLD,
     }
     return Report(code, [text for text, is_so in faults.items() if is_so], figures)

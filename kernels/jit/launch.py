@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
+from torch.nn import Parameter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import checks, device, plan
 from ..device import architecture
@@ -53,7 +55,7 @@ class LaunchConfig:
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
     dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
-    not ``resident``.
+    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it.
     """
 
     block_m: int
@@ -62,10 +64,12 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 1
     resident: bool = True
+    tma: bool = False
 
     def __str__(self) -> str:
         tile = " x ".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
-        return f"{tile}, {self.num_warps} warps, {self.num_stages} stages" + ", not resident" * (not self.resident)
+        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma
+        return f"{tile}, {self.num_warps} warps, {self.num_stages} stages{rest}"
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,14 @@ def stubbed() -> Iterator[None]:
         plan.forget()
 
 
+class Block(NamedTuple):
+    """What a TMA descriptor says of a tensor: a matrix of this shape and strides, which is read in blocks."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
 class Launch:
     """A launch, complete but for its tensors: it is called with these, in the kernel's order, None for one left out.
 
@@ -213,10 +225,14 @@ class Launch:
         numbers: Integers and floats.
         choice: Its configuration.
         copied: For each tensor whether it is copied first, because the kernel cannot address it; False beyond the end.
+        blocks: By position, the tensors that the kernel gets as TMA descriptors.
         **constants: By name.
     """
 
-    __slots__ = ("_arguments", "_grid", "_index", "_run", "choice", "constants", "copied", "grid", "kernel", "numbers")
+    __slots__ = (
+        *("_arguments", "_described", "_grid", "_index", "_run"),
+        *("blocks", "choice", "constants", "copied", "grid", "kernel", "numbers"),
+    )
 
     def __init__(
         self,
@@ -225,11 +241,13 @@ class Launch:
         numbers: Sequence[float],
         choice: Choice,
         copied: Sequence[bool] = (),
+        blocks: Mapping[int, Block] | None = None,
         **constants: Any,
     ) -> None:
         self.kernel, self.grid, self.numbers, self.choice = kernel, tuple(grid), tuple(numbers), choice
         self.copied = tuple(copied) if any(copied) else ()
-        self.constants = constants
+        self.constants, self.blocks = constants, dict(blocks or {})
+        self._described: list[tuple[int, dict[str, Any]]] = []
         self._grid = (*self.grid, 1, 1)[:3]
         self._run: Any = None
         self._arguments: tuple[Any, ...] = ()
@@ -245,8 +263,18 @@ class Launch:
         if self._run is None or _recorded is not None or _hooked() or current_device() != self._index:
             self._look_up(tensors)
             return
+        if self._described:
+            tensors = self._as_described(tensors)
         # Only the stream is looked up.
         self._run(*self._grid, current_stream(self._index), *self._arguments[0], *tensors, *self._arguments[1])
+
+    def _as_described(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With descriptors, which are not checked again: the plan's key has shapes, strides and alignment."""
+        given = list(tensors)
+        for i, attributes in self._described:
+            given[i] = descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__.update(attributes, base=tensors[i])
+        return tuple(given)
 
     def _look_up(self, tensors: tuple[Tensor | None, ...]) -> None:
         if _recorded is not None:
@@ -258,11 +286,15 @@ class Launch:
             return
         config, kernel = self.choice.config, self.kernel
         options: dict[str, Any] = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        arguments = (*tensors, *self.numbers)
+        given: list[Any] = list(tensors)
+        for i, block in self.blocks.items():
+            given[i] = TensorDescriptor(tensors[i], *map(list, block))
+        arguments = (*given, *self.numbers)
         if type(operand) not in (Tensor, torch.nn.Parameter) and is_wrap_triton_enabled():
             # Traced: inductor launches the kernel itself, and takes no other options.
             torch.library.wrap_triton(kernel)[self.grid](*arguments, **self.constants, **options)
             return
+        self._described = [(i, {k: v for k, v in vars(given[i]).items() if k != "base"}) for i in self.blocks]
         if _stubbed:
             self._ready(current_device(), lambda *arguments: None, (None,) * 5)
             return
@@ -317,6 +349,20 @@ def rows(x: Tensor) -> tuple[int, bool]:
     """(stride, copied): the row stride that a kernel sees, and whether x must be copied for it."""
     stride = row_stride(x)
     return (x.shape[-1], True) if stride is None else (stride, False)
+
+
+def takes_tma(x: Tensor, stride: int) -> bool:
+    """Whether a kernel may get x, rows ``stride`` values apart, as a TMA descriptor (CUDA driver API, tensor maps).
+
+    That needs sm_90 or later, and addresses and strides that are multiples of 16 bytes. inductor cannot make
+    descriptors for a kernel that it sees.
+    """
+    target, size = architecture(x), x.element_size()
+    has_tma = target == "interpreter" or (target.startswith("sm_") and int(target[3:]) >= 90)
+    if not has_tma or type(x) not in (Tensor, Parameter):
+        return False
+    address = x.storage_offset() * size if x.is_meta else x.data_ptr()
+    return address % 16 == 0 and stride * size % 16 == 0
 
 
 def scattered(vector: Tensor | None) -> bool:

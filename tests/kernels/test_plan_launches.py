@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from plan_cases import assert_same, every_op, misaligned, outcome, small_call, tensors, unplanned
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mar_fast.kernels import checks, device, plan
 from mar_fast.kernels.jit import launch
@@ -62,8 +63,12 @@ def gpu(monkeypatch):
 
 
 def given(made, operands):
-    """The tensors among a launch's arguments, in the kernel's order."""
-    return operands[: len(operands) - len(made.numbers) - len(made.constants)]
+    """The tensors among a launch's arguments, in the kernel's order; descriptors must be what their class makes."""
+    held = list(operands[: len(operands) - len(made.numbers) - len(made.constants)])
+    for i, block in made.blocks.items():
+        assert held[i] == TensorDescriptor(held[i].base, *map(list, block))
+        held[i] = held[i].base
+    return held
 
 
 @every_op
