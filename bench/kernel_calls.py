@@ -105,7 +105,7 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
             with_bias = partial(_changed, case, ", bias of x", also=("x_bias",))
             factors = ", bias of x, layer scale and drop path"
             with_factors = partial(_changed, case, factors, also=("x_bias", "layer_scale"))
-            yield from (case, with_bias(biased), with_factors(biased, scaled))
+            yield from (case, with_factors(biased, scaled))
             if dtype == BF16:
                 yield from (
                     with_bias(single, biased, autocast=True),
