@@ -123,7 +123,7 @@ def backward(*inputs: Any) -> Run:
     work_stride = grad.shape[-1] if cast else stride
     every_row = tuple(range(grad.ndim - 1))
     of_video = _video_gradient(work_stride, grad, video, keep_idx, weight, work) if needs[0] else None
-    of_weight = _weight_gradient(video, keep_idx, weight, clip_idx, *options) if needs[1] else None
+    of_weight = _weight_gradient(work_stride, video, keep_idx, weight, clip_idx, *options) if needs[1] else None
     of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
     written = (needs[0], needs[1], False, needs[3])  # the bias's is a sum of PyTorch's
 
@@ -153,6 +153,7 @@ def backward(*inputs: Any) -> Run:
 
 
 def _weight_gradient(
+    stride: int,
     video: Tensor,
     keep_idx: Tensor,
     weight: Tensor,
@@ -167,19 +168,23 @@ def _weight_gradient(
     25088 of them in 16 bits, to save one launch.
     """
     columns, channels, t, h, w = weight.shape
-    channels_last = layout_of(video, (t, h, w))[0].channels_last
+    values, count = channels * t * h * w, keep_idx.numel()
     gather = gather_tubelets(video, keep_idx, clip_idx, weight, work, mean, std)
-    same = not channels_last and weight.dtype == work
-    template = like((columns, channels * t * h * w), work, weight.device)
+    channels_last = layout_of(video, (t, h, w))[0].channels_last
+    template = None
+    if channels_last or weight.dtype != work:
+        template = like((columns, values), work, weight.device)
+    inner = (1, h * w * channels, w * channels, channels) if channels_last else (t * h * w, h * w, w, 1)
 
     def run(grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, out: Tensor) -> None:
-        product = out.flatten(1) if same else torch.empty_like(template, memory_format=DENSE)
-        # Autocast leaves calls with ``out`` alone.
-        torch.mm(grad.reshape(-1, columns).T, gather(video, keep_idx, clip_idx), out=product)
-        if channels_last:
-            out.copy_(product.view(columns, t, h, w, channels).permute(0, 4, 1, 2, 3))
-        elif not same:
-            out.copy_(product.view_as(out))
+        patches, grad = gather(video, keep_idx, clip_idx), grad.as_strided((columns, count), (1, stride))
+        # Autocast leaves a product with ``out`` alone.
+        if template is None:
+            torch.mm(grad, patches, out=out.view(columns, values))
+        else:
+            product = torch.empty_like(template, memory_format=DENSE)
+            torch.mm(grad, patches, out=product)
+            out.copy_(product.as_strided(out.shape, (values, *inner)))
 
     return run
 
