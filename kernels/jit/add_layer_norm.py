@@ -156,9 +156,10 @@ def config_forward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig
         return LaunchConfig(1, num_warps=16)
     if arch not in TUNED:
         return LaunchConfig(2)
-    # More rows have 8 bytes of stack with some dtypes, by one version of Triton or the other.
-    four = width <= 768 and arch != "sm_80"
-    return LaunchConfig(8 if width <= 512 else 4 if four else 2 if width <= 1024 else 1)
+    # More rows, and on sm_80 one row, have 8 bytes of stack with some dtypes, by one version of Triton or the other.
+    if width <= 512 or arch == "sm_80":
+        return LaunchConfig(8 if width <= 512 else 2)
+    return LaunchConfig(4 if width <= 768 else 2 if width <= 1024 else 1)
 
 
 def config_backward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
