@@ -156,10 +156,12 @@ def config_forward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig
         return LaunchConfig(1, num_warps=16)
     if arch not in TUNED:
         return LaunchConfig(2)
-    # More rows, and on sm_80 one row, have 8 bytes of stack with some dtypes, by one version of Triton or the other.
-    if width <= 512 or arch == "sm_80":
-        return LaunchConfig(8 if width <= 512 else 2)
-    return LaunchConfig(4 if width <= 768 else 2 if width <= 1024 else 1)
+    if width <= 512:
+        return LaunchConfig(8)
+    # Other numbers of rows have 8 or 16 bytes of stack with some dtypes, by one version of Triton or the other.
+    if arch == "sm_90":
+        return LaunchConfig(4 if width <= 768 else 2 if width <= 1024 else 1)
+    return LaunchConfig(2 if arch == "sm_80" else 1)
 
 
 def config_backward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
