@@ -1,7 +1,7 @@
 """masked_patch_loss in Triton: a warp makes the target of one dropped tubelet, which never leaves its registers.
 
-A tubelet is chunks of WIDTH values side by side, in the order of the clip's memory; a piece is ROWS chunks, one for each
-thread of the warp. So addresses are worked out once a chunk, and a chunk is one load of 16 bytes.
+A tubelet is chunks of WIDTH values side by side, in the order of the clip's memory; a piece is ROWS chunks, one for
+each thread. So addresses are worked out once a chunk, and a chunk is one load of 16 bytes.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,18 @@ def tubelet(
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Offset of each row's first value. ``clip_idx`` says of which clip a row is; without it each has ``per_clip``."""
-    # Unsigned, and a remainder from its quotient: half the instructions. In 64 bits they would be as many as all others.
+    # Unsigned, and remainders from quotients: half the instructions. In 64 bits they would be as many as all others.
+    per_clip, grid_h, grid_w = tl.cast(per_clip, tl.uint32), tl.cast(grid_h, tl.uint32), tl.cast(grid_w, tl.uint32)
     o_row = o_row.to(tl.uint32)
-    b_clip = o_row // per_clip.to(tl.uint32)
-    o_drop = o_row - b_clip * per_clip.to(tl.uint32)
+    b_clip = o_row // per_clip
+    o_drop = o_row - b_clip * per_clip
     b_index = tl.load(drop_idx + b_clip.to(tl.int64) * s_drop_clip + o_drop.to(tl.int64) * s_drop).to(tl.uint32)
     if clip_idx is not None:
         b_clip = tl.load(clip_idx + o_row)
-    b_line = b_index // grid_w.to(tl.uint32)
-    b_frame = b_line // grid_h.to(tl.uint32)
-    column = (b_index - b_line * grid_w.to(tl.uint32)).to(tl.int64) * RUN
-    line = (b_line - b_frame * grid_h.to(tl.uint32)).to(tl.int64) * H
+    b_line = b_index // grid_w
+    b_frame = b_line // grid_h
+    column = (b_index - b_line * grid_w).to(tl.int64) * RUN
+    line = (b_line - b_frame * grid_h).to(tl.int64) * H
     return b_clip.to(tl.int64) * s_clip + b_frame.to(tl.int64) * T * s_frame + line * s_line + column * s_value
 
 
@@ -199,14 +200,14 @@ def masked_patch_loss_sum_kernel(part, out, count, BLOCK_N: tl.constexpr):
 
 
 def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, channels_last: bool) -> LaunchConfig:
-    """``block_m`` tubelets of so many ``values``, in chunks of at most ``block_n``. Compiled clean, not measured.
+    """``block_m`` tubelets of so many ``values``. Compiled clean, not measured.
 
-    One warp for 2048 values: it needs no shared memory and waits for no other warp (H200, Triton 3.6, bc236cf, the kernel
-    before this one: 144 us by 1 warp, 210 by 4, each of which repeated the index arithmetic).
+    One warp for 2048 values: its sums need no shared memory and wait for no other warp. (H200, Triton 3.6, bc236cf, the
+    kernel before this one: 144 us by 1 warp, 210 by 4, each of which repeated the index arithmetic.)
     """
     if arch == "interpreter":
-        return LaunchConfig(16, 16)  # fewer programs, one after the other
-    return LaunchConfig(1, 16, num_warps=min(8, block(triton.cdiv(values, 2048))))
+        return LaunchConfig(16)  # fewer programs, one after the other
+    return LaunchConfig(1, num_warps=min(8, block(triton.cdiv(values, 2048))))
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
@@ -248,7 +249,7 @@ def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
     choice = choose(name, config, pixels, backward=backward, values=values, channels_last=channels_last)
     tile = choice.config
     # The greatest power of two that a line is a multiple of.
-    width = min(16 // size, tile.block_n, run & -run)
+    width = min(16 // size, run & -run)
     # One chunk of a piece for each thread, but not more pieces than can be compiled.
     piece_rows = max(32 * max(1, tile.num_warps // tile.block_m), block(triton.cdiv(values // width, 32)))
     return Launch(
