@@ -210,7 +210,7 @@ def test_small_deviations_from_a_large_mean(clip, patch, layout):
     operands["pixels"].requires_grad_()
     loss = kernels.masked_patch_loss(**operands, patch_size=patch)
     loss.backward()
-    # Not twice PyTorch's error, which for some of these is no bound. See below for squares about the first pixel.
+    # Not twice PyTorch's error, which for some of these is no bound.
     truth = exact["pixels"].requires_grad_()
     expected = oracle.masked_patch_loss(**exact, patch_size=patch)
     expected.backward()
