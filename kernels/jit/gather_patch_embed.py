@@ -122,9 +122,7 @@ def gather_patch_embed_product_kernel(
         finish_tile(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, 1)
 
 
-def config(
-    arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int, tma: bool
-) -> LaunchConfig:
+def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int, tma: bool) -> LaunchConfig:
     """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's; ``tma``
     says whether TMA is possible.
 
