@@ -74,8 +74,10 @@ def gather_patch_embed_backward_position_kernel(
 
 
 def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
-    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. No choice of this file is
-    measured, all compiled clean."""
+    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time.
+
+    No choice of this file is measured, all compiled clean.
+    """
     if arch not in TUNED:
         return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
     if dtype == torch.float32:
