@@ -1,7 +1,7 @@
 """gather_patch_embed in Triton, forward: M visible tubelets of all clips, K = C * t * h * w values in each, D columns.
 
-Either one matrix product whose left operand is gathered from the clip as it is needed, or, where a launch choice is not
-``fused``, one launch that gathers (gather_tubelets.py) and a product of what it wrote.
+Either one matrix product whose left operand is gathered from the clip as it is needed, or, where the launch choice is
+not ``fused`` and TMA is possible, one launch that gathers (gather_tubelets.py) and a product of what it wrote.
 """
 
 from collections.abc import Sequence
@@ -192,7 +192,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
         tma=can_tma,
     )
     tile = choice.config
-    tma, fused = can_tma and tile.tma, tile.fused or not (can_tma and tile.tma)
+    tma, fused = can_tma and tile.tma, tile.fused or not can_tma
     centred = uint8 and fused  # pixels meet the weight as they are
     fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
     if fold is not None and kept is not None:
