@@ -12,6 +12,7 @@ from op_cases import (
     gather_operands,
     make_clip,
     plain_gather,
+    rows_apart,
     strided,
     tokens_first,
     width_first,
@@ -144,7 +145,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # Gradients.
 
 
-@pytest.mark.parametrize("layout", [expanded, width_first, tokens_first, strided])
+@pytest.mark.parametrize("layout", [expanded, width_first, tokens_first, strided, rows_apart])
 def test_any_strides_of_the_gradient(layout):
     operands = gather_operands(torch.float32, **FEW)
     seed = layout(torch.randn(2, 3, 33))
