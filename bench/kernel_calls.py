@@ -148,6 +148,12 @@ def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
         yield _changed(case, ", ragged", _ragged)
 
 
+def _misaligned(o: Operands) -> Operands:
+    """A weight that TMA cannot read."""
+    values = o["weight"].flatten()
+    return dict(weight=torch.cat([values[:1], values])[1:].view_as(o["weight"]))
+
+
 def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
     kinds = ((32, 768, torch.uint8), (32, 768, BF16), (1, 768, torch.uint8), (4, 384, BF16), (32, 384, BF16))
     for clips, width, pixels in kinds:
@@ -158,6 +164,8 @@ def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
         yield from (case, _changed(case, ", gradient of the clip", also=("video",)))
         yield _changed(case, ", ragged", _ragged, also=("video",))
+    case = op_cases.gather_patch_embed(device, BF16, CLIPS, VISIBLE, 768, torch.uint8)
+    yield _changed(case, ", misaligned weight", _misaligned)
     case = op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)
     yield from (_changed(case, "", autocast=True), _changed(case, ", ragged", _ragged, autocast=True))
 
