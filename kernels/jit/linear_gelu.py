@@ -1,0 +1,200 @@
+"""linear_gelu in Triton, for 16-bit operands on GPUs with TMA. M rows of x, D output columns, K summed; sums in float32.
+
+Forward is one persistent kernel, or the product by cuBLAS and bias_gelu's kernel. In training it also writes the product
+without the bias, in 16 bits, so that backward is bias_gelu's (which sums the bias gradient too) and two products by cuBLAS.
+
+What backward reads could be GELU' in 8 bits, a step of 1.26 / 255: 77 MB less a layer of ViT-B at 32 clips, 50 %. The error
+of a step, 0.0014, is beyond the 2 x rule in float16 (3.9 times the bound), and in bfloat16 where most of x is below -2,
+where GELU' itself is smaller than 0.1. Nor is the gradient of GELU taken in the prologue of a product: the pass reads and
+writes 3 x 154 MB, 108 us, but the product for x would read 2 x 154 MB instead of one and still write the 154 MB which the
+product for the weight reads: 36 us less traffic, and the polynomial once for each of its column tiles, 3 x 40 us.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device, flops
+from ..device import architecture
+from . import bias_gelu as activation
+from .gelu import gelu
+from .launch import Block, Launch, LaunchConfig, choose, rows, scattered, takes_tma
+from .op import Op, Run
+
+
+@triton.jit
+def _store(b_sum, row, column, bias, row_scale, column_scale, out, product, rows, columns):
+    """Bias and GELU of sums [BLOCK_M, BLOCK_N / 2] at (row, column)."""
+    o_column = column + tl.arange(0, b_sum.shape[1])
+    m_column = o_column < columns
+    if row_scale is not None:
+        o_row = row + tl.arange(0, b_sum.shape[0])
+        b_sum *= tl.load(row_scale + o_row, mask=o_row < rows, other=0.0)[:, None]
+    if column_scale is not None:
+        b_sum *= tl.load(column_scale + o_column, mask=m_column, other=0.0)[None, :]
+    if product is not None:
+        product.store([row, column], b_sum.to(product.dtype))
+    b_sum += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    out.store([row, column], gelu(b_sum, out.dtype == tl.float32).to(out.dtype))
+
+
+@triton.jit
+def linear_gelu_forward_kernel(
+    x, weight, bias, row_scale, column_scale, out, product, rows, columns, summed, programs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Descriptors of x (M, K), weight (D, K), out and product (M, D); None for a scale of the sums, or the product, that
+    is left out.
+
+    Tiles along the columns come first: the weight stays in the L2 cache, and x is read from memory once.
+    """
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * column_tiles, programs, flatten=True):
+        row, column = tile // column_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
+        b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, summed, BLOCK_K):
+            b_sum = tl.dot(x.load([row, k]), weight.load([column, k]).T, b_sum)
+        # In halves: a whole tile beside its GELU does not fit into the registers.
+        halves = tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        b_left, b_right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
+        _store(b_left, row, column, bias, row_scale, column_scale, out, product, rows, columns)
+        _store(b_right, row, column + BLOCK_N // 2, bias, row_scale, column_scale, out, product, rows, columns)
+
+
+# Multiprocessors where no device is asked: H100 and H200, B200; the interpreter walks several tiles with each program.
+MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148, "interpreter": 3}
+
+
+def multiprocessors(operand: Tensor) -> int:
+    """How many the device has."""
+    if operand.is_cuda:
+        return int(torch.cuda.get_device_properties(operand.get_device()).multi_processor_count)
+    return MULTIPROCESSORS.get(architecture(operand), 132)
+
+
+def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
+    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; without ``tma`` cuBLAS and bias_gelu instead."""
+    if arch == "interpreter":
+        return LaunchConfig(32, 64, 16, tma=True)
+    if arch not in ("sm_90", "sm_100") or rows * columns < 64 * 128 * 256:
+        # Too few tiles for the multiprocessors: cuBLAS takes smaller ones and splits the sum. Not measured.
+        return LaunchConfig(16, 16, 16)
+    # H200, prototype, Triton 3.6: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302. sm_100: compiled clean.
+    return LaunchConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True)
+
+
+def fuses(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products in ``dtype`` may take the op, by what torch.compile knows too: else bias_gelu(F.linear(...)).
+
+    TMA needs sm_90, and rows of 16-byte multiples.
+    """
+    target = architecture(x)
+    has_tma = target == "interpreter" or (target.startswith("sm_") and int(target[3:]) >= 90)
+    return has_tma and dtype in device.HALF and not weight.shape[0] % 8 and not weight.shape[1] % 8
+
+
+def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """(..., D) in x's dtype: the output, and the product without the bias, for backward."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return out, torch.empty_like(out) if save else None
+
+
+def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launch | None:
+    """Of the kernel, for its tensors in order; None where the choice is another, or an address forbids TMA."""
+    (columns, summed), (stride, copied), (weight_stride, weight_copied) = weight.shape, rows(x), rows(weight)
+    count = math.prod(x.shape[:-1])
+    choice = choose("linear_gelu_forward", config, x, rows=count, columns=columns, summed=summed)
+    tile = choice.config
+    tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    if not (tile.tma and tiles and summed and takes_tma(x, stride) and takes_tma(weight, weight_stride)):
+        return None
+    written = Block((count, columns), (columns, 1), (tile.block_m, tile.block_n // 2))
+    blocks = {
+        0: Block((count, summed), (stride, 1), (tile.block_m, tile.block_k)),
+        1: Block((columns, summed), (weight_stride, 1), (tile.block_n, tile.block_k)),
+        **dict.fromkeys((5, 6) if save else (5,), written),
+    }
+    # Of smaller tiles a multiprocessor has room for several programs: one computes products while another stores.
+    programs = min(tiles, multiprocessors(x) * max(1, 128 * 256 // (tile.block_m * tile.block_n)))
+    return Launch(
+        linear_gelu_forward_kernel,
+        (programs,),
+        (count, columns, summed, programs),
+        choice,
+        (copied, weight_copied, scattered(bias)),
+        blocks,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+    )
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
+    """GELU(x @ weight.T + bias)."""
+    launch = forward_launch(x, weight, bias, save)
+    if launch is None:
+        activate = activation.forward(outputs(x, weight, bias, False)[0], bias)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+            product = F.linear(x, weight)
+            return activate(product, bias), product if save else None
+
+        return run
+
+    def run_fused(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, product = outputs(x, weight, bias, save)
+        launch(x, weight, bias, None, None, out, product)
+        return out, product
+
+    return run_fused
+
+
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor, save: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias."""
+    return tuple(
+        torch.empty(one.shape, dtype=one.dtype, device=one.device) if needed else None
+        for one, needed in zip((x, weight, bias), needs, strict=True)
+    )  # type: ignore[return-value]
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor, save: bool, needs: Sequence[bool]
+) -> Run:
+    """The product's and the bias's gradient by bias_gelu; then products for x and weight."""
+    through_gelu = activation.backward(grad, product, bias, (True, needs[2]))
+    count, (columns, summed) = math.prod(x.shape[:-1]), weight.shape
+
+    def run(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_x, grad_weight, _ = gradients(grad, x, weight, bias, product, save, (*needs[:2], False))
+        grad_product, grad_bias = through_gelu(grad, product, bias)
+        grad_product = grad_product.view(count, columns)
+        if grad_x is not None:
+            torch.mm(grad_product, weight, out=grad_x.view(count, summed))
+        if grad_weight is not None:
+            torch.mm(grad_product.T, x.reshape(count, summed), out=grad_weight)
+        return grad_x, grad_weight, grad_bias if needs[2] else None
+
+    return run
+
+
+linear_gelu = Op(
+    "linear_gelu",
+    outputs=outputs,
+    forward=forward,
+    gradients=gradients,
+    backward=backward,
+    saves=lambda tensors, outputs: (*tensors, outputs[1]),
+    differentiable=("x", "weight", "bias"),
+    flops=(flops.linear_gelu, flops.linear_gelu_backward),
+    opaque=("forward",),
+)
