@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .bias_gelu import bias_gelu
 from .device import HAS_TRITON, takes_triton, working_dtype
 from .plan import Plans
 
@@ -46,11 +45,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 raise checks.bad_type(name, value.dtype, f"{checks.names((dtype,))}, as x is")
         if not takes_triton("linear_gelu", x):
             return eager_linear_gelu(x, weight, bias)
-        if jit.fuses(x, weight, dtype):
-            fused = jit.linear_gelu.plan(x.to(dtype), weight.to(dtype), bias, False)
-            run = _plans.keep(key, lambda x, weight, bias: fused(x.to(dtype), weight.to(dtype), bias)[0])
-        else:
-            run = _plans.keep(key, lambda x, weight, bias: bias_gelu(F.linear(x, weight), bias))
+        planned = jit.linear_gelu.plan(x.to(dtype), weight.to(dtype), bias, False)
+        run = _plans.keep(key, lambda x, weight, bias: planned(x.to(dtype), weight.to(dtype), bias)[0])
     out: Tensor = run(x, weight, bias)
     return out
 

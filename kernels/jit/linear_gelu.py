@@ -18,9 +18,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import Parameter
 
-from .. import device, flops
+from .. import flops
 from ..device import architecture
+from ..library import NAMESPACE
 from . import bias_gelu as activation
 from .gelu import gelu
 from .launch import Block, Launch, LaunchConfig, choose, rows, scattered, takes_tma
@@ -78,24 +80,17 @@ def multiprocessors(operand: Tensor) -> int:
 
 
 def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
-    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; without ``tma`` cuBLAS and bias_gelu instead."""
+    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; without ``tma`` cuBLAS and then bias_gelu."""
     if arch == "interpreter":
-        return LaunchConfig(32, 64, 16, tma=True)
-    if arch not in ("sm_90", "sm_100") or rows * columns < 64 * 128 * 256:
-        # Too few tiles for the multiprocessors: cuBLAS takes smaller ones and splits the sum. Not measured.
-        return LaunchConfig(16, 16, 16)
-    # H200, prototype, Triton 3.6: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302. sm_100: compiled clean.
-    return LaunchConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True)
-
-
-def fuses(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products in ``dtype`` may take the op, by what torch.compile knows too: else bias_gelu(F.linear(...)).
-
-    TMA needs sm_90, and rows of 16-byte multiples.
-    """
-    target = architecture(x)
-    has_tma = target == "interpreter" or (target.startswith("sm_") and int(target[3:]) >= 90)
-    return has_tma and dtype in device.HALF and not weight.shape[0] % 8 and not weight.shape[1] % 8
+        return LaunchConfig(32, 64, 16, tma=dtype != torch.float32)
+    if arch not in ("sm_90", "sm_100") or dtype == torch.float32:
+        return LaunchConfig(128, 256, 64)
+    if rows * columns <= 64 * 128 * 256:
+        # Tiles for half of the multiprocessors: cuBLAS takes smaller ones and splits the sum. Not measured.
+        return LaunchConfig(128, 256, 64)
+    # Prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with 8-bit operands
+    # and output 149. On sm_100 compiled clean, not measured.
+    return LaunchConfig(128, 256, 128 // dtype.itemsize, num_warps=8, num_stages=4, tma=True)
 
 
 def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
@@ -106,13 +101,16 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor
 
 
 def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launch | None:
-    """Of the kernel, for its tensors in order; None where the choice is another, or an address forbids TMA."""
+    """Of the kernel, for its tensors in order; None if the choice is its rival, or TMA cannot take a shape or a stride.
+
+    Addresses are not looked at: a traced tensor has none.
+    """
     (columns, summed), (stride, copied), (weight_stride, weight_copied) = weight.shape, rows(x), rows(weight)
     count = math.prod(x.shape[:-1])
     choice = choose("linear_gelu_forward", config, x, rows=count, columns=columns, summed=summed)
     tile = choice.config
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    if not (tile.tma and tiles and summed and takes_tma(x, stride) and takes_tma(weight, weight_stride)):
+    if not tile.tma or not tiles or not summed or any(one % (16 // x.itemsize) for one in (stride, weight_stride, columns)):
         return None
     written = Block((count, columns), (columns, 1), (tile.block_m, tile.block_n // 2))
     blocks = {
@@ -138,21 +136,41 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
 def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
     """GELU(x @ weight.T + bias)."""
     launch = forward_launch(x, weight, bias, save)
-    if launch is None:
-        activate = activation.forward(outputs(x, weight, bias, False)[0], bias)
+    if launch is not None and type(x) not in (Tensor, Parameter):
+
+        def run_hidden(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+            out, *product = hidden_from_inductor(x, weight, bias, save)
+            return out, product[0] if save else None
+
+        return run_hidden
+
+    if launch is not None and takes_tma(x, 0) and takes_tma(weight, 0):
 
         def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-            product = F.linear(x, weight)
-            return activate(product, bias), product if save else None
+            out, product = outputs(x, weight, bias, save)
+            launch(x, weight, bias, None, None, out, product)
+            return out, product
 
         return run
 
-    def run_fused(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, product = outputs(x, weight, bias, save)
-        launch(x, weight, bias, None, None, out, product)
-        return out, product
+    activate = activation.forward(outputs(x, weight, bias, False)[0], bias)
 
-    return run_fused
+    def run_rival(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        product = F.linear(x, weight)
+        return activate(product, bias), product if save else None
+
+    return run_rival
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_gelu_hidden", mutates_args=())
+def hidden_from_inductor(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> list[Tensor]:
+    """The forward pass as one call in inductor's graph, since it cannot make the descriptors: output, product if ``save``."""
+    return [one for one in forward(x, weight, bias, save)(x, weight, bias) if one is not None]
+
+
+@hidden_from_inductor.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> list[Tensor]:
+    return [one for one in outputs(x, weight, bias, save) if one is not None]
 
 
 def gradients(
@@ -196,5 +214,4 @@ linear_gelu = Op(
     saves=lambda tensors, outputs: (*tensors, outputs[1]),
     differentiable=("x", "weight", "bias"),
     flops=(flops.linear_gelu, flops.linear_gelu_backward),
-    opaque=("forward",),
 )
