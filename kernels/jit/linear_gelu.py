@@ -18,11 +18,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import flops
 from ..device import architecture
-from ..library import NAMESPACE
 from . import bias_gelu as activation
 from .gelu import gelu
 from .launch import Block, Launch, LaunchConfig, choose, rows, scattered, takes_tma
@@ -42,7 +40,7 @@ def _store(b_sum, row, column, bias, row_scale, column_scale, out, product, rows
     if product is not None:
         product.store([row, column], b_sum.to(product.dtype))
     b_sum += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    out.store([row, column], gelu(b_sum, out.dtype == tl.float32).to(out.dtype))
+    out.store([row, column], gelu(b_sum, EXACT=False).to(out.dtype))
 
 
 @triton.jit
@@ -82,15 +80,12 @@ def multiprocessors(operand: Tensor) -> int:
 def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
     """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; without ``tma`` cuBLAS and then bias_gelu."""
     if arch == "interpreter":
-        return LaunchConfig(32, 64, 16, tma=dtype != torch.float32)
-    if arch not in ("sm_90", "sm_100") or dtype == torch.float32:
-        return LaunchConfig(128, 256, 64)
-    if rows * columns <= 64 * 128 * 256:
-        # Tiles for half of the multiprocessors: cuBLAS takes smaller ones and splits the sum. Not measured.
-        return LaunchConfig(128, 256, 64)
-    # Prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with 8-bit operands
-    # and output 149. On sm_100 compiled clean, not measured.
-    return LaunchConfig(128, 256, 128 // dtype.itemsize, num_warps=8, num_stages=4, tma=True)
+        return LaunchConfig(32, 64, 16, tma=True)
+    # Not for fewer than 64 such tiles, half of the multiprocessors: cuBLAS takes smaller ones and splits the sum. Otherwise
+    # by a prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with 8-bit
+    # operands and output 149. On sm_100 compiled clean, not measured.
+    tma = arch in ("sm_90", "sm_100") and rows * columns >= 64 * 128 * 256
+    return LaunchConfig(128, 256, 128 // dtype.itemsize, num_warps=8, num_stages=4, tma=tma)
 
 
 def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
@@ -101,16 +96,14 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor
 
 
 def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launch | None:
-    """Of the kernel, for its tensors in order; None if the choice is its rival, or TMA cannot take a shape or a stride.
-
-    Addresses are not looked at: a traced tensor has none.
-    """
+    """Of the kernel, for its tensors in order; None if the choice is its rival, or TMA cannot take the tensors."""
     (columns, summed), (stride, copied), (weight_stride, weight_copied) = weight.shape, rows(x), rows(weight)
     count = math.prod(x.shape[:-1])
     choice = choose("linear_gelu_forward", config, x, rows=count, columns=columns, summed=summed)
     tile = choice.config
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    if not tile.tma or not tiles or not summed or any(one % (16 // x.itemsize) for one in (stride, weight_stride, columns)):
+    described = takes_tma(x, stride) and takes_tma(weight, weight_stride) and takes_tma(x, columns)  # the last: out
+    if not (tile.tma and described and x.itemsize < 4 and tiles and summed):
         return None
     written = Block((count, columns), (columns, 1), (tile.block_m, tile.block_n // 2))
     blocks = {
@@ -136,15 +129,7 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
 def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
     """GELU(x @ weight.T + bias)."""
     launch = forward_launch(x, weight, bias, save)
-    if launch is not None and type(x) not in (Tensor, Parameter):
-
-        def run_hidden(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-            out, *product = hidden_from_inductor(x, weight, bias, save)
-            return out, product[0] if save else None
-
-        return run_hidden
-
-    if launch is not None and takes_tma(x, 0) and takes_tma(weight, 0):
+    if launch is not None:
 
         def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
             out, product = outputs(x, weight, bias, save)
@@ -160,17 +145,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
         return activate(product, bias), product if save else None
 
     return run_rival
-
-
-@torch.library.custom_op(f"{NAMESPACE}::linear_gelu_hidden", mutates_args=())
-def hidden_from_inductor(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> list[Tensor]:
-    """The forward pass as one call in inductor's graph, since it cannot make the descriptors: output, product if ``save``."""
-    return [one for one in forward(x, weight, bias, save)(x, weight, bias) if one is not None]
-
-
-@hidden_from_inductor.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> list[Tensor]:
-    return [one for one in outputs(x, weight, bias, save) if one is not None]
 
 
 def gradients(
