@@ -46,8 +46,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if not takes_triton("linear_gelu", x):
             return eager_linear_gelu(x, weight, bias)
         planned = jit.linear_gelu.plan(x.to(dtype), weight.to(dtype), bias, False)
-        run = _plans.keep(key, lambda x, weight, bias: planned(x.to(dtype), weight.to(dtype), bias)[0])
-    out: Tensor = run(x, weight, bias)
+        if x.dtype == weight.dtype == dtype:
+            run = _plans.keep(key, planned)
+        else:
+            run = _plans.keep(key, lambda x, weight, bias: planned(x.to(dtype), weight.to(dtype), bias))
+    out: Tensor = run(x, weight, bias)[0]
     return out
 
 

@@ -23,7 +23,7 @@ from .. import flops
 from ..device import architecture
 from . import bias_gelu as activation
 from .gelu import gelu
-from .launch import Block, Launch, LaunchConfig, choose, rows, scattered, takes_tma
+from .launch import DENSE, Block, Launch, LaunchConfig, choose, like, rows, scattered, takes_tma
 from .op import Op, Run
 
 
@@ -130,9 +130,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
     """GELU(x @ weight.T + bias)."""
     launch = forward_launch(x, weight, bias, save)
     if launch is not None:
+        template = like((*x.shape[:-1], weight.shape[0]), x.dtype, x.device)
 
         def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-            out, product = outputs(x, weight, bias, save)
+            out = torch.empty_like(template, memory_format=DENSE)
+            product = torch.empty_like(template, memory_format=DENSE) if save else None
             launch(x, weight, bias, None, None, out, product)
             return out, product
 
