@@ -66,15 +66,23 @@ def linear_gelu_forward_kernel(
         _store(b_right, row, column + BLOCK_N // 2, bias, row_scale, column_scale, out, product, rows, columns)
 
 
-# Multiprocessors where no device is asked: H100 and H200, B200; the interpreter walks several tiles with each program.
-MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148, "interpreter": 3}
+# Of H100 and H200, and of B200, for code that is compiled without them.
+MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
 
 
-def multiprocessors(operand: Tensor) -> int:
-    """How many the device has."""
+def programs_at_once(operand: Tensor, tile: LaunchConfig) -> int:
+    """How many programs the device runs at a time.
+
+    Of tiles smaller than 128 x 256 a multiprocessor has room for several: one computes products while another stores.
+    """
+    arch = architecture(operand)
+    if arch == "interpreter":
+        return 3  # so that each walks several tiles
     if operand.is_cuda:
-        return int(torch.cuda.get_device_properties(operand.get_device()).multi_processor_count)
-    return MULTIPROCESSORS.get(architecture(operand), 132)
+        count = torch.cuda.get_device_properties(operand.get_device()).multi_processor_count
+    else:
+        count = MULTIPROCESSORS.get(arch, 132)
+    return int(count) * max(1, 128 * 256 // (tile.block_m * tile.block_n))
 
 
 def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
@@ -111,8 +119,7 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
         1: Block((columns, summed), (weight_stride, 1), (tile.block_n, tile.block_k)),
         **dict.fromkeys((5, 6) if save else (5,), written),
     }
-    # Of smaller tiles a multiprocessor has room for several programs: one computes products while another stores.
-    programs = min(tiles, multiprocessors(x) * max(1, 128 * 256 // (tile.block_m * tile.block_n)))
+    programs = min(tiles, programs_at_once(x, tile))
     return Launch(
         linear_gelu_forward_kernel,
         (programs,),
