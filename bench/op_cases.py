@@ -267,9 +267,7 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
     )
 
 
-def linear_gelu(
-    device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, hidden: int
-) -> OpCase:
+def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, hidden: int) -> OpCase:
     """First half of the MLP."""
 
     def operands() -> Operands:

@@ -1,13 +1,15 @@
-"""linear_gelu in Triton, for 16-bit operands on GPUs with TMA. M rows of x, D output columns, K summed; sums in float32.
+"""linear_gelu in Triton. M rows of x, D output columns, K summed; sums in float32.
 
-Forward is one persistent kernel, or the product by cuBLAS and bias_gelu's kernel. In training it also writes the product
-without the bias, in 16 bits, so that backward is bias_gelu's (which sums the bias gradient too) and two products by cuBLAS.
+Forward is one persistent kernel for 16-bit operands on GPUs with TMA; else, and where inductor traces it, the product
+by cuBLAS and then bias_gelu's kernel. In training it also writes the product without the bias, so that backward is
+bias_gelu's, which sums the bias gradient too, and two products by cuBLAS.
 
-What backward reads could be GELU' in 8 bits, a step of 1.26 / 255: 77 MB less a layer of ViT-B at 32 clips, 50 %. The error
-of a step, 0.0014, is beyond the 2 x rule in float16 (3.9 times the bound), and in bfloat16 where most of x is below -2,
-where GELU' itself is smaller than 0.1. Nor is the gradient of GELU taken in the prologue of a product: the pass reads and
-writes 3 x 154 MB, 108 us, but the product for x would read 2 x 154 MB instead of one and still write the 154 MB which the
-product for the weight reads: 36 us less traffic, and the polynomial once for each of its column tiles, 3 x 40 us.
+What was weighed, for ViT-B, 32 clips, 50 % (25088 x 768 x 3072) on an H200:
+- Keeping GELU' in 8 bits (a step of 1.26 / 255, error 0.0014) in place of the product in 16: 77 MB less a layer, 1.1 GB
+  for 14 layers. It breaks the error bound: 2.3 times that in float16; in bfloat16 0.4 times for inputs about 0, but 1.02
+  and 1.8 for inputs about -2 and -3 (deviation 1), where GELU' itself is small.
+- GELU' in the prologue of the product for x: the pass over grad and product moves 3 x 154 MB, 108 us. A prologue would
+  save one read of the result, 36 us, but compute the polynomial for each of 3 column tiles, 44 us each.
 """
 
 import math
@@ -28,7 +30,7 @@ from .op import Op, Run
 
 
 @triton.jit
-def _store(b_sum, row, column, bias, row_scale, column_scale, out, product, rows, columns):
+def finish(b_sum, row, column, bias, row_scale, column_scale, out, product, rows, columns):
     """Bias and GELU of sums [BLOCK_M, BLOCK_N / 2] at (row, column)."""
     o_column = column + tl.arange(0, b_sum.shape[1])
     m_column = o_column < columns
@@ -48,8 +50,7 @@ def linear_gelu_forward_kernel(
     x, weight, bias, row_scale, column_scale, out, product, rows, columns, summed, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Descriptors of x (M, K), weight (D, K), out and product (M, D); None for a scale of the sums, or the product, that
-    is left out.
+    """Descriptors of x (M, K), weight (D, K), out and product (M, D); scales of the sums and product may be None.
 
     Tiles along the columns come first: the weight stays in the L2 cache, and x is read from memory once.
     """
@@ -62,8 +63,8 @@ def linear_gelu_forward_kernel(
         # In halves: a whole tile beside its GELU does not fit into the registers.
         halves = tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         b_left, b_right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
-        _store(b_left, row, column, bias, row_scale, column_scale, out, product, rows, columns)
-        _store(b_right, row, column + BLOCK_N // 2, bias, row_scale, column_scale, out, product, rows, columns)
+        finish(b_left, row, column, bias, row_scale, column_scale, out, product, rows, columns)
+        finish(b_right, row, column + BLOCK_N // 2, bias, row_scale, column_scale, out, product, rows, columns)
 
 
 # Of H100 and H200, and of B200, for code that is compiled without them.
@@ -89,9 +90,9 @@ def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: in
     """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; without ``tma`` cuBLAS and then bias_gelu."""
     if arch == "interpreter":
         return LaunchConfig(32, 64, 16, tma=True)
-    # Not for fewer than 64 such tiles, half of the multiprocessors: cuBLAS takes smaller ones and splits the sum. Otherwise
-    # by a prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with 8-bit
-    # operands and output 149. On sm_100 compiled clean, not measured.
+    # Prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with operands
+    # and output in 8 bits 149. On sm_100 compiled clean, not measured. Fewer than 64 tiles leave half of the
+    # multiprocessors idle: cuBLAS takes smaller ones and splits the sum; not measured.
     tma = arch in ("sm_90", "sm_100") and rows * columns >= 64 * 128 * 256
     return LaunchConfig(128, 256, 128 // dtype.itemsize, num_warps=8, num_stages=4, tma=tma)
 
@@ -100,7 +101,7 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor
     """(..., D) in x's dtype: the output, and the product without the bias, for backward."""
     shape = (*x.shape[:-1], weight.shape[0])
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    return out, torch.empty_like(out) if save else None
+    return out, torch.empty_like(out) if save else None  # type: ignore[return-value]
 
 
 def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launch | None:

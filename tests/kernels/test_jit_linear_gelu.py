@@ -174,7 +174,11 @@ def test_float32_master_weights():
 def test_scales_of_rows_and_columns(poisoned):
     """As 8-bit products need them; with 16-bit operands, which the interpreter knows."""
     x, weight, bias = linear_operands(HALF, (33, 24), 72).values()
-    row_scale, column_scale, out = torch.rand(33) + 0.5, torch.rand(72) + 0.5, torch.full((33, 72), torch.nan, dtype=HALF)
+    row_scale, column_scale, out = (
+        torch.rand(33) + 0.5,
+        torch.rand(72) + 0.5,
+        torch.full((33, 72), torch.nan, dtype=HALF),
+    )
     jit.forward_launch(x, weight, bias, False)(x, weight, bias, row_scale, column_scale, out, None)
     want = oracle.bias_gelu((x.double() * row_scale[:, None]) @ (weight.double() * column_scale[:, None]).T, bias)
     torch.testing.assert_close(out.double(), want, rtol=2**-11, atol=3e-5)
@@ -192,7 +196,11 @@ def test_bitwise_repeatable():
 # The custom op, which torch.compile sees.
 
 
-RULES = ("test_schema", "test_autograd_registration", "test_faketensor")  # how it compiles: test_op_rules, test_inductor
+RULES = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+)  # how it compiles: test_op_rules, test_inductor
 
 
 @pytest.mark.compiles

@@ -5,7 +5,6 @@ import functools
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from op_cases import (
     ELEMENTWISE,
     MEAN,
