@@ -85,6 +85,9 @@ def _autocast() -> Iterator[None]:
 def _elementwise(device: torch.device) -> Iterator[OpCase]:
     """bias_gelu, linear_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
 
+    def biased(o: Operands) -> Operands:
+        return dict(x_bias=torch.ones_like(o["weight"]))
+
     def scaled(o: Operands) -> Operands:
         return dict(layer_scale=torch.ones_like(o["weight"]), row_scale=torch.ones(CLIPS, device=device))
 
@@ -100,10 +103,15 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
         yield _changed(case, ", ragged", _ragged)
         for width in (*(width for width, _ in SIZES.values()), *([4096] if dtype == BF16 else ())):
             case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
-            with_scales = partial(_changed, case, ", layer scale and drop path", also=("layer_scale",))
-            yield from (case, with_scales(scaled))
+            with_bias = partial(_changed, case, ", bias of x", also=("x_bias",))
+            factors = ", bias of x, layer scale and drop path"
+            with_factors = partial(_changed, case, factors, also=("x_bias", "layer_scale"))
+            yield from (case, with_bias(biased), with_factors(biased, scaled))
             if dtype == BF16:
-                yield from (_changed(case, "", single, autocast=True), with_scales(single, scaled, autocast=True))
+                yield from (
+                    with_bias(single, biased, autocast=True),
+                    with_factors(single, biased, scaled, autocast=True),
+                )
     case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
     yield _changed(case, ", no residual", lambda o: dict(residual=None))
 
