@@ -15,10 +15,11 @@ if __name__ == "kernels":
 else:
     from .add_layer_norm import add_layer_norm
     from .attention import attention, attention_varlen
-    from .bias_gelu import bias_gelu, linear_gelu
+    from .bias_gelu import bias_gelu
     from .checks import debug_checks
     from .device import use_backend
     from .gather_patch_embed import gather_patch_embed
+    from .linear_gelu import linear_gelu
     from .masked_patch_loss import masked_patch_loss
     from .scatter_tokens import scatter_tokens
 

@@ -7,17 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gelu import gelu, gelu_derivative
 from .launch import DENSE, Launch, LaunchConfig, choose, rows, scattered
 from .op import Op, Run
 from .sum_parts import sum_parts
-
-
-@triton.jit
-def gelu_parts(x):
-    """Cdf and density of the standard normal distribution at x: GELU is x * cdf, its derivative cdf + x * density."""
-    cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return cdf, density
 
 
 @triton.jit
@@ -29,8 +22,8 @@ def bias_gelu_forward_kernel(x, bias, out, rows, columns, stride, BLOCK_M: tl.co
     # [BLOCK_M, BLOCK_N]
     b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
     b_x += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    cdf, _ = gelu_parts(b_x)
-    tl.store(out + o_row[:, None] * columns + o_column[None, :], (b_x * cdf).to(out.dtype.element_ty), mask=m_tile)
+    b_out = gelu(b_x, out.dtype.element_ty == tl.float32)
+    tl.store(out + o_row[:, None] * columns + o_column[None, :], b_out.to(out.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -51,8 +44,7 @@ def bias_gelu_backward_kernel(
         # [BLOCK_M, BLOCK_N]
         b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32) + b_bias
         b_grad = tl.load(grad + o_row[:, None] * grad_stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        cdf, density = gelu_parts(b_x)
-        b_grad = b_grad * (cdf + b_x * density)
+        b_grad *= gelu_derivative(b_x, grad_x.dtype.element_ty == tl.float32)
         tl.store(grad_x + o_row[:, None] * columns + o_column[None, :], b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
         if bias_part is not None:
             b_sum += tl.sum(b_grad, axis=0)
@@ -67,7 +59,9 @@ ROW_PROGRAMS = 256
 def config(arch: str, dtype: torch.dtype, *, backward: bool) -> LaunchConfig:
     """``block_m`` rows by ``block_n`` columns."""
     if arch == "sm_90" and backward and dtype != torch.float32:
-        return LaunchConfig(32, 64)  # H200, Triton 3.6, bc236cf: 197 us, 16 x 256 took 261; compared at 663e046
+        return LaunchConfig(
+            32, 64
+        )  # H200, Triton 3.6, bc236cf, with erf: 197 us, 16 x 256 took 261; compared at 663e046
     return LaunchConfig(16, 256)  # 4096 values a program; compiled clean, not measured
 
 
