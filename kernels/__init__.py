@@ -21,6 +21,7 @@ else:
     from .gather_patch_embed import gather_patch_embed
     from .linear_gelu import linear_gelu
     from .masked_patch_loss import masked_patch_loss
+    from .mlp import mlp
     from .scatter_tokens import scatter_tokens
 
     __all__ = [
@@ -32,6 +33,7 @@ else:
         "gather_patch_embed",
         "linear_gelu",
         "masked_patch_loss",
+        "mlp",
         "scatter_tokens",
         "use_backend",
     ]

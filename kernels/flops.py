@@ -65,3 +65,15 @@ def linear_gelu(x: Any, weight: Any, *rest: Any, **options: Any) -> int:
 def linear_gelu_backward(grad: Any, x: Any, weight: Any, *rest: Any, **options: Any) -> int:
     """One such product for each of the gradients of x and weight that is wanted."""
     return sum(options.get("needs", rest[-1])[:2]) * linear_gelu(x, weight)
+
+
+def mlp(x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *rest: Any, **options: Any) -> int:
+    """x (..., K), fc1_weight (D, K), fc2_weight (E, D)."""
+    return linear_gelu(x, fc1_weight) + 2 * math.prod(x[:-1]) * math.prod(fc2_weight)
+
+
+def mlp_backward(grad: Any, x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *rest: Any, **options: Any) -> int:
+    """One product for each of x and the weights that is wanted, and one for the hidden layer unless only fc2's are."""
+    needs = options.get("needs", rest[-1])
+    first, second = linear_gelu(x, fc1_weight), 2 * math.prod(x[:-1]) * math.prod(fc2_weight)
+    return (needs[0] + needs[1]) * first + (any(needs[:3]) + needs[3]) * second

@@ -1,5 +1,6 @@
 """linear_gelu: a linear layer and exact GELU; in one pass where the GPU and the dtype allow it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,18 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     key, run = _plans.find(x, weight, bias)
     if run is None:
-        checks.tensor("x", x, None, checks.FLOATS, "(..., K)")
-        checks.tensor("weight", weight, 2, checks.FLOATS, "(D, K)")
-        checks.tensor("bias", bias, 1, checks.FLOATS, "(D,)")
-        if x.ndim == 0:
-            raise checks.bad("x", "a scalar", "shape (..., K)")
-        checks.size("weight", weight, (weight.shape[0], x.shape[-1]), "(D, K), K as x has")
-        checks.size("bias", bias, weight.shape[:1], "(D,), as many as weight has rows")
-        checks.same_device("x", x.device, weight=weight, bias=bias)
-        dtype = working_dtype(x, x.dtype)
-        for name, value in (("weight", weight), ("bias", bias)):
-            if working_dtype(value, value.dtype) != dtype:
-                raise checks.bad_type(name, value.dtype, f"{checks.names((dtype,))}, as x is")
+        dtype = check_layers(x, weight=weight, bias=bias)
         if not takes_triton("linear_gelu", x):
             return eager_linear_gelu(x, weight, bias)
         planned = jit.linear_gelu.plan(x.to(dtype), weight.to(dtype), bias, False)
@@ -52,6 +42,27 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             run = _plans.keep(key, lambda x, weight, bias: planned(x.to(dtype), weight.to(dtype), bias))
     out: Tensor = run(x, weight, bias)[0]
     return out
+
+
+def check_layers(x: Tensor, **parameters: Tensor | None) -> torch.dtype:
+    """Check x (..., K) and the layers that it goes through, weight (D, K) and bias (D,) of each in turn; the dtype."""
+    checks.tensor("x", x, None, checks.FLOATS, "(..., K)")
+    if x.ndim == 0:
+        raise checks.bad("x", "a scalar", "shape (..., K)")
+    dtype, columns = working_dtype(x, x.dtype), x.shape[-1]
+    for number, (name, value) in enumerate(parameters.items()):
+        if number % 2 == 0:
+            checks.tensor(name, value, 2, checks.FLOATS, "(D, K)")
+            assert value is not None
+            checks.size(name, value, (value.shape[0], columns), "(D, K), K as its input has")
+            columns = value.shape[0]
+        elif value is not None:
+            checks.tensor(name, value, 1, checks.FLOATS, "(D,)")
+            checks.size(name, value, (columns,), "(D,), as many as the weight has rows")
+        if value is not None and working_dtype(value, value.dtype) != dtype:
+            raise checks.bad_type(name, value.dtype, f"{checks.names((dtype,))}, as x is")
+    checks.same_device("x", x.device, **parameters)
+    return dtype
 
 
 def eager_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

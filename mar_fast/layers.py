@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
+from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu, mlp
 from .kernels.derived import Derived
 from .kernels.device import takes_triton
 from .token_mask import Segments
@@ -273,12 +273,15 @@ class Mlp(Fused):
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(..., D) -> (..., D); ``add_bias`` False leaves out fc2's bias."""
-        if self.fallbacks.fuses(self.fc1, nn.Linear):
-            x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
+        fc1, fc2, dropout = self.fc1, self.fc2, self.training and self.dropout
+        if not self.fallbacks.fuses(fc1, nn.Linear):
+            x = F.gelu(fc1(x))
+        elif dropout or not untouched(fc2, nn.Linear):
+            x = linear_gelu(x, fc1.weight, fc1.bias)  # (..., hidden_dim)
         else:
-            x = F.gelu(self.fc1(x))
-        if not (self.training and self.dropout):
-            return product(self.fc2, x, add_bias)
+            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias if add_bias else None)
+        if not dropout:
+            return product(fc2, x, add_bias)
         return F.dropout(self.fc2(F.dropout(x, self.dropout)), self.dropout)
 
 

@@ -28,11 +28,12 @@ def bias_gelu_forward_kernel(x, bias, out, rows, columns, stride, BLOCK_M: tl.co
 
 @triton.jit
 def bias_gelu_backward_kernel(
-    grad, x, bias, grad_x, bias_part, rows, columns, grad_stride, stride, tiles,
+    grad, x, bias, grad_x, bias_part, out, rows, columns, grad_stride, stride, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program loops over ``tiles`` row tiles of one column tile and stores their bias gradient in its own row of
-    ``bias_part``; another kernel adds these rows up in a fixed order, so the result has the same bits every time."""
+    ``bias_part``; another kernel adds these rows up in a fixed order, so the result has the same bits every time.
+    ``out``, if wanted, is GELU(x + bias) once more."""
     program = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -45,7 +46,11 @@ def bias_gelu_backward_kernel(
         b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32) + b_bias
         b_grad = tl.load(grad + o_row[:, None] * grad_stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
         b_grad *= gelu_derivative(b_x, grad_x.dtype.element_ty == tl.float32)
-        tl.store(grad_x + o_row[:, None] * columns + o_column[None, :], b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
+        o_out = o_row[:, None] * columns + o_column[None, :]
+        tl.store(grad_x + o_out, b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
+        if out is not None:
+            b_out = gelu(b_x, out.dtype.element_ty == tl.float32)
+            tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_tile)
         if bias_part is not None:
             b_sum += tl.sum(b_grad, axis=0)
     if bias_part is not None:
@@ -103,8 +108,14 @@ def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> t
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> Run:
     """Both gradients in one pass over x and grad."""
+    run = backward_and_output(grad, x, bias, needs, again=False)
+    return lambda grad, x, bias: run(grad, x, bias)[:2]
+
+
+def backward_and_output(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool], *, again: bool = True) -> Run:
+    """`backward`, whose ``run`` returns the output too, made ``again``, or None."""
     if x.numel() == 0:
-        return lambda grad, x, bias: (torch.zeros_like(x), torch.zeros_like(bias))
+        return lambda grad, x, bias: (torch.zeros_like(x), torch.zeros_like(bias), torch.empty_like(x))
     columns = x.shape[-1]
     count, (stride, copied), (grad_stride, grad_copied) = x.numel() // columns, rows(x), rows(grad)
     choice = choose("bias_gelu_backward", config, x, backward=True)
@@ -123,13 +134,14 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> Ru
     )
     add_parts = sum_parts(x, programs, columns)
 
-    def run(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad_x, grad_bias = gradients(grad, x, bias, needs)
         part = torch.empty((1, programs, columns), dtype=torch.float32, device=x.device) if needs[1] else None
-        launch(grad, x, bias, grad_x, part)
+        out = torch.empty_like(grad_x) if again else None
+        launch(grad, x, bias, grad_x, part, out)
         if part is not None:
             add_parts(part, grad_bias)
-        return grad_x, grad_bias
+        return grad_x, grad_bias, out
 
     return run
 

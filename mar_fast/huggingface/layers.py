@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_gelu
+from ..kernels import mlp
 from ..kernels.derived import Derived
 from ..layers import CHANGED, Fallbacks, Stream, attend, attend_rows, deferred_bias, norm, take, total, untouched
 
@@ -119,26 +119,27 @@ def run_layer(layer: Any, state: State, rows: Tensor | None, defer: bool, *strea
         y = attend(y, weight, bias, heads, scale)
     else:
         y, residual = attend_rows(y, take(y, rows), weight, bias, heads, scale), take(residual, rows)
-    x, bias = _project(layer.attention.output, y)
+    x, bias = _project(layer.attention.output, F.linear, y)
     y, residual = norm(state, layer.layernorm_after, Stream(x, residual, x_bias=bias))
-    x, bias = _project(layer.output, _activated(layer.intermediate, y), defer)
+    x, bias = _project(layer.output, partial(_mlp, layer.intermediate), y, defer)
     return Stream(x, residual, x_bias=bias)
 
 
-def _project(part: Any, y: Tensor, defer: bool = True) -> tuple[Tensor, Tensor | None]:
-    """The output, and its `deferred_bias`."""
+def _project(part: Any, product: Any, y: Tensor, defer: bool = True) -> tuple[Tensor, Tensor | None]:
+    """``product`` of y by the weight and bias of the part, and its `deferred_bias`."""
     dropout = part.dropout.p if part.dropout.training else 0.0
     bias = deferred_bias(part.dense, y) if defer and not dropout else None
-    y = F.linear(y, part.dense.weight, part.dense.bias if bias is None else None)
+    y = product(y, part.dense.weight, part.dense.bias if bias is None else None)
     return F.dropout(y, dropout) if dropout else y, bias
 
 
-def _activated(part: Any, y: Tensor) -> Tensor:
-    act = part.intermediate_act_fn
+def _mlp(first: Any, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The intermediate layer, its activation, and the linear layer of these parameters."""
+    act, dense = first.intermediate_act_fn, first.dense
     exact = type(act) is nn.GELU and act.approximate == "none"
     if exact or (type(act).__name__ == "GELUActivation" and act.act is F.gelu):
-        return linear_gelu(y, part.dense.weight, part.dense.bias)
-    return act(F.linear(y, part.dense.weight, part.dense.bias))
+        return mlp(y, dense.weight, dense.bias, weight, bias)
+    return F.linear(act(F.linear(y, dense.weight, dense.bias)), weight, bias)
 
 
 def run_layers(layers: Any, state: State, x: Tensor, rows: Tensor | None = None) -> Stream:
