@@ -87,14 +87,14 @@ def programs_at_once(operand: Tensor, tile: LaunchConfig) -> int:
 
 
 def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
-    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; without ``tma`` cuBLAS and then bias_gelu."""
+    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; not ``fused``: cuBLAS, then bias_gelu."""
     if arch == "interpreter":
         return LaunchConfig(32, 64, 16, tma=True)
     # Prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with operands
     # and output in 8 bits 149. On sm_100 compiled clean, not measured. Fewer than 64 tiles leave half of the
     # multiprocessors idle: cuBLAS takes smaller ones and splits the sum; not measured.
-    tma = arch in ("sm_90", "sm_100") and rows * columns >= 64 * 128 * 256
-    return LaunchConfig(128, 256, 128 // dtype.itemsize, num_warps=8, num_stages=4, tma=tma)
+    fused = arch in ("sm_90", "sm_100") and rows * columns >= 64 * 128 * 256
+    return LaunchConfig(128, 256, 128 // dtype.itemsize, num_warps=8, num_stages=4, tma=True, fused=fused)
 
 
 def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
@@ -110,9 +110,8 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
     count = math.prod(x.shape[:-1])
     choice = choose("linear_gelu_forward", config, x, rows=count, columns=columns, summed=summed)
     tile = choice.config
-    tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
     described = takes_tma(x, stride) and takes_tma(weight, weight_stride) and takes_tma(x, columns)  # the last: out
-    if not (tile.tma and described and x.itemsize < 4 and tiles and summed):
+    if not (tile.fused and tile.tma and described and x.itemsize < 4 and count and columns and summed):
         return None
     written = Block((count, columns), (columns, 1), (tile.block_m, tile.block_n // 2))
     blocks = {
@@ -120,6 +119,7 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
         1: Block((columns, summed), (weight_stride, 1), (tile.block_n, tile.block_k)),
         **dict.fromkeys((5, 6) if save else (5,), written),
     }
+    tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
     programs = min(tiles, programs_at_once(x, tile))
     return Launch(
         linear_gelu_forward_kernel,
