@@ -44,8 +44,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def check_layers(x: Tensor, **parameters: Tensor | None) -> torch.dtype:
-    """Check x (..., K) and the layers that it goes through, weight (D, K) and bias (D,) of each in turn; the dtype."""
+def check_layers(x: Tensor, optional: str = "", **parameters: Tensor | None) -> torch.dtype:
+    """Check x (..., K) and the layers that it goes through, weight (D, K) and bias (D,) of each in turn; the dtype.
+
+    ``optional`` names the bias that may be None.
+    """
     checks.tensor("x", x, None, checks.FLOATS, "(..., K)")
     if x.ndim == 0:
         raise checks.bad("x", "a scalar", "shape (..., K)")
@@ -56,8 +59,9 @@ def check_layers(x: Tensor, **parameters: Tensor | None) -> torch.dtype:
             assert value is not None
             checks.size(name, value, (value.shape[0], columns), "(D, K), K as its input has")
             columns = value.shape[0]
-        elif value is not None:
+        elif value is not None or name != optional:
             checks.tensor(name, value, 1, checks.FLOATS, "(D,)")
+            assert value is not None
             checks.size(name, value, (columns,), "(D,), as many as the weight has rows")
         if value is not None and working_dtype(value, value.dtype) != dtype:
             raise checks.bad_type(name, value.dtype, f"{checks.names((dtype,))}, as x is")

@@ -35,7 +35,7 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     key, run = _plans.find(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if run is None:
         weights = dict(fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-        dtype = check_layers(x, **weights)
+        dtype = check_layers(x, "fc2_bias", **weights)
         if not takes_triton("mlp", x):
             return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
         planned = jit.mlp.plan(x.to(dtype), fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, False)

@@ -213,6 +213,18 @@ def plain_linear_gelu(x, weight, bias):
     return F.gelu(F.linear(x, weight, bias))
 
 
+def mlp_operands(dtype, shape=(2, 17, 24), width=40):
+    first = linear_operands(dtype, shape, width)
+    return dict(
+        x=first["x"], fc1_weight=first["weight"], fc1_bias=first["bias"],
+        fc2_weight=torch.randn(24, width).to(dtype) / 6, fc2_bias=torch.randn(24).to(dtype),
+    )  # fmt: skip
+
+
+def plain_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias=None):
+    return F.linear(plain_linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
+
+
 def plain_scatter(visible, keep_idx, mask_token, pos_embed, cu_seqlens=None):
     lengths = None if cu_seqlens is None else cu_seqlens.diff()
     tokens = mask_token.repeat(len(visible if lengths is None else lengths), len(pos_embed), 1).to(visible.dtype)
@@ -242,6 +254,7 @@ OPS = {
     "add_layer_norm": (norm_operands, {}),
     "bias_gelu": (gelu_operands, {}),
     "linear_gelu": (linear_operands, {}),
+    "mlp": (mlp_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
     "masked_patch_loss": (loss_operands, dict(patch_size=PATCH)),
     "ragged gather_patch_embed": (functools.partial(gather_operands, lengths=RAGGED), {}),
@@ -259,7 +272,13 @@ def call(name):
 def check(name, plain, operands, *, floor=None, **options):
     """The op, with its options, against oracle.py; where ``plain`` is None the oracle in the operands' dtype."""
     if floor is None:
-        kinds = {"gather_patch_embed": PRODUCTS, "linear_gelu": PRODUCTS, "attention": FUSED, "attention_varlen": FUSED}
+        kinds = {
+            "gather_patch_embed": PRODUCTS,
+            "linear_gelu": PRODUCTS,
+            "mlp": PRODUCTS,
+            "attention": FUSED,
+            "attention_varlen": FUSED,
+        }
         first = next(value for value in operands.values() if torch.is_tensor(value) and value.is_floating_point())
         floor = kinds.get(name, ELEMENTWISE).get(first.dtype, 0.5)
     functions = (getattr(kernels, name), getattr(oracle, name), plain or getattr(oracle, name))

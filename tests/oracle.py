@@ -100,6 +100,12 @@ def linear_gelu(x, weight, bias):
     return bias_gelu((x[..., None, :] * weight).sum(-1), bias)
 
 
+def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias=None):
+    """And a product with each row of another weight."""
+    out = (linear_gelu(x, fc1_weight, fc1_bias)[..., None, :] * fc2_weight).sum(-1)
+    return out if fc2_bias is None else out + fc2_bias
+
+
 def scatter_tokens(visible, keep_idx, mask_token, pos_embed, cu_seqlens=None):
     """Token by token: the visible one that belongs there, or the mask token."""
     clips, tokens = list(zip(visible, keep_idx.tolist(), strict=True)), []

@@ -12,6 +12,7 @@ from op_cases import (
     gelu_operands,
     linear_operands,
     loss_operands,
+    mlp_operands,
     norm_operands,
     scatter_operands,
     varlen_operands,
@@ -58,6 +59,7 @@ CALLS = {
     "add_layer_norm": (lambda dtype, count=5: norm_operands(dtype, 3, count, 9), {}),
     "bias_gelu": (lambda dtype, count=5: gelu_operands(dtype, (2, count, 9)), {}),
     "linear_gelu": (lambda dtype, count=5: linear_operands(dtype, (2, count, 16), 8), {}),
+    "mlp": (lambda dtype, count=5: mlp_operands(dtype, (2, count, 16), 8), {}),
     "scatter_tokens": (scatter, {}),
     "masked_patch_loss": (loss, dict(patch_size=PATCH)),
 }

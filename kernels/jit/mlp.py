@@ -75,7 +75,8 @@ def backward(
 ) -> Run:
     """Products by cuBLAS, and bias_gelu's backward between them."""
     (columns, summed), count = fc1_weight.shape, math.prod(x.shape[:-1])
-    through_gelu = bias_gelu.backward_and_output(product.view(count, columns), product, fc1_bias, (True, needs[2]))
+    hidden_grad = torch.empty((count, columns), dtype=x.dtype, device="meta")
+    through_gelu = bias_gelu.backward_and_output(hidden_grad, product, fc1_bias, (True, needs[2]))
 
     def run(
         grad: Tensor,

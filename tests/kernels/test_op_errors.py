@@ -122,6 +122,15 @@ BAD = {
         (dict(bias=None), TYPE, "bias", "NoneType"),
         (dict(bias=zeros(33, device="meta")), VALUE, "bias", "a tensor on meta"),
     ],
+    "mlp": [
+        (dict(x=zeros(2, 17, 23)), VALUE, "fc1_weight", "shape (40, 24)"),
+        (dict(fc1_bias=zeros(24)), VALUE, "fc1_bias", "shape (24,)"),
+        (dict(fc1_bias=None), TYPE, "fc1_bias", "NoneType"),
+        (dict(fc2_weight=zeros(24, 39)), VALUE, "fc2_weight", "shape (24, 39)"),
+        (dict(fc2_weight=zeros(24, 40).half()), TYPE, "fc2_weight", "torch.float16"),
+        (dict(fc2_bias=zeros(40)), VALUE, "fc2_bias", "shape (40,)"),
+        (dict(fc2_bias=zeros(24, device="meta")), VALUE, "fc2_bias", "a tensor on meta"),
+    ],
     "linear_gelu": [
         (dict(x=None), TYPE, "x", "NoneType"),
         (dict(x=zeros(2, 17, 24).int()), TYPE, "x", "torch.int32"),

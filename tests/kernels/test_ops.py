@@ -18,11 +18,13 @@ from op_cases import (
     gelu_operands,
     linear_operands,
     loss_operands,
+    mlp_operands,
     norm_operands,
     plain_gather,
     plain_gelu,
     plain_linear_gelu,
     plain_loss,
+    plain_mlp,
     plain_norm,
     plain_scatter,
     scatter_operands,
@@ -204,6 +206,16 @@ def test_bias_gelu_keeps_xs_dtype():
 def test_linear_gelu(shape, dtype):
     """33 columns are no whole number of 16-byte runs: by way of bias_gelu."""
     (out,) = check("linear_gelu", plain_linear_gelu, linear_operands(dtype, shape))
+    assert out.dtype == dtype
+
+
+@every_dtype
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp(bias, dtype):
+    operands = mlp_operands(dtype)
+    if not bias:
+        del operands["fc2_bias"]
+    (out,) = check("mlp", plain_mlp, operands)
     assert out.dtype == dtype
 
 

@@ -31,6 +31,7 @@ OPTIONS = {
     "add_layer_norm": [dict(eps=1), dict(eps=1.0), dict(eps=True), dict(residual=None), {}],
     "bias_gelu": [{}],
     "linear_gelu": [{}],
+    "mlp": [dict(fc2_bias=None), {}],
     "scatter_tokens": [{}],
     "masked_patch_loss": [
         dict(normalize=False),

@@ -80,7 +80,7 @@ def changed_calls(name, change):
     for key, value in operands.items():
         if not torch.is_tensor(value):
             continue
-        one_dtype = not value.is_floating_point() or name == "linear_gelu"
+        one_dtype = not value.is_floating_point() or name in ("linear_gelu", "mlp")
         one_dtype |= name == "gather_patch_embed" and key in ("weight", "bias")
         if CHANGES[change] is other_dtype and one_dtype:
             continue
