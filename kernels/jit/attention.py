@@ -25,7 +25,6 @@ from .attention_tiles import (
     Tables,
     add_product,
     add_product_of_loaded,
-    bias_of,
     by_shape,
     described,
     inner,
@@ -84,7 +83,7 @@ def attend(
 
 @triton.jit
 def attend_tile(
-    query, key, value, query_bias, value_bias, out, lse, start, length, keys, lse_length, query_row, row_stride,
+    query, key, value, bias, out, lse, start, length, keys, lse_length, query_row, row_stride,
     out_stride, wide, narrow, clip, head, row, zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, KEY_PART: tl.constexpr,
@@ -94,7 +93,7 @@ def attend_tile(
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < length
     query += tl.cast(start, tl.int64) * query_row
-    b_q = load_owned_tiles(query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, query_bias)
+    b_q = load_owned_tiles(query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, bias)
     b_out = zero_tiles(BLOCK_M, WIDTHS)
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -102,7 +101,7 @@ def attend_tile(
     whole = keys // BLOCK_N * BLOCK_N if RESIDENT else keys
     for at in range(0, whole, BLOCK_N):
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, query, key, value, query_bias, query_row, row_stride, o_m, m_m,
+            b_q, b_out, b_max, b_sum, query, key, value, bias, query_row, row_stride, o_m, m_m,
             o_n, at + o_n < keys, wide, narrow, clip, head, row + at, scale_log2,
             not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
         )  # fmt: skip
@@ -116,11 +115,13 @@ def attend_tile(
             value += tl.cast(whole, tl.int64) * row_stride
         o_tail = tl.arange(0, TAIL)
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, query, key, value, query_bias, query_row, row_stride, o_m, m_m,
+            b_q, b_out, b_max, b_sum, query, key, value, bias, query_row, row_stride, o_m, m_m,
             o_tail, whole + o_tail < keys, None, None, clip, head, row, scale_log2,
             True, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
         )  # fmt: skip
-    store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM, value_bias)
+    if bias is not None:
+        bias += 2 * out_stride  # (3, H, d): from queries to values
+    store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM, bias)
     if lse is not None:
         # The padding of a row is written too: every value of an op's outputs must be the same each time.
         tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=start + o_m < lse_length)
@@ -155,7 +156,8 @@ def attention_forward_kernel(
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
         key = key_value + (base + key_first * VEC + head * (head_stride * VEC))
         value = key + part_stride * VEC
-        query_bias, value_bias = bias_of(bias, 0, head, heads, HEAD_DIM), bias_of(bias, 2, head, heads, HEAD_DIM)
+        if bias is not None:
+            bias += head * HEAD_DIM
         out += ((first + start) * heads + head) * HEAD_DIM
         if lse is not None:
             lse += head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
@@ -164,13 +166,13 @@ def attention_forward_kernel(
         box_clip, row = (0, first) if VARLEN else (clip, 0)
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             attend_tile(
-                query, key, value, query_bias, value_bias, out, lse, start, length, keys, lse_length, query_row,
+                query, key, value, bias, out, lse, start, length, keys, lse_length, query_row,
                 row_stride, out_stride, wide, narrow, box_clip, head, row, zero, scale_log2,
                 BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
             )  # fmt: skip
         else:
             attend_tile(
-                query, key, value, query_bias, value_bias, out, lse, start, length, keys, lse_length, query_row,
+                query, key, value, bias, out, lse, start, length, keys, lse_length, query_row,
                 row_stride, out_stride, wide, narrow, box_clip, head, row, zero, scale_log2,
                 BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
             )  # fmt: skip
@@ -178,12 +180,21 @@ def attention_forward_kernel(
 
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; queries are resident. Compiled clean by Triton 3.6 and 3.9 and not
 # measured, unless a comment says more.
+# With TMA up to 64 values and 1100 tokens: prototype, H200, Triton 3.6, bc236cf, 186 us at 784 tokens and 69 at 392,
+# where 128 x 128, 4 warps, 3 stages by pointers took 198 and 73; the machine code has as many registers and, in the
+# loop, instructions. Beyond 1100 tokens pointers were faster there: 585 us at 1568, the best with TMA 609.
+# Larger heads by arithmetic. Tiles of 64 queries read K and V from L2 once for 64 queries, which at the 5.6 TB/s that
+# the prototype drew at 1568 tokens allows 64 x 5.6 = 358 TFLOP/s: enough for heads up to 88, whose column tiles of 64 +
+# 16 or 32 leave four and three programs on an SM. Heads of 128 need 407 to be as fast as cuDNN, so 128 queries, in the
+# four warps that were faster than eight in the prototype (194 to 213 us), two programs on an SM.
 FORWARD: Tables = ({
     "sm_80": {(64, 64): (64, 32, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 3),
               (96, ANY): (128, 64, 128, 8, 2), (128, ANY): (128, 64, 64, 8, 2)},
     "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 3), (64, ANY): (128, 128, 128, 8, 3),
               (96, ANY): (128, 128, 128, 8, 2), (128, ANY): (128, 64, 128, 8, 3)},
-    "sm_90 with TMA": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 2, True, True)},
+    "sm_90 with TMA": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 2, True, True),
+                       (64, ANY): (128, 128, 128, 8, 3), (88, 1100): (64, 64, 64, 4, 2, True, True),
+                       (96, ANY): (128, 64, 64, 4, 3, True, True), (128, ANY): (128, 64, 128, 4, 2, True, True)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (128, ANY): (128, 128, 128, 8, 2)},
     "": {(128, ANY): (64, 64, 64, 4, 1)},
 }, {
@@ -201,8 +212,8 @@ FORWARD: Tables = ({
 
 
 def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool) -> LaunchConfig:
-    """By the tables, but for one case. sm_90 up to 1100 tokens is measured: H200, Triton 3.6, bc236cf, 198 us at 784,
-    where 128 x 128 x 128 took 268; values compared there at 663e046."""
+    """By the tables, but for one case. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
+    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046."""
     chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged, tma=tma)
     if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)

@@ -24,15 +24,6 @@ def begin(widths, index):
 
 
 @triton.jit
-def bias_of(bias, part: tl.constexpr, head, heads, HEAD_DIM: tl.constexpr):
-    """The bias (3, H, d) of this head's queries, keys or values, part 0, 1 or 2; None without a bias."""
-    if bias is None:
-        return None
-    else:  # without it the compiler would go on to the sum
-        return bias + (part * heads + head) * HEAD_DIM
-
-
-@triton.jit
 def load_bias(bias, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Columns FIRST to FIRST + WIDTH of a head's bias, as a row of float32."""
     o_d = FIRST + tl.arange(0, WIDTH)
