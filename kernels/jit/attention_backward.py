@@ -71,7 +71,7 @@ def attention_backward_query_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M queries and their delta, from all keys in tiles of BLOCK_N."""
-    tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
+    tile, head, clip, first, length = locate(tl.program_id(0), cu_seqlens, tokens, tiles, heads, VARLEN)
     start = tile * BLOCK_M
     # inductor hands floats over as float64
     scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
@@ -165,7 +165,7 @@ def attention_backward_key_value_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M."""
-    tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
+    tile, head, clip, first, length = locate(tl.program_id(0), cu_seqlens, tokens, tiles, heads, VARLEN)
     start = tile * BLOCK_N
     # inductor hands floats over as float64
     scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
@@ -249,25 +249,68 @@ config_query = partial(by_shape, QUERY)
 config_key_value = partial(by_shape, KEY_VALUE)
 
 
-def gradients(grad, grad_lse, qkv, out, lse, *options: Any) -> tuple[Tensor]:
-    """Of qkv, contiguous."""
-    return (torch.empty_like(qkv, memory_format=DENSE),)
+def gradients(grad, grad_lse, qkv, bias, out, lse, *options: Any) -> tuple[Tensor, Tensor | None]:
+    """Of qkv and bias, contiguous."""
+    return torch.empty_like(qkv, memory_format=DENSE), _like(bias)
 
 
-def backward(grad, grad_lse, qkv, out, lse, scale, save, needs) -> Run:
-    """The gradient of qkv from those of out and lse, each None if that output was not used."""
+def backward(grad, grad_lse, qkv, bias, out, lse, scale, save, needs) -> Run:
+    """The gradients of qkv and bias from those of out and lse, each None if that output was not used."""
+    qkv = qkv if bias is None else qkv.contiguous()
     run = _run(grad, grad_lse, qkv, None, out, lse, qkv.shape[1], scale)
-    return lambda grad, grad_lse, qkv, out, lse: run(grad, grad_lse, qkv, None, out, lse)
+    return lambda grad, grad_lse, qkv, bias, out, lse: _with_bias(run, grad, grad_lse, qkv, None, bias, out, lse)
 
 
-def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, *options: Any) -> tuple[Tensor]:
-    """Of qkv, contiguous."""
-    return (torch.empty_like(qkv, memory_format=DENSE),)
+def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, *options: Any) -> tuple[Tensor, Tensor | None]:
+    """Of qkv and bias, contiguous."""
+    return torch.empty_like(qkv, memory_format=DENSE), _like(bias)
 
 
-def backward_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale, save, needs) -> Run:
+def backward_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, max_seqlen, scale, save, needs) -> Run:
     """`backward` for ragged clips."""
-    return _run(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
+    qkv = qkv if bias is None else qkv.contiguous()
+    return partial(_with_bias, _run(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale))
+
+
+def gradients_kvpacked(grad, grad_lse, q, kv, bias, out, lse, *options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of q, kv and bias, contiguous."""
+    return torch.empty_like(q, memory_format=DENSE), torch.empty_like(kv, memory_format=DENSE), _like(bias)
+
+
+def backward_kvpacked(grad, grad_lse, q, kv, bias, out, lse, scale, save, needs) -> Run:
+    """`backward` for queries apart from keys and values."""
+
+    def run(grad, grad_lse, q, kv, bias, out, lse) -> tuple[Any, ...]:
+        query, (key, value) = q.float(), kv.float().unbind(2)
+        grad, out = (x.float().unflatten(-1, q.shape[-2:]) for x in (grad, out))
+        if bias is not None:
+            query, out = query + bias[0].float(), out - bias[2].float()
+        p = (torch.einsum("bmhd,bnhd->bhmn", query, key) * scale - lse[..., : q.shape[1], None]).exp()
+        dp = torch.einsum("bmhd,bnhd->bhmn", grad, value)
+        ds = p * (dp - (out * grad).sum(-1).transpose(1, 2)[..., None]) * scale
+        dq, dk = torch.einsum("bhmn,bnhd->bmhd", ds, key), torch.einsum("bhmn,bmhd->bnhd", ds, query)
+        dv = torch.einsum("bhmn,bmhd->bnhd", p, grad)
+        dbias = None
+        if bias is not None:
+            dbias = torch.stack((dq.sum((0, 1)), 0 * dq.sum((0, 1)), grad.sum((0, 1)))).to(bias.dtype)
+        return dq.to(q.dtype), torch.stack((dk, dv), 2).to(kv.dtype), dbias
+
+    return run
+
+
+def _like(bias) -> Tensor | None:
+    return None if bias is None else torch.empty_like(bias, memory_format=DENSE)
+
+
+def _with_bias(run, grad, grad_lse, qkv, cu_seqlens, bias, out, lse) -> tuple[Any, ...]:
+    """A stopgap: the bias is added, and its gradient summed, in passes of their own."""
+    if bias is None:
+        return (*run(grad, grad_lse, qkv, cu_seqlens, out, lse), None)
+    rounded = (qkv.float() + torch.stack((bias[0], 0 * bias[1], bias[2])).float()).to(qkv.dtype)
+    (dqkv,) = run(grad, grad_lse, rounded, cu_seqlens, out, lse)
+    dbias = dqkv.float().flatten(0, -4).sum(0).to(bias.dtype)
+    dbias[1] = 0
+    return dqkv, dbias
 
 
 def _run(grad, grad_lse, qkv, cu_seqlens, out, lse, tokens: int, scale: float) -> Run:

@@ -1,4 +1,4 @@
-"""What the passes of attention share: column tiles of a head, their products, and the layout of qkv in memory.
+"""What the passes of attention share: column tiles of a head, their products, and the layout of operands in memory.
 
 A head is a tuple of column tiles whose widths are powers of two: 80 is 64 + 16, 96 is 64 + 32. Narrower tiles also need
 fewer registers at a time, which matters in float32 and on older architectures.
@@ -24,25 +24,50 @@ def begin(widths, index):
 
 
 @triton.jit
+def bias_of(bias, part: tl.constexpr, head, heads, HEAD_DIM: tl.constexpr):
+    """The bias (3, H, d) of this head's queries, keys or values, part 0, 1 or 2; None without a bias."""
+    if bias is None:
+        return None
+    else:  # noqa: RET505: without it the compiler would go on to the sum
+        return bias + (part * heads + head) * HEAD_DIM
+
+
+@triton.jit
+def load_bias(bias, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Columns FIRST to FIRST + WIDTH of a head's bias, as a row of float32."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    return tl.load(bias + o_d, mask=o_d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def load_tile(
     base, o_row, m_row, row_stride,
-    MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None,
 ):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of the rows: [rows, WIDTH]; 0 beyond HEAD_DIM and, if MASKED, outside m_row."""
+    """Columns FIRST to FIRST + WIDTH of the rows: [rows, WIDTH]; 0 beyond HEAD_DIM and, if MASKED, outside m_row.
+
+    To all rows the head's ``bias`` is added if there is one; the sum is rounded as the rows are.
+    """
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = base + o_row[:, None] * row_stride + o_d[None, :]
     if FIRST + WIDTH > HEAD_DIM:
         m_d = (o_d < HEAD_DIM)[None, :]
-        return tl.load(p_tile, mask=m_d & m_row[:, None] if MASKED else m_d, other=0.0)
-    return tl.load(p_tile, mask=m_row[:, None], other=0.0) if MASKED else tl.load(p_tile)
+        b_tile = tl.load(p_tile, mask=m_d & m_row[:, None] if MASKED else m_d, other=0.0)
+    else:
+        b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0) if MASKED else tl.load(p_tile)
+    if bias is not None:
+        b_tile = (b_tile.to(tl.float32) + load_bias(bias, FIRST, WIDTH, HEAD_DIM)).to(b_tile.dtype)
+    return b_tile
 
 
 @triton.jit
-def load_tiles(base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_tiles(
+    base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None
+):
     """All column tiles of the rows."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
-        tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, bias)
         tiles = tiles + (tile,)
     return tiles
 
@@ -58,10 +83,15 @@ def store_tile(
 
 
 @triton.jit
-def store_tiles(base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store all column tiles of the rows, times ``factor``: a number, or [rows, 1]."""
+def store_tiles(
+    base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None
+):
+    """Store all column tiles of the rows, times ``factor``, a number or [rows, 1], plus the head's ``bias`` if any."""
     for i in tl.static_range(len(WIDTHS)):
-        store_tile(base, b_tiles[i] * factor, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_tile = b_tiles[i] * factor
+        if bias is not None:
+            b_tile += load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        store_tile(base, b_tile, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
 
 
 @triton.jit
@@ -90,15 +120,16 @@ def inner(b_rows, b_columns, PRECISION: tl.constexpr):
 @triton.jit
 def inner_of_loaded(
     rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, row_bias=None, column_bias=None,
 ):  # fmt: skip
     """`inner`, each column tile loaded where it is used: the fewest registers."""
-    b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM)
-    b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
+    b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM, row_bias)
+    b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM, column_bias)
     b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
     for i in tl.static_range(1, len(WIDTHS)):
-        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
-        b_column = load_tile(columns, o_columns, m_columns, column_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        at: tl.constexpr = begin(WIDTHS, i)
+        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, at, WIDTHS[i], HEAD_DIM, row_bias)
+        b_column = load_tile(columns, o_columns, m_columns, column_stride, True, at, WIDTHS[i], HEAD_DIM, column_bias)
         b_product = tl.dot(b_row, tl.trans(b_column), b_product, input_precision=PRECISION)
     return b_product
 
@@ -115,23 +146,22 @@ def add_product(b_sums, b_weights, b_tiles, PRECISION: tl.constexpr):
 @triton.jit
 def add_product_of_loaded(
     b_sums, b_weights, base, o_row, m_row, row_stride,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, bias=None,
 ):  # fmt: skip
     """`add_product`, each column tile loaded where it is used."""
     sums = ()
     for i in tl.static_range(len(b_sums)):
-        b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, bias)
         sums = sums + (tl.dot(b_weights.to(b_tile.dtype), b_tile, b_sums[i], input_precision=PRECISION),)
     return sums
 
 
 @triton.jit
-def locate(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
-    """What this program works on: (tile, head, clip, first token of the clip, its length).
+def locate(program, cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
+    """What the program of this number works on: (tile, head, clip, first token of the clip, its length).
 
     Programs of one head have consecutive numbers, so that they find its keys in L2.
     """
-    program = tl.program_id(0)
     clip = (program // (tiles * heads)).to(tl.int64)
     if VARLEN:
         first = tl.load(cu_seqlens + clip).to(tl.int64)
@@ -158,7 +188,7 @@ class Addresses(NamedTuple):
 
 
 def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
-    """For qkv (B, N, 3, H, d), or a gradient (B, N, H * d) of the output; without B if clips are ragged.
+    """For q, kv or qkv (B, N, ..., H, d), or a gradient (B, N, H * d) of the output; without B if clips are ragged.
 
     16 bytes are loaded at once if all strides and the head size are multiples of that, else one value. A stride of more
     than 32 bits is not divided: the kernel would take the quotient for 32 bits wide.
@@ -168,9 +198,36 @@ def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
     stride = stride[:-1]
     values = 16 // tensor.element_size()
     # Behind a head of a gradient lies the next head, so its size counts. Columns beyond a head of qkv are masked.
-    whole = head_dim % values == 0 or tensor.ndim > 3
+    whole = head_dim % values == 0 or tensor.shape[-1] == head_dim
     vector = values if whole and all(step % values == 0 and step < 2**31 for step in stride) else 1
     return Addresses(copied, vector, ((0,) if ragged else ()) + tuple(step // vector for step in stride))
+
+
+class Layout(NamedTuple):
+    """How the kernels address queries, and keys and values.
+
+    Attributes:
+        copied: Of each, whether it must be copied first.
+        vector: As in `Addresses`.
+        strides: Of queries clip, row and head; where keys begin; of keys and values clip, row, part and head.
+    """
+
+    copied: tuple[bool, bool]
+    vector: int
+    strides: tuple[int, ...]
+
+
+def layout(query: Tensor, key_value: Tensor | None, ragged: bool) -> Layout:
+    """For queries (B, M, H, d), and keys and values (B, N, 2, H, d); or for a qkv (B, N, 3, H, d), and None."""
+    copied, vector, strides = addresses(query, query.shape[-1], ragged)
+    if key_value is None:
+        clip, row, part, head = strides
+        return Layout((copied, copied), vector, (clip, row, head, part, *strides))
+    other = addresses(key_value, query.shape[-1], ragged)
+    least = min(vector, other.vector)
+    of_query = (step * vector // least for step in strides)
+    of_key_value = (step * other.vector // least for step in other.strides)
+    return Layout((copied, other.copied), least, (*of_query, 0, *of_key_value))
 
 
 def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
