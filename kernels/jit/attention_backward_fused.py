@@ -1,19 +1,19 @@
-"""The backward pass of attention with five products, where the two kernels of `attention_backward_kernels` need seven.
+"""The backward pass of attention with five products, where the two kernels of `attention_backward_kernels` have seven.
 
-The gradients of queries, and those of keys and values, need the same ds, which the two kernels both compute. Here the
-programs of keys and values store it, in 16 bits as the products take it, and others multiply it by the keys. Both are in
-one launch: program p does a tile of keys and values of head h, and then a tile of queries of head h - lag, which was
-finished before, or nearly so. ds of ``ring`` heads is kept at a time, as it is soon read it is mostly in the L2 cache.
+ds, the gradient of the scores, is needed for the gradients of queries and of keys, and both of the two kernels compute
+it. Here the programs of keys and values store it, rounded as the products take it, and others multiply it by the keys.
+All in one launch: a program does a tile of keys and values of a head, and then a tile of queries of the head ``lag``
+before, whose ds is complete by then, or nearly. Memory is for ds of ``ring`` heads at a time.
 
-Programs wait for each other by counters in memory. They number themselves as they start, and wait only for lower
-numbers, which have started too and cannot wait for them; so there is always one that can go on.
+Programs wait for others by counters in memory, without a deadlock: they are numbered as they start, and wait only for
+lower numbers, which have started and do the same, so that the lowest one never waits. Who waits changes no result.
 """
 
 import triton
 import triton.language as tl
 
 from .attention_backward_kernels import head_of, key_value_tile, store_delta, store_sums
-from .attention_tiles import add_product, bias_of, load_tile, load_tiles, locate, store_tiles, zero_tiles
+from .attention_tiles import add_product, load_tiles, locate, store_tiles, zero_tiles
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def attention_backward_delta_kernel(
     queries, tiles, heads, grad_clip, grad_row, lse_stride, every,
     BLOCK_N: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """What comes before: delta of BLOCK_N queries, and all counters 0."""
+    """What comes before the fused kernel: delta of BLOCK_N queries, and all counters 0."""
     program = tl.program_id(0)
     tile, head, clip, first, length = locate(program, cu_seqlens, queries, tiles, heads, VARLEN)
     start = tile * BLOCK_N
@@ -54,9 +54,11 @@ def attention_backward_delta_kernel(
         at_lse = head_of(0, clip * heads, first, head, lse_stride, 1, lse_stride, VARLEN) + start
         if grad_lse is not None:
             grad_lse += at_lse
+        if bias is not None:
+            bias += head * HEAD_DIM
         store_delta(
             out + ((first + start) * heads + head) * HEAD_DIM, grad + tl.cast(start, tl.int64) * grad_row, grad_lse,
-            delta + at_lse, bias_of(bias, 2, head, heads, HEAD_DIM), part, start, length, heads, grad_row,
+            delta + at_lse, bias, part, start, length, heads, grad_row,
             BLOCK_N, WIDTHS, HEAD_DIM,
         )  # fmt: skip
     elif part is not None:
@@ -80,16 +82,17 @@ def add_scores_product(
 
 @triton.jit
 def attention_backward_fused_kernel(
-    query, key_value, query_blocks, grad_blocks, cu_seqlens, bias, grad, lse, delta, dquery, dkey_value, scores, counters,
-    part, queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride, part_stride,
-    head_stride, grad_clip, grad_row, lse_stride, scores_row, scores_head, every, lag, ring, zero, scale, scale_log2,
+    query, key_value, query_blocks, grad_blocks, cu_seqlens, bias, grad, lse, delta, dquery, dkey_value, scores,
+    counters, part, queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride,
+    part_stride, head_stride, grad_clip, grad_row, lse_stride, scores_row, scores_head, every, lag, ring, zero, scale,
+    scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, KEY_PART: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr,
     RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_N keys and values of one of ``every`` head, and one of BLOCK_N queries of the head ``lag`` before.
+    """BLOCK_N keys and values of one of ``every`` head, then BLOCK_N queries of the head ``lag`` before.
 
-    ``counters`` are the next program, and for each head how many programs have stored its ds, and how many have read it.
+    ``counters``: how many programs have started; for each head how many have stored its ds; how many have read it.
     """
     program = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
     # inductor hands floats over as float64
@@ -107,13 +110,14 @@ def attention_backward_fused_kernel(
             key += key_first * VEC
             do = head_of(grad, clip, first, head, grad_clip * GRAD_VEC, grad_row, HEAD_DIM, VARLEN)
             at_lse = head_of(0, clip * heads, first, head, lse_stride, 1, lse_stride, VARLEN)
+            if bias is not None:
+                bias += head * HEAD_DIM
+            block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
             key_value_tile(
-                query_blocks, grad_blocks, q, key, key + part_stride * VEC, bias_of(bias, 0, head, heads, HEAD_DIM),
-                do, lse + at_lse, delta + at_lse,
+                query_blocks, grad_blocks, q, key, key + part_stride * VEC, bias, do, lse + at_lse, delta + at_lse,
                 dkey_value + ((first * (2 + KEY_PART) + KEY_PART) * heads + head) * HEAD_DIM,
-                scores + (index % ring).to(tl.int64) * scores_head, clip * 0 if VARLEN else clip, head,
-                first if VARLEN else first * 0, tile * BLOCK_N, count, length, heads, query_row, row_stride, grad_row,
-                scores_row, zero, scale, scale_log2,
+                scores + (index % ring).to(tl.int64) * scores_head, block_clip, head, block_row, tile * BLOCK_N, count,
+                length, heads, query_row, row_stride, grad_row, scores_row, zero, scale, scale_log2,
                 BLOCK_M, BLOCK_N, TAIL, KEY_PART, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
         signal(counters + 1 + index)

@@ -1,10 +1,10 @@
-"""The kernels of attention's backward pass, from the saved log-sum-exp (arXiv 2307.08691); `attention_backward` chooses.
+"""The kernels of attention's backward pass, from the saved log-sum-exp (arXiv 2307.08691); see `attention_backward`.
 
-ds is the gradient of the scores, [queries, keys]. No sum needs atomics, so the result has the same bits every time.
+ds is the gradient of the scores. No sum needs atomics, so that the result has the same bits every time.
 
-Of the biases of the linear layer that made q, k and v, that of the keys changes nothing, and that of the values only the
-output, from which delta is computed. That of the queries adds key . bias to all scores of a key, and to the key's gradient
-the bias times the sum of its ds, so that tiles of queries go straight from memory into the products.
+Of the biases of the linear layer that made q, k and v, that of the keys changes no gradient, and that of the values
+only the output, which delta comes from. That of the queries adds key . bias to the scores of a key, and to the gradient
+of the key the bias times the sum of its ds: so tiles of queries go into the products as they are in memory.
 """
 
 import triton
@@ -14,7 +14,6 @@ from .attention_tiles import (
     add_product,
     add_product_of_loaded,
     begin,
-    bias_of,
     inner,
     inner_of_loaded,
     load_bias,
@@ -70,10 +69,10 @@ def store_sums(part, b_tiles, factor, m_row, WIDTHS: tl.constexpr, HEAD_DIM: tl.
 
 @triton.jit
 def store_delta(
-    out, grad, grad_lse, delta, value_bias, part, start, length, heads, grad_row,
+    out, grad, grad_lse, delta, bias, part, start, length, heads, grad_row,
     BLOCK: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum((out - value bias) * grad, 1) - grad_lse of BLOCK queries, and the sums of grad; returns grad and delta."""
+    """Store delta = sum((out - value bias) * grad, 1) - grad_lse of BLOCK queries, and sums of grad; return both."""
     o_m = tl.arange(0, BLOCK)
     m_m = start + o_m < length
     b_grad = load_tiles(grad, o_m, m_m, grad_row, True, WIDTHS, HEAD_DIM)
@@ -81,8 +80,8 @@ def store_delta(
     b_delta = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in tl.static_range(len(WIDTHS)):
         b_part = b_out[i].to(tl.float32)
-        if value_bias is not None:
-            b_part -= load_bias(value_bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        if bias is not None:
+            b_part -= load_bias(bias + 2 * heads * HEAD_DIM, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
         b_delta += tl.sum(b_part * b_grad[i].to(tl.float32), 1)
     if grad_lse is not None:
         b_delta -= tl.load(grad_lse + o_m, mask=m_m, other=0.0)
@@ -95,7 +94,7 @@ def store_delta(
 
 @triton.jit
 def add_query_gradient(
-    b_dq, b_q, b_do, b_lse, b_delta, blocks, clip, head, row, query, query_bias, grad, key, value,
+    b_dq, b_q, b_do, b_lse, b_delta, blocks, clip, head, row, query, bias, grad, key, value,
     query_row, row_stride, grad_row, o_m, m_m, o_n, m_n, zero, scale_log2,
     KEY_PART: tl.constexpr, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -108,9 +107,7 @@ def add_query_gradient(
         b_v = load_step(blocks, clip, KEY_PART + 1, head, row, value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
         b_dp = inner(b_do, b_v, PRECISION)
     else:
-        b_s = inner_of_loaded(
-            query, o_m, m_m, query_row, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION, query_bias
-        )
+        b_s = inner_of_loaded(query, o_m, m_m, query_row, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION, bias)
         b_dp = inner_of_loaded(grad, o_m, m_m, grad_row, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
     b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     if MASKED:
@@ -158,20 +155,21 @@ def attention_backward_query_kernel(
         at_lse = head_of(0, clip * heads, first, head, lse_stride, 1, lse_stride, VARLEN) + start
         if grad_lse is not None:
             grad_lse += at_lse
-        query_bias = bias_of(bias, 0, head, heads, HEAD_DIM)
+        if bias is not None:
+            bias += head * HEAD_DIM
         b_grad, b_delta = store_delta(
-            out, grad, grad_lse, delta + at_lse, bias_of(bias, 2, head, heads, HEAD_DIM), part, start, length, heads,
+            out, grad, grad_lse, delta + at_lse, bias, part, start, length, heads,
             grad_row, BLOCK_M, WIDTHS, HEAD_DIM,
         )  # fmt: skip
-        b_q = load_tiles(query, o_m, m_m, query_row, True, WIDTHS, HEAD_DIM, query_bias)
+        b_q = load_tiles(query, o_m, m_m, query_row, True, WIDTHS, HEAD_DIM, bias)
         b_lse = tl.load(lse + at_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
         b_dq = zero_tiles(BLOCK_M, WIDTHS)
         o_n = tl.arange(0, BLOCK_N)
         whole = keys // BLOCK_N * BLOCK_N if RESIDENT else keys
-        row = first if VARLEN else first * 0
+        block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
         for at in range(0, whole, BLOCK_N):
             b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, blocks, clip * 0 if VARLEN else clip, head, row + at, query, query_bias, grad,
+                b_dq, b_q, b_grad, b_lse, b_delta, blocks, block_clip, head, block_row + at, query, bias, grad,
                 key, value, query_row, row_stride, grad_row, o_m, m_m, o_n, at + o_n < keys, zero, scale_log2,
                 KEY_PART, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
@@ -182,7 +180,7 @@ def attention_backward_query_kernel(
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
             b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, blocks, clip, head, row, query, query_bias, grad,
+                b_dq, b_q, b_grad, b_lse, b_delta, blocks, block_clip, head, block_row, query, bias, grad,
                 key, value, query_row, row_stride, grad_row, o_m, m_m, o_tail, whole + o_tail < keys, zero, scale_log2,
                 KEY_PART, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
@@ -198,8 +196,8 @@ def attention_backward_query_kernel(
 
 @triton.jit
 def add_key_value_gradient(
-    b_dk, b_dv, b_sum, b_k, b_v, b_bias, query_blocks, grad_blocks, clip, head, row, query, grad, lse, delta, key, value,
-    scores, query_row, row_stride, grad_row, scores_row, o_m, m_m, o_n, m_n, zero, scale_log2,
+    b_dk, b_dv, b_sum, b_k, b_v, b_bias, query_blocks, grad_blocks, clip, head, row, query, grad, lse, delta, key,
+    value, scores, query_row, row_stride, grad_row, scores_row, o_m, m_m, o_n, m_n, zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -239,12 +237,15 @@ def add_key_value_gradient(
 
 @triton.jit
 def key_value_tile(
-    query_blocks, grad_blocks, query, key, value, query_bias, grad, lse, delta, dkey, scores, clip, head, row,
+    query_blocks, grad_blocks, query, key, value, bias, grad, lse, delta, dkey, scores, clip, head, row,
     start, queries, length, heads, query_row, row_stride, grad_row, scores_row, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M; ds to ``scores`` [keys, queries]."""
+    """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M.
+
+    ``query_blocks`` and ``grad_blocks`` are read at (clip, 0, head, row + token). ``scores`` [keys, queries] is for ds.
+    """
     o_n = tl.arange(0, BLOCK_N)
     m_n = start + o_n < length
     key += tl.cast(start, tl.int64) * row_stride
@@ -255,12 +256,12 @@ def key_value_tile(
     b_v = load_tiles(value, o_n, m_n, row_stride, True, WIDTHS, HEAD_DIM)
     b_dk = zero_tiles(BLOCK_N, WIDTHS)
     b_dv = zero_tiles(BLOCK_N, WIDTHS)
-    b_bias, b_sum = None, None
-    if query_bias is not None:
+    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    b_bias = None
+    if bias is not None:
         b_bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for i in tl.static_range(len(WIDTHS)):
-            b_bias += tl.sum(b_k[i].to(tl.float32) * load_bias(query_bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM), 1)
+            b_bias += tl.sum(b_k[i].to(tl.float32) * load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM), 1)
     o_m = tl.arange(0, BLOCK_M)
     whole = queries // BLOCK_M * BLOCK_M if RESIDENT else queries
     for at in range(0, whole, BLOCK_M):
@@ -286,8 +287,8 @@ def key_value_tile(
         )  # fmt: skip
     out_row = (2 + KEY_PART) * heads * HEAD_DIM
     dkey += tl.cast(start, tl.int64) * out_row
-    if query_bias is not None:
-        b_dk = add_outer(b_dk, b_sum, query_bias, WIDTHS, HEAD_DIM)
+    if bias is not None:
+        b_dk = add_outer(b_dk, b_sum, bias, WIDTHS, HEAD_DIM)
     store_tiles(dkey, b_dk, scale, o_n, m_n, out_row, WIDTHS, HEAD_DIM)
     store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, out_row, WIDTHS, HEAD_DIM)
 
@@ -316,9 +317,12 @@ def attention_backward_key_value_kernel(
         grad = head_of(grad, clip, first, head, grad_clip * GRAD_VEC, grad_row, HEAD_DIM, VARLEN)
         at_lse = head_of(0, clip * heads, first, head, lse_stride, 1, lse_stride, VARLEN)
         dkey = dkey_value + ((first * (2 + KEY_PART) + KEY_PART) * heads + head) * HEAD_DIM
+        if bias is not None:
+            bias += head * HEAD_DIM
+        block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
         key_value_tile(
-            query_blocks, grad_blocks, query, key, key + part_stride * VEC, bias_of(bias, 0, head, heads, HEAD_DIM),
-            grad, lse + at_lse, delta + at_lse, dkey, None, clip * 0 if VARLEN else clip, head, first if VARLEN else first * 0,
-            tile * BLOCK_N, queries, length, heads, query_row, row_stride, grad_row, 0, zero, scale, scale_log2,
+            query_blocks, grad_blocks, query, key, key + part_stride * VEC, bias, grad, lse + at_lse, delta + at_lse,
+            dkey, None, block_clip, head, block_row, tile * BLOCK_N, queries, length, heads, query_row, row_stride,
+            grad_row, 0, zero, scale, scale_log2,
             BLOCK_M, BLOCK_N, TAIL, KEY_PART, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip

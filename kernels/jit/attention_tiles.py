@@ -26,10 +26,9 @@ def begin(widths, index):
 @triton.jit
 def bias_of(bias, part: tl.constexpr, head, heads, HEAD_DIM: tl.constexpr):
     """The bias (3, H, d) of this head's queries, keys or values, part 0, 1 or 2; None without a bias."""
-    if bias is None:
-        return None
-    else:  # noqa: RET505: without it the compiler would go on to the sum
-        return bias + (part * heads + head) * HEAD_DIM
+    if bias is not None:
+        bias += (part * heads + head) * HEAD_DIM
+    return bias
 
 
 @triton.jit
