@@ -25,11 +25,13 @@ from .attention_tiles import (
     Tables,
     add_product,
     add_product_of_loaded,
-    bias_of,
     by_shape,
+    described,
     inner,
     inner_of_loaded,
     layout,
+    load_described,
+    load_owned_tiles,
     load_tiles,
     locate,
     lse_row,
@@ -44,13 +46,16 @@ from .op import Op, Run
 
 @triton.jit
 def attend(
-    b_q, b_out, b_max, b_sum, query, key, value, bias, query_row, row_stride, o_m, m_m, o_n, m_n, scale_log2,
+    b_q, b_out, b_max, b_sum, query, key, value, bias, query_row, row_stride, o_m, m_m, o_n, m_n,
+    wide, narrow, clip, head, row, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEY_PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of keys to the online softmax."""
+    """Add one tile of keys to the online softmax: rows o_n from ``key`` on, or by descriptors from ``row`` on."""
     # [BLOCK_M, BLOCK_N]
-    if RESIDENT:
+    if wide is not None:
+        b_s = inner(b_q, load_described(wide, narrow, clip, KEY_PART, head, row, WIDTHS), PRECISION)
+    elif RESIDENT:
         b_s = inner(b_q, load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
     else:
         b_s = inner_of_loaded(
@@ -65,7 +70,10 @@ def attend(
     b_rescaled = ()
     for i in tl.static_range(len(b_out)):
         b_rescaled = b_rescaled + (b_out[i] * b_rescale[:, None],)
-    if RESIDENT:
+    if wide is not None:
+        b_v = load_described(wide, narrow, clip, KEY_PART + 1, head, row, WIDTHS)
+        b_out = add_product(b_rescaled, b_p, b_v, PRECISION)
+    elif RESIDENT:
         b_v = load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
         b_out = add_product(b_rescaled, b_p, b_v, PRECISION)
     else:
@@ -75,16 +83,17 @@ def attend(
 
 @triton.jit
 def attend_tile(
-    query, key, value, query_bias, value_bias, out, lse, start, length, keys, lse_length, query_row, row_stride,
-    out_stride, zero, scale_log2,
+    query, key, value, bias, out, lse, start, length, keys, lse_length, query_row, row_stride,
+    out_stride, wide, narrow, clip, head, row, zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, KEY_PART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_M queries from ``start`` on."""
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < length
     query += tl.cast(start, tl.int64) * query_row
-    b_q = load_tiles(query, o_m, m_m, query_row, True, WIDTHS, HEAD_DIM, query_bias)
+    b_q = load_owned_tiles(query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, bias)
     b_out = zero_tiles(BLOCK_M, WIDTHS)
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -92,19 +101,27 @@ def attend_tile(
     whole = keys // BLOCK_N * BLOCK_N if RESIDENT else keys
     for at in range(0, whole, BLOCK_N):
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, query, key, value, query_bias, query_row, row_stride, o_m, m_m,
-            o_n, at + o_n < keys, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+            b_q, b_out, b_max, b_sum, query, key, value, bias, query_row, row_stride, o_m, m_m,
+            o_n, at + o_n < keys, wide, narrow, clip, head, row + at, scale_log2,
+            not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
         )  # fmt: skip
         query += zero
-        key += BLOCK_N * row_stride
-        value += BLOCK_N * row_stride
+        if wide is None:
+            key += BLOCK_N * row_stride
+            value += BLOCK_N * row_stride
     if TAIL > 0:
+        if wide is not None:
+            key += tl.cast(whole, tl.int64) * row_stride
+            value += tl.cast(whole, tl.int64) * row_stride
         o_tail = tl.arange(0, TAIL)
         b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, query, key, value, query_bias, query_row, row_stride, o_m, m_m,
-            o_tail, whole + o_tail < keys, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+            b_q, b_out, b_max, b_sum, query, key, value, bias, query_row, row_stride, o_m, m_m,
+            o_tail, whole + o_tail < keys, None, None, clip, head, row, scale_log2,
+            True, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
         )  # fmt: skip
-    store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM, value_bias)
+    if bias is not None:
+        bias += 2 * out_stride  # (3, H, d): from queries to values
+    store_tiles(out, b_out, (1.0 / b_sum)[:, None], o_m, m_m, out_stride, WIDTHS, HEAD_DIM, bias)
     if lse is not None:
         # The padding of a row is written too: every value of an op's outputs must be the same each time.
         tl.store(lse + start + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=start + o_m < lse_length)
@@ -112,14 +129,17 @@ def attend_tile(
 
 @triton.jit
 def attention_forward_kernel(
-    query, key_value, cu_seqlens, bias, out, lse, queries, keys, tiles, heads,
+    query, key_value, wide, narrow, cu_seqlens, bias, out, lse, queries, keys, tiles, heads,
     query_clip, query_row, query_head, key_first, clip_stride, row_stride, part_stride, head_stride, lse_stride,
     zero, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HALVE_LAST: tl.constexpr,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEY_PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strides are divided by VEC, so that the compiler sees that loads of VEC values are aligned; see `Layout`.
+
+    With ``wide`` and ``narrow``, descriptors of key_value, whole tiles of keys and values come by TMA; those that
+    belong to the clip in part never do. KEY_PART is the part of key_value that holds the keys.
 
     Unless RESIDENT, the tile that a program owns is loaded again for each tile that it meets: kept, it would occupy
     registers in the whole loop, in float32 twice (rounded part and remainder). ``zero`` is 0, but the compiler does
@@ -136,33 +156,45 @@ def attention_forward_kernel(
         base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
         key = key_value + (base + key_first * VEC + head * (head_stride * VEC))
         value = key + part_stride * VEC
-        query_bias, value_bias = bias_of(bias, 0, head, heads, HEAD_DIM), bias_of(bias, 2, head, heads, HEAD_DIM)
+        if bias is not None:
+            bias += head * HEAD_DIM
         out += ((first + start) * heads + head) * HEAD_DIM
         if lse is not None:
             lse += head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
         lse_length = length if VARLEN else lse_stride
         out_stride = heads * HEAD_DIM
+        box_clip, row = (0, first) if VARLEN else (clip, 0)
         if HALVE_LAST and start + BLOCK_M // 2 >= length:
             attend_tile(
-                query, key, value, query_bias, value_bias, out, lse, start, length, keys, lse_length, query_row,
-                row_stride, out_stride, zero, scale_log2,
-                BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                query, key, value, bias, out, lse, start, length, keys, lse_length, query_row,
+                row_stride, out_stride, wide, narrow, box_clip, head, row, zero, scale_log2,
+                BLOCK_M // 2, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
             )  # fmt: skip
         else:
             attend_tile(
-                query, key, value, query_bias, value_bias, out, lse, start, length, keys, lse_length, query_row,
-                row_stride, out_stride, zero, scale_log2,
-                BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+                query, key, value, bias, out, lse, start, length, keys, lse_length, query_row,
+                row_stride, out_stride, wide, narrow, box_clip, head, row, zero, scale_log2,
+                BLOCK_M, BLOCK_N, TAIL, WIDTHS, HEAD_DIM, RESIDENT, KEY_PART, PRECISION,
             )  # fmt: skip
 
 
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; queries are resident. Compiled clean by Triton 3.6 and 3.9 and not
 # measured, unless a comment says more.
+# With TMA up to 64 values and 1100 tokens: prototype, H200, Triton 3.6, bc236cf, 186 us at 784 tokens and 69 at 392,
+# where 128 x 128, 4 warps, 3 stages by pointers took 198 and 73; the machine code has as many registers and, in the
+# loop, instructions. Beyond 1100 tokens pointers were faster there: 585 us at 1568, the best with TMA 609.
+# Larger heads by arithmetic. Tiles of 64 queries read K and V from L2 once for 64 queries, which at the 5.6 TB/s that
+# the prototype drew at 1568 tokens allows 64 x 5.6 = 358 TFLOP/s: enough for heads up to 88, whose column tiles of 64 +
+# 16 or 32 leave four and three programs on an SM. Heads of 128 need 407 to be as fast as cuDNN, so 128 queries, in the
+# four warps that were faster than eight in the prototype (194 to 213 us), two programs on an SM.
 FORWARD: Tables = ({
     "sm_80": {(64, 64): (64, 32, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 3),
               (96, ANY): (128, 64, 128, 8, 2), (128, ANY): (128, 64, 64, 8, 2)},
     "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 3), (64, ANY): (128, 128, 128, 8, 3),
               (96, ANY): (128, 128, 128, 8, 2), (128, ANY): (128, 64, 128, 8, 3)},
+    "sm_90 with TMA": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 2, True, True),
+                       (64, ANY): (128, 128, 128, 8, 3), (88, 1100): (64, 64, 64, 4, 2, True, True),
+                       (96, ANY): (128, 64, 64, 4, 3, True, True), (128, ANY): (128, 64, 128, 4, 2, True, True)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (128, ANY): (128, 128, 128, 8, 2)},
     "": {(128, ANY): (64, 64, 64, 4, 1)},
 }, {
@@ -179,10 +211,10 @@ FORWARD: Tables = ({
 })  # fmt: skip
 
 
-def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool) -> LaunchConfig:
-    """By the tables, but for one case. sm_90 up to 1100 tokens is measured: H200, Triton 3.6, bc236cf, 198 us at 784,
-    where 128 x 128 x 128 took 268; values compared there at 663e046."""
-    chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged)
+def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool) -> LaunchConfig:
+    """By the tables, but for one case. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
+    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046."""
+    chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged, tma=tma)
     if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)
     return chosen
@@ -263,8 +295,16 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
     heads, head_dim = query.shape[-2:]
     clips = len(cu_seqlens) - 1 if ragged else query.shape[0]
     copied, vector, strides = layout(query, key_value, ragged)
-    choice = choose("attention_forward", config, query, head_dim=head_dim, tokens=keys, ragged=ragged)
+    source = query if key_value is None else key_value
+    tma = described((source[None] if ragged else source).permute(0, 2, 3, 1, 4))
+    shape = dict(head_dim=head_dim, tokens=keys, ragged=ragged, tma=tma is not None)
+    choice = choose("attention_forward", config, query, **shape)
     tile = choice.config
+    constants = shape_constants(query, tile, vector)
+    widths = list(dict.fromkeys(constants["WIDTHS"]))
+    blocks = {}
+    if tile.tma and tile.resident and tma is not None and len(widths) <= 2:
+        blocks = {position: tma(tile.block_n, width) for position, width in enumerate(widths, 2)}
     tiles = triton.cdiv(queries, tile.block_m)
     last = queries % tile.block_m
     launch = Launch(
@@ -272,14 +312,18 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
         (tiles * heads * clips,),
         (queries, keys, tiles, heads, *strides, lse_stride, 0, scale * LOG2_E),
         choice,
-        (False, False, scattered(cu_seqlens), scattered(bias)),
+        (False, False, False, False, scattered(cu_seqlens), scattered(bias)),
+        blocks,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         TAIL=tail(keys, tile.block_n, ragged, tile.resident),
-        HALVE_LAST=tile.block_m >= 64 and (ragged or 0 < last <= tile.block_m // 2),
+        # With TMA 64 rows are the least: wgmma has no fewer, and other instructions need twice the registers.
+        HALVE_LAST=tile.block_m >= (128 if blocks else 64) and (ragged or 0 < last <= tile.block_m // 2),
         VARLEN=ragged,
-        **shape_constants(query, tile, vector),
+        KEY_PART=int(key_value is None),
+        **constants,
     )
+    has_wide, has_narrow = 2 in blocks, 3 in blocks
 
     def run(query, key_value, cu_seqlens, bias, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if copied[0]:
@@ -288,7 +332,8 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
             key_value = query
         elif copied[1]:
             key_value = key_value.contiguous()
-        launch(query, key_value, cu_seqlens, bias, *results)
+        wide, narrow = key_value if has_wide else None, key_value if has_narrow else None
+        launch(query, key_value, wide, narrow, cu_seqlens, bias, *results)
         return results
 
     return run

@@ -4,7 +4,7 @@ A head is a tuple of column tiles whose widths are powers of two: 80 is 64 + 16,
 fewer registers at a time, which matters in float32 and on older architectures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, precision
+from .launch import Block, LaunchConfig, precision, takes_tma
 
 LOG2_E = 1.4426950408889634
 
@@ -21,14 +21,6 @@ LOG2_E = 1.4426950408889634
 def begin(widths, index):
     """The first column of a column tile."""
     return sum(widths[:index])
-
-
-@triton.jit
-def bias_of(bias, part: tl.constexpr, head, heads, HEAD_DIM: tl.constexpr):
-    """The bias (3, H, d) of this head's queries, keys or values, part 0, 1 or 2; None without a bias."""
-    if bias is not None:
-        bias += (part * heads + head) * HEAD_DIM
-    return bias
 
 
 @triton.jit
@@ -68,6 +60,45 @@ def load_tiles(
     for i in tl.static_range(len(WIDTHS)):
         tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, bias)
         tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def load_owned_tiles(base, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None):
+    """`load_tiles` of the rows that a program owns: masked, and a sum with ``bias`` stays in shared memory.
+
+    A left operand that elementwise code makes is kept in registers by the compiler, in the whole loop: 34 more of them
+    in the forward pass, which is one program less on an SM. A condition, always true, is not elementwise.
+    """
+    b_tiles = load_tiles(base, o_row, m_row, row_stride, True, WIDTHS, HEAD_DIM)
+    if bias is None:
+        return b_tiles
+    else:  # without it the compiler would go on
+        sums = ()
+        for i in tl.static_range(len(WIDTHS)):
+            b_tile = b_tiles[i]
+            if row_stride >= 0:
+                b_bias = load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+                b_tile = (b_tile.to(tl.float32) + b_bias).to(b_tile.dtype)
+            sums = sums + (b_tile,)
+        return sums
+
+
+@triton.jit
+def load_described(wide, narrow, clip, part, head, row, WIDTHS: tl.constexpr):
+    """All column tiles of the rows from ``row`` on by descriptors, see `described`; 0 beyond the last row and column.
+
+    ``wide`` has the width of the first column tile, and ``narrow`` that of those that have another.
+    """
+    clip, head, row = tl.cast(clip, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32)
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        if WIDTHS[i] == WIDTHS[0]:
+            b_tile = wide.load([clip, part, head, row, begin(WIDTHS, i)])
+        else:
+            b_tile = narrow.load([clip, part, head, row, begin(WIDTHS, i)])
+        # The dimensions of size 1 come first, so that the compiler loads two dimensions.
+        tiles = tiles + (tl.reshape(b_tile, (wide.block_shape[3], WIDTHS[i])),)
     return tiles
 
 
@@ -229,6 +260,22 @@ def layout(query: Tensor, key_value: Tensor | None, ragged: bool) -> Layout:
     return Layout((copied, other.copied), least, (*of_query, 0, *of_key_value))
 
 
+def described(x: Tensor) -> Callable[[int, int], Block] | None:
+    """How x, a view (clip, part, head, row, column), is read by TMA descriptors; None if it cannot be.
+
+    The result makes a `Block` of so many rows and columns of one head. The hardware fills in zeros beyond the last row
+    of a clip and beyond the last column of a head, so that neighbours are never read.
+    """
+    steps = [step for size, step in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    possible = x.numel() > 0 and x.stride(-1) == 1 and takes_tma(x, 0)
+    if not possible or not all(step > 0 and takes_tma(x, step) for step in steps):
+        return None
+    # A dimension of size 1 may have any stride; 16 values are always allowed.
+    allowed = [step if size > 1 else 16 for size, step in zip(x.shape[:-1], x.stride(), strict=False)]
+    shape, strides = tuple(x.shape), (*allowed, 1)
+    return lambda rows, width: Block(shape, strides, (1, 1, 1, rows, width))
+
+
 def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
     """Size of the last tile over ``tokens`` in steps of ``step``; 0 means that there is no remainder.
 
@@ -274,15 +321,16 @@ def lse_row(tokens: int) -> int:
 
 
 # One for 16 bits and one for float32: {architecture ("" is any other): {(largest head size, most tokens): row}}, a row
-# being (block_m, block_n, block_k, num_warps, num_stages, resident).
+# being (block_m, block_n, block_k, num_warps, num_stages, resident, tma). "sm_90 with TMA" goes first where operands
+# allow TMA.
 Tables = Sequence[Mapping[str, Mapping[tuple[int, int], Sequence[Any]]]]
 ANY = 2**31
 
 
 def by_shape(
-    tables: Tables, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool
+    tables: Tables, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool = False
 ) -> LaunchConfig:
-    """The first row that covers a call."""
+    """The first row that covers a call; ``tma`` says whether its operands allow TMA."""
     table = tables[dtype == torch.float32]
-    rows = table.get(arch, table[""]).items()
+    rows = [*(table.get(f"{arch} with TMA", {}) if tma else {}).items(), *table.get(arch, table[""]).items()]
     return LaunchConfig(*next(row for (size, most), row in rows if head_dim <= size and tokens <= most))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import relative
 from op_cases import attention_operands, cropped, expanded, kvpacked_operands, strided, tokens_first, varlen_operands
+from plan_cases import misaligned
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.jit.launch import LaunchConfig, forced
+from mar_fast.kernels.jit.launch import LaunchConfig, forced, recording
 
 pytestmark = pytest.mark.interpreter
 
@@ -20,28 +21,38 @@ KERNELS = ("attention_forward", "attention_backward_query", "attention_backward_
 FLOOR = 8
 
 
-def tiles(block_m, block_n, block_k=64, resident=True):
+def tiles(block_m, block_n, block_k=64, resident=True, tma=False):
     """All three kernels in tiles of these sizes."""
-    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, block_k, 4, 1, resident)))
+    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, block_k, 4, 1, resident, tma)))
 
 
-def check(operands, **options):
-    functions = (functools.partial(module.attention, **options) for module in (kernels, oracle, oracle))
-    return oracle.compare(*functions, operands, floor=FLOOR)
+def check(operands, op="attention"):
+    return oracle.compare(getattr(kernels, op), *[getattr(oracle, op)] * 2, operands, floor=FLOOR)
 
 
 def check_varlen(operands):
-    return oracle.compare(kernels.attention_varlen, *[oracle.attention_varlen] * 2, operands, floor=FLOOR)
+    return check(operands, "attention_varlen")
 
 
 # Tiles. 64 tokens are whole tiles of every size, 63 and 65 are one off; the tail is 16, 32 or a whole tile wide.
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (32, 16), (64, 64), (64, 16)])
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "tma"), [(16, 32, False), (32, 16, True), (64, 64, True), (64, 16, False)]
+)
 @pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 97])
-def test_tiles(count, block_m, block_n):
-    with tiles(block_m, block_n):
+def test_tiles(count, block_m, block_n, tma):
+    with tiles(block_m, block_n, tma=tma):
         check(attention_operands(torch.float32, batch=1, count=count))
+
+
+@pytest.mark.parametrize(("count", "keys"), [(1, 64), (65, 33), (33, 97)])
+def test_tiles_of_queries_apart(count, keys):
+    """With a bias, and as parts of a larger tensor."""
+    operands = kvpacked_operands(torch.float32, 2, count, keys)
+    operands |= dict(q=heads_of_more(operands["q"]), kv=heads_of_more(operands["kv"]))
+    with tiles(32, 32, tma=True):
+        check(operands, "attention_kvpacked")
 
 
 @pytest.mark.parametrize("count", [33, 64, 65])
@@ -49,14 +60,14 @@ def test_tiles(count, block_m, block_n):
 def test_tiles_loaded_anew(count, size):
     """No operand stays in registers, and column tiles are narrow: as float32 and older architectures run it."""
     with tiles(32, 32, block_k=32, resident=False):
-        check(attention_operands(torch.float32, batch=1, count=count, size=size))
+        check(attention_operands(torch.float32, batch=1, count=count, size=size, bias=torch.float16))
         check_varlen(varlen_operands(torch.float32, (count, 5), size=size))
 
 
-@pytest.mark.parametrize("lengths", [(63, 0, 65), (1, 64, 31, 33)])
-def test_tiles_of_ragged_clips(lengths):
+@pytest.mark.parametrize(("lengths", "tma"), [((63, 0, 65), True), ((1, 64, 31, 33), False)])
+def test_tiles_of_ragged_clips(lengths, tma):
     """33 tokens are one more than half a tile of queries, which the last one may be."""
-    with tiles(64, 32):
+    with tiles(64, 32, tma=tma):
         check_varlen(varlen_operands(torch.float32, lengths, spare=70))
 
 
@@ -67,9 +78,11 @@ def test_last_queries_in_half_a_tile(count):
         check(attention_operands(torch.float32, batch=1, count=count, heads=1))
 
 
-@pytest.mark.parametrize("size", [1, 8, 16, 24, 40, 72, 112])
+@pytest.mark.parametrize("size", [1, 8, 16, 24, 40, 72, 88, 112])
 def test_head_sizes_in_between(size):
-    check(attention_operands(torch.float32, batch=1, count=33, size=size))
+    """By TMA: sizes that are multiples of 16 bytes and have at most two widths of column tiles."""
+    with tiles(32, 32, tma=True):
+        check(attention_operands(torch.float32, batch=1, count=33, size=size, bias=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -84,8 +97,8 @@ def test_real_tail(size, dtype):
 
 def heads_of_more(value):
     """The first two of three heads: rows are further apart than they are long; the third is NaN."""
-    buffer = torch.full((*value.shape[:3], 3, value.shape[4]), torch.nan, dtype=value.dtype)
-    return buffer[:, :, :, :2].copy_(value)
+    buffer = torch.full((*value.shape[:-2], 3, value.shape[-1]), torch.nan, dtype=value.dtype)
+    return buffer[..., :2, :].copy_(value)
 
 
 def parts_first(value):
@@ -108,13 +121,34 @@ def sizes_first(value):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_any_strides_of_qkv(layout, dtype):
-    operands = attention_operands(dtype, batch=2, count=33)
-    clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+    """By TMA where they allow that: next to clips, and in float16 heads of 40 next to heads, that are NaN."""
+    operands = attention_operands(dtype, batch=2, count=33, size=40 if dtype == torch.float16 else 32)
     qkv = layout(operands["qkv"])
     assert not qkv.is_contiguous()
-    outputs, _, gradients = oracle.outcome(kernels.attention, dict(qkv=qkv), seeds)
+    with tiles(32, 32, tma=True):
+        clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+        outputs, _, gradients = oracle.outcome(kernels.attention, dict(qkv=qkv), seeds)
     assert torch.equal(outputs[0], clean[0])
     assert torch.equal(gradients["qkv"], clean_gradients["qkv"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "possible"),
+    [
+        (torch.Tensor.contiguous, True), (heads_of_more, True), (parts_first, True), (heads_first, True),
+        (sizes_first, False), (cropped, False), (strided, False), (expanded, False), (misaligned, False),
+    ],
+)  # fmt: skip
+def test_what_tma_takes(layout, possible):
+    """And that it is taken: all of the tensor, in blocks of rows of one head."""
+    qkv = layout(attention_operands(torch.float16, count=33)["qkv"])
+    with tiles(32, 16, tma=True), recording() as launches:
+        kernels.attention(qkv)
+    blocks = launches[0][0].blocks
+    assert set(blocks) == ({2} if possible else set())
+    if possible:
+        (made,) = blocks.values()
+        assert made == ((2, 3, 2, 33, 32), (*(qkv.stride(i) for i in (0, 2, 3, 1)), 1), (1, 1, 1, 16, 32))
 
 
 def expanded_rows(value):
@@ -144,14 +178,15 @@ def test_ragged_clips_in_a_larger_buffer():
 # Values.
 
 
-def with_lse(module, qkv):
-    return module.attention(qkv, scale=0.3, return_lse=True)
+def with_lse(module, **operands):
+    return module.attention(**operands, scale=0.3, return_lse=True)
 
 
 @pytest.mark.parametrize("count", [17, 65])
 def test_gradient_of_output_and_log_sum_exp_together(count):
     ours, naive = (functools.partial(with_lse, module) for module in (kernels, oracle))
-    oracle.compare(ours, naive, naive, attention_operands(torch.float32, count=count), floor=FLOOR)
+    operands = attention_operands(torch.float32, count=count, bias=torch.float32)
+    oracle.compare(ours, naive, naive, operands, floor=FLOOR)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
