@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .attention_backward_fused import attention_backward_delta_kernel, attention_backward_fused_kernel
 from .attention_backward_kernels import attention_backward_key_value_kernel, attention_backward_query_kernel
-from .attention_tiles import ANY, LOG2_E, Tables, addresses, by_shape, layout, shape_constants, tail
-from .launch import DENSE, Block, Choice, Launch, LaunchConfig, choose, like, scattered, takes_tma
+from .attention_tiles import ANY, LOG2_E, Tables, addresses, by_shape, described, layout, shape_constants, tail
+from .launch import DENSE, Block, Choice, Launch, LaunchConfig, choose, like, scattered
 from .op import Run
 from .sum_parts import sum_parts
 
@@ -126,8 +126,7 @@ class _Call(NamedTuple):
 
     Attributes:
         every: Heads of all clips.
-        copied: Whether queries, keys and values, and the gradient must be copied first.
-        copies: Whether cu_seqlens and the bias must be.
+        copies: Whether cu_seqlens and the bias must be copied first.
     """
 
     query: Tensor
@@ -137,7 +136,6 @@ class _Call(NamedTuple):
     keys: int
     every: int
     ragged: bool
-    copied: tuple[bool, bool, bool]
     copies: tuple[bool, bool]
     addressing: tuple[int, ...]
     constants: Mapping[str, Any]
@@ -166,23 +164,24 @@ class _Call(NamedTuple):
         return Launch(kernel, (programs,), numbers, choice, copies, blocks, **constants)
 
     def blocks(self, tile: LaunchConfig, rows: int, *tensors: Tensor) -> dict[int, Block]:
-        """Of the kernel's third tensor and on, as (clips, parts, heads, tokens, head_dim); none unless all can be."""
-        if not (tile.tma and tile.resident) or any(self.copied):
+        """Descriptors of ``tensors``, two for each, from the third operand on, see `load_described`; or none."""
+        widths = list(dict.fromkeys(shape_constants(self.query, tile, 1)["WIDTHS"]))
+        if not (tile.tma and tile.resident) or len(widths) > 2:
             return {}
         size, found = self.query.shape[-1], dict[int, Block]()
-        width = {*shape_constants(self.query, tile, 1)["WIDTHS"]}
-        for i, x in enumerate(tensors, 2):
-            if len(width) > 1 or not takes_tma(x, 8):
+        for at, x in zip(range(2, 6, 2), tensors, strict=False):
+            x = x[None] if self.ragged else x
+            x = x.unflatten(-1, (-1, size)) if x.ndim == 3 else x  # the gradient's heads are not apart
+            block = described((x[:, :, None] if x.ndim == 4 else x).permute(0, 2, 3, 1, 4))
+            if block is None:
                 return {}
-            x = x.unsqueeze(0) if self.ragged else x
-            x = x.unflatten(-1, (-1, size)) if x.ndim == 3 else x
-            x = (x.unsqueeze(2) if x.ndim == 4 else x).permute(0, 2, 3, 1, 4)
-            # The stride of a single one does not matter.
-            strides = [64 if many == 1 else step for many, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-            if not all(step > 0 and takes_tma(x, step) for step in strides):
-                return {}
-            found[i] = Block(tuple(x.shape), (*strides, 1), (1, 1, 1, rows, *width))
+            found |= {at + i: block(rows, width) for i, width in enumerate(widths)}
         return found
+
+
+def _described(blocks: dict[int, Block], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    """The kernel's third tensor and on: each of ``tensors`` twice, or None where there is no descriptor."""
+    return tuple(tensors[i // 2] if i + 2 in blocks else None for i in range(2 * len(tensors)))
 
 
 Passes = Callable[..., None]
@@ -197,7 +196,7 @@ def _two_kernels(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: 
     query = call.launch(
         *(attention_backward_query_kernel, other, tiles * call.every),
         (call.queries, call.keys, tiles, *call.addressing, *ends),
-        (False, False, False, *call.copies, vectors[0], False, *vectors[1:]),
+        (False, False, False, False, *call.copies, vectors[0], False, *vectors[1:]),
         blocks,
         TAIL=tail(call.keys, tile.block_n, call.ragged, tile.resident),
     )
@@ -207,17 +206,15 @@ def _two_kernels(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: 
     key_value = call.launch(
         *(attention_backward_key_value_kernel, choice, key_tiles * call.every),
         (call.queries, call.keys, key_tiles, *call.addressing, *ends),
-        (False, False, False, False, *call.copies, False, vectors[1]),
+        (*(False,) * 6, *call.copies, False, vectors[1]),
         other_blocks,
         TAIL=tail(call.queries, tile.block_m, call.ragged, tile.resident),
     )
-    tma, other_tma = bool(blocks), bool(other_blocks)
 
     def passes(q, kv, cu_seqlens, bias, out, grad, lse, grad_lse, dq, dkv, part) -> None:
         delta = torch.empty_like(lse)
-        query(q, kv, kv if tma else None, cu_seqlens, bias, out, grad, lse, grad_lse, delta, dq, part)
-        described = (q, grad) if other_tma else (None, None)
-        key_value(q, kv, *described, cu_seqlens, bias, grad, lse, delta, dkv)
+        query(q, kv, *_described(blocks, kv), cu_seqlens, bias, out, grad, lse, grad_lse, delta, dq, part)
+        key_value(q, kv, *_described(other_blocks, q, grad), cu_seqlens, bias, grad, lse, delta, dkv)
 
     return passes, tiles
 
@@ -240,12 +237,12 @@ def _fused(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[
     main = call.launch(
         *(attention_backward_fused_kernel, choice, tiles * (every + lag)),
         (call.queries, call.keys, tiles, *call.addressing, scores_row, call.keys * scores_row, every, lag, ring, *ends),
-        (False, False, False, False, *call.copies, False, vectors[1]),
+        (*(False,) * 6, *call.copies, False, vectors[1]),
         blocks,
         TAIL=tail(call.queries, tile.block_m, call.ragged, tile.resident),
         KEY_TAIL=tail(call.keys, tile.block_n, call.ragged, True),
     )
-    tma, device = bool(blocks), call.query.device
+    device = call.query.device
     scores = like((ring, call.keys, scores_row), call.query.dtype, device)
     counters = like((1 + 2 * every,), torch.int32, device)
 
@@ -253,8 +250,7 @@ def _fused(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[
         delta, count = torch.empty_like(lse), torch.empty_like(counters, memory_format=DENSE)
         ds = torch.empty_like(scores, memory_format=DENSE)
         before(out, cu_seqlens, bias, grad, grad_lse, delta, count, part)
-        described = (q, grad) if tma else (None, None)
-        main(q, kv, *described, cu_seqlens, bias, grad, lse, delta, dq, dkv, ds, count, part)
+        main(q, kv, *_described(blocks, q, grad), cu_seqlens, bias, grad, lse, delta, dq, dkv, ds, count, part)
 
     return passes, tiles
 
@@ -282,7 +278,7 @@ def _run(
     grad = _zero(out) if grad is None else grad
     grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
     call = _Call(
-        *(query, query if packed else key_value, grad, queries, keys, heads * clips, ragged, (*copied, grad_copied)),
+        *(query, query if packed else key_value, grad, queries, keys, heads * clips, ragged),
         (scattered(cu_seqlens), scattered(bias)),
         (heads, *strides, *grad_strides, lse.shape[-1]),
         dict(KEY_PART=int(packed), VARLEN=ragged, GRAD_VEC=grad_vector),

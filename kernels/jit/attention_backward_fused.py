@@ -82,7 +82,8 @@ def add_scores_product(
 
 @triton.jit
 def attention_backward_fused_kernel(
-    query, key_value, query_blocks, grad_blocks, cu_seqlens, bias, grad, lse, delta, dquery, dkey_value, scores,
+    query, key_value, q_wide, q_narrow, do_wide, do_narrow, cu_seqlens, bias, grad, lse, delta, dquery, dkey_value,
+    scores,
     counters, part, queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride,
     part_stride, head_stride, grad_clip, grad_row, lse_stride, scores_row, scores_head, every, lag, ring, zero, scale,
     scale_log2,
@@ -114,7 +115,8 @@ def attention_backward_fused_kernel(
                 bias += head * HEAD_DIM
             block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
             key_value_tile(
-                query_blocks, grad_blocks, q, key, key + part_stride * VEC, bias, do, lse + at_lse, delta + at_lse,
+                q_wide, q_narrow, do_wide, do_narrow, q, key, key + part_stride * VEC, bias, do, lse + at_lse,
+                delta + at_lse,
                 dkey_value + ((first * (2 + KEY_PART) + KEY_PART) * heads + head) * HEAD_DIM,
                 scores + (index % ring).to(tl.int64) * scores_head, block_clip, head, block_row, tile * BLOCK_N, count,
                 length, heads, query_row, row_stride, grad_row, scores_row, zero, scale, scale_log2,

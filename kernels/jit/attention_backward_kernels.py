@@ -17,6 +17,8 @@ from .attention_tiles import (
     inner,
     inner_of_loaded,
     load_bias,
+    load_described,
+    load_owned_tiles,
     load_tiles,
     locate,
     store_tiles,
@@ -32,20 +34,14 @@ def head_of(base, clip, first, head, clip_stride, row_stride, head_stride, VARLE
 
 @triton.jit
 def load_step(
-    blocks, clip, part: tl.constexpr, head, row, base, o_row, m_row, row_stride,
+    wide, narrow, clip, part: tl.constexpr, head, row, base, o_row, m_row, row_stride,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`load_tiles`; through the TMA descriptor ``blocks`` of (clip, part, head, row, column) if there is one.
-
-    Not if MASKED: a descriptor would read the rows of the next clip.
-    """
-    if blocks is None or MASKED:
+    """`load_tiles`; or `load_described`, with descriptors, unless MASKED: they know nothing of the clip's end."""
+    if wide is None or MASKED:
         tiles = load_tiles(base, o_row, m_row, row_stride, MASKED, WIDTHS, HEAD_DIM)
     else:
-        tiles = ()
-        for i in tl.static_range(len(WIDTHS)):
-            b_tile = blocks.load([clip.to(tl.int32), part, head.to(tl.int32), row.to(tl.int32), i * WIDTHS[0]])
-            tiles = tiles + (tl.reshape(b_tile, (o_row.shape[0], WIDTHS[0])),)
+        tiles = load_described(wide, narrow, clip, part, head, row, WIDTHS)
     return tiles
 
 
@@ -94,7 +90,7 @@ def store_delta(
 
 @triton.jit
 def add_query_gradient(
-    b_dq, b_q, b_do, b_lse, b_delta, blocks, clip, head, row, query, bias, grad, key, value,
+    b_dq, b_q, b_do, b_lse, b_delta, wide, narrow, clip, head, row, query, bias, grad, key, value,
     query_row, row_stride, grad_row, o_m, m_m, o_n, m_n, zero, scale_log2,
     KEY_PART: tl.constexpr, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,9 +98,13 @@ def add_query_gradient(
     """Add one tile of keys to the gradient of BLOCK_M queries, which is still to be scaled."""
     # [BLOCK_M, BLOCK_N]
     if RESIDENT:
-        b_k = load_step(blocks, clip, KEY_PART, head, row, key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
+        b_k = load_step(
+            wide, narrow, clip, KEY_PART, head, row, key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM
+        )  # fmt: skip
         b_s = inner(b_q, b_k, PRECISION)
-        b_v = load_step(blocks, clip, KEY_PART + 1, head, row, value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
+        b_v = load_step(
+            wide, narrow, clip, KEY_PART + 1, head, row, value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM
+        )  # fmt: skip
         b_dp = inner(b_do, b_v, PRECISION)
     else:
         b_s = inner_of_loaded(query, o_m, m_m, query_row, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION, bias)
@@ -120,7 +120,7 @@ def add_query_gradient(
 
 @triton.jit
 def attention_backward_query_kernel(
-    query, key_value, blocks, cu_seqlens, bias, out, grad, lse, grad_lse, delta, dquery, part,
+    query, key_value, wide, narrow, cu_seqlens, bias, out, grad, lse, grad_lse, delta, dquery, part,
     queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride, part_stride,
     head_stride, grad_clip, grad_row, lse_stride, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
@@ -161,7 +161,7 @@ def attention_backward_query_kernel(
             out, grad, grad_lse, delta + at_lse, bias, part, start, length, heads,
             grad_row, BLOCK_M, WIDTHS, HEAD_DIM,
         )  # fmt: skip
-        b_q = load_tiles(query, o_m, m_m, query_row, True, WIDTHS, HEAD_DIM, bias)
+        b_q = load_owned_tiles(query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, bias)
         b_lse = tl.load(lse + at_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
         b_dq = zero_tiles(BLOCK_M, WIDTHS)
         o_n = tl.arange(0, BLOCK_N)
@@ -169,7 +169,7 @@ def attention_backward_query_kernel(
         block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
         for at in range(0, whole, BLOCK_N):
             b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, blocks, block_clip, head, block_row + at, query, bias, grad,
+                b_dq, b_q, b_grad, b_lse, b_delta, wide, narrow, block_clip, head, block_row + at, query, bias, grad,
                 key, value, query_row, row_stride, grad_row, o_m, m_m, o_n, at + o_n < keys, zero, scale_log2,
                 KEY_PART, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
@@ -180,7 +180,7 @@ def attention_backward_query_kernel(
         if TAIL > 0:
             o_tail = tl.arange(0, TAIL)
             b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, blocks, block_clip, head, block_row, query, bias, grad,
+                b_dq, b_q, b_grad, b_lse, b_delta, wide, narrow, block_clip, head, block_row, query, bias, grad,
                 key, value, query_row, row_stride, grad_row, o_m, m_m, o_tail, whole + o_tail < keys, zero, scale_log2,
                 KEY_PART, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
             )  # fmt: skip
@@ -196,8 +196,8 @@ def attention_backward_query_kernel(
 
 @triton.jit
 def add_key_value_gradient(
-    b_dk, b_dv, b_sum, b_k, b_v, b_bias, query_blocks, grad_blocks, clip, head, row, query, grad, lse, delta, key,
-    value, scores, query_row, row_stride, grad_row, scores_row, o_m, m_m, o_n, m_n, zero, scale_log2,
+    b_dk, b_dv, b_sum, b_k, b_v, b_bias, q_wide, q_narrow, do_wide, do_narrow, clip, head, row, query, grad, lse,
+    delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_m, m_m, o_n, m_n, zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -207,8 +207,8 @@ def add_key_value_gradient(
     b_delta = tl.load(delta + o_m, mask=m_m, other=0.0) if MASKED else tl.load(delta + o_m)
     # [BLOCK_N, BLOCK_M]: transposed, as both products with it need it
     if RESIDENT:
-        b_q = load_step(query_blocks, clip, 0, head, row, query, o_m, m_m, query_row, MASKED, WIDTHS, HEAD_DIM)
-        b_do = load_step(grad_blocks, clip, 0, head, row, grad, o_m, m_m, grad_row, MASKED, WIDTHS, HEAD_DIM)
+        b_q = load_step(q_wide, q_narrow, clip, 0, head, row, query, o_m, m_m, query_row, MASKED, WIDTHS, HEAD_DIM)
+        b_do = load_step(do_wide, do_narrow, clip, 0, head, row, grad, o_m, m_m, grad_row, MASKED, WIDTHS, HEAD_DIM)
         b_s = inner(b_k, b_q, PRECISION)
     else:
         b_s = inner_of_loaded(key, o_n, m_n, row_stride, query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, PRECISION)
@@ -237,14 +237,14 @@ def add_key_value_gradient(
 
 @triton.jit
 def key_value_tile(
-    query_blocks, grad_blocks, query, key, value, bias, grad, lse, delta, dkey, scores, clip, head, row,
+    q_wide, q_narrow, do_wide, do_narrow, query, key, value, bias, grad, lse, delta, dkey, scores, clip, head, row,
     start, queries, length, heads, query_row, row_stride, grad_row, scores_row, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M.
 
-    ``query_blocks`` and ``grad_blocks`` are read at (clip, 0, head, row + token). ``scores`` [keys, queries] is for ds.
+    The descriptors are read at (clip, 0, head, row + token). ``scores`` [keys, queries] is for ds.
     """
     o_n = tl.arange(0, BLOCK_N)
     m_n = start + o_n < length
@@ -266,9 +266,9 @@ def key_value_tile(
     whole = queries // BLOCK_M * BLOCK_M if RESIDENT else queries
     for at in range(0, whole, BLOCK_M):
         b_dk, b_dv, b_sum = add_key_value_gradient(
-            b_dk, b_dv, b_sum, b_k, b_v, b_bias, query_blocks, grad_blocks, clip, head, row + at, query, grad, lse,
-            delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_m, at + o_m < queries, o_n, m_n,
-            zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+            b_dk, b_dv, b_sum, b_k, b_v, b_bias, q_wide, q_narrow, do_wide, do_narrow, clip, head, row + at, query,
+            grad, lse, delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_m, at + o_m < queries,
+            o_n, m_n, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
         key += zero
         value += zero
@@ -281,9 +281,9 @@ def key_value_tile(
     if TAIL > 0:
         o_tail = tl.arange(0, TAIL)
         b_dk, b_dv, b_sum = add_key_value_gradient(
-            b_dk, b_dv, b_sum, b_k, b_v, b_bias, query_blocks, grad_blocks, clip, head, row, query, grad, lse,
-            delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_tail, whole + o_tail < queries,
-            o_n, m_n, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
+            b_dk, b_dv, b_sum, b_k, b_v, b_bias, q_wide, q_narrow, do_wide, do_narrow, clip, head, row, query, grad,
+            lse, delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_tail,
+            whole + o_tail < queries, o_n, m_n, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
     out_row = (2 + KEY_PART) * heads * HEAD_DIM
     dkey += tl.cast(start, tl.int64) * out_row
@@ -295,7 +295,7 @@ def key_value_tile(
 
 @triton.jit
 def attention_backward_key_value_kernel(
-    query, key_value, query_blocks, grad_blocks, cu_seqlens, bias, grad, lse, delta, dkey_value,
+    query, key_value, q_wide, q_narrow, do_wide, do_narrow, cu_seqlens, bias, grad, lse, delta, dkey_value,
     queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride, part_stride,
     head_stride, grad_clip, grad_row, lse_stride, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
@@ -321,8 +321,8 @@ def attention_backward_key_value_kernel(
             bias += head * HEAD_DIM
         block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
         key_value_tile(
-            query_blocks, grad_blocks, query, key, key + part_stride * VEC, bias, grad, lse + at_lse, delta + at_lse,
-            dkey, None, block_clip, head, block_row, tile * BLOCK_N, queries, length, heads, query_row, row_stride,
-            grad_row, 0, zero, scale, scale_log2,
+            q_wide, q_narrow, do_wide, do_narrow, query, key, key + part_stride * VEC, bias, grad, lse + at_lse,
+            delta + at_lse, dkey, None, block_clip, head, block_row, tile * BLOCK_N, queries, length, heads, query_row,
+            row_stride, grad_row, 0, zero, scale, scale_log2,
             BLOCK_M, BLOCK_N, TAIL, KEY_PART, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
