@@ -23,13 +23,24 @@ from .sum_parts import sum_parts
 # are between those that store ds of a head and those that read it.
 PROGRAMS = 396
 
+# Microseconds on an H200 by arithmetic, for 384 heads of 64 and 256 of 128 and 784 tokens; 1568 tokens take 4 times as
+# much. Products run at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2, 4.26 from memory.
+#                                                                             d 64   d 128
+#   two kernels, seven products                                                579     773  (581 measured at 64)
+#   fused: ds stored and read, 0.9 GB at 64, in L2 for the most part           466     607
+#   a sum of dq for each 128 keys, added up in a second pass                   550     733
+#   dq of each 128 keys added to memory in turn, without what waiting costs    414     552
+#   a program a head, which adds up dq in memory: 1.45 waves count as 2        569     569
+# In turn, each step would wait for the step of another program, and for loads of dq behind it: at least 1500 cycles of
+# In turn, each step would wait for that of another program, and for loads of dq behind it: at least 1500 cycles of
+
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; resident are queries, and keys and values in the second pair.
-# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90 up to 1100 tokens: H200, Triton 3.6, bc236cf, both
-# kernels 581 us at 784 tokens, 674 before (only that of queries: 658); values compared there at 663e046.
+# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
+# kernels 581 us, 674 with 128-row tiles of 8 warps (only that of queries: 658); values compared there at 663e046. More
+# tokens are more of the same tiles, and larger heads have 2 programs of 4 warps on an SM, not 1 of 8.
 QUERY: Tables = ({
     "sm_80": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (128, ANY): (128, 32, 64, 8, 2)},
-    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 32, 64, 4, 3), (64, ANY): (128, 64, 128, 8, 3),
-              (128, ANY): (128, 64, 128, 8, 2)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (64, 32, 64, 4, 3), (128, ANY): (64, 32, 128, 4, 3)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 2),
                (95, ANY): (64, 64, 128, 4, 2), (96, ANY): (64, 32, 128, 4, 2), (128, ANY): (128, 64, 128, 8, 2)},
     "": {(128, ANY): (64, 32, 64, 4, 1)},
@@ -45,8 +56,7 @@ QUERY: Tables = ({
 KEY_VALUE: Tables = ({
     "sm_80": {(64, 64): (32, 64, 64, 4, 2), (32, ANY): (64, 128, 128, 8, 3), (64, ANY): (32, 128, 64, 8, 3),
               (80, ANY): (16, 64, 64, 4, 2), (96, ANY): (16, 128, 128, 8, 2), (128, ANY): (16, 64, 32, 4, 2, False)},
-    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (32, 64, 64, 4, 3), (64, ANY): (64, 128, 128, 8, 3),
-              (80, ANY): (64, 128, 128, 8, 2), (128, ANY): (64, 64, 128, 8, 2)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (32, 64, 64, 4, 3), (128, ANY): (32, 64, 128, 4, 3)},
     "sm_100": {(64, 64): (32, 64, 64, 4, 2), (64, ANY): (64, 128, 128, 8, 3), (80, ANY): (64, 64, 128, 8, 2),
                (95, ANY): (32, 64, 128, 4, 2), (128, ANY): (64, 64, 128, 8, 2)},
     "": {(32, ANY): (32, 64, 32, 4, 1), (64, ANY): (32, 128, 64, 8, 1), (128, ANY): (16, 32, 32, 4, 1, False)},
