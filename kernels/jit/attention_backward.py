@@ -23,16 +23,16 @@ from .sum_parts import sum_parts
 # are between those that store ds of a head and those that read it.
 PROGRAMS = 396
 
-# Microseconds on an H200 by arithmetic, for 384 heads of 64 and 256 of 128 and 784 tokens; 1568 tokens take 4 times as
-# much. Products run at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2, 4.26 from memory.
-#                                                                             d 64   d 128
-#   two kernels, seven products                                                579     773  (581 measured at 64)
-#   fused: ds stored and read, 0.9 GB at 64, in L2 for the most part           466     607
-#   a sum of dq for each 128 keys, added up in a second pass                   550     733
-#   dq of each 128 keys added to memory in turn, without what waiting costs    414     552
-#   a program a head, which adds up dq in memory: 1.45 waves count as 2        569     569
-# In turn, each step would wait for the step of another program, and for loads of dq behind it: at least 1500 cycles of
-# In turn, each step would wait for that of another program, and for loads of dq behind it: at least 1500 cycles of
+# Microseconds on an H200 by arithmetic, for 784 tokens, 384 heads of 64 and 256 of 128; 1568 tokens take 4 times as much.
+# Products at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2, 4.26 from memory.
+#                                                                                     d 64   d 128
+#   two kernels, seven products (581 measured at 64)                                   579     773
+#   fused: ds is stored and read, 0.9 GB at 64, most of it in L2                       466     607
+#   a sum of dq for each 128 keys, added up by a second kernel                         550     733
+#   dq of each 128 keys added to what is in memory, in turn; without the waiting       414     552
+#   one program a head adds up dq in memory: 2 waves for 1.45; 106 and 212 MB in use   569     569
+# In turn, each step of 6600 cycles would wait for another program's and then for its own load of dq, 1500 and more. In
+# the fused kernel programs wait once. As no program that waits has run on a GPU yet, two kernels are the default.
 
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; resident are queries, and keys and values in the second pair.
 # Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
