@@ -23,7 +23,7 @@ from .sum_parts import sum_parts
 # are between those that store ds of a head and those that read it.
 PROGRAMS = 396
 
-# Microseconds on an H200 by arithmetic, for 784 tokens, 384 heads of 64 and 256 of 128; 1568 tokens take 4 times as much.
+# Microseconds on an H200 by arithmetic: 784 tokens, 384 heads of 64 and 256 of 128 (1568 tokens: 4 times as much).
 # Products at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2, 4.26 from memory.
 #                                                                                     d 64   d 128
 #   two kernels, seven products (581 measured at 64)                                   579     773
