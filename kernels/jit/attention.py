@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import flops
+from ..device import HALF
 from . import attention_backward
 from .attention_tiles import (
     ANY,
@@ -300,6 +302,8 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
     shape = dict(head_dim=head_dim, tokens=keys, ragged=ragged, tma=tma is not None)
     choice = choose("attention_forward", config, query, **shape)
     tile = choice.config
+    if tile.cudnn and not ragged and tma is not None and query.dtype in HALF:
+        return partial(_by_cudnn, scale)
     constants = shape_constants(query, tile, vector)
     widths = list(dict.fromkeys(constants["WIDTHS"]))
     blocks = {}
@@ -337,6 +341,20 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
         return results
 
     return run
+
+
+def _by_cudnn(scale: float, query, key_value, cu_seqlens, bias, results) -> tuple[Tensor, Tensor | None]:
+    """As `_run` gives it. cuDNN's log-sum-exp, (B, H, M, 1), is that of scaled scores and in natural logarithms too."""
+    q, k, v = query.unbind(2) if key_value is None else (query, *key_value.unbind(2))
+    if bias is not None:
+        q = (q + bias[0]).to(q.dtype)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, M or N, d)
+    save = results[1] is not None
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, save, scale=scale)
+    out = out.transpose(1, 2)  # laid out as q
+    if bias is not None:
+        out = (out + bias[2]).to(out.dtype)
+    return out.flatten(2), F.pad(lse[..., 0], (0, results[1].shape[-1] - lse.shape[2])) if save else None
 
 
 attention = Op(

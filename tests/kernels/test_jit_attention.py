@@ -188,6 +188,30 @@ def test_ragged_clips_in_a_larger_buffer():
 # Values.
 
 
+@pytest.mark.parametrize("op", ["attention", "attention_kvpacked"])
+def test_forward_by_cudnn(op, monkeypatch):
+    """By a stand-in with the layouts of PyTorch's own shape function; what is not in 16 bits is left to the kernel."""
+    shapes, cudnn = [], torch.ops.aten._scaled_dot_product_cudnn_attention
+
+    def stand_in(query, key, value, attn_bias, compute_log_sumexp, scale):
+        abstract = (part.to("meta").as_strided(part.shape, part.stride()) for part in (query, key, value))
+        out, lse, *rest = cudnn(*abstract, attn_bias, compute_log_sumexp, scale=scale)
+        scores = query.double() @ key.double().mT * scale
+        out, lse = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (out, lse))
+        shapes.append(out.copy_(scores.softmax(-1) @ value.double()).shape)
+        return out, lse.copy_(scores.logsumexp(-1, keepdim=True)) if compute_log_sumexp else lse[:0], *rest
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", stand_in)
+    make = kvpacked_operands if op == "attention_kvpacked" else attention_operands
+    with forced({"attention_forward": LaunchConfig(32, 32, 64, cudnn=True)}):
+        for dtype in (torch.float16, torch.float32):
+            (out,) = check(make(dtype, bias=dtype), op)
+            assert out.is_contiguous()
+    with torch.no_grad(), forced({"attention_forward": LaunchConfig(32, 32, 64, cudnn=True)}):
+        getattr(kernels, op)(**make(torch.float16))
+    assert len(shapes) == 2
+
+
 def with_lse(module, **operands):
     return module.attention(**operands, scale=0.3, return_lse=True)
 
