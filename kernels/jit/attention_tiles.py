@@ -150,16 +150,15 @@ def inner(b_rows, b_columns, PRECISION: tl.constexpr):
 @triton.jit
 def inner_of_loaded(
     rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, row_bias=None, column_bias=None,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, row_bias=None,
 ):  # fmt: skip
     """`inner`, each column tile loaded where it is used: the fewest registers."""
     b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM, row_bias)
-    b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM, column_bias)
+    b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
     b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
     for i in tl.static_range(1, len(WIDTHS)):
-        at: tl.constexpr = begin(WIDTHS, i)
-        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, at, WIDTHS[i], HEAD_DIM, row_bias)
-        b_column = load_tile(columns, o_columns, m_columns, column_stride, True, at, WIDTHS[i], HEAD_DIM, column_bias)
+        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, row_bias)
+        b_column = load_tile(columns, o_columns, m_columns, column_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
         b_product = tl.dot(b_row, tl.trans(b_column), b_product, input_precision=PRECISION)
     return b_product
 
@@ -176,12 +175,12 @@ def add_product(b_sums, b_weights, b_tiles, PRECISION: tl.constexpr):
 @triton.jit
 def add_product_of_loaded(
     b_sums, b_weights, base, o_row, m_row, row_stride,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, bias=None,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`add_product`, each column tile loaded where it is used."""
     sums = ()
     for i in tl.static_range(len(b_sums)):
-        b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, bias)
+        b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
         sums = sums + (tl.dot(b_weights.to(b_tile.dtype), b_tile, b_sums[i], input_precision=PRECISION),)
     return sums
 

@@ -57,6 +57,7 @@ class LaunchConfig:
     dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
     not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it.
     With ``cudnn`` attention's forward pass is cuDNN's, in 16 bits and where operands allow TMA.
+    ``fused``: its backward pass is one kernel instead of two.
     """
 
     block_m: int
@@ -66,11 +67,13 @@ class LaunchConfig:
     num_stages: int = 1
     resident: bool = True
     tma: bool = False
+    fused: bool = False
     cudnn: bool = False
 
     def __str__(self) -> str:
         tile = " x ".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
-        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma + ", cuDNN" * self.cudnn
+        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma
+        rest += ", fused" * self.fused + ", cuDNN" * self.cudnn
         return f"{tile}, {self.num_warps} warps, {self.num_stages} stages{rest}"
 
 

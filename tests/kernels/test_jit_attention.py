@@ -1,5 +1,6 @@
 """The attention kernels beyond what test_ops.py asks of every path: tiles, strides, dtypes, the custom ops."""
 
+import contextlib
 import functools
 import itertools
 
@@ -12,6 +13,7 @@ from plan_cases import misaligned
 
 from mar_fast import kernels
 from mar_fast.kernels import device
+from mar_fast.kernels.jit import attention_backward
 from mar_fast.kernels.jit.launch import LaunchConfig, forced, recording
 
 pytestmark = pytest.mark.interpreter
@@ -21,9 +23,13 @@ KERNELS = ("attention_forward", "attention_backward_query", "attention_backward_
 FLOOR = 8
 
 
-def tiles(block_m, block_n, block_k=64, resident=True, tma=False):
-    """All three kernels in tiles of these sizes."""
-    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, block_k, 4, 1, resident, tma)))
+@contextlib.contextmanager
+def tiles(block_m, block_n, block_k=64, resident=True, tma=False, fused=False):
+    """All three kernels in tiles of these sizes; the fused one with memory for as few heads as it can do with."""
+    config = LaunchConfig(block_m, block_n, block_k, 4, 1, resident, tma, fused)
+    with pytest.MonkeyPatch.context() as patch, forced(dict.fromkeys(KERNELS, config)):
+        patch.setattr(attention_backward, "PROGRAMS", 1)
+        yield
 
 
 def check(operands, op="attention"):
@@ -38,20 +44,21 @@ def check_varlen(operands):
 
 
 @pytest.mark.parametrize(
-    ("block_m", "block_n", "tma"), [(16, 32, False), (32, 16, True), (64, 64, True), (64, 16, False)]
+    ("block_m", "block_n", "tma", "fused"),
+    [(16, 32, False, True), (32, 16, True, True), (64, 64, True, False), (64, 16, False, False)],
 )
 @pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 97])
-def test_tiles(count, block_m, block_n, tma):
-    with tiles(block_m, block_n, tma=tma):
+def test_tiles(count, block_m, block_n, tma, fused):
+    with tiles(block_m, block_n, tma=tma, fused=fused):
         check(attention_operands(torch.float32, batch=1, count=count))
 
 
-@pytest.mark.parametrize(("count", "keys"), [(1, 64), (65, 33), (33, 97)])
-def test_tiles_of_queries_apart(count, keys):
+@pytest.mark.parametrize(("count", "keys", "fused"), [(1, 64, True), (65, 33, False), (65, 33, True), (33, 97, True)])
+def test_tiles_of_queries_apart(count, keys, fused):
     """With a bias, and as parts of a larger tensor."""
     operands = kvpacked_operands(torch.float32, 2, count, keys)
     operands |= dict(q=heads_of_more(operands["q"]), kv=heads_of_more(operands["kv"]))
-    with tiles(32, 32, tma=True):
+    with tiles(32, 32, tma=True, fused=fused):
         check(operands, "attention_kvpacked")
 
 
@@ -64,11 +71,13 @@ def test_tiles_loaded_anew(count, size):
         check_varlen(varlen_operands(torch.float32, (count, 5), size=size))
 
 
-@pytest.mark.parametrize(("lengths", "tma"), [((63, 0, 65), True), ((1, 64, 31, 33), False)])
-def test_tiles_of_ragged_clips(lengths, tma):
+@pytest.mark.parametrize(
+    ("lengths", "tma", "fused"), [((63, 0, 65), True, False), ((1, 64, 31, 33), False, True), ((63, 0, 65), True, True)]
+)
+def test_tiles_of_ragged_clips(lengths, tma, fused):
     """33 tokens are one more than half a tile of queries, which the last one may be."""
-    with tiles(64, 32, tma=tma):
-        check_varlen(varlen_operands(torch.float32, lengths, spare=70))
+    with tiles(64, 32, tma=tma, fused=fused):
+        check_varlen(varlen_operands(torch.float32, lengths, spare=70, bias=torch.float32))
 
 
 @pytest.mark.parametrize("count", [128 + 64, 128 + 65, 129])
@@ -165,8 +174,9 @@ def test_any_strides_of_the_gradient(layout):
     operands = attention_operands(torch.float32, batch=2, count=33)
     seed = layout(torch.randn(2, 33, 64))
     assert not seed.is_contiguous()
-    _, _, gradients = oracle.outcome(kernels.attention, operands, [seed])
-    _, _, contiguous = oracle.outcome(kernels.attention, operands, [seed.contiguous()])
+    with tiles(32, 32, tma=True):
+        _, _, gradients = oracle.outcome(kernels.attention, operands, [seed])
+        _, _, contiguous = oracle.outcome(kernels.attention, operands, [seed.contiguous()])
     assert torch.equal(gradients["qkv"], contiguous["qkv"])
 
 
@@ -215,7 +225,8 @@ def with_lse(module, **operands):
 def test_gradient_of_output_and_log_sum_exp_together(count):
     ours, naive = (functools.partial(with_lse, module) for module in (kernels, oracle))
     operands = attention_operands(torch.float32, count=count, bias=torch.float32)
-    oracle.compare(ours, naive, naive, operands, floor=FLOOR)
+    with tiles(32, 32, fused=count == 65):
+        oracle.compare(ours, naive, naive, operands, floor=FLOOR)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -240,23 +251,26 @@ def test_a_key_that_takes_all_comes_last():
         check(dict(qkv=qkv))
 
 
-def test_a_clip_of_nan_stays_alone():
-    operands = attention_operands(torch.float32, batch=2, count=33)
-    clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
-    operands["qkv"][1] = torch.nan
-    outputs, _, gradients = oracle.outcome(kernels.attention, operands, seeds)
-    assert torch.equal(outputs[0][0], clean[0][0])
-    assert torch.equal(gradients["qkv"][0], clean_gradients["qkv"][0])
-    assert outputs[0][1].isnan().all()
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_clip_of_nan_stays_alone(fused):
+    """Its neighbours have the same memory for ds, one after the other."""
+    operands = attention_operands(torch.float32, batch=3, count=33, bias=torch.float32)
+    with tiles(32, 32, tma=True, fused=fused):
+        clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+        operands["qkv"][1] = torch.nan
+        outputs, _, gradients = oracle.outcome(kernels.attention, operands, seeds)
+    assert torch.equal(outputs[0][::2], clean[0][::2])
+    assert torch.equal(gradients["qkv"][::2], clean_gradients["qkv"][::2])
+    assert outputs[0][1].isnan().all() and gradients["qkv"][1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_bitwise_repeatable(dtype):
-    operands = attention_operands(dtype, count=130)
-    first, seeds, first_gradients = oracle.outcome(kernels.attention, operands)
-    second, _, second_gradients = oracle.outcome(kernels.attention, operands, seeds)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first_gradients["qkv"], second_gradients["qkv"])
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.float16, True)])
+def test_bitwise_repeatable(dtype, fused):
+    operands = attention_operands(dtype, count=130, bias=dtype)
+    with tiles(64, 32, fused=fused):
+        first, seeds, first_gradients = oracle.outcome(kernels.attention, operands)
+        second, _, second_gradients = oracle.outcome(kernels.attention, operands, seeds)
+    torch.testing.assert_close((second, second_gradients), (first, first_gradients), rtol=0, atol=0)
 
 
 # Which path.
