@@ -212,11 +212,13 @@ FORWARD: Tables = ({
 })  # fmt: skip
 
 
-def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool) -> LaunchConfig:
+def config(
+    arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool, bias: bool
+) -> LaunchConfig:
     """By the tables, but for one case. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
-    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046."""
+    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
     chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged, tma=tma)
-    if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and tokens % 128 <= 16:
+    if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and not bias and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)
     return chosen
 
@@ -298,7 +300,7 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
     copied, vector, strides = layout(query, key_value, ragged)
     source = query if key_value is None else key_value
     tma = described((source[None] if ragged else source).permute(0, 2, 3, 1, 4))
-    shape = dict(head_dim=head_dim, tokens=keys, ragged=ragged, tma=tma is not None)
+    shape = dict(head_dim=head_dim, tokens=keys, ragged=ragged, tma=tma is not None, bias=bias is not None)
     choice = choose("attention_forward", config, query, **shape)
     tile = choice.config
     if tile.cudnn and not ragged and tma is not None and query.dtype in HALF:
