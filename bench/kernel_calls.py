@@ -182,6 +182,20 @@ def _attention(device: torch.device) -> Iterator[OpCase]:
             offsets = torch.arange(17, dtype=torch.int32, device=device) * tokens
             return dict(qkv=o["qkv"].flatten(0, 1), cu_seqlens=offsets, max_seqlen=tokens)
 
+        def biased(o: Operands) -> Operands:
+            return dict(bias=op_cases.random(device, torch.float32, 3, *next(iter(o.values())).shape[-2:]))
+
+        def expanded(o: Operands) -> Operands:
+            """TMA does not take it, nor inductor TMA: so torch.compile gets what this launches."""
+            return dict(qkv=o["qkv"][..., :1, :].expand(o["qkv"].shape))
+
         case = op_cases.attention(device, dtype, 16, tokens, heads, size)
         varlen = replace(case, op="attention_varlen", ours=kernels.attention_varlen)
-        yield from (case, _changed(varlen, "", ragged))
+        yield from (case, _changed(varlen, "", ragged), _changed(case, ", bias", biased, also=("bias",)))
+        if dtype == BF16:
+            yield _changed(case, ", one head expanded", expanded)
+        if size == 64 and tokens == VISIBLE:  # the last decoder block: dropped tokens attend to all
+            last = op_cases.attention_kvpacked(device, dtype, 16, TOKENS - VISIBLE, TOKENS, heads // 2)
+            yield _changed(varlen, ", one head expanded", ragged, expanded)
+            yield _changed(case, ", one head expanded, bias", expanded, biased, also=("bias",))
+            yield from (last, _changed(last, ", bias", biased, also=("bias",)))

@@ -150,6 +150,35 @@ def attention(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
     )
 
 
+def sdpa_kvpacked(q: Tensor, kv: Tensor) -> Tensor:
+    """The same as `sdpa` for queries apart from keys and values."""
+    query, key, value = (part.transpose(1, 2) for part in (q, *kv.unbind(2)))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def attention_kvpacked(
+    device: torch.device, dtype: torch.dtype, batch: int, queries: int, tokens: int, heads: int, size: int = 64
+) -> OpCase:
+    """Attention of some tokens to all, as in the last decoder block."""
+    return OpCase(
+        op="attention_kvpacked",
+        label=f"{batch} clips, {queries} of {tokens} tokens, {heads} heads of {size}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=lambda: dict(
+            q=random(device, dtype, batch, queries, heads, size),
+            kv=random(device, dtype, batch, tokens, 2, heads, size),
+        ),
+        ours=kernels.attention_kvpacked,
+        peers={"SDPA": sdpa_kvpacked},
+        eager="SDPA",
+        differentiated=("q", "kv"),
+        flops=4.0 * batch * heads * queries * tokens * size,
+        bytes=2.0 * batch * (queries + tokens) * heads * size * dtype.itemsize,
+        backward=(2.5, 2.0),
+    )
+
+
 def gather_patch_embed(
     device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, pixels: torch.dtype
 ) -> OpCase:

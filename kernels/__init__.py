@@ -14,7 +14,7 @@ if __name__ == "kernels":
     globals().update(__getattr__=_nothing, __path__=[])
 else:
     from .add_layer_norm import add_layer_norm
-    from .attention import attention, attention_varlen
+    from .attention import attention, attention_kvpacked, attention_varlen
     from .bias_gelu import bias_gelu
     from .checks import debug_checks
     from .device import use_backend
@@ -27,6 +27,7 @@ else:
     __all__ = [
         "add_layer_norm",
         "attention",
+        "attention_kvpacked",
         "attention_varlen",
         "bias_gelu",
         "debug_checks",

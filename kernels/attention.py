@@ -1,4 +1,8 @@
-"""attention and attention_varlen: softmax attention on packed qkv, without copies in or out."""
+"""attention, attention_varlen and attention_kvpacked: softmax attention without copies in or out.
+
+All take the bias of the linear layer that made their operands, which is then called without it: so the gradient of the
+bias comes out of attention's backward pass, and no reduction over the gradient of qkv is needed.
+"""
 
 from typing import Literal, overload
 
@@ -7,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, checks, cpu_attention
-from .device import HAS_TRITON, architecture, attention_backend, without_autocast, working_dtype
+from .device import HAS_TRITON, architecture, attention_backend, takes_triton, without_autocast, working_dtype
 from .plan import Plans, Run
 from .varlen import check_offsets, clip_index
 
@@ -17,65 +21,80 @@ if HAS_TRITON:
 # Larger heads do not fit the kernels' registers and run in plain PyTorch.
 MAX_HEAD_DIM = 128
 
-_plans, _varlen_plans = Plans(), Plans()
+_plans, _varlen_plans, _kvpacked_plans = Plans(), Plans(), Plans()
 
 
 @overload
-def attention(qkv: Tensor, *, scale: float | None = None, return_lse: Literal[False] = False) -> Tensor: ...
+def attention(
+    qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = None, return_lse: Literal[False] = False
+) -> Tensor: ...
 @overload
-def attention(qkv: Tensor, *, scale: float | None = None, return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-def attention(qkv: Tensor, *, scale: float | None = None, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def attention(
+    qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = None, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Full (non-causal) softmax attention over N tokens (FlashAttention-2, arXiv 2307.08691).
 
     Args:
         qkv: (B, N, 3, H, d), the output of a linear layer to 3 * H * d, unflattened. Any strides; it is copied only if
             that of the last dimension is not 1.
+        bias: (3, H, d), added to qkv; of any floating dtype. The sum is rounded to qkv's dtype.
         scale: Factor on the scores; None means d ** -0.5.
         return_lse: Also return the log-sum-exp of the scaled scores, (B, H, N) float32.
 
     Returns:
-        (B, N, H * d) in qkv's dtype (autocast's if it is on), heads concatenated. Gradients flow to qkv from both
-        results. Backward saves qkv, the output and the log-sum-exp, never the N x N scores.
+        (B, N, H * d) in qkv's dtype (autocast's if it is on), heads concatenated. Gradients flow to qkv and bias from
+        both results. Backward saves qkv, the output and the log-sum-exp, never the N x N scores.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or scale does not fit; the message names it.
+        ValueError, TypeError: a shape, dtype, device or scale does not fit; the message names it.
         RuntimeError: ``use_backend`` names a backend that cannot run this call.
     """
-    key, run = _plans.find(qkv, scale, return_lse)
+    key, run = _plans.find(qkv, bias, scale, return_lse)
     if run is None:
         checks.tensor("qkv", qkv, 5, checks.FLOATS, "(B, N, 3, H, d)")
         if qkv.shape[2] != 3:
             raise checks.bad("qkv", f"shape {tuple(qkv.shape)}", "size 3 (q, k, v) in dimension 2 of (B, N, 3, H, d)")
-        scale = _check_scale(scale, qkv.shape[-1])
+        factor = _check_scale("qkv", qkv, scale)
+        _check_bias("qkv", qkv, bias)
         dtype = working_dtype(qkv, qkv.dtype)
-        backend = _backend("attention", qkv, dtype)
+        backend = _backend("attention", qkv, qkv.shape[-1], dtype)
         if backend == "eager":
-            out = eager_attention(qkv, scale)
-            return (out, eager_attention_lse(qkv, scale)) if return_lse else out
+            qkv = _biased(qkv, bias)
+            out = eager_attention(qkv, factor)
+            return (out, eager_attention_lse(qkv, factor)) if return_lse else out
         if backend != "triton":
-            return backends.ATTENTION[backend](qkv, scale, return_lse)
-        run = _plans.keep(key, _in(dtype, qkv, jit.attention.plan(qkv.to(dtype), scale, return_lse)))
-    out, lse = run(qkv)
-    return (out, lse[..., : qkv.shape[1]]) if return_lse else out
+            return backends.ATTENTION[backend](_biased(qkv, bias), factor, return_lse)
+        run = _plans.keep(key, _in(dtype, qkv, jit.attention.plan(qkv.to(dtype), bias, factor, return_lse)))
+    out, lse = run(qkv, bias)
+    if not return_lse:
+        return out
+    lse = lse[..., : qkv.shape[1]]
+    return out, lse if bias is None else lse + _key_bias_score(qkv, bias, scale)
 
 
-def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None) -> Tensor:
+def attention_varlen(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
     """Full softmax attention within each of B concatenated sequences.
 
     Args:
         qkv: (total, 3, H, d), the tokens of all sequences.
         cu_seqlens: (B + 1,) int32 or int64 on qkv's device; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]).
         max_seqlen: Length of the longest sequence, or more. A Python number, so that nothing waits for the device.
+        bias: (3, H, d), added to qkv, as in `attention`.
         scale: Factor on the scores; None means d ** -0.5.
 
     Returns:
         (total, H * d) in qkv's dtype (autocast's if it is on).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or offset does not fit; the message names it.
+        ValueError, TypeError: a shape, dtype, device or offset does not fit; the message names it.
         RuntimeError: ``use_backend`` names a backend that cannot run this call.
     """
-    key, run = _varlen_plans.find(qkv, cu_seqlens, max_seqlen, scale)
+    key, run = _varlen_plans.find(qkv, cu_seqlens, max_seqlen, bias, scale)
     if run is None:
         checks.tensor("qkv", qkv, 4, checks.FLOATS, "(total, 3, H, d)")
         if qkv.shape[1] != 3:
@@ -85,44 +104,123 @@ def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale:
             raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
         if not isinstance(max_seqlen, int) or max_seqlen < 0:
             raise checks.bad("max_seqlen", repr(max_seqlen), "a whole number of tokens, 0 or more")
-        scale = _check_scale(scale, qkv.shape[-1])
+        factor = _check_scale("qkv", qkv, scale)
+        _check_bias("qkv", qkv, bias)
         checks.same_device("qkv", qkv.device, cu_seqlens=cu_seqlens)
     if checks.may_read(cu_seqlens):
         longest = max(check_offsets("cu_seqlens", cu_seqlens, qkv.shape[0]).tolist(), default=0)
         if longest > max_seqlen:
             raise checks.bad("max_seqlen", max_seqlen, f"at least {longest}, the longest sequence")
     if run is None:
-        assert scale is not None
         dtype = working_dtype(qkv, qkv.dtype)
-        backend = _backend("attention_varlen", qkv, dtype)
+        backend = _backend("attention_varlen", qkv, qkv.shape[-1], dtype)
         if backend == "eager":
+            qkv = _biased(qkv, bias)
             if qkv.shape[0] == 0:
                 return qkv.flatten(2)[:, 0].to(dtype)
-            return eager_attention_varlen(qkv, cu_seqlens, max_seqlen, scale)
+            return eager_attention_varlen(qkv, cu_seqlens, max_seqlen, factor)
         if backend != "triton":
-            return backends.VARLEN[backend](qkv, cu_seqlens, max_seqlen, scale)
-        plan = jit.attention_varlen.plan(qkv.to(dtype), cu_seqlens, max_seqlen, scale, False)
+            return backends.VARLEN[backend](_biased(qkv, bias), cu_seqlens, max_seqlen, factor)
+        plan = jit.attention_varlen.plan(qkv.to(dtype), cu_seqlens, bias, max_seqlen, factor, False)
         run = _varlen_plans.keep(key, _in(dtype, qkv, plan))
-    out: Tensor = run(qkv, cu_seqlens)[0]
+    out: Tensor = run(qkv, cu_seqlens, bias)[0]
     return out
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
-    """The given factor on the scores, or head_dim ** -0.5."""
-    if head_dim == 0:
-        raise checks.bad("qkv", "head size 0", "at least 1")
+def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+    """Full softmax attention of M queries to N other tokens, for queries from a subset of the rows.
+
+    Args:
+        q: (B, M, H, d).
+        kv: (B, N, 2, H, d) in q's dtype, N at least 1. Strides of both are as in `attention`.
+        bias: (3, H, d), of queries, keys and values, as in `attention`.
+        scale: Factor on the scores; None means d ** -0.5.
+
+    Returns:
+        (B, M, H * d) in q's dtype (autocast's if it is on). Gradients flow to q, kv and bias.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or scale does not fit; the message names it.
+        RuntimeError: ``use_backend("triton")`` is on and the kernels cannot run this call. The packages that it can
+            name for `attention` do not apply here.
+    """
+    key, run = _kvpacked_plans.find(q, kv, bias, scale)
+    if run is None:
+        checks.tensor("q", q, 4, checks.FLOATS, "(B, M, H, d)")
+        checks.tensor("kv", kv, 5, (q.dtype,), "(B, N, 2, H, d)")
+        batch, _, heads, size = q.shape
+        checks.size("kv", kv, (batch, kv.shape[1], 2, heads, size), "(B, N, 2, H, d), with B, H and d of q")
+        if kv.shape[1] == 0:
+            raise checks.bad("kv", "no tokens", "at least one key")
+        checks.same_device("q", q.device, kv=kv)
+        factor = _check_scale("q", q, scale)
+        _check_bias("q", q, bias)
+        dtype = working_dtype(q, q.dtype)
+        if not takes_triton("attention_kvpacked", q, *_limits(q, size, dtype)):
+            query_bias, key_value_bias = (None, None) if bias is None else (bias[0], bias[1:])
+            return eager_attention_kvpacked(_biased(q, query_bias), _biased(kv, key_value_bias), factor)
+        plan = jit.attention_kvpacked.plan(q.to(dtype), kv.to(dtype), bias, factor, False)
+        if dtype != q.dtype:
+            narrow, plan = plan, lambda q, kv, bias: narrow(q.to(dtype), kv.to(dtype), bias)
+        run = _kvpacked_plans.keep(key, plan)
+    out: Tensor = run(q, kv, bias)[0]
+    return out
+
+
+def _check_scale(argument: str, operand: Tensor, scale: float | None) -> float:
+    """The given factor on the scores, or d ** -0.5 of an operand (..., d)."""
+    if operand.shape[-1] == 0:
+        raise checks.bad(argument, "head size 0", "at least 1")
     if scale is None:
-        return head_dim**-0.5
+        return operand.shape[-1] ** -0.5
     checks.positive("scale", scale)
     return float(scale)
 
 
-def _backend(op: str, qkv: Tensor, dtype: torch.dtype) -> str:
-    """The backend of this call. Head sizes that were not verified in float32 on hardware run in plain PyTorch."""
-    size = qkv.shape[-1]
+def _check_bias(argument: str, operand: Tensor, bias: Tensor | None) -> None:
+    """Check a bias (3, H, d) for an operand (..., H, d)."""
+    if bias is not None:
+        checks.tensor("bias", bias, 3, checks.FLOATS, "(3, H, d)")
+        checks.size("bias", bias, (3, *operand.shape[-2:]), f"(3, H, d), with H and d of {argument}")
+        checks.same_device(argument, operand.device, bias=bias)
+
+
+def _biased(operand: Tensor, bias: Tensor | None) -> Tensor:
+    """operand + bias, rounded to the operand's dtype."""
+    return operand if bias is None else (operand + bias).to(operand.dtype)
+
+
+def _key_bias_score(qkv: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+    """(B, H, N) float32: what the key bias adds to the scores of each query, and so to their log-sum-exp."""
+    with without_autocast(qkv):
+        query = _biased(qkv[:, :, 0], bias[0]).float()
+        return torch.einsum("bnhd,hd->bhn", query, bias[1].float()) * (
+            qkv.shape[-1] ** -0.5 if scale is None else scale
+        )
+
+
+def _limits(operand: Tensor, size: int, dtype: torch.dtype) -> tuple[str, bool]:
+    """The limit of the kernels that heads of ``size`` exceed, and whether they were not verified in float32."""
     limit = f"with head sizes up to {MAX_HEAD_DIM}, got {size}" if size > MAX_HEAD_DIM else ""
-    unverified = qkv.is_cuda and dtype == torch.float32 and not jit.verified_in_float32(architecture(qkv), size)
-    return attention_backend(qkv, op, limit, dtype, unverified)
+    on_gpu_in_float32 = operand.is_cuda and dtype == torch.float32
+    return limit, on_gpu_in_float32 and not jit.verified_in_float32(architecture(operand), size)
+
+
+def _backend(op: str, operand: Tensor, size: int, dtype: torch.dtype) -> str:
+    """The backend of this call. Head sizes that were not verified in float32 on hardware run in plain PyTorch."""
+    limit, unverified = _limits(operand, size, dtype)
+    return attention_backend(operand, op, limit, dtype, unverified)
+
+
+def takes_bias(x: Tensor, bias: Tensor | None, num_heads: int) -> bool:
+    """Whether attention should add the bias (3 * H * d,) of the linear layer on x (..., D) whose output it takes.
+
+    It should on the Triton path if the bias gets a gradient, which is then a by-product and no reduction of its own.
+    Otherwise matrix products add a bias for nothing.
+    """
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+        return False
+    return _backend("attention", x, bias.shape[0] // (3 * num_heads), working_dtype(x, x.dtype)) == "triton"
 
 
 def _in(dtype: torch.dtype, qkv: Tensor, plan: Run) -> Run:
@@ -138,6 +236,13 @@ def eager_attention(qkv: Tensor, scale: float) -> Tensor:
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, d)
     out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
     return out.to(dtype)  # autocast does not convert empty tensors
+
+
+def eager_attention_kvpacked(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """`attention_kvpacked` in plain PyTorch."""
+    query, key, value = (part.transpose(1, 2) for part in (q, *kv.unbind(2)))  # (B, H, M or N, d)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    return out.to(working_dtype(q, q.dtype))  # autocast does not convert empty tensors
 
 
 def eager_attention_lse(qkv: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,16 @@ def attention_backward(grad: Any, grad_lse: Any, qkv: Any, *rest: Any, **options
     return attention(qkv, products=BACKWARD_PRODUCTS)
 
 
+def attention_kvpacked(q: Any, kv: Any, *rest: Any, products: int = FORWARD_PRODUCTS, **options: Any) -> int:
+    """q (B, M, H, d), kv (B, N, 2, H, d)."""
+    return 2 * products * math.prod(q) * kv[1]
+
+
+def attention_kvpacked_backward(grad: Any, grad_lse: Any, q: Any, kv: Any, *rest: Any, **options: Any) -> int:
+    """q (B, M, H, d), kv (B, N, 2, H, d)."""
+    return attention_kvpacked(q, kv, products=BACKWARD_PRODUCTS)
+
+
 def _varlen(products: int, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
     """Without values in ``cu_seqlens`` every sequence counts as the longest."""
     if cu_seqlens.is_meta or is_fake(cu_seqlens):
@@ -34,14 +44,15 @@ def _varlen(products: int, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> 
     return 2 * products * pairs * math.prod(qkv.shape[2:])
 
 
-def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any, **options: Any) -> int:
+def attention_varlen(qkv: Tensor, cu_seqlens: Tensor, bias: Any, max_seqlen: int, *rest: Any, **options: Any) -> int:
     """qkv (total, 3, H, d)."""
     return _varlen(FORWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
 
 
 def attention_varlen_backward(
-    grad: Any, grad_lse: Any, qkv: Any, cu_seqlens: Any, out: Any, lse: Any, max_seqlen: int, *rest: Any, **options: Any
-) -> int:
+    grad: Any, grad_lse: Any, qkv: Any, cu_seqlens: Any, bias: Any, out: Any, lse: Any, max_seqlen: int, *rest: Any,
+    **options: Any,
+) -> int:  # fmt: skip
     """qkv (total, 3, H, d)."""
     return _varlen(BACKWARD_PRODUCTS, qkv, cu_seqlens, max_seqlen)
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu, mlp
+from .kernels import add_layer_norm, attention, attention_kvpacked, attention_varlen, linear_gelu, mlp
+from .kernels.attention import takes_bias
 from .kernels.derived import Derived
 from .kernels.device import takes_triton
 from .token_mask import Segments
@@ -196,27 +197,39 @@ def attend(
 
     Packed tokens (total, D) attend to those of their own clip.
     """
+    if takes_bias(x, bias, num_heads):
+        return attend_packed(F.linear(x, weight), num_heads, scale, segments, bias)
     return attend_packed(F.linear(x, weight, bias), num_heads, scale, segments)
 
 
-def attend_packed(qkv: Tensor, num_heads: int, scale: float | None = None, segments: Segments | None = None) -> Tensor:
-    """The same from queries, keys and values side by side: (B, N, 3 * D) -> (B, N, D), or both packed."""
+def attend_packed(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    segments: Segments | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The same from queries, keys and values side by side: (B, N, 3 * D) -> (B, N, D), or both packed.
+
+    A bias (3 * D,) is still to be added to them.
+    """
     qkv = qkv.unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d) or (total, 3, H, d)
+    bias = None if bias is None else bias.unflatten(0, (3, num_heads, -1))  # (3, H, d)
     if segments is None:
-        return attention(qkv, scale=scale)
-    return attention_varlen(qkv, segments.cu_seqlens, segments.max_seqlen, scale=scale)
+        return attention(qkv, bias, scale=scale)
+    return attention_varlen(qkv, segments.cu_seqlens, segments.max_seqlen, bias, scale=scale)
 
 
 def attend_rows(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, scale: float | None = None
 ) -> Tensor:
     """The same with keys and values from all tokens x (B, L, D), and queries only from ``rows`` (B, M, D)."""
-    dim = weight.shape[0] // 3
-    query_bias, key_value_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
-    query = F.linear(rows, weight[:dim], query_bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, M, d)
-    key_value = F.linear(x, weight[dim:], key_value_bias).unflatten(-1, (2, num_heads, -1))  # (B, L, 2, H, d)
-    key, value = (part.transpose(1, 2) for part in key_value.unbind(2))  # (B, H, L, d)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    dim, late = weight.shape[0] // 3, takes_bias(x, bias, num_heads)
+    query_bias, key_value_bias = (None, None) if bias is None or late else (bias[:dim], bias[dim:])
+    q = F.linear(rows, weight[:dim], query_bias).unflatten(-1, (num_heads, -1))  # (B, M, H, d)
+    kv = F.linear(x, weight[dim:], key_value_bias).unflatten(-1, (2, num_heads, -1))  # (B, L, 2, H, d)
+    bias = bias.unflatten(0, (3, num_heads, -1)) if bias is not None and late else None  # (3, H, d)
+    return attention_kvpacked(q, kv, bias, scale=scale)
 
 
 class Attention(Fused):

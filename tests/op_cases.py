@@ -117,14 +117,25 @@ def gather_operands(
     )
 
 
-def attention_operands(dtype, batch=2, count=17, heads=2, size=32):
-    return dict(qkv=torch.randn(batch, count, 3, heads, size).to(dtype))
+def attention_operands(dtype, batch=2, count=17, heads=2, size=32, bias=None):
+    operands = dict(qkv=torch.randn(batch, count, 3, heads, size).to(dtype))
+    return operands | attention_bias(bias, heads, size)
 
 
-def varlen_operands(dtype, lengths=(5, 0, 12), spare=0, heads=2, size=32, index=torch.int32):
+def varlen_operands(dtype, lengths=(5, 0, 12), spare=0, heads=2, size=32, index=torch.int32, bias=None):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(index)
-    qkv = torch.randn(sum(lengths), 3, heads, size).to(dtype)
-    return dict(qkv=qkv, cu_seqlens=cu_seqlens, max_seqlen=max(lengths, default=0) + spare)
+    operands = dict(qkv=torch.randn(sum(lengths), 3, heads, size).to(dtype), cu_seqlens=cu_seqlens)
+    return operands | dict(max_seqlen=max(lengths, default=0) + spare) | attention_bias(bias, heads, size)
+
+
+def kvpacked_operands(dtype, batch=2, count=5, keys=17, heads=2, size=32, bias=None):
+    q, kv = torch.randn(batch, count, heads, size), torch.randn(batch, keys, 2, heads, size)
+    return dict(q=q.to(dtype), kv=kv.to(dtype)) | attention_bias(bias or dtype, heads, size)
+
+
+def attention_bias(dtype, heads, size):
+    """That of q, k and v; none for no dtype."""
+    return {} if dtype is None else dict(bias=torch.randn(3, heads, size).to(dtype))
 
 
 def norm_operands(dtype, batch=3, count=17, width=33, without=()):
@@ -246,11 +257,13 @@ def plain_loss(pixels, video, drop_idx, clip_idx=None, *, patch_size, mean=None,
 
 
 RAGGED = (5, 0, 12)
+ATTENTION = ("attention", "attention_varlen", "attention_kvpacked")
 # Operands and options of one ordinary call: by the op's name, and by that and "ragged".
 OPS = {
     "gather_patch_embed": (gather_operands, {}),
     "attention": (attention_operands, {}),
-    "attention_varlen": (varlen_operands, {}),
+    "attention_varlen": (functools.partial(varlen_operands, bias=torch.float32), {}),
+    "attention_kvpacked": (kvpacked_operands, {}),
     "add_layer_norm": (norm_operands, {}),
     "bias_gelu": (gelu_operands, {}),
     "linear_gelu": (linear_operands, {}),
@@ -272,13 +285,8 @@ def call(name):
 def check(name, plain, operands, *, floor=None, **options):
     """The op, with its options, against oracle.py; where ``plain`` is None the oracle in the operands' dtype."""
     if floor is None:
-        kinds = {
-            "gather_patch_embed": PRODUCTS,
-            "linear_gelu": PRODUCTS,
-            "mlp": PRODUCTS,
-            "attention": FUSED,
-            "attention_varlen": FUSED,
-        }
+        products = ("gather_patch_embed", "linear_gelu", "mlp")
+        kinds = {**dict.fromkeys(products, PRODUCTS), **dict.fromkeys(ATTENTION, FUSED)}
         first = next(value for value in operands.values() if torch.is_tensor(value) and value.is_floating_point())
         floor = kinds.get(name, ELEMENTWISE).get(first.dtype, 0.5)
     functions = (getattr(kernels, name), getattr(oracle, name), plain or getattr(oracle, name))

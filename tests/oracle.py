@@ -51,28 +51,35 @@ def gather_patch_embed(video, keep_idx, weight, bias, pos_embed, clip_idx=None, 
     return _stack(tokens, (*keep_idx.shape, len(bias)), weight)
 
 
-def attention(qkv, *, scale=None, return_lse=False):
+def attention(qkv, bias=None, *, scale=None, return_lse=False):
     """softmax(scale * q k^T) v for each clip and head, and log(sum(exp(scores)))."""
-    batch, count, _, heads, size = qkv.shape
+    return attention_kvpacked(qkv[:, :, 0], qkv[:, :, 1:], bias, scale=scale, return_lse=return_lse)
+
+
+def attention_kvpacked(q, kv, bias=None, *, scale=None, return_lse=False):
+    """The same for queries apart from keys and values."""
+    batch, count, heads, size = q.shape
     scale = size**-0.5 if scale is None else scale
+    if bias is not None:
+        q, kv = (q + bias[0]).to(q.dtype), (kv + bias[1:]).to(q.dtype)
     out, lse = [], []
     for clip in range(batch):
         for head in range(heads):
-            query, key, value = (qkv[clip, :, part, head] for part in range(3))  # (N, d)
+            query, key, value = q[clip, :, head], kv[clip, :, 0, head], kv[clip, :, 1, head]  # (M or N, d)
             scores = query @ key.T * scale
             highest = scores.detach().amax(1, keepdim=True) if count else scores
             powers = (scores - highest).exp()
             total = powers.sum(1, keepdim=True)
             out.append(powers / total @ value)
             lse.append((highest + total.log())[:, 0] if count else scores.sum(1))
-    out = _stack(out, (batch, heads, count, size), qkv).transpose(1, 2).reshape(batch, count, heads * size)
-    return (out, _stack(lse, (batch, heads, count), qkv)) if return_lse else out
+    out = _stack(out, (batch, heads, count, size), q).transpose(1, 2).reshape(batch, count, heads * size)
+    return (out, _stack(lse, (batch, heads, count), q)) if return_lse else out
 
 
-def attention_varlen(qkv, cu_seqlens, max_seqlen, *, scale=None):
+def attention_varlen(qkv, cu_seqlens, max_seqlen, bias=None, *, scale=None):
     """The same for each sequence on its own."""
     offsets = cu_seqlens.tolist()
-    out = [attention(qkv[None, start:end], scale=scale)[0] for start, end in itertools.pairwise(offsets)]
+    out = [attention(qkv[None, start:end], bias, scale=scale)[0] for start, end in itertools.pairwise(offsets)]
     return torch.cat([qkv.new_zeros(0, qkv.shape[2] * qkv.shape[3]), *out])
 
 

@@ -1,221 +1,46 @@
-"""attention and attention_varlen in Triton: the backward pass, from the saved log-sum-exp (arXiv 2307.08691).
+"""attention, attention_varlen and attention_kvpacked in Triton: how the backward pass is launched.
 
-Two kernels, so that no sum needs atomics and the result has the same bits every time: one for the gradient of the
-queries, which also stores delta = sum(out * grad, 1) - grad_lse for the other, and one for those of keys and values.
+Two kernels: one for the gradient of the queries, which also stores delta for the other, and one for those of keys and
+values. Or, where the launch choice of the latter says ``fused``, one for all (`attention_backward_fused`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
-    ANY,
-    LOG2_E,
-    Tables,
-    add_product,
-    add_product_of_loaded,
-    addresses,
-    by_shape,
-    inner,
-    inner_of_loaded,
-    load_tiles,
-    locate,
-    shape_constants,
-    store_tiles,
-    tail,
-    zero_tiles,
-)
-from .launch import DENSE, Launch, choose, scattered
+from .attention_backward_fused import attention_backward_delta_kernel, attention_backward_fused_kernel
+from .attention_backward_kernels import attention_backward_key_value_kernel, attention_backward_query_kernel
+from .attention_tiles import ANY, LOG2_E, Tables, addresses, by_shape, described, layout, shape_constants, tail
+from .launch import DENSE, Block, Choice, Launch, LaunchConfig, choose, like, scattered
 from .op import Run
+from .sum_parts import sum_parts
 
+# How many programs of the fused kernel a GPU runs at a time, about: 3 on each of an H200's 132 multiprocessors. So many
+# are between those that store ds of a head and those that read it.
+PROGRAMS = 396
 
-@triton.jit
-def add_query_gradient(
-    b_dq, b_q, b_do, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
-    zero, scale_log2,
-    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add one tile of keys to the gradient of BLOCK_M queries, which is still to be scaled."""
-    # [BLOCK_M, BLOCK_N]
-    if RESIDENT:
-        b_k = load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
-        b_s = inner(b_q, b_k, PRECISION)
-        b_dp = inner(b_do, load_tiles(value, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM), PRECISION)
-    else:
-        b_s = inner_of_loaded(query, o_m, m_m, row_stride, key, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
-        b_dp = inner_of_loaded(
-            grad, o_m, m_m, grad_row_stride, value, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )
-    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
-    if MASKED:
-        b_p = tl.where(m_n[None, :], b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    if RESIDENT:
-        return add_product(b_dq, b_ds, b_k, PRECISION)
-    return add_product_of_loaded(b_dq, b_ds, key + zero, o_n, m_n, row_stride, WIDTHS, HEAD_DIM, PRECISION)
-
-
-@triton.jit
-def attention_backward_query_kernel(
-    qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, zero,
-    scale, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of BLOCK_M queries and their delta, from all keys in tiles of BLOCK_N."""
-    tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
-    start = tile * BLOCK_M
-    # inductor hands floats over as float64
-    scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
-    row_stride, grad_row_stride = row_stride * VEC, grad_row_stride * GRAD_VEC
-    if start < length:
-        base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
-        query = qkv + (base + head * (head_stride * VEC))
-        key = query + part_stride * VEC
-        value = key + part_stride * VEC
-        query += tl.cast(start, tl.int64) * row_stride
-        grad += first * grad_row_stride if VARLEN else clip * (grad_clip_stride * GRAD_VEC)
-        grad += tl.cast(start, tl.int64) * grad_row_stride + head * HEAD_DIM
-        out += ((first + start) * heads + head) * HEAD_DIM
-        at_lse = (head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride) + start
-        o_m = tl.arange(0, BLOCK_M)
-        m_m = start + o_m < length
-        b_q = load_tiles(query, o_m, m_m, row_stride, True, WIDTHS, HEAD_DIM)
-        b_grad = load_tiles(grad, o_m, m_m, grad_row_stride, True, WIDTHS, HEAD_DIM)
-        b_out = load_tiles(out, o_m, m_m, heads * HEAD_DIM, True, WIDTHS, HEAD_DIM)
-        b_delta = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for i in tl.static_range(len(WIDTHS)):
-            b_delta += tl.sum(b_out[i].to(tl.float32) * b_grad[i].to(tl.float32), 1)
-        if grad_lse is not None:
-            b_delta -= tl.load(grad_lse + at_lse + o_m, mask=m_m, other=0.0)
-        tl.store(delta + at_lse + o_m, b_delta, mask=m_m)
-        b_lse = tl.load(lse + at_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
-        b_dq = zero_tiles(BLOCK_M, WIDTHS)
-        o_n = tl.arange(0, BLOCK_N)
-        whole = length // BLOCK_N * BLOCK_N if RESIDENT else length
-        for at in range(0, whole, BLOCK_N):
-            b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_n, at + o_n < length, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
-            )  # fmt: skip
-            query += zero
-            grad += zero
-            key += BLOCK_N * row_stride
-            value += BLOCK_N * row_stride
-        if TAIL > 0:
-            o_tail = tl.arange(0, TAIL)
-            b_dq = add_query_gradient(
-                b_dq, b_q, b_grad, b_lse, b_delta, query, grad, key, value, row_stride, grad_row_stride, o_m, m_m,
-                o_tail, whole + o_tail < length, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
-            )  # fmt: skip
-        dqkv += ((first + start) * 3 * heads + head) * HEAD_DIM
-        store_tiles(dqkv, b_dq, scale, o_m, m_m, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
-
-
-@triton.jit
-def add_key_value_gradient(
-    b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m, m_m, o_n, m_n,
-    zero, scale_log2,
-    MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add one tile of queries to the gradients of BLOCK_N keys, still to be scaled, and values."""
-    # Queries beyond the last one get probability exp(-inf) = 0.
-    b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf")) if MASKED else tl.load(lse + o_m)
-    b_delta = tl.load(delta + o_m, mask=m_m, other=0.0) if MASKED else tl.load(delta + o_m)
-    # [BLOCK_N, BLOCK_M]: transposed, as both products with it need it
-    if RESIDENT:
-        b_q = load_tiles(query, o_m, m_m, row_stride, MASKED, WIDTHS, HEAD_DIM)
-        b_do = load_tiles(grad, o_m, m_m, grad_row_stride, MASKED, WIDTHS, HEAD_DIM)
-        b_s = inner(b_k, b_q, PRECISION)
-    else:
-        b_s = inner_of_loaded(key, o_n, m_n, row_stride, query, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
-    b_p = tl.exp2(b_s * scale_log2 - (b_lse * 1.4426950408889634)[None, :])
-    if RESIDENT:
-        b_dv = add_product(b_dv, b_p, b_do, PRECISION)
-        b_dp = inner(b_v, b_do, PRECISION)
-    else:
-        b_dv = add_product_of_loaded(b_dv, b_p, grad + zero, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION)
-        b_dp = inner_of_loaded(
-            value, o_n, m_n, row_stride, grad, o_m, m_m, grad_row_stride, WIDTHS, HEAD_DIM, PRECISION
-        )
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    if RESIDENT:
-        b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
-    else:
-        b_dk = add_product_of_loaded(b_dk, b_ds, query + zero, o_m, m_m, row_stride, WIDTHS, HEAD_DIM, PRECISION)
-    return b_dk, b_dv
-
-
-@triton.jit
-def attention_backward_key_value_kernel(
-    qkv, cu_seqlens, grad, lse, delta, dqkv, tokens, tiles, heads,
-    clip_stride, row_stride, part_stride, head_stride, grad_clip_stride, grad_row_stride, lse_stride, zero,
-    scale, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WIDTHS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M."""
-    tile, head, clip, first, length = locate(cu_seqlens, tokens, tiles, heads, VARLEN)
-    start = tile * BLOCK_N
-    # inductor hands floats over as float64
-    scale, scale_log2 = tl.cast(scale, tl.float32), tl.cast(scale_log2, tl.float32)
-    row_stride, grad_row_stride = row_stride * VEC, grad_row_stride * GRAD_VEC
-    if start < length:
-        base = first * row_stride if VARLEN else clip * (clip_stride * VEC)
-        query = qkv + (base + head * (head_stride * VEC))
-        key = query + part_stride * VEC + tl.cast(start, tl.int64) * row_stride
-        value = key + part_stride * VEC
-        grad += (first * grad_row_stride if VARLEN else clip * (grad_clip_stride * GRAD_VEC)) + head * HEAD_DIM
-        at_lse = head * lse_stride + first if VARLEN else (clip * heads + head) * lse_stride
-        lse += at_lse
-        delta += at_lse
-        o_n = tl.arange(0, BLOCK_N)
-        m_n = start + o_n < length
-        b_k = load_tiles(key, o_n, m_n, row_stride, True, WIDTHS, HEAD_DIM)
-        b_v = load_tiles(value, o_n, m_n, row_stride, True, WIDTHS, HEAD_DIM)
-        b_dk = zero_tiles(BLOCK_N, WIDTHS)
-        b_dv = zero_tiles(BLOCK_N, WIDTHS)
-        o_m = tl.arange(0, BLOCK_M)
-        whole = length // BLOCK_M * BLOCK_M if RESIDENT else length
-        for at in range(0, whole, BLOCK_M):
-            b_dk, b_dv = add_key_value_gradient(
-                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_m,
-                at + o_m < length, o_n, m_n, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
-            )  # fmt: skip
-            key += zero
-            value += zero
-            query += BLOCK_M * row_stride
-            grad += BLOCK_M * grad_row_stride
-            lse += BLOCK_M
-            delta += BLOCK_M
-        if TAIL > 0:
-            o_tail = tl.arange(0, TAIL)
-            b_dk, b_dv = add_key_value_gradient(
-                b_dk, b_dv, b_k, b_v, query, grad, lse, delta, key, value, row_stride, grad_row_stride, o_tail,
-                whole + o_tail < length, o_n, m_n, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
-            )  # fmt: skip
-        dkey = dqkv + ((first + start) * 3 * heads + heads + head) * HEAD_DIM
-        store_tiles(dkey, b_dk, scale, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
-        store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, 3 * heads * HEAD_DIM, WIDTHS, HEAD_DIM)
-
+# Microseconds on an H200 by arithmetic: 784 tokens, 384 heads of 64 and 256 of 128 (1568 tokens: 4 times as much).
+# Products at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2, 4.26 from memory.
+#                                                                                     d 64   d 128
+#   two kernels, seven products (581 measured at 64)                                   579     773
+#   fused: ds is stored and read, 0.9 GB at 64, most of it in L2                       466     607
+#   a sum of dq for each 128 keys, added up by a second kernel                         550     733
+#   dq of each 128 keys added to what is in memory, in turn; without the waiting       414     552
+#   one program a head adds up dq in memory: 2 waves for 1.45; 106 and 212 MB in use   569     569
+# In turn, each step of 6600 cycles would wait for another program's and then for its own load of dq, 1500 and more. In
+# the fused kernel programs wait once. As no program that waits has run on a GPU yet, two kernels are the default.
 
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; resident are queries, and keys and values in the second pair.
-# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90 up to 1100 tokens: H200, Triton 3.6, bc236cf, both
-# kernels 581 us at 784 tokens, 674 before (only that of queries: 658); values compared there at 663e046.
+# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
+# kernels 581 us, 674 with 128-row tiles of 8 warps (only that of queries: 658); values compared there at 663e046. More
+# tokens are more of the same tiles, and larger heads have 2 programs of 4 warps on an SM, not 1 of 8.
 QUERY: Tables = ({
     "sm_80": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (128, ANY): (128, 32, 64, 8, 2)},
-    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 32, 64, 4, 3), (64, ANY): (128, 64, 128, 8, 3),
-              (128, ANY): (128, 64, 128, 8, 2)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (64, 32, 64, 4, 3), (128, ANY): (64, 32, 128, 4, 3)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 64, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 2),
                (95, ANY): (64, 64, 128, 4, 2), (96, ANY): (64, 32, 128, 4, 2), (128, ANY): (128, 64, 128, 8, 2)},
     "": {(128, ANY): (64, 32, 64, 4, 1)},
@@ -231,8 +56,7 @@ QUERY: Tables = ({
 KEY_VALUE: Tables = ({
     "sm_80": {(64, 64): (32, 64, 64, 4, 2), (32, ANY): (64, 128, 128, 8, 3), (64, ANY): (32, 128, 64, 8, 3),
               (80, ANY): (16, 64, 64, 4, 2), (96, ANY): (16, 128, 128, 8, 2), (128, ANY): (16, 64, 32, 4, 2, False)},
-    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (32, 64, 64, 4, 3), (64, ANY): (64, 128, 128, 8, 3),
-              (80, ANY): (64, 128, 128, 8, 2), (128, ANY): (64, 64, 128, 8, 2)},
+    "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (32, 64, 64, 4, 3), (128, ANY): (32, 64, 128, 4, 3)},
     "sm_100": {(64, 64): (32, 64, 64, 4, 2), (64, ANY): (64, 128, 128, 8, 3), (80, ANY): (64, 64, 128, 8, 2),
                (95, ANY): (32, 64, 128, 4, 2), (128, ANY): (64, 64, 128, 8, 2)},
     "": {(32, ANY): (32, 64, 32, 4, 1), (64, ANY): (32, 128, 64, 8, 1), (128, ANY): (16, 32, 32, 4, 1, False)},
@@ -249,82 +73,252 @@ config_query = partial(by_shape, QUERY)
 config_key_value = partial(by_shape, KEY_VALUE)
 
 
-def gradients(grad, grad_lse, qkv, out, lse, *options: Any) -> tuple[Tensor]:
-    """Of qkv, contiguous."""
-    return (torch.empty_like(qkv, memory_format=DENSE),)
+def gradients(grad, grad_lse, qkv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
+    """Of qkv and the bias, contiguous."""
+    return torch.empty_like(qkv, memory_format=DENSE), _like(bias, options[-1][-1])
 
 
-def backward(grad, grad_lse, qkv, out, lse, scale, save, needs) -> Run:
-    """The gradient of qkv from those of out and lse, each None if that output was not used."""
-    run = _run(grad, grad_lse, qkv, None, out, lse, qkv.shape[1], scale)
-    return lambda grad, grad_lse, qkv, out, lse: run(grad, grad_lse, qkv, None, out, lse)
+def backward(grad, grad_lse, qkv, bias, out, lse, scale, save, needs) -> Run:
+    """The gradients of qkv and bias from those of out and lse, each None if that output was not used."""
+    run = _run(grad, grad_lse, qkv, None, None, bias, out, lse, qkv.shape[1], qkv.shape[1], scale, needs[-1])
+
+    def call(grad, grad_lse, qkv, bias, out, lse) -> tuple[Tensor | None, ...]:
+        dqkv = torch.empty_like(qkv, memory_format=DENSE)
+        return dqkv, run(grad, grad_lse, qkv, None, None, bias, out, lse, dqkv, dqkv)
+
+    return call
 
 
-def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, *options: Any) -> tuple[Tensor]:
-    """Of qkv, contiguous."""
-    return (torch.empty_like(qkv, memory_format=DENSE),)
+def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
+    """Of qkv and the bias, contiguous."""
+    return torch.empty_like(qkv, memory_format=DENSE), _like(bias, options[-1][-1])
 
 
-def backward_varlen(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale, save, needs) -> Run:
+def backward_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, max_seqlen, scale, save, needs) -> Run:
     """`backward` for ragged clips."""
-    return _run(grad, grad_lse, qkv, cu_seqlens, out, lse, max_seqlen, scale)
+    run = _run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse, max_seqlen, max_seqlen, scale, needs[-1])
+
+    def call(grad, grad_lse, qkv, cu_seqlens, bias, out, lse) -> tuple[Tensor | None, ...]:
+        dqkv = torch.empty_like(qkv, memory_format=DENSE)
+        return dqkv, run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse, dqkv, dqkv)
+
+    return call
 
 
-def _run(grad, grad_lse, qkv, cu_seqlens, out, lse, tokens: int, scale: float) -> Run:
-    """Both launches, for clips of ``tokens`` each, or of at most so many with ``cu_seqlens``.
+def gradients_kvpacked(grad, grad_lse, q, kv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
+    """Of q, kv and the bias, contiguous."""
+    dq, dkv = (torch.empty_like(x, memory_format=DENSE) for x in (q, kv))
+    return dq, dkv, _like(bias, options[-1][-1])
 
-    Hooks on saved tensors may have changed the strides of anything that was saved.
+
+def backward_kvpacked(grad, grad_lse, q, kv, bias, out, lse, scale, save, needs) -> Run:
+    """`backward` for queries apart from keys and values; both get a gradient, wanted or not."""
+    run = _run(grad, grad_lse, q, kv, None, bias, out, lse, q.shape[1], kv.shape[1], scale, needs[-1])
+
+    def call(grad, grad_lse, q, kv, bias, out, lse) -> tuple[Tensor | None, ...]:
+        dq, dkv = torch.empty_like(q, memory_format=DENSE), torch.empty_like(kv, memory_format=DENSE)
+        return dq, dkv, run(grad, grad_lse, q, kv, None, bias, out, lse, dq, dkv)
+
+    return call
+
+
+def _like(bias: Tensor | None, wanted: bool) -> Tensor | None:
+    return torch.empty_like(bias, memory_format=DENSE) if wanted and bias is not None else None
+
+
+def _zero(out: Tensor) -> Tensor:
+    """The gradient of an output that was not used."""
+    return torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
+
+
+class _Call(NamedTuple):
+    """What the launches of a call share while it is planned.
+
+    Attributes:
+        every: Heads of all clips.
+        copies: Whether cu_seqlens and the bias must be copied first.
     """
-    if qkv.numel() == 0:
-        return lambda grad, grad_lse, qkv, *saved: (torch.empty_like(qkv, memory_format=DENSE),)
-    ragged = cu_seqlens is not None
-    heads, head_dim = qkv.shape[-2:]
-    clips = len(cu_seqlens) - 1 if ragged else qkv.shape[0]
-    copied, vector, strides = addresses(qkv, head_dim, ragged)
-    if grad is None:
-        grad = _zero(qkv)
-    grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
-    numbers = (heads, *strides, *grad_strides, lse.shape[-1], 0, scale, scale * LOG2_E)
 
-    def launch(kernel: Any, config: Any, owned: str, other: str, copies: Sequence[bool]) -> Launch:
-        """Each program owns a tile of ``owned`` and loops over tiles of ``other``."""
-        name = kernel.__name__.removesuffix("_kernel")
-        choice = choose(name, config, qkv, head_dim=head_dim, tokens=tokens, ragged=ragged)
-        tile = choice.config
-        tiles = triton.cdiv(tokens, getattr(tile, owned))
-        return Launch(
-            kernel,
-            (tiles * heads * clips,),
-            (tokens, tiles, *numbers),
-            choice,
-            copies,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            TAIL=tail(tokens, getattr(tile, other), ragged, tile.resident),
-            VARLEN=ragged,
-            GRAD_VEC=grad_vector,
-            **shape_constants(qkv, tile, vector),
+    query: Tensor
+    key_value: Tensor
+    grad: Tensor
+    queries: int
+    keys: int
+    every: int
+    ragged: bool
+    copies: tuple[bool, bool]
+    addressing: tuple[int, ...]
+    constants: Mapping[str, Any]
+    vector: int
+
+    def choose(self, name: str, config: Callable[..., LaunchConfig]) -> Choice:
+        size = self.query.shape[-1]
+        return choose(
+            f"attention_backward_{name}", config, self.query, head_dim=size, tokens=self.keys, ragged=self.ragged
         )
 
-    copies = (copied, scattered(cu_seqlens))
-    query_copies = (*copies, scattered(out), grad_copied, scattered(lse), scattered(grad_lse))
-    query = launch(attention_backward_query_kernel, config_query, "block_m", "block_n", query_copies)
-    key_value_copies = (*copies, grad_copied, scattered(lse))
-    key_value = launch(attention_backward_key_value_kernel, config_key_value, "block_n", "block_m", key_value_copies)
+    def launch(
+        self,
+        kernel: Any,
+        choice: Choice,
+        programs: int,
+        numbers: tuple[float, ...],
+        copies: tuple[bool, ...],
+        blocks: dict[int, Block],
+        **constants: Any,
+    ) -> Launch:
+        tile = choice.config
+        constants |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **self.constants)
+        constants |= shape_constants(self.query, tile, self.vector)
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        return Launch(kernel, (programs,), numbers, choice, copies, blocks, **constants)
 
-    def run(grad, grad_lse, qkv, cu_seqlens, out, lse) -> tuple[Tensor]:
-        dqkv = torch.empty_like(qkv, memory_format=DENSE)
+    def blocks(self, tile: LaunchConfig, rows: int, *tensors: Tensor) -> dict[int, Block]:
+        """Descriptors of ``tensors``, two for each, from the third operand on, see `load_described`; or none."""
+        widths = list(dict.fromkeys(shape_constants(self.query, tile, 1)["WIDTHS"]))
+        if not (tile.tma and tile.resident) or len(widths) > 2:
+            return {}
+        size, found = self.query.shape[-1], dict[int, Block]()
+        for at, x in zip(range(2, 6, 2), tensors, strict=False):
+            x = x[None] if self.ragged else x
+            x = x.unflatten(-1, (-1, size)) if x.ndim == 3 else x  # the gradient's heads are not apart
+            block = described((x[:, :, None] if x.ndim == 4 else x).permute(0, 2, 3, 1, 4))
+            if block is None:
+                return {}
+            found |= {at + i: block(rows, width) for i, width in enumerate(widths)}
+        return found
+
+
+def _described(blocks: dict[int, Block], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    """The kernel's third tensor and on: each of ``tensors`` twice, or None where there is no descriptor."""
+    return tuple(tensors[i // 2] if i + 2 in blocks else None for i in range(2 * len(tensors)))
+
+
+Passes = Callable[..., None]
+
+
+def _two_kernels(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]) -> tuple[Passes, int]:
+    """The launches, and how many tiles of queries a clip has."""
+    other = call.choose("query", config_query)
+    tile = other.config
+    tiles = triton.cdiv(call.queries, tile.block_m)
+    blocks = call.blocks(tile, tile.block_n, call.key_value)
+    query = call.launch(
+        *(attention_backward_query_kernel, other, tiles * call.every),
+        (call.queries, call.keys, tiles, *call.addressing, *ends),
+        (False, False, False, False, *call.copies, vectors[0], False, *vectors[1:]),
+        blocks,
+        TAIL=tail(call.keys, tile.block_n, call.ragged, tile.resident),
+    )
+    tile = choice.config
+    key_tiles = triton.cdiv(call.keys, tile.block_n)
+    other_blocks = call.blocks(tile, tile.block_m, call.query, call.grad)
+    key_value = call.launch(
+        *(attention_backward_key_value_kernel, choice, key_tiles * call.every),
+        (call.queries, call.keys, key_tiles, *call.addressing, *ends),
+        (*(False,) * 6, *call.copies, False, vectors[1]),
+        other_blocks,
+        TAIL=tail(call.queries, tile.block_m, call.ragged, tile.resident),
+    )
+
+    def passes(q, kv, cu_seqlens, bias, out, grad, lse, grad_lse, dq, dkv, part) -> None:
         delta = torch.empty_like(lse)
+        query(q, kv, *_described(blocks, kv), cu_seqlens, bias, out, grad, lse, grad_lse, delta, dq, part)
+        key_value(q, kv, *_described(other_blocks, q, grad), cu_seqlens, bias, grad, lse, delta, dkv)
+
+    return passes, tiles
+
+
+def _fused(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]) -> tuple[Passes, int]:
+    """The launches, and how many tiles of queries a clip has."""
+    tile, every = choice.config, call.every
+    tiles = triton.cdiv(max(call.queries, call.keys), tile.block_n)
+    lag = min(every, triton.cdiv(PROGRAMS, tiles))
+    ring = min(every, 2 * lag)
+    heads, grad_clip, grad_row, lse_stride = call.addressing[0], *call.addressing[-3:]
+    before = call.launch(
+        *(attention_backward_delta_kernel, choice, tiles * every),
+        (call.queries, tiles, heads, grad_clip, grad_row, lse_stride, every),
+        (vectors[0], *call.copies, False, vectors[2]),
+        {},
+    )
+    scores_row = tiles * tile.block_n
+    blocks = call.blocks(tile, tile.block_m, call.query, call.grad)
+    main = call.launch(
+        *(attention_backward_fused_kernel, choice, tiles * (every + lag)),
+        (call.queries, call.keys, tiles, *call.addressing, scores_row, call.keys * scores_row, every, lag, ring, *ends),
+        (*(False,) * 6, *call.copies, False, vectors[1]),
+        blocks,
+        TAIL=tail(call.queries, tile.block_m, call.ragged, tile.resident),
+        KEY_TAIL=tail(call.keys, tile.block_n, call.ragged, True),
+    )
+    device = call.query.device
+    scores = like((ring, call.keys, scores_row), call.query.dtype, device)
+    counters = like((1 + 2 * every,), torch.int32, device)
+
+    def passes(q, kv, cu_seqlens, bias, out, grad, lse, grad_lse, dq, dkv, part) -> None:
+        delta, count = torch.empty_like(lse), torch.empty_like(counters, memory_format=DENSE)
+        ds = torch.empty_like(scores, memory_format=DENSE)
+        before(out, cu_seqlens, bias, grad, grad_lse, delta, count, part)
+        main(q, kv, *_described(blocks, q, grad), cu_seqlens, bias, grad, lse, delta, dq, dkv, ds, count, part)
+
+    return passes, tiles
+
+
+def _run(
+    grad, grad_lse, query, key_value, cu_seqlens, bias, out, lse, queries: int, keys: int, scale: float, wanted: bool
+) -> Callable[..., Tensor | None]:
+    """A function of these tensors and the gradients to write, which returns that of the bias if it is ``wanted``.
+
+    ``query`` is a qkv if ``key_value`` is None. Clips have so many queries and keys each, or at most with
+    ``cu_seqlens``. Hooks on saved tensors may have changed the strides of what was saved.
+    """
+    wanted = wanted and bias is not None
+    if query.numel() == 0:
+
+        def nothing(grad, grad_lse, query, key_value, cu_seqlens, bias, *rest: Tensor) -> Tensor | None:
+            rest[-1].zero_()
+            return torch.zeros_like(bias, memory_format=DENSE) if wanted else None
+
+        return nothing
+    ragged, packed = cu_seqlens is not None, key_value is None
+    heads, head_dim = query.shape[-2:]
+    clips = len(cu_seqlens) - 1 if ragged else query.shape[0]
+    copied, vector, strides = layout(query, key_value, ragged)
+    grad = _zero(out) if grad is None else grad
+    grad_copied, grad_vector, grad_strides = addresses(grad, head_dim, ragged)
+    call = _Call(
+        *(query, query if packed else key_value, grad, queries, keys, heads * clips, ragged),
+        (scattered(cu_seqlens), scattered(bias)),
+        (heads, *strides, *grad_strides, lse.shape[-1]),
+        dict(KEY_PART=int(packed), VARLEN=ragged, GRAD_VEC=grad_vector),
+        vector,
+    )
+    choice = call.choose("key_value", config_key_value)
+    vectors = (scattered(out), scattered(lse), scattered(grad_lse))
+    make = _fused if choice.config.fused else _two_kernels
+    passes, tiles = make(call, choice, (0, scale, scale * LOG2_E), vectors)
+    del call
+    part = like((clips * tiles, 3 * heads * head_dim), torch.float32, query.device) if wanted else None
+    add_up = sum_parts(query, clips * tiles, 3 * heads * head_dim) if wanted else None
+
+    def run(grad, grad_lse, query, key_value, cu_seqlens, bias, out, lse, dquery, dkey_value) -> Tensor | None:
         if grad is None:
-            grad = _zero(qkv)
-        query(qkv, cu_seqlens, out, grad, lse, grad_lse, delta, dqkv)
-        key_value(qkv, cu_seqlens, grad, lse, delta, dqkv)
-        return (dqkv,)
+            grad = _zero(out)
+        if grad_copied:
+            grad = grad.contiguous()
+        if copied[0]:
+            query = query.contiguous()
+        if key_value is None:
+            key_value = query
+        elif copied[1]:
+            key_value = key_value.contiguous()
+        sums = None if part is None else torch.empty_like(part, memory_format=DENSE)
+        passes(query, key_value, cu_seqlens, bias, out, grad, lse, grad_lse, dquery, dkey_value, sums)
+        if add_up is None:
+            return None
+        dbias = torch.empty_like(bias, memory_format=DENSE)
+        add_up(sums, dbias)
+        return dbias
 
     return run
-
-
-def _zero(qkv: Tensor) -> Tensor:
-    """The gradient of an output that was not used."""
-    *lead, _, heads, head_dim = qkv.shape
-    return torch.zeros((), dtype=qkv.dtype, device=qkv.device).expand(*lead, heads * head_dim)

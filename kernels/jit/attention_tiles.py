@@ -1,10 +1,10 @@
-"""What the passes of attention share: column tiles of a head, their products, and the layout of qkv in memory.
+"""What the passes of attention share: column tiles of a head, their products, and the layout of operands in memory.
 
 A head is a tuple of column tiles whose widths are powers of two: 80 is 64 + 16, 96 is 64 + 32. Narrower tiles also need
 fewer registers at a time, which matters in float32 and on older architectures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, precision
+from .launch import Block, LaunchConfig, precision, takes_tma
 
 LOG2_E = 1.4426950408889634
 
@@ -24,26 +24,81 @@ def begin(widths, index):
 
 
 @triton.jit
+def load_bias(bias, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Columns FIRST to FIRST + WIDTH of a head's bias, as a row of float32."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    return tl.load(bias + o_d, mask=o_d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def load_tile(
     base, o_row, m_row, row_stride,
-    MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None,
 ):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of the rows: [rows, WIDTH]; 0 beyond HEAD_DIM and, if MASKED, outside m_row."""
+    """Columns FIRST to FIRST + WIDTH of the rows: [rows, WIDTH]; 0 beyond HEAD_DIM and, if MASKED, outside m_row.
+
+    To all rows the head's ``bias`` is added if there is one; the sum is rounded as the rows are.
+    """
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = base + o_row[:, None] * row_stride + o_d[None, :]
     if FIRST + WIDTH > HEAD_DIM:
         m_d = (o_d < HEAD_DIM)[None, :]
-        return tl.load(p_tile, mask=m_d & m_row[:, None] if MASKED else m_d, other=0.0)
-    return tl.load(p_tile, mask=m_row[:, None], other=0.0) if MASKED else tl.load(p_tile)
+        b_tile = tl.load(p_tile, mask=m_d & m_row[:, None] if MASKED else m_d, other=0.0)
+    else:
+        b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0) if MASKED else tl.load(p_tile)
+    if bias is not None:
+        b_tile = (b_tile.to(tl.float32) + load_bias(bias, FIRST, WIDTH, HEAD_DIM)).to(b_tile.dtype)
+    return b_tile
 
 
 @triton.jit
-def load_tiles(base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_tiles(
+    base, o_row, m_row, row_stride, MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None
+):
     """All column tiles of the rows."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
-        tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        tile = load_tile(base, o_row, m_row, row_stride, MASKED, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, bias)
         tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def load_owned_tiles(base, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None):
+    """`load_tiles` of the rows that a program owns: masked, and a sum with ``bias`` stays in shared memory.
+
+    A left operand that elementwise code makes is kept in registers by the compiler, in the whole loop: 34 more of them
+    in the forward pass, which is one program less on an SM. A condition, always true, is not elementwise.
+    """
+    b_tiles = load_tiles(base, o_row, m_row, row_stride, True, WIDTHS, HEAD_DIM)
+    if bias is None:
+        return b_tiles
+    else:  # without it the compiler would go on
+        sums = ()
+        for i in tl.static_range(len(WIDTHS)):
+            b_tile = b_tiles[i]
+            if row_stride >= 0:
+                b_bias = load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+                b_tile = (b_tile.to(tl.float32) + b_bias).to(b_tile.dtype)
+            sums = sums + (b_tile,)
+        return sums
+
+
+@triton.jit
+def load_described(wide, narrow, clip, part, head, row, WIDTHS: tl.constexpr):
+    """All column tiles of the rows from ``row`` on by descriptors, see `described`; 0 beyond the last row and column.
+
+    ``wide`` has the width of the first column tile, and ``narrow`` that of those that have another.
+    """
+    clip, head, row = tl.cast(clip, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32)
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        if WIDTHS[i] == WIDTHS[0]:
+            b_tile = wide.load([clip, part, head, row, begin(WIDTHS, i)])
+        else:
+            b_tile = narrow.load([clip, part, head, row, begin(WIDTHS, i)])
+        # The dimensions of size 1 come first, so that the compiler loads two dimensions.
+        tiles = tiles + (tl.reshape(b_tile, (wide.block_shape[3], WIDTHS[i])),)
     return tiles
 
 
@@ -58,10 +113,15 @@ def store_tile(
 
 
 @triton.jit
-def store_tiles(base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store all column tiles of the rows, times ``factor``: a number, or [rows, 1]."""
+def store_tiles(
+    base, b_tiles, factor, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None
+):
+    """Store all column tiles of the rows, times ``factor``, a number or [rows, 1], plus the head's ``bias`` if any."""
     for i in tl.static_range(len(WIDTHS)):
-        store_tile(base, b_tiles[i] * factor, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_tile = b_tiles[i] * factor
+        if bias is not None:
+            b_tile += load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        store_tile(base, b_tile, o_row, m_row, row_stride, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
 
 
 @triton.jit
@@ -90,14 +150,14 @@ def inner(b_rows, b_columns, PRECISION: tl.constexpr):
 @triton.jit
 def inner_of_loaded(
     rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
-    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, row_bias=None,
 ):  # fmt: skip
     """`inner`, each column tile loaded where it is used: the fewest registers."""
-    b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM)
+    b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM, row_bias)
     b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
     b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
     for i in tl.static_range(1, len(WIDTHS)):
-        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
+        b_row = load_tile(rows, o_rows, m_rows, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM, row_bias)
         b_column = load_tile(columns, o_columns, m_columns, column_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
         b_product = tl.dot(b_row, tl.trans(b_column), b_product, input_precision=PRECISION)
     return b_product
@@ -126,12 +186,11 @@ def add_product_of_loaded(
 
 
 @triton.jit
-def locate(cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
-    """What this program works on: (tile, head, clip, first token of the clip, its length).
+def locate(program, cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
+    """What the program of this number works on: (tile, head, clip, first token of the clip, its length).
 
     Programs of one head have consecutive numbers, so that they find its keys in L2.
     """
-    program = tl.program_id(0)
     clip = (program // (tiles * heads)).to(tl.int64)
     if VARLEN:
         first = tl.load(cu_seqlens + clip).to(tl.int64)
@@ -158,7 +217,7 @@ class Addresses(NamedTuple):
 
 
 def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
-    """For qkv (B, N, 3, H, d), or a gradient (B, N, H * d) of the output; without B if clips are ragged.
+    """For q, kv or qkv (B, N, ..., H, d), or a gradient (B, N, H * d) of the output; without B if clips are ragged.
 
     16 bytes are loaded at once if all strides and the head size are multiples of that, else one value. A stride of more
     than 32 bits is not divided: the kernel would take the quotient for 32 bits wide.
@@ -168,9 +227,52 @@ def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
     stride = stride[:-1]
     values = 16 // tensor.element_size()
     # Behind a head of a gradient lies the next head, so its size counts. Columns beyond a head of qkv are masked.
-    whole = head_dim % values == 0 or tensor.ndim > 3
+    whole = head_dim % values == 0 or tensor.shape[-1] == head_dim
     vector = values if whole and all(step % values == 0 and step < 2**31 for step in stride) else 1
     return Addresses(copied, vector, ((0,) if ragged else ()) + tuple(step // vector for step in stride))
+
+
+class Layout(NamedTuple):
+    """How the kernels address queries, and keys and values.
+
+    Attributes:
+        copied: Of each, whether it must be copied first.
+        vector: As in `Addresses`.
+        strides: Of queries clip, row and head; where keys begin; of keys and values clip, row, part and head.
+    """
+
+    copied: tuple[bool, bool]
+    vector: int
+    strides: tuple[int, ...]
+
+
+def layout(query: Tensor, key_value: Tensor | None, ragged: bool) -> Layout:
+    """For queries (B, M, H, d), and keys and values (B, N, 2, H, d); or for a qkv (B, N, 3, H, d), and None."""
+    copied, vector, strides = addresses(query, query.shape[-1], ragged)
+    if key_value is None:
+        clip, row, part, head = strides
+        return Layout((copied, copied), vector, (clip, row, head, part, *strides))
+    other = addresses(key_value, query.shape[-1], ragged)
+    least = min(vector, other.vector)
+    of_query = (step * vector // least for step in strides)
+    of_key_value = (step * other.vector // least for step in other.strides)
+    return Layout((copied, other.copied), least, (*of_query, 0, *of_key_value))
+
+
+def described(x: Tensor) -> Callable[[int, int], Block] | None:
+    """How x, a view (clip, part, head, row, column), is read by TMA descriptors; None if it cannot be.
+
+    The result makes a `Block` of so many rows and columns of one head. The hardware fills in zeros beyond the last row
+    of a clip and beyond the last column of a head, so that neighbours are never read.
+    """
+    steps = [step for size, step in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    possible = x.numel() > 0 and x.stride(-1) == 1 and takes_tma(x, 0)
+    if not possible or not all(step > 0 and takes_tma(x, step) for step in steps):
+        return None
+    # A dimension of size 1 may have any stride; 16 values are always allowed.
+    allowed = [step if size > 1 else 16 for size, step in zip(x.shape[:-1], x.stride(), strict=False)]
+    shape, strides = tuple(x.shape), (*allowed, 1)
+    return lambda rows, width: Block(shape, strides, (1, 1, 1, rows, width))
 
 
 def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
@@ -218,15 +320,16 @@ def lse_row(tokens: int) -> int:
 
 
 # One for 16 bits and one for float32: {architecture ("" is any other): {(largest head size, most tokens): row}}, a row
-# being (block_m, block_n, block_k, num_warps, num_stages, resident).
+# being (block_m, block_n, block_k, num_warps, num_stages, resident, tma). "sm_90 with TMA" goes first where operands
+# allow TMA.
 Tables = Sequence[Mapping[str, Mapping[tuple[int, int], Sequence[Any]]]]
 ANY = 2**31
 
 
 def by_shape(
-    tables: Tables, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool
+    tables: Tables, arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool = False
 ) -> LaunchConfig:
-    """The first row that covers a call."""
+    """The first row that covers a call; ``tma`` says whether its operands allow TMA."""
     table = tables[dtype == torch.float32]
-    rows = table.get(arch, table[""]).items()
+    rows = [*(table.get(f"{arch} with TMA", {}) if tma else {}).items(), *table.get(arch, table[""]).items()]
     return LaunchConfig(*next(row for (size, most), row in rows if head_dim <= size and tokens <= most))

@@ -16,7 +16,20 @@ from .. import flops
 from ..derived import Derived, Slot
 from .gather_patch_embed_backward import backward, gradients
 from .gather_tubelets import gather_tubelets
-from .launch import DENSE, TUNED, Block, Launch, LaunchConfig, choose, like, precision, rows, scattered, takes_tma
+from .launch import (
+    DENSE,
+    TUNED,
+    Block,
+    Launch,
+    LaunchConfig,
+    choose,
+    like,
+    multiprocessors,
+    precision,
+    rows,
+    scattered,
+    takes_tma,
+)
 from .op import Op, Run
 from .tubelets import UINT8_SCALE, centred, fold_weight, layout_of, offset_in_tubelet, tubelet_start
 
@@ -138,17 +151,12 @@ def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, column
         # gathering 53 and 31, then cuBLAS with bias 101 and 50; this product, of twice the columns and half the values
         # and without positions (77 MB from L2), was as fast as cuBLAS.
         if tma:
-            return LaunchConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True, fused=False)
+            return LaunchConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True)
         return LaunchConfig(64, 256, 64, num_stages=3)
     if rows <= 2048:
         return LaunchConfig(64, 64, 64, num_stages=4)  # at most 128 registers
     wide = rows > 4096 and columns > 512  # at most 255 registers, else 187
     return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=3)
-
-
-def multiprocessors(operand: Tensor) -> int:
-    """How many programs run at once, of such as fill one each."""
-    return torch.cuda.get_device_properties(operand.device).multi_processor_count if operand.is_cuda else 132
 
 
 def outputs(
@@ -192,7 +200,8 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
         tma=can_tma,
     )
     tile = choice.config
-    tma, fused = can_tma and tile.tma, tile.fused or not can_tma
+    tma = can_tma and tile.tma
+    fused = tile.fused or not tma
     centred = uint8 and fused  # pixels meet the weight as they are
     fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
     if fold is not None and kept is not None:

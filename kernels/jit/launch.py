@@ -55,8 +55,9 @@ class LaunchConfig:
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
     dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
-    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it. An
-    op that may run as one kernel or as several runs as one if it is ``fused``.
+    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it. A
+    pass that may run as one kernel or as several is one if it is ``fused``. With ``cudnn`` attention's forward pass is
+    cuDNN's, in 16 bits and where operands allow TMA.
     """
 
     block_m: int
@@ -66,11 +67,13 @@ class LaunchConfig:
     num_stages: int = 1
     resident: bool = True
     tma: bool = False
-    fused: bool = True
+    fused: bool = False
+    cudnn: bool = False
 
     def __str__(self) -> str:
         tile = " x ".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
-        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma + ", not fused" * (not self.fused)
+        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma
+        rest += ", fused" * self.fused + ", cuDNN" * self.cudnn
         return f"{tile}, {self.num_warps} warps, {self.num_stages} stages{rest}"
 
 
@@ -365,6 +368,13 @@ def takes_tma(x: Tensor, stride: int) -> bool:
         return False
     address = x.storage_offset() * size if x.is_meta else x.data_ptr()
     return address % 16 == 0 and stride * size % 16 == 0
+
+
+def multiprocessors(operand: Tensor) -> int:
+    """Of the GPU that ``operand`` is on; where there is none, of an H200 or a B200."""
+    if operand.is_cuda:
+        return int(torch.cuda.get_device_properties(operand.device).multi_processor_count)
+    return 148 if architecture(operand) == "sm_100" else 132
 
 
 def scattered(vector: Tensor | None) -> bool:

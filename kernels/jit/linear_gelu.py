@@ -25,7 +25,7 @@ from .. import flops
 from ..device import architecture
 from . import bias_gelu as activation
 from .gelu import gelu
-from .launch import DENSE, Block, Launch, LaunchConfig, choose, like, rows, scattered, takes_tma
+from .launch import DENSE, Block, Launch, LaunchConfig, choose, like, multiprocessors, rows, scattered, takes_tma
 from .op import Op, Run
 
 
@@ -67,29 +67,20 @@ def linear_gelu_forward_kernel(
         finish(b_right, row, column + BLOCK_N // 2, bias, row_scale, column_scale, out, product, rows, columns)
 
 
-# Of H100 and H200, and of B200, for code that is compiled without them.
-MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
-
-
 def programs_at_once(operand: Tensor, tile: LaunchConfig) -> int:
     """How many programs the device runs at a time.
 
     Of tiles smaller than 128 x 256 a multiprocessor has room for several: one computes products while another stores.
     """
-    arch = architecture(operand)
-    if arch == "interpreter":
+    if architecture(operand) == "interpreter":
         return 3  # so that each walks several tiles
-    if operand.is_cuda:
-        count = torch.cuda.get_device_properties(operand.get_device()).multi_processor_count
-    else:
-        count = MULTIPROCESSORS.get(arch, 132)
-    return int(count) * max(1, 128 * 256 // (tile.block_m * tile.block_n))
+    return multiprocessors(operand) * max(1, 128 * 256 // (tile.block_m * tile.block_n))
 
 
 def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
     """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; not ``fused``: cuBLAS, then bias_gelu."""
     if arch == "interpreter":
-        return LaunchConfig(32, 64, 16, tma=True)
+        return LaunchConfig(32, 64, 16, tma=True, fused=True)
     # Prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with operands
     # and output in 8 bits 149. On sm_100 compiled clean, not measured. Fewer than 64 tiles leave half of the
     # multiprocessors idle: cuBLAS takes smaller ones and splits the sum; not measured.

@@ -76,8 +76,10 @@ def test_every_choice_is_reached():
     left = {(*key, arch, row) for key, table in tables.items() for arch, rows in table.items() for row in rows}
     for target, choice in made:
         if table := tables.get(key := (choice.kernel, choice.dtype == "float32")):
-            arch, size, tokens = target if target in table else "", choice.shape["head_dim"], choice.shape["tokens"]
-            left.discard((*key, arch, next(row for row in table[arch] if size <= row[0] and tokens <= row[1])))
+            archs = [f"{target} with TMA"] * choice.shape.get("tma", False) + [target if target in table else ""]
+            rows = ((arch, row) for arch in archs for row in table.get(arch, ()))
+            size, tokens = choice.shape["head_dim"], choice.shape["tokens"]
+            left.discard((*key, *next((arch, row) for arch, row in rows if size <= row[0] and tokens <= row[1])))
     assert not left
 
 

@@ -57,6 +57,11 @@ def attention_operands(dtype, visible, heads=12, size=64, batch=2):
     return dict(qkv=random(batch, visible, 3, heads, size, dtype=dtype))
 
 
+def kvpacked_operands(dtype, visible, heads=6, size=64, batch=2):
+    q = random(batch, visible, heads, size, dtype=dtype)
+    return dict(q=q, kv=random(batch, 1568, 2, heads, size, dtype=dtype), bias=random(3, heads, size))
+
+
 def varlen_operands(dtype, lengths=(784, 1, 0, 392, 1568, 130), heads=12, size=64):
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     qkv = random(sum(lengths), 3, heads, size, dtype=dtype)
@@ -123,8 +128,8 @@ def test_gather_patch_embed(size, visible, dtype):
 BY_TMA = dict(num_warps=8, num_stages=3, tma=True)
 WAYS = {
     "as chosen": {},
-    "fused, TMA": {"gather_patch_embed_forward": LaunchConfig(128, 128, 32, **BY_TMA)},
-    "gathered, TMA": {"gather_patch_embed_forward": LaunchConfig(128, 128, 32, fused=False, **BY_TMA)},
+    "fused, TMA": {"gather_patch_embed_forward": LaunchConfig(128, 128, 32, fused=True, **BY_TMA)},
+    "gathered, TMA": {"gather_patch_embed_forward": LaunchConfig(128, 128, 32, **BY_TMA)},
 }
 
 
@@ -146,12 +151,28 @@ def test_attention(visible, dtype):
 @every_dtype
 @pytest.mark.parametrize("size", [32, 80, 88, 96, 128])
 def test_attention_head_sizes(size, dtype):
-    check("attention", attention_operands(dtype, 392, heads=4, size=size), floor=FLOOR.get(dtype, 0.5))
+    """With a bias; 1200 tokens take the tiles of long clips."""
+    for visible in (392, 1200):
+        operands = attention_operands(dtype, visible, heads=4, size=size) | dict(bias=random(3, 4, size))
+        check("attention", operands, floor=FLOOR.get(dtype, 0.5))
 
 
 @every_dtype
 def test_attention_varlen(dtype):
     check("attention_varlen", varlen_operands(dtype), floor=FLOOR.get(dtype, 0.5))
+
+
+@every_dtype
+def test_attention_kvpacked(dtype):
+    check("attention_kvpacked", kvpacked_operands(dtype, 784), floor=FLOOR.get(dtype, 0.5))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_kvpacked"])
+def test_forward_by_cudnn(name):
+    """Its log-sum-exp is what our backward pass goes on from."""
+    operands = (attention_operands if name == "attention" else kvpacked_operands)(torch.bfloat16, 392)
+    with forced({"attention_forward": LaunchConfig(64, 64, 64, cudnn=True)}):
+        check(name, operands)
 
 
 @every_dtype
@@ -187,6 +208,7 @@ def test_masked_patch_loss(video, channels_last, dtype):
 CALLS = {
     "gather_patch_embed": (gather_operands, NORMALISE),
     "attention": (attention_operands, {}),
+    "attention_kvpacked": (kvpacked_operands, {}),
     "add_layer_norm": (norm_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
     "masked_patch_loss": (loss_operands, dict(patch_size=PATCH, **NORMALISE)),

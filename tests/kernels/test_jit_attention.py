@@ -1,5 +1,6 @@
 """The attention kernels beyond what test_ops.py asks of every path: tiles, strides, dtypes, the custom ops."""
 
+import contextlib
 import functools
 import itertools
 
@@ -7,11 +8,13 @@ import oracle
 import pytest
 import torch
 from helpers import relative
-from op_cases import attention_operands, cropped, expanded, strided, tokens_first, varlen_operands
+from op_cases import attention_operands, cropped, expanded, kvpacked_operands, strided, tokens_first, varlen_operands
+from plan_cases import misaligned
 
 from mar_fast import kernels
 from mar_fast.kernels import device
-from mar_fast.kernels.jit.launch import LaunchConfig, forced
+from mar_fast.kernels.jit import attention_backward
+from mar_fast.kernels.jit.launch import LaunchConfig, forced, recording
 
 pytestmark = pytest.mark.interpreter
 
@@ -20,28 +23,43 @@ KERNELS = ("attention_forward", "attention_backward_query", "attention_backward_
 FLOOR = 8
 
 
-def tiles(block_m, block_n, block_k=64, resident=True):
-    """All three kernels in tiles of these sizes."""
-    return forced(dict.fromkeys(KERNELS, LaunchConfig(block_m, block_n, block_k, 4, 1, resident)))
+@contextlib.contextmanager
+def tiles(block_m, block_n, block_k=64, resident=True, tma=False, fused=False):
+    """All three kernels in tiles of these sizes; the fused one with memory for as few heads as it can do with."""
+    config = LaunchConfig(block_m, block_n, block_k, 4, 1, resident, tma, fused)
+    with pytest.MonkeyPatch.context() as patch, forced(dict.fromkeys(KERNELS, config)):
+        patch.setattr(attention_backward, "PROGRAMS", 1)
+        yield
 
 
-def check(operands, **options):
-    functions = (functools.partial(module.attention, **options) for module in (kernels, oracle, oracle))
-    return oracle.compare(*functions, operands, floor=FLOOR)
+def check(operands, op="attention"):
+    return oracle.compare(getattr(kernels, op), *[getattr(oracle, op)] * 2, operands, floor=FLOOR)
 
 
 def check_varlen(operands):
-    return oracle.compare(kernels.attention_varlen, *[oracle.attention_varlen] * 2, operands, floor=FLOOR)
+    return check(operands, "attention_varlen")
 
 
 # Tiles. 64 tokens are whole tiles of every size, 63 and 65 are one off; the tail is 16, 32 or a whole tile wide.
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (32, 16), (64, 64), (64, 16)])
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "tma", "fused"),
+    [(16, 32, False, True), (32, 16, True, True), (64, 64, True, False), (64, 16, False, False)],
+)
 @pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 97])
-def test_tiles(count, block_m, block_n):
-    with tiles(block_m, block_n):
+def test_tiles(count, block_m, block_n, tma, fused):
+    with tiles(block_m, block_n, tma=tma, fused=fused):
         check(attention_operands(torch.float32, batch=1, count=count))
+
+
+@pytest.mark.parametrize(("count", "keys", "fused"), [(1, 64, True), (65, 33, False), (65, 33, True), (33, 97, True)])
+def test_tiles_of_queries_apart(count, keys, fused):
+    """With a bias, and as parts of a larger tensor."""
+    operands = kvpacked_operands(torch.float32, 2, count, keys)
+    operands |= dict(q=heads_of_more(operands["q"]), kv=heads_of_more(operands["kv"]))
+    with tiles(32, 32, tma=True, fused=fused):
+        check(operands, "attention_kvpacked")
 
 
 @pytest.mark.parametrize("count", [33, 64, 65])
@@ -49,15 +67,17 @@ def test_tiles(count, block_m, block_n):
 def test_tiles_loaded_anew(count, size):
     """No operand stays in registers, and column tiles are narrow: as float32 and older architectures run it."""
     with tiles(32, 32, block_k=32, resident=False):
-        check(attention_operands(torch.float32, batch=1, count=count, size=size))
+        check(attention_operands(torch.float32, batch=1, count=count, size=size, bias=torch.float16))
         check_varlen(varlen_operands(torch.float32, (count, 5), size=size))
 
 
-@pytest.mark.parametrize("lengths", [(63, 0, 65), (1, 64, 31, 33)])
-def test_tiles_of_ragged_clips(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "tma", "fused"), [((63, 0, 65), True, False), ((1, 64, 31, 33), False, True), ((63, 0, 65), True, True)]
+)
+def test_tiles_of_ragged_clips(lengths, tma, fused):
     """33 tokens are one more than half a tile of queries, which the last one may be."""
-    with tiles(64, 32):
-        check_varlen(varlen_operands(torch.float32, lengths, spare=70))
+    with tiles(64, 32, tma=tma, fused=fused):
+        check_varlen(varlen_operands(torch.float32, lengths, spare=70, bias=torch.float32))
 
 
 @pytest.mark.parametrize("count", [128 + 64, 128 + 65, 129])
@@ -67,9 +87,11 @@ def test_last_queries_in_half_a_tile(count):
         check(attention_operands(torch.float32, batch=1, count=count, heads=1))
 
 
-@pytest.mark.parametrize("size", [1, 8, 16, 24, 40, 72, 112])
+@pytest.mark.parametrize("size", [1, 8, 16, 24, 40, 72, 88, 112])
 def test_head_sizes_in_between(size):
-    check(attention_operands(torch.float32, batch=1, count=33, size=size))
+    """By TMA: sizes that are multiples of 16 bytes and have at most two widths of column tiles."""
+    with tiles(32, 32, tma=True):
+        check(attention_operands(torch.float32, batch=1, count=33, size=size, bias=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -84,8 +106,8 @@ def test_real_tail(size, dtype):
 
 def heads_of_more(value):
     """The first two of three heads: rows are further apart than they are long; the third is NaN."""
-    buffer = torch.full((*value.shape[:3], 3, value.shape[4]), torch.nan, dtype=value.dtype)
-    return buffer[:, :, :, :2].copy_(value)
+    buffer = torch.full((*value.shape[:-2], 3, value.shape[-1]), torch.nan, dtype=value.dtype)
+    return buffer[..., :2, :].copy_(value)
 
 
 def parts_first(value):
@@ -98,6 +120,11 @@ def heads_first(value):
     return value.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
 
 
+def one_head(value):
+    """All heads in the memory of the first."""
+    return value[..., :1, :].expand(value.shape)
+
+
 def sizes_first(value):
     """No unit stride in the last dimension: this one is copied."""
     return value.permute(4, 0, 1, 2, 3).contiguous().permute(1, 2, 3, 4, 0)
@@ -108,13 +135,34 @@ def sizes_first(value):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_any_strides_of_qkv(layout, dtype):
-    operands = attention_operands(dtype, batch=2, count=33)
-    clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+    """By TMA where they allow that: next to clips, and in float16 heads of 40 next to heads, that are NaN."""
+    operands = attention_operands(dtype, batch=2, count=33, size=40 if dtype == torch.float16 else 32)
     qkv = layout(operands["qkv"])
     assert not qkv.is_contiguous()
-    outputs, _, gradients = oracle.outcome(kernels.attention, dict(qkv=qkv), seeds)
+    with tiles(32, 32, tma=True):
+        clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+        outputs, _, gradients = oracle.outcome(kernels.attention, dict(qkv=qkv), seeds)
     assert torch.equal(outputs[0], clean[0])
     assert torch.equal(gradients["qkv"], clean_gradients["qkv"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "possible"),
+    [
+        (torch.Tensor.contiguous, True), (heads_of_more, True), (parts_first, True), (heads_first, True),
+        (sizes_first, False), (cropped, False), (strided, False), (one_head, False), (misaligned, False),
+    ],
+)  # fmt: skip
+def test_what_tma_takes(layout, possible):
+    """And that it is taken: all of the tensor, in blocks of rows of one head."""
+    qkv = layout(attention_operands(torch.float16, count=33)["qkv"])
+    with tiles(32, 16, tma=True), recording() as launches:
+        kernels.attention(qkv)
+    blocks = launches[0][0].blocks
+    assert set(blocks) == ({2} if possible else set())
+    if possible:
+        (made,) = blocks.values()
+        assert made == ((2, 3, 2, 33, 32), (*(qkv.stride(i) for i in (0, 2, 3, 1)), 1), (1, 1, 1, 16, 32))
 
 
 def expanded_rows(value):
@@ -126,8 +174,9 @@ def test_any_strides_of_the_gradient(layout):
     operands = attention_operands(torch.float32, batch=2, count=33)
     seed = layout(torch.randn(2, 33, 64))
     assert not seed.is_contiguous()
-    _, _, gradients = oracle.outcome(kernels.attention, operands, [seed])
-    _, _, contiguous = oracle.outcome(kernels.attention, operands, [seed.contiguous()])
+    with tiles(32, 32, tma=True):
+        _, _, gradients = oracle.outcome(kernels.attention, operands, [seed])
+        _, _, contiguous = oracle.outcome(kernels.attention, operands, [seed.contiguous()])
     assert torch.equal(gradients["qkv"], contiguous["qkv"])
 
 
@@ -144,14 +193,40 @@ def test_ragged_clips_in_a_larger_buffer():
 # Values.
 
 
-def with_lse(module, qkv):
-    return module.attention(qkv, scale=0.3, return_lse=True)
+@pytest.mark.parametrize("op", ["attention", "attention_kvpacked"])
+def test_forward_by_cudnn(op, monkeypatch):
+    """By a stand-in with the layouts of PyTorch's own shape function; what is not in 16 bits is left to the kernel."""
+    shapes, cudnn = [], torch.ops.aten._scaled_dot_product_cudnn_attention
+
+    def stand_in(query, key, value, attn_bias, compute_log_sumexp, scale):
+        abstract = (part.to("meta").as_strided(part.shape, part.stride()) for part in (query, key, value))
+        out, lse, *rest = cudnn(*abstract, attn_bias, compute_log_sumexp, scale=scale)
+        scores = query.double() @ key.double().mT * scale
+        out, lse = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (out, lse))
+        shapes.append(out.copy_(scores.softmax(-1) @ value.double()).shape)
+        return out, lse.copy_(scores.logsumexp(-1, keepdim=True)) if compute_log_sumexp else lse[:0], *rest
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", stand_in)
+    make = kvpacked_operands if op == "attention_kvpacked" else attention_operands
+    with forced({"attention_forward": LaunchConfig(32, 32, 64, cudnn=True)}):
+        for dtype in (torch.float16, torch.float32):
+            (out,) = check(make(dtype, bias=dtype), op)
+            assert out.is_contiguous()
+    with torch.no_grad(), forced({"attention_forward": LaunchConfig(32, 32, 64, cudnn=True)}):
+        getattr(kernels, op)(**make(torch.float16))
+    assert len(shapes) == 2
+
+
+def with_lse(module, **operands):
+    return module.attention(**operands, scale=0.3, return_lse=True)
 
 
 @pytest.mark.parametrize("count", [17, 65])
 def test_gradient_of_output_and_log_sum_exp_together(count):
     ours, naive = (functools.partial(with_lse, module) for module in (kernels, oracle))
-    oracle.compare(ours, naive, naive, attention_operands(torch.float32, count=count), floor=FLOOR)
+    operands = attention_operands(torch.float32, count=count, bias=torch.float32)
+    with tiles(32, 32, fused=count == 65):
+        oracle.compare(ours, naive, naive, operands, floor=FLOOR)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -176,23 +251,26 @@ def test_a_key_that_takes_all_comes_last():
         check(dict(qkv=qkv))
 
 
-def test_a_clip_of_nan_stays_alone():
-    operands = attention_operands(torch.float32, batch=2, count=33)
-    clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
-    operands["qkv"][1] = torch.nan
-    outputs, _, gradients = oracle.outcome(kernels.attention, operands, seeds)
-    assert torch.equal(outputs[0][0], clean[0][0])
-    assert torch.equal(gradients["qkv"][0], clean_gradients["qkv"][0])
-    assert outputs[0][1].isnan().all()
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_clip_of_nan_stays_alone(fused):
+    """Its neighbours have the same memory for ds, one after the other."""
+    operands = attention_operands(torch.float32, batch=3, count=33, bias=torch.float32)
+    with tiles(32, 32, tma=True, fused=fused):
+        clean, seeds, clean_gradients = oracle.outcome(kernels.attention, operands)
+        operands["qkv"][1] = torch.nan
+        outputs, _, gradients = oracle.outcome(kernels.attention, operands, seeds)
+    assert torch.equal(outputs[0][::2], clean[0][::2])
+    assert torch.equal(gradients["qkv"][::2], clean_gradients["qkv"][::2])
+    assert outputs[0][1].isnan().all() and gradients["qkv"][1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_bitwise_repeatable(dtype):
-    operands = attention_operands(dtype, count=130)
-    first, seeds, first_gradients = oracle.outcome(kernels.attention, operands)
-    second, _, second_gradients = oracle.outcome(kernels.attention, operands, seeds)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first_gradients["qkv"], second_gradients["qkv"])
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.float16, True)])
+def test_bitwise_repeatable(dtype, fused):
+    operands = attention_operands(dtype, count=130, bias=dtype)
+    with tiles(64, 32, fused=fused):
+        first, seeds, first_gradients = oracle.outcome(kernels.attention, operands)
+        second, _, second_gradients = oracle.outcome(kernels.attention, operands, seeds)
+    torch.testing.assert_close((second, second_gradients), (first, first_gradients), rtol=0, atol=0)
 
 
 # Which path.
@@ -227,40 +305,42 @@ def test_autocast_halves_the_products(op):
 
 def calls(dtype):
     """Name, op, operands."""
-    ragged = varlen_operands(dtype, (5, 0, 12), spare=3)
-    yield "attention", functools.partial(kernels.attention, scale=0.3), attention_operands(dtype)
+    ragged = varlen_operands(dtype, (5, 0, 12), spare=3, bias=dtype)
+    yield "attention", functools.partial(kernels.attention, scale=0.3), attention_operands(dtype) | dict(bias=None)
     yield "attention_varlen", functools.partial(kernels.attention_varlen, scale=0.3), ragged
+    yield "attention_kvpacked", functools.partial(kernels.attention_kvpacked, scale=0.3), kvpacked_operands(dtype)
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("place", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("place", "dtype"), [(0, torch.float32), (1, torch.float16), (2, torch.float32)])
 def test_opcheck(place, dtype):
     name, _, operands = next(itertools.islice(calls(dtype), place, None))
-    operands["qkv"].requires_grad_()
-    torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, (*operands.values(), 0.3, True))
+    numbers = [operands.pop("max_seqlen")] if name == "attention_varlen" else []
+    for key in {"qkv", "q", "kv", "bias"} & {key for key, value in operands.items() if value is not None}:
+        operands[key].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, (*operands.values(), *numbers, 0.3, True))
 
 
 def test_all_of_the_log_sum_exp_is_written():
     """What pads its rows too, which the op cuts off: graphs are compared by all that they hold."""
-    _, lse = torch.ops.mar_fast.attention(attention_operands(torch.float32)["qkv"], 0.3, True)
+    _, lse = torch.ops.mar_fast.attention(attention_operands(torch.float32)["qkv"], None, 0.3, True)
     assert lse.shape == (2, 2, 32) and not lse.isnan().any()
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [1, 2])
 def test_compiled(place):
     """Between other code, forward and backward, no bit is another."""
     _, op, operands = next(itertools.islice(calls(torch.float32), place, None))
 
-    def program(qkv, **rest):
-        return op(qkv=qkv * 2, **rest)
+    def program(**rest):
+        return op(**{key: value * 2 if key in ("qkv", "q") else value for key, value in rest.items()})
 
     torch.compiler.reset()
     outputs, seeds, gradients = oracle.outcome(program, operands)
     compiled, _, compiled_gradients = oracle.outcome(torch.compile(program, fullgraph=True), operands, seeds)
     assert torch.equal(compiled[0], outputs[0])
-    assert torch.equal(compiled_gradients["qkv"], gradients["qkv"])
+    torch.testing.assert_close(compiled_gradients, gradients, rtol=0, atol=0)
 
 
 @pytest.mark.compiles

@@ -123,7 +123,7 @@ def folds(monkeypatch):
 
 
 TILES = {"gather_patch_embed_forward": LaunchConfig(32, 128, 128), "gather_tubelets": LaunchConfig(32, 2048)}
-GATHERED = {"gather_patch_embed_forward": LaunchConfig(32, 64, 128, tma=True, fused=False)}
+GATHERED = {"gather_patch_embed_forward": LaunchConfig(32, 64, 128, tma=True)}
 
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,7 @@ def test_columns_of_a_tile(columns):
 # Operands by TMA: the weight of the fused kernel, or both of a product of gathered tubelets.
 
 EVEN = dict(patch=(2, 2, 4), grid=(2, 2, 3), count=9)  # lines of the weight are 192 or 96 bytes
-WAYS = {"fused": LaunchConfig(16, 16, 32, tma=True), "gathered": LaunchConfig(16, 16, 32, tma=True, fused=False)}
+WAYS = {"fused": LaunchConfig(16, 16, 32, tma=True, fused=True), "gathered": LaunchConfig(16, 16, 32, tma=True)}
 every_way = pytest.mark.parametrize("way", WAYS)
 
 

@@ -89,7 +89,8 @@ def fused(run):
     return [launch for launch, _ in launches if launch.kernel is jit.linear_gelu_forward_kernel]
 
 
-TILES = [LaunchConfig(32, 64, 16, tma=True), LaunchConfig(16, 32, 64, tma=True), LaunchConfig(16, fused=False)]
+TILES = [LaunchConfig(32, 64, 16, tma=True, fused=True), LaunchConfig(16, 32, 64, tma=True, fused=True)]
+TILES.append(LaunchConfig(16))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

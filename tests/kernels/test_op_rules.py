@@ -95,6 +95,7 @@ AUTOCAST = {
     "gather_patch_embed": [torch.float32],  # the weight's
     "attention": [torch.bfloat16],
     "attention_varlen": [torch.bfloat16],
+    "attention_kvpacked": [torch.bfloat16],
     "add_layer_norm": [torch.bfloat16, torch.float32],  # the next matrix product is bfloat16, the residual stays
     "bias_gelu": [torch.float32],
     "linear_gelu": [torch.bfloat16],

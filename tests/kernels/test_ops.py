@@ -16,6 +16,7 @@ from op_cases import (
     check,
     gather_operands,
     gelu_operands,
+    kvpacked_operands,
     linear_operands,
     loss_operands,
     mlp_operands,
@@ -78,7 +79,8 @@ def test_gather_patch_embed_of_plain_uint8():
 @every_dtype
 @pytest.mark.parametrize("size", [32, 64, 80, 88, 96, 128])
 def test_attention_head_sizes(size, dtype):
-    (out,) = check("attention", None, attention_operands(dtype, size=size))
+    """With a bias in float32, as a model under autocast has it."""
+    (out,) = check("attention", None, attention_operands(dtype, size=size, bias=torch.float32))
     assert (out.shape, out.dtype) == ((2, 17, 2 * size), dtype)
 
 
@@ -103,12 +105,16 @@ def test_attention_of_a_whole_clip():
 def test_log_sum_exp(batch, count, scale, dtype):
     """It is float32, so the plain computation is that of qkv in float32."""
 
-    def lse(module, qkv):
-        return module.attention(qkv, scale=scale, return_lse=True)[1]
+    def lse(module, qkv, bias):
+        return module.attention(qkv, bias, scale=scale, return_lse=True)[1]
+
+    def plain(qkv, bias):
+        return naive((qkv if bias is None else qkv + bias).float(), None)
 
     ours, naive = (functools.partial(lse, module) for module in (kernels, oracle))
-    operands, floor = attention_operands(dtype, batch, count), 32 if ON_GPU else 0.5
-    (out,) = oracle.compare(ours, naive, lambda qkv: naive(qkv.float()), operands, floor=floor)
+    operands, floor = attention_operands(dtype, batch, count, bias=None if scale else dtype), 32 if ON_GPU else 0.5
+    operands.setdefault("bias")
+    (out,) = oracle.compare(ours, naive, plain, operands, floor=floor)
     assert (out.shape, out.dtype) == ((batch, 2, count), torch.float32)
 
 
@@ -118,6 +124,13 @@ def test_log_sum_exp_of_large_scores():
     torch.testing.assert_close(lse, torch.full((1, 1, 1), 128**0.5 * 625))
 
 
+@every_dtype
+@pytest.mark.parametrize(("count", "keys", "size"), [(98, 3, 32), (17, 130, 88), (1, 17, 64), (0, 17, 32)])
+def test_attention_kvpacked(count, keys, size, dtype):
+    (out,) = check("attention_kvpacked", None, kvpacked_operands(dtype, 2, count, keys, size=size))
+    assert (out.shape, out.dtype) == ((2, count, 2 * size), dtype)
+
+
 LENGTHS = [(17,), (1, 1, 1), (0, 5, 0, 0, 17, 1, 0), (98, 130), (0, 0), ()]
 
 
@@ -125,7 +138,11 @@ LENGTHS = [(17,), (1, 1, 1), (0, 5, 0, 0, 17, 1, 0), (98, 130), (0, 0), ()]
 @pytest.mark.parametrize("spare", [0, 9])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_attention_varlen(lengths, spare, dtype):
-    operands = varlen_operands(dtype, lengths, spare, index=torch.int64 if spare else torch.int32)
+    operands = (
+        varlen_operands(dtype, lengths, spare, index=torch.int64, bias=dtype)
+        if spare
+        else varlen_operands(dtype, lengths)
+    )
     (out,) = check("attention_varlen", None, operands, scale=0.3 if spare else None)
     assert (out.shape, out.dtype) == ((sum(lengths), 64), dtype)
 

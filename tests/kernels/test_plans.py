@@ -72,6 +72,14 @@ def other_dtype(value):
 
 CHANGES = {"strided": strided, "cropped": cropped, "misaligned": misaligned, "other dtype": other_dtype}
 
+# Operands that must have one dtype.
+ONE_DTYPE = {
+    "gather_patch_embed": ("weight", "bias"),
+    "attention_kvpacked": ("q", "kv"),
+    "linear_gelu": ("x", "weight", "bias"),
+    "mlp": ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+}
+
 
 def changed_calls(name, change):
     """An ordinary call, and calls that each change one tensor of it, where the op takes that."""
@@ -80,8 +88,7 @@ def changed_calls(name, change):
     for key, value in operands.items():
         if not torch.is_tensor(value):
             continue
-        one_dtype = not value.is_floating_point() or name in ("linear_gelu", "mlp")
-        one_dtype |= name == "gather_patch_embed" and key in ("weight", "bias")
+        one_dtype = not value.is_floating_point() or key in ONE_DTYPE.get(name, ())
         if CHANGES[change] is other_dtype and one_dtype:
             continue
         calls.append((op, operands | {key: CHANGES[change](value)}))
