@@ -144,7 +144,7 @@ def attention_backward_fused_kernel(
                 )
                 key += BLOCK_N * row_stride
                 ds += BLOCK_N * scores_row
-            if KEY_TAIL > 99:
+            if KEY_TAIL > 0:
                 o_tail = tl.arange(0, KEY_TAIL)
                 b_dq = add_scores_product(
                     b_dq, key, ds, row_stride, scores_row, o_m, o_tail, whole + o_tail < count, True, WIDTHS, HEAD_DIM,
