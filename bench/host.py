@@ -54,6 +54,10 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
             kernels.attention_varlen,
             dict(qkv=random(17, 3, 3, 32), cu_seqlens=offsets, max_seqlen=9),
         ),
+        "attention_kvpacked": (
+            kernels.attention_kvpacked,
+            dict(q=random(1, 9, 3, 32), kv=random(1, 17, 2, 3, 32)),
+        ),
         "add_layer_norm": (
             kernels.add_layer_norm,
             dict(x=random(1, 17, 96), residual=random(1, 17, 96), weight=random(96), bias=random(96)),

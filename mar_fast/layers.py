@@ -223,13 +223,12 @@ def attend_rows(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, scale: float | None = None
 ) -> Tensor:
     """The same with keys and values from all tokens x (B, L, D), and queries only from ``rows`` (B, M, D)."""
-    dim, late_bias = weight.shape[0] // 3, None
-    if bias is not None and takes_bias(x, bias, num_heads):
-        bias, late_bias = None, bias.unflatten(0, (3, num_heads, -1))  # (3, H, d)
-    query_bias, key_value_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
+    dim, late = weight.shape[0] // 3, takes_bias(x, bias, num_heads)
+    query_bias, key_value_bias = (None, None) if bias is None or late else (bias[:dim], bias[dim:])
     q = F.linear(rows, weight[:dim], query_bias).unflatten(-1, (num_heads, -1))  # (B, M, H, d)
     kv = F.linear(x, weight[dim:], key_value_bias).unflatten(-1, (2, num_heads, -1))  # (B, L, 2, H, d)
-    return attention_kvpacked(q, kv, late_bias, scale=scale)
+    bias = bias.unflatten(0, (3, num_heads, -1)) if bias is not None and late else None  # (3, H, d)
+    return attention_kvpacked(q, kv, bias, scale=scale)
 
 
 class Attention(Fused):
