@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention_backward_fused import attention_backward_delta_kernel, attention_backward_fused_kernel
 from .attention_backward_kernels import attention_backward_key_value_kernel, attention_backward_query_kernel
-from .attention_tiles import ANY, LOG2_E, Tables, addresses, by_shape, described, layout, shape_constants, tail
+from .attention_tiles import ANY, LOG2_E, Tables, addresses, by_shape, described, layout, lse_row, shape_constants, tail
 from .launch import DENSE, Block, Choice, Launch, LaunchConfig, choose, like, scattered
 from .op import Run
 from .sum_parts import sum_parts
@@ -45,11 +45,11 @@ QUERY: Tables = ({
                (95, ANY): (64, 64, 128, 4, 2), (96, ANY): (64, 32, 128, 4, 2), (128, ANY): (128, 64, 128, 8, 2)},
     "": {(128, ANY): (64, 32, 64, 4, 1)},
 }, {
-    "sm_80": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 4, 1, False), (95, ANY): (64, 16, 32, 8, 1, False),
-              (128, ANY): (64, 32, 32, 4, 1, False)},
+    "sm_80": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 8, 1, False),
+              (96, ANY): (32, 32, 32, 4, 1, False), (128, ANY): (32, 16, 32, 4, 1, False)},
     "sm_90": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 32, 32, 4, 1, False),
               (128, ANY): (64, 16, 32, 4, 1, False)},
-    "sm_100": {(32, ANY): (64, 32, 32, 4, 1), (96, ANY): (64, 16, 32, 4, 1, False),
+    "sm_100": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 4, 1, False),
                (128, ANY): (64, 16, 32, 8, 1, False)},
     "": {(128, ANY): (32, 32, 32, 4, 1, False)},
 })  # fmt: skip
@@ -64,9 +64,10 @@ KEY_VALUE: Tables = ({
     "sm_80": {(32, ANY): (32, 64, 32, 8, 1, False), (64, ANY): (16, 32, 32, 8, 1, False),
               (95, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 32, 4, 1, False)},
     "sm_90": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
-              (96, ANY): (16, 16, 32, 4, 1, False), (128, ANY): (32, 16, 32, 8, 1, False)},
+              (128, ANY): (32, 16, 32, 8, 1, False)},
     "sm_100": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
-               (80, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 64, 8, 1, False)},
+               (80, ANY): (32, 16, 32, 4, 1, False), (96, ANY): (16, 16, 32, 4, 1, False),
+               (128, ANY): (16, 16, 64, 8, 1, False)},
     "": {(128, ANY): (32, 32, 32, 4, 1, False)},
 })  # fmt: skip
 config_query = partial(by_shape, QUERY)
@@ -151,6 +152,12 @@ class _Call(NamedTuple):
     constants: Mapping[str, Any]
     vector: int
 
+    def with_bias(self, biased: Tensor) -> "_Call":
+        """The same with these queries, (..., H, d) of a row each."""
+        *_, row, head = (step // self.vector for step in biased.stride()[:-1])
+        strides = (0 if self.ragged else self.queries * row, row, head)
+        return self._replace(query=biased, addressing=(self.addressing[0], *strides, *self.addressing[4:]))
+
     def choose(self, name: str, config: Callable[..., LaunchConfig]) -> Choice:
         size = self.query.shape[-1]
         return choose(
@@ -197,7 +204,9 @@ def _described(blocks: dict[int, Block], *tensors: Tensor) -> tuple[Tensor | Non
 Passes = Callable[..., None]
 
 
-def _two_kernels(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]) -> tuple[Passes, int]:
+def _two_kernels(
+    call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
+) -> tuple[Passes, int]:
     """The launches, and how many tiles of queries a clip has."""
     other = call.choose("query", config_query)
     tile = other.config
@@ -212,24 +221,27 @@ def _two_kernels(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: 
     )
     tile = choice.config
     key_tiles = triton.cdiv(call.keys, tile.block_n)
-    other_blocks = call.blocks(tile, tile.block_m, call.query, call.grad)
-    key_value = call.launch(
+    other_blocks = then.blocks(tile, tile.block_m, then.query, then.grad)
+    key_value = then.launch(
         *(attention_backward_key_value_kernel, choice, key_tiles * call.every),
-        (call.queries, call.keys, key_tiles, *call.addressing, *ends),
-        (*(False,) * 6, *call.copies, False, vectors[1]),
+        (call.queries, call.keys, key_tiles, *then.addressing, *ends),
+        (*(False,) * 6, call.copies[0], False, vectors[1]),
         other_blocks,
         TAIL=tail(call.queries, tile.block_m, call.ragged, tile.resident),
     )
 
-    def passes(q, kv, cu_seqlens, bias, out, grad, lse, grad_lse, dq, dkv, part) -> None:
+    def passes(q, kv, cu_seqlens, bias, biased, out, grad, lse, grad_lse, dq, dkv, part) -> None:
         delta = torch.empty_like(lse)
-        query(q, kv, *_described(blocks, kv), cu_seqlens, bias, out, grad, lse, grad_lse, delta, dq, part)
-        key_value(q, kv, *_described(other_blocks, q, grad), cu_seqlens, bias, grad, lse, delta, dkv)
+        query(q, kv, *_described(blocks, kv), cu_seqlens, bias, out, grad, lse, grad_lse, delta, biased, dq, part)
+        q = q if biased is None else biased
+        key_value(q, kv, *_described(other_blocks, q, grad), cu_seqlens, grad, lse, delta, dkv)
 
     return passes, tiles
 
 
-def _fused(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]) -> tuple[Passes, int]:
+def _fused(
+    call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
+) -> tuple[Passes, int]:
     """The launches, and how many tiles of queries a clip has."""
     tile, every = choice.config, call.every
     tiles = triton.cdiv(max(call.queries, call.keys), tile.block_n)
@@ -238,16 +250,16 @@ def _fused(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[
     heads, grad_clip, grad_row, lse_stride = call.addressing[0], *call.addressing[-3:]
     before = call.launch(
         *(attention_backward_delta_kernel, choice, tiles * every),
-        (call.queries, tiles, heads, grad_clip, grad_row, lse_stride, every),
-        (vectors[0], *call.copies, False, vectors[2]),
+        (call.queries, tiles, heads, *call.addressing[1:4], grad_clip, grad_row, lse_stride, every),
+        (vectors[0], False, *call.copies, False, vectors[2]),
         {},
     )
     scores_row = tiles * tile.block_n
-    blocks = call.blocks(tile, tile.block_m, call.query, call.grad)
-    main = call.launch(
+    blocks = then.blocks(tile, tile.block_m, then.query, then.grad)
+    main = then.launch(
         *(attention_backward_fused_kernel, choice, tiles * (every + lag)),
-        (call.queries, call.keys, tiles, *call.addressing, scores_row, call.keys * scores_row, every, lag, ring, *ends),
-        (*(False,) * 6, *call.copies, False, vectors[1]),
+        (call.queries, call.keys, tiles, *then.addressing, scores_row, call.keys * scores_row, every, lag, ring, *ends),
+        (*(False,) * 6, call.copies[0], False, vectors[1]),
         blocks,
         TAIL=tail(call.queries, tile.block_m, call.ragged, tile.resident),
         KEY_TAIL=tail(call.keys, tile.block_n, call.ragged, True),
@@ -256,11 +268,12 @@ def _fused(call: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[
     scores = like((ring, call.keys, scores_row), call.query.dtype, device)
     counters = like((1 + 2 * every,), torch.int32, device)
 
-    def passes(q, kv, cu_seqlens, bias, out, grad, lse, grad_lse, dq, dkv, part) -> None:
+    def passes(q, kv, cu_seqlens, bias, biased, out, grad, lse, grad_lse, dq, dkv, part) -> None:
         delta, count = torch.empty_like(lse), torch.empty_like(counters, memory_format=DENSE)
         ds = torch.empty_like(scores, memory_format=DENSE)
-        before(out, cu_seqlens, bias, grad, grad_lse, delta, count, part)
-        main(q, kv, *_described(blocks, q, grad), cu_seqlens, bias, grad, lse, delta, dq, dkv, ds, count, part)
+        before(out, q, cu_seqlens, bias, grad, grad_lse, delta, count, biased, part)
+        q = q if biased is None else biased
+        main(q, kv, *_described(blocks, q, grad), cu_seqlens, grad, lse, delta, dq, dkv, ds, count, part)
 
     return passes, tiles
 
@@ -291,14 +304,19 @@ def _run(
         *(query, query if packed else key_value, grad, queries, keys, heads * clips, ragged),
         (scattered(cu_seqlens), scattered(bias)),
         (heads, *strides, *grad_strides, lse.shape[-1]),
-        dict(KEY_PART=int(packed), VARLEN=ragged, GRAD_VEC=grad_vector),
+        dict(KEY_PART=int(packed), VARLEN=ragged, GRAD_VEC=grad_vector, VEC=vector, ROW=lse_row(head_dim)),
         vector,
     )
+    shape = (*query.shape[: 1 if ragged else 2], heads, lse_row(head_dim))
+    then, biased = call, None
+    if bias is not None:
+        biased = like(shape, query.dtype, query.device)
+        then = call.with_bias(torch.empty(shape, dtype=query.dtype, device=query.device)[..., :head_dim])
     choice = call.choose("key_value", config_key_value)
     vectors = (scattered(out), scattered(lse), scattered(grad_lse))
     make = _fused if choice.config.fused else _two_kernels
-    passes, tiles = make(call, choice, (0, scale, scale * LOG2_E), vectors)
-    del call
+    passes, tiles = make(call, then, choice, (0, scale, scale * LOG2_E), vectors)
+    del call, then
     part = like((clips * tiles, 3 * heads * head_dim), torch.float32, query.device) if wanted else None
     add_up = sum_parts(query, clips * tiles, 3 * heads * head_dim) if wanted else None
 
@@ -314,7 +332,8 @@ def _run(
         elif copied[1]:
             key_value = key_value.contiguous()
         sums = None if part is None else torch.empty_like(part, memory_format=DENSE)
-        passes(query, key_value, cu_seqlens, bias, out, grad, lse, grad_lse, dquery, dkey_value, sums)
+        with_bias = None if biased is None else torch.empty_like(biased, memory_format=DENSE)
+        passes(query, key_value, cu_seqlens, bias, with_bias, out, grad, lse, grad_lse, dquery, dkey_value, sums)
         if add_up is None:
             return None
         dbias = torch.empty_like(bias, memory_format=DENSE)

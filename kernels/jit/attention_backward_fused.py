@@ -32,11 +32,12 @@ def signal(counter):
 
 @triton.jit
 def attention_backward_delta_kernel(
-    out, cu_seqlens, bias, grad, grad_lse, delta, counters, part,
-    queries, tiles, heads, grad_clip, grad_row, lse_stride, every,
-    BLOCK_N: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr,
+    out, query, cu_seqlens, bias, grad, grad_lse, delta, counters, biased, part,
+    queries, tiles, heads, query_clip, query_row, query_head, grad_clip, grad_row, lse_stride, every,
+    BLOCK_N: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr,
+    VARLEN: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """What comes before the fused kernel: delta of BLOCK_N queries, and all counters 0."""
+    """What comes before the fused kernel: delta of BLOCK_N queries, these with their bias, and all counters 0."""
     program = tl.program_id(0)
     tile, head, clip, first, length = locate(program, cu_seqlens, queries, tiles, heads, VARLEN)
     start = tile * BLOCK_N
@@ -56,6 +57,13 @@ def attention_backward_delta_kernel(
             grad_lse += at_lse
         if bias is not None:
             bias += head * HEAD_DIM
+            o_m = tl.arange(0, BLOCK_N)
+            m_m = start + o_m < length
+            query = head_of(query, clip, first, head, query_clip * VEC, query_row * VEC, query_head * VEC, VARLEN)
+            query += tl.cast(start, tl.int64) * (query_row * VEC)
+            b_q = load_tiles(query, o_m, m_m, query_row * VEC, True, WIDTHS, HEAD_DIM, bias)
+            biased += ((first + start) * heads + head) * ROW
+            store_tiles(biased, b_q, 1.0, o_m, m_m, heads * ROW, WIDTHS, HEAD_DIM)
         store_delta(
             out + ((first + start) * heads + head) * HEAD_DIM, grad + tl.cast(start, tl.int64) * grad_row, grad_lse,
             delta + at_lse, bias, part, start, length, heads, grad_row,
@@ -82,7 +90,7 @@ def add_scores_product(
 
 @triton.jit
 def attention_backward_fused_kernel(
-    query, key_value, q_wide, q_narrow, do_wide, do_narrow, cu_seqlens, bias, grad, lse, delta, dquery, dkey_value,
+    query, key_value, q_wide, q_narrow, do_wide, do_narrow, cu_seqlens, grad, lse, delta, dquery, dkey_value,
     scores,
     counters, part, queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride,
     part_stride, head_stride, grad_clip, grad_row, lse_stride, scores_row, scores_head, every, lag, ring, zero, scale,
@@ -111,11 +119,9 @@ def attention_backward_fused_kernel(
             key += key_first * VEC
             do = head_of(grad, clip, first, head, grad_clip * GRAD_VEC, grad_row, HEAD_DIM, VARLEN)
             at_lse = head_of(0, clip * heads, first, head, lse_stride, 1, lse_stride, VARLEN)
-            if bias is not None:
-                bias += head * HEAD_DIM
             block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
             key_value_tile(
-                q_wide, q_narrow, do_wide, do_narrow, q, key, key + part_stride * VEC, bias, do, lse + at_lse,
+                q_wide, q_narrow, do_wide, do_narrow, q, key, key + part_stride * VEC, do, lse + at_lse,
                 delta + at_lse,
                 dkey_value + ((first * (2 + KEY_PART) + KEY_PART) * heads + head) * HEAD_DIM,
                 scores + (index % ring).to(tl.int64) * scores_head, block_clip, head, block_row, tile * BLOCK_N, count,

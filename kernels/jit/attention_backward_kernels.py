@@ -3,8 +3,8 @@
 ds is the gradient of the scores. No sum needs atomics, so that the result has the same bits every time.
 
 Of the biases of the linear layer that made q, k and v, that of the keys changes no gradient, and that of the values
-only the output, which delta comes from. That of the queries adds key . bias to the scores of a key, and to the gradient
-of the key the bias times the sum of its ds: so tiles of queries go into the products as they are in memory.
+only the output, which delta comes from. Queries with theirs are stored by the kernel that runs first, rounded as in the
+forward pass, so that the loops over queries can take them from memory straight into the products.
 """
 
 import triton
@@ -43,15 +43,6 @@ def load_step(
     else:
         tiles = load_described(wide, narrow, clip, part, head, row, WIDTHS)
     return tiles
-
-
-@triton.jit
-def add_outer(b_sums, b_rows, bias, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """sums + rows bias^T for each column tile."""
-    sums = ()
-    for i in tl.static_range(len(WIDTHS)):
-        sums = sums + (b_sums[i] + b_rows[:, None] * load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM),)
-    return sums
 
 
 @triton.jit
@@ -120,16 +111,17 @@ def add_query_gradient(
 
 @triton.jit
 def attention_backward_query_kernel(
-    query, key_value, wide, narrow, cu_seqlens, bias, out, grad, lse, grad_lse, delta, dquery, part,
+    query, key_value, wide, narrow, cu_seqlens, bias, out, grad, lse, grad_lse, delta, biased, dquery, part,
     queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride, part_stride,
     head_stride, grad_clip, grad_row, lse_stride, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M queries and their delta, from all keys in tiles of BLOCK_N, as parts KEY_PART and on.
 
-    ``part`` (clips * tiles, 3, heads, HEAD_DIM) float32, if there is a bias, is for sums over the queries of a program.
+    With a bias ``biased`` [rows, heads, ROW] is for queries with theirs, and ``part`` (clips * tiles, 3, heads,
+    HEAD_DIM) float32, if it gets a gradient, for sums over the queries of a program.
     """
     program = tl.program_id(0)
     tile, head, clip, first, length = locate(program, cu_seqlens, queries, tiles, heads, VARLEN)
@@ -162,6 +154,9 @@ def attention_backward_query_kernel(
             grad_row, BLOCK_M, WIDTHS, HEAD_DIM,
         )  # fmt: skip
         b_q = load_owned_tiles(query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, bias)
+        if biased is not None:
+            biased += ((first + start) * heads + head) * ROW
+            store_tiles(biased, b_q, 1.0, o_m, m_m, heads * ROW, WIDTHS, HEAD_DIM)
         b_lse = tl.load(lse + at_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
         b_dq = zero_tiles(BLOCK_M, WIDTHS)
         o_n = tl.arange(0, BLOCK_N)
@@ -196,7 +191,7 @@ def attention_backward_query_kernel(
 
 @triton.jit
 def add_key_value_gradient(
-    b_dk, b_dv, b_sum, b_k, b_v, b_bias, q_wide, q_narrow, do_wide, do_narrow, clip, head, row, query, grad, lse,
+    b_dk, b_dv, b_k, b_v, q_wide, q_narrow, do_wide, do_narrow, clip, head, row, query, grad, lse,
     delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_m, m_m, o_n, m_n, zero, scale_log2,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -212,8 +207,6 @@ def add_key_value_gradient(
         b_s = inner(b_k, b_q, PRECISION)
     else:
         b_s = inner_of_loaded(key, o_n, m_n, row_stride, query, o_m, m_m, query_row, WIDTHS, HEAD_DIM, PRECISION)
-    if b_bias is not None:
-        b_s += b_bias[:, None]
     b_p = tl.exp2(b_s * scale_log2 - (b_lse * 1.4426950408889634)[None, :])
     if RESIDENT:
         b_dv = add_product(b_dv, b_p, b_do, PRECISION)
@@ -226,18 +219,16 @@ def add_key_value_gradient(
         mask = m_n[:, None] & m_m[None, :] if MASKED else m_n[:, None]
         p_scores = scores + o_n[:, None] * scores_row + o_m[None, :]
         tl.store(p_scores, b_ds.to(scores.dtype.element_ty), mask=mask)
-    if b_bias is not None:
-        b_sum += tl.sum(b_ds, 1)
     if RESIDENT:
         b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
     else:
         b_dk = add_product_of_loaded(b_dk, b_ds, query + zero, o_m, m_m, query_row, WIDTHS, HEAD_DIM, PRECISION)
-    return b_dk, b_dv, b_sum
+    return b_dk, b_dv
 
 
 @triton.jit
 def key_value_tile(
-    q_wide, q_narrow, do_wide, do_narrow, query, key, value, bias, grad, lse, delta, dkey, scores, clip, head, row,
+    q_wide, q_narrow, do_wide, do_narrow, query, key, value, grad, lse, delta, dkey, scores, clip, head, row,
     start, queries, length, heads, query_row, row_stride, grad_row, scores_row, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
@@ -256,17 +247,11 @@ def key_value_tile(
     b_v = load_tiles(value, o_n, m_n, row_stride, True, WIDTHS, HEAD_DIM)
     b_dk = zero_tiles(BLOCK_N, WIDTHS)
     b_dv = zero_tiles(BLOCK_N, WIDTHS)
-    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    b_bias = None
-    if bias is not None:
-        b_bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for i in tl.static_range(len(WIDTHS)):
-            b_bias += tl.sum(b_k[i].to(tl.float32) * load_bias(bias, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM), 1)
     o_m = tl.arange(0, BLOCK_M)
     whole = queries // BLOCK_M * BLOCK_M if RESIDENT else queries
     for at in range(0, whole, BLOCK_M):
-        b_dk, b_dv, b_sum = add_key_value_gradient(
-            b_dk, b_dv, b_sum, b_k, b_v, b_bias, q_wide, q_narrow, do_wide, do_narrow, clip, head, row + at, query,
+        b_dk, b_dv = add_key_value_gradient(
+            b_dk, b_dv, b_k, b_v, q_wide, q_narrow, do_wide, do_narrow, clip, head, row + at, query,
             grad, lse, delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_m, at + o_m < queries,
             o_n, m_n, zero, scale_log2, not RESIDENT, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
@@ -280,22 +265,20 @@ def key_value_tile(
             scores += BLOCK_M
     if TAIL > 0:
         o_tail = tl.arange(0, TAIL)
-        b_dk, b_dv, b_sum = add_key_value_gradient(
-            b_dk, b_dv, b_sum, b_k, b_v, b_bias, q_wide, q_narrow, do_wide, do_narrow, clip, head, row, query, grad,
+        b_dk, b_dv = add_key_value_gradient(
+            b_dk, b_dv, b_k, b_v, q_wide, q_narrow, do_wide, do_narrow, clip, head, row, query, grad,
             lse, delta, key, value, scores, query_row, row_stride, grad_row, scores_row, o_tail,
             whole + o_tail < queries, o_n, m_n, zero, scale_log2, True, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,
         )  # fmt: skip
     out_row = (2 + KEY_PART) * heads * HEAD_DIM
     dkey += tl.cast(start, tl.int64) * out_row
-    if bias is not None:
-        b_dk = add_outer(b_dk, b_sum, bias, WIDTHS, HEAD_DIM)
     store_tiles(dkey, b_dk, scale, o_n, m_n, out_row, WIDTHS, HEAD_DIM)
     store_tiles(dkey + heads * HEAD_DIM, b_dv, 1.0, o_n, m_n, out_row, WIDTHS, HEAD_DIM)
 
 
 @triton.jit
 def attention_backward_key_value_kernel(
-    query, key_value, q_wide, q_narrow, do_wide, do_narrow, cu_seqlens, bias, grad, lse, delta, dkey_value,
+    query, key_value, q_wide, q_narrow, do_wide, do_narrow, cu_seqlens, grad, lse, delta, dkey_value,
     queries, keys, tiles, heads, query_clip, query_row, query_head, key_first, clip_stride, row_stride, part_stride,
     head_stride, grad_clip, grad_row, lse_stride, zero, scale, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, KEY_PART: tl.constexpr, WIDTHS: tl.constexpr,
@@ -317,11 +300,9 @@ def attention_backward_key_value_kernel(
         grad = head_of(grad, clip, first, head, grad_clip * GRAD_VEC, grad_row, HEAD_DIM, VARLEN)
         at_lse = head_of(0, clip * heads, first, head, lse_stride, 1, lse_stride, VARLEN)
         dkey = dkey_value + ((first * (2 + KEY_PART) + KEY_PART) * heads + head) * HEAD_DIM
-        if bias is not None:
-            bias += head * HEAD_DIM
         block_clip, block_row = (clip * 0, first) if VARLEN else (clip, first * 0)
         key_value_tile(
-            q_wide, q_narrow, do_wide, do_narrow, query, key, key + part_stride * VEC, bias, grad, lse + at_lse,
+            q_wide, q_narrow, do_wide, do_narrow, query, key, key + part_stride * VEC, grad, lse + at_lse,
             delta + at_lse, dkey, None, block_clip, head, block_row, tile * BLOCK_N, queries, length, heads, query_row,
             row_stride, grad_row, 0, zero, scale, scale_log2,
             BLOCK_M, BLOCK_N, TAIL, KEY_PART, WIDTHS, HEAD_DIM, RESIDENT, PRECISION,

@@ -37,6 +37,9 @@ def test_kernels_compile_without_faults():
     others = [target for target in TARGETS if target != "sm_90"]
     wanted = {(call, "sm_90") for call in first.values()} | {*zip(half, others, strict=False)}
     chosen = [told for told, made_by in every.items() if any((call, told.target) in wanted for call in made_by)]
+    with forced({"attention_backward_key_value": LaunchConfig(32, 64, 64, 4, 3, fused=True)}):  # no default takes it
+        made = [code(*one, "sm_90") for one in launches(first[False, "attention"], "sm_90")]
+        chosen += [one for one in made if one.function.endswith("fused_kernel")]
     reports = [*check_all(chosen, jobs=0)]
     assert not [report for report in reports if report.failed]
     assert {report.code.target for report in reports} == set(TARGETS)
