@@ -20,9 +20,12 @@ else:
     from .device import use_backend
     from .gather_patch_embed import gather_patch_embed
     from .masked_patch_loss import masked_patch_loss
+    from .quantize_rows import QuantizedRows, quantize_rows
+    from .scaled_linear import scaled_linear
     from .scatter_tokens import scatter_tokens
 
     __all__ = [
+        "QuantizedRows",
         "add_layer_norm",
         "attention",
         "attention_varlen",
@@ -31,6 +34,8 @@ else:
         "gather_patch_embed",
         "linear_gelu",
         "masked_patch_loss",
+        "quantize_rows",
+        "scaled_linear",
         "scatter_tokens",
         "use_backend",
     ]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import add_layer_norm, attention, attention_varlen, linear_gelu
+from .kernels import add_layer_norm, attention, attention_varlen, bias_gelu, linear_gelu
 from .kernels.derived import Derived
+from .scaled_linear import ScaledLinear
 from .token_mask import Segments
 
 # Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
@@ -247,9 +248,14 @@ class Attention(Fused):
         With ``rows`` (B, M) keys and values come from all tokens, and queries only from these: (B, N, D) -> (B, M, D).
         """
         qkv, heads = self.qkv, self.num_heads
-        if not self.fallbacks.fuses(qkv, nn.Linear, False) or (self.q_bias is not None and qkv.bias is not None):
-            joined = qkv(x)
-            if self.q_bias is not None:
+        scaled = untouched(qkv, ScaledLinear)
+        if (
+            scaled
+            or not self.fallbacks.fuses(qkv, nn.Linear, False)
+            or (self.q_bias is not None and qkv.bias is not None)
+        ):
+            joined = qkv.product(x, self.qkv_bias()) if scaled else qkv(x)
+            if not scaled and self.q_bias is not None:
                 joined = joined + self.qkv_bias().to(joined.dtype)
             y = attend_packed(joined, heads, segments=segments)
             return self.proj(y if rows is None else take(y, rows))
@@ -269,7 +275,9 @@ class Mlp(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if self.fallbacks.fuses(self.fc1, nn.Linear):
+        if untouched(self.fc1, ScaledLinear, True):
+            x = bias_gelu(self.fc1.product(x), self.fc1.bias)
+        elif self.fallbacks.fuses(self.fc1, nn.Linear):
             x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
         else:
             x = F.gelu(self.fc1(x))
