@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from .kernels import QuantizedRows, quantize_rows, scaled_linear

@@ -49,7 +49,7 @@ def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_e4m3(values: Tensor, launch: Callable[[Tensor], None]) -> None:
-    """Have ``launch`` write ``values``. The interpreter rounds to e4m3 wrongly: there it writes float32, rounded here."""
+    """Have ``launch`` write ``values``; interpreted in float32, rounded here, as the interpreter's cast is wrong."""
     if not INTERPRETING or values.is_meta:
         return launch(values)
     wide = torch.empty_like(values, dtype=torch.float32)

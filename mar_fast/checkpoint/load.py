@@ -136,7 +136,7 @@ def from_pretrained(
 
 
 def _put_scaled(model: MAR, checkpoint: Checkpoint) -> list[str]:
-    """Make layers of a model on the meta device fp8 where the checkpoint has them so; the names of tensors that this took.
+    """Put the checkpoint's layers in fp8 into a model on the meta device; the names of the tensors that they took.
 
     Raises:
         ValueError: one of these tensors has another shape or dtype, or is not finite.

@@ -43,10 +43,10 @@ def save_checkpoint(
         path: A file that ends with .safetensors; for "hf" and "videomae2" a folder, which gets config.json,
             model.safetensors and preprocessor_config.json, and which ``from_pretrained`` of transformers reads. Query
             and value biases are called q_bias and v_bias there, as in the files of the hub.
-        layout: "mar_fast" (our own names, for every model, quantised ones too), "mar" (a bridging classifier; without the constants mean,
-            std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear classifier, else
-            pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have it) or "hf" (the
-            transformers class that computes the same).
+        layout: "mar_fast" (our own names, for every model, quantised ones too), "mar" (a bridging classifier; without
+            the constants mean, std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear
+            classifier, else pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have
+            it) or "hf" (the transformers class that computes the same).
         force: Replace what is there; a folder only if it holds nothing else.
         labels: For a folder with a classifier: the names of its classes, for config.json. A model that was read from
             such a folder has them in ``load_report.labels``.
