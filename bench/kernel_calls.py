@@ -26,7 +26,7 @@ Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 @cache
 def calls(device: str) -> dict[str, OpCase]:
     """All of them by what they are in words, the most usual of each op first."""
-    every = (_elementwise, _masked_patch_loss, _gather_patch_embed, _attention)
+    every = (_elementwise, _rows, _masked_patch_loss, _gather_patch_embed, _attention)
     found = [call for op in every for call in op(torch.device(device))]
     return {f"{call.op}, {call.label}, {str(call.dtype).removeprefix('torch.')}": call for call in found}
 
@@ -105,6 +105,21 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
                 yield from (_changed(case, "", single, autocast=True), with_scales(single, scaled, autocast=True))
     case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
     yield _changed(case, ", no residual", lambda o: dict(residual=None))
+
+
+def _rows(device: torch.device) -> Iterator[OpCase]:
+    """Activations in fp8, for which sm_80 and AMD have no kernels: before qkv or fc1, and before fc2."""
+    for dtype in FLOATS:
+        for width in (384, 768, 3072):
+            case = op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, width)
+            yield replace(_of_x(case), op="quantize_rows")
+
+
+def _of_x(case: OpCase) -> OpCase:
+    def operands() -> Operands:
+        return dict(x=case.operands()["x"])
+
+    return replace(case, operands=operands, ours=lambda x: kernels.quantize_rows(x)[:2], differentiated=())
 
 
 def _other_layout(o: Operands) -> Operands:

@@ -71,9 +71,8 @@ def evaluate(
         "stride": stride if sampling == "stride" else None,
         "short": short,
         "dtype": dtype,
+        "quantize": quantize,
     }
-    if quantize is not None:
-        settings["quantize"] = quantize
     journal = accuracy.Journal(out, settings, force=force)
     if journal.rows:
         common.tell(f"{out}: {journal.done} videos were finished before; continuing")

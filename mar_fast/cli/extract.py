@@ -89,9 +89,8 @@ def extract(
         "complementary": complementary,
         "pooled": not tokens,
         "dtype": dtype,
+        "quantize": quantize,
     }
-    if quantize is not None:
-        settings["quantize"] = quantize
     left = feature_files.unfinished(films, settings, force=force)
     if len(left) < len(films):
         common.tell(f"{out}: {len(films) - len(left)} of {len(films)} videos were finished before; continuing")
