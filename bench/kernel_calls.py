@@ -85,6 +85,9 @@ def _autocast() -> Iterator[None]:
 def _elementwise(device: torch.device) -> Iterator[OpCase]:
     """bias_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
 
+    def biased(o: Operands) -> Operands:
+        return dict(x_bias=torch.ones_like(o["weight"]))
+
     def scaled(o: Operands) -> Operands:
         return dict(layer_scale=torch.ones_like(o["weight"]), row_scale=torch.ones(CLIPS, device=device))
 
@@ -99,10 +102,15 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
         yield _changed(case, ", ragged", _ragged)
         for width in (*(width for width, _ in SIZES.values()), *([4096] if dtype == BF16 else ())):
             case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
-            with_scales = partial(_changed, case, ", layer scale and drop path", also=("layer_scale",))
-            yield from (case, with_scales(scaled))
+            with_bias = partial(_changed, case, ", bias of x", also=("x_bias",))
+            factors = ", bias of x, layer scale and drop path"
+            with_factors = partial(_changed, case, factors, also=("x_bias", "layer_scale"))
+            yield from (case, with_bias(biased), with_factors(biased, scaled))
             if dtype == BF16:
-                yield from (_changed(case, "", single, autocast=True), with_scales(single, scaled, autocast=True))
+                yield from (
+                    with_bias(single, biased, autocast=True),
+                    with_factors(single, biased, scaled, autocast=True),
+                )
     case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
     yield _changed(case, ", no residual", lambda o: dict(residual=None))
 
@@ -111,15 +119,20 @@ def _rows(device: torch.device) -> Iterator[OpCase]:
     """Activations in fp8, for which sm_80 and AMD have no kernels: before qkv or fc1, and before fc2."""
     for dtype in FLOATS:
         for width in (384, 768, 3072):
-            case = op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, width)
-            yield replace(_of_x(case), op="quantize_rows")
+            sizes = (device, dtype, CLIPS, VISIBLE, width)
+            norm, gelu = op_cases.add_layer_norm(*sizes), op_cases.bias_gelu(*sizes)
+            for op, case in (("quantize_rows", gelu), ("bias_gelu_rows", gelu), ("add_layer_norm_rows", norm)):
+                yield _in_fp8(op, case)
 
 
-def _of_x(case: OpCase) -> OpCase:
-    def operands() -> Operands:
-        return dict(x=case.operands()["x"])
+def _in_fp8(op: str, case: OpCase) -> OpCase:
+    def ours(**operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if op == "quantize_rows":
+            return kernels.quantize_rows(operands["x"])[:2]
+        result = getattr(kernels, op)(**operands)
+        return result[:2] if op == "bias_gelu_rows" else (*result[0][:2], result[1])
 
-    return replace(case, operands=operands, ours=lambda x: kernels.quantize_rows(x)[:2], differentiated=())
+    return replace(case, op=op, ours=ours, differentiated=())
 
 
 def _other_layout(o: Operands) -> Operands:

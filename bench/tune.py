@@ -76,6 +76,7 @@ def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
     if config.num_stages > 1 or config.block_k:
         changes += [{"num_stages": stages} for stages in range(1, 6)]
     changes += [{"resident": not config.resident}, {"tma": not config.tma}]
+    changes.append({"fused": not config.fused, "tma": True})
     found = dict.fromkeys(replace(config, **change) for change in changes)
     # Neither threads without work nor more values than a thread has registers for; whole rows are of any length.
     return [

@@ -13,9 +13,9 @@ if __name__ == "kernels":
     # With `def __getattr__` type checkers would accept any name in mar_fast.kernels.
     globals().update(__getattr__=_nothing, __path__=[])
 else:
-    from .add_layer_norm import add_layer_norm
+    from .add_layer_norm import add_layer_norm, add_layer_norm_rows
     from .attention import attention, attention_varlen
-    from .bias_gelu import bias_gelu, linear_gelu
+    from .bias_gelu import bias_gelu, bias_gelu_rows, linear_gelu
     from .checks import debug_checks
     from .device import use_backend
     from .gather_patch_embed import gather_patch_embed
@@ -27,9 +27,11 @@ else:
     __all__ = [
         "QuantizedRows",
         "add_layer_norm",
+        "add_layer_norm_rows",
         "attention",
         "attention_varlen",
         "bias_gelu",
+        "bias_gelu_rows",
         "debug_checks",
         "gather_patch_embed",
         "linear_gelu",

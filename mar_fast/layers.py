@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import add_layer_norm, attention, attention_varlen, bias_gelu, linear_gelu
+from .kernels import (
+    add_layer_norm,
+    add_layer_norm_rows,
+    attention,
+    attention_varlen,
+    bias_gelu,
+    bias_gelu_rows,
+    linear_gelu,
+)
 from .kernels.derived import Derived
+from .kernels.device import takes_triton
 from .scaled_linear import ScaledLinear
 from .token_mask import Segments
 
@@ -242,8 +251,10 @@ class Attention(Fused):
             (self.q_bias, self.v_bias), None, lambda q_bias, v_bias: torch.cat((q_bias, zeros, v_bias))
         )
 
-    def forward(self, x: Tensor, segments: Segments | None = None, rows: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), or packed (total, D) -> (total, D).
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, rows: Tensor | None = None, add_bias: bool = True
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D), or packed (total, D) -> (total, D); ``add_bias`` False leaves out proj's bias.
 
         With ``rows`` (B, M) keys and values come from all tokens, and queries only from these: (B, N, D) -> (B, M, D).
         """
@@ -258,10 +269,11 @@ class Attention(Fused):
             if not scaled and self.q_bias is not None:
                 joined = joined + self.qkv_bias().to(joined.dtype)
             y = attend_packed(joined, heads, segments=segments)
-            return self.proj(y if rows is None else take(y, rows))
+            return product(self.proj, y if rows is None else take(y, rows), add_bias)
         if rows is None:
-            return self.proj(attend(x, qkv.weight, self.qkv_bias(), heads, segments=segments))
-        return self.proj(attend_rows(x, take(x, rows), qkv.weight, self.qkv_bias(), heads))
+            y = attend(x, qkv.weight, self.qkv_bias(), heads, segments=segments)
+            return product(self.proj, y, add_bias)
+        return product(self.proj, attend_rows(x, take(x, rows), qkv.weight, self.qkv_bias(), heads), add_bias)
 
 
 class Mlp(Fused):
@@ -273,22 +285,59 @@ class Mlp(Fused):
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """(..., D) -> (..., D); ``add_bias`` False leaves out fc2's bias."""
+        dropout = self.training and self.dropout
         if untouched(self.fc1, ScaledLinear, True):
-            x = bias_gelu(self.fc1.product(x), self.fc1.bias)
+            in_rows = untouched(self.fc2, ScaledLinear) and not dropout
+            x = (bias_gelu_rows if in_rows else bias_gelu)(self.fc1.product(x), self.fc1.bias)
         elif self.fallbacks.fuses(self.fc1, nn.Linear):
             x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
         else:
             x = F.gelu(self.fc1(x))
-        if not (self.training and self.dropout):
-            return self.fc2(x)
+        if not dropout:
+            return product(self.fc2, x, add_bias)
         return F.dropout(self.fc2(F.dropout(x, self.dropout)), self.dropout)
 
 
-# What goes from block to block: x, the output of the last sub-layer; the residual that it is still to be added to, None
-# before the first block; and drop path's scale of x, (B,) or (total,). The next norm adds and normalises in one pass.
-Stream = tuple[Tensor, Tensor | None, Tensor | None]
+class Stream(NamedTuple):
+    """What goes from block to block. The next norm adds x to the residual and normalises, in one pass.
+
+    Attributes:
+        x: (B, N, D) or packed (total, D), the output of the last sub-layer.
+        residual: Of x's shape; None before the first block.
+        row_scale: Drop path's scale of x, (B,) or (total,).
+        x_bias: (D,), the bias that is still to be added to x: see `deferred_bias`.
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
+    row_scale: Tensor | None = None
+    x_bias: Tensor | None = None
+
+
+def deferred_bias(layer: nn.Linear, x: Tensor) -> Tensor | None:
+    """The bias of ``layer`` if the norm that follows is to add it, None if ``layer`` adds it to its product with x.
+
+    In training with kernels that norm's backward gives the gradient of the bias besides; the layer's own would read all
+    of its output's gradient for it.
+    """
+    if not (torch.is_grad_enabled() and untouched(layer, nn.Linear, True) and layer.bias.requires_grad):
+        return None
+    return layer.bias if isinstance(x, Tensor) and takes_triton("add_layer_norm", x) else None
+
+
+def product(layer: nn.Linear, x: Tensor, add_bias: bool) -> Tensor:
+    """layer(x), or the same without its bias."""
+    return layer(x) if add_bias else F.linear(x, layer.weight)
+
+
+def sub_layer(
+    part: nn.Module, kind: type[nn.Module], last: str, x: Tensor, defer: bool, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """part(x, **options), an Attention or an Mlp, and the `deferred_bias` of its last layer."""
+    bias = deferred_bias(getattr(part, last), x) if defer and untouched(part, kind) else None
+    return part(x, **options) if bias is None else part(x, **options, add_bias=False), bias
 
 
 class Block(Fused):
@@ -321,39 +370,51 @@ class Block(Fused):
         scale = torch.empty(batch, dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
         return scale if segments is None else scale.index_select(0, segments.clip_idx)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        row_scale: Tensor | None,
-        rows: Tensor | None = None,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One block on the `Stream`; with ``rows`` (B, M) only these tokens come out of it."""
-        y, residual = norm(self.fallbacks, self.norm1, x, residual, row_scale)
-        x = self.attn(y, segments) if rows is None else self.attn(y, rows=rows)
+    def forward(self, stream: Stream, rows: Tensor | None = None, segments: Segments | None = None) -> Stream:
+        """One block; with ``rows`` (B, M) only these tokens come out of it."""
+        dropout = self.dropout if self.training else 0.0
+        y, residual = norm_for(self.attn, self.attn.qkv, self.fallbacks, self.norm1, stream)
+        of_rows = dict(segments=segments) if rows is None else dict(rows=rows)
+        x, bias = sub_layer(self.attn, Attention, "proj", y, not dropout, **of_rows)
         if rows is not None:
             residual = take(residual, rows)
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
-        y, residual = norm(self.fallbacks, self.norm2, x, residual, self.row_scale(x, segments))
-        return self.mlp(y), residual, self.row_scale(x, segments)
+        if dropout:
+            x = F.dropout(x, dropout)
+        stream = Stream(x, residual, self.row_scale(x, segments), bias)
+        y, residual = norm_for(self.mlp, self.mlp.fc1, self.fallbacks, self.norm2, stream)
+        # FSDP2's hooks free the weights of a block, and this bias would leave it.
+        x, bias = sub_layer(self.mlp, Mlp, "fc2", y, not dropout and unhooked(self))
+        return Stream(x, residual, self.row_scale(x, segments), bias)
 
 
-def norm(
-    fallbacks: Fallbacks, layer: nn.LayerNorm, x: Tensor, residual: Tensor | None, row_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def norm(fallbacks: Fallbacks, layer: nn.LayerNorm, stream: Stream) -> tuple[Tensor, Tensor]:
     """Add x to the residual and normalise by ``layer``: (the norm, the new residual)."""
     if fallbacks.fuses(layer, nn.LayerNorm):
-        return add_layer_norm(x, residual, layer.weight, layer.bias, eps=layer.eps, row_scale=row_scale)
-    stream = total(x, residual, row_scale)
-    return layer(stream), stream
+        x, residual, row_scale, x_bias = stream
+        options: dict[str, Any] = dict(eps=layer.eps, row_scale=row_scale, x_bias=x_bias)
+        return add_layer_norm(x, residual, layer.weight, layer.bias, **options)
+    whole = total(stream)
+    return layer(whole), whole
 
 
-def total(x: Tensor, residual: Tensor | None, row_scale: Tensor | None = None) -> Tensor:
-    """The residual stream after x is added, in the residual's dtype."""
+def norm_for(
+    part: nn.Module, first: nn.Module, fallbacks: Fallbacks, layer: nn.LayerNorm, stream: Stream
+) -> tuple[Any, Tensor]:
+    """`norm` before ``part``; its norm is QuantizedRows if ``first``, the first layer of the part, is in fp8."""
+    x, residual, row_scale, x_bias = stream
+    plain = untouched(first, ScaledLinear) and untouched(part, type(part)) and untouched(layer, nn.LayerNorm, True)
+    if plain and row_scale is None and x_bias is None:
+        return add_layer_norm_rows(x, residual, layer.weight, layer.bias, eps=layer.eps)
+    return norm(fallbacks, layer, stream)
+
+
+def total(stream: Stream) -> Tensor:
+    """The residual after x is added, in the residual's dtype."""
+    x, residual, row_scale, x_bias = stream
     if residual is None:
         return x
+    if x_bias is not None:
+        x = x + x_bias
     if row_scale is not None:
         x = row_scale.view(-1, *[1] * (x.ndim - 1)) * x
     return (residual + x).to(residual.dtype)
@@ -367,13 +428,13 @@ def run_blocks(
     segments: Segments | None = None,
 ) -> Stream:
     """x (B, N, D), or packed (total, D), through all blocks; the last one gives only ``last_rows`` (B, M) if given."""
-    stream: Stream = (x, None, None)
+    stream = Stream(x)
     for number, block in enumerate(blocks, 1):
         rows = last_rows if number == len(blocks) else None
         if checkpointing and torch.is_grad_enabled():
-            stream = checkpoint(block, *stream, rows, segments, use_reentrant=False)
+            stream = checkpoint(block, stream, rows, segments, use_reentrant=False)
         else:
-            stream = block(*stream, rows, segments)
+            stream = block(stream, rows, segments)
     return stream
 
 

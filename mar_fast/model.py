@@ -142,10 +142,8 @@ class Encoder(Fused):
         """(B, C, T, H, W), (B, N) -> (B, N, D), or packed (total,) -> (total, D)."""
         clip_idx = None if segments is None else segments.clip_idx
         x = self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx)  # (B, N, D)
-        x, residual, row_scale = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
-        if self.norm is not None:
-            return norm(self.fallbacks, self.norm, x, residual, row_scale)[0]
-        return total(x, residual, row_scale)
+        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
+        return total(stream) if self.norm is None else norm(self.fallbacks, self.norm, stream)[0]
 
     def layers(
         self, video: Tensor, keep_idx: Tensor, numbers: Collection[int], segments: Segments | None = None
@@ -156,14 +154,14 @@ class Encoder(Fused):
         not run.
         """
         clip_idx = None if segments is None else segments.clip_idx
-        stream: Stream = (self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx), None, None)
+        stream = Stream(self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx))
         found = {}
         for number, block in enumerate(self.blocks[: max(numbers)], 1):
-            stream = block(*stream, None, segments)
+            stream = block(stream, None, segments)
             if number == len(self.blocks) and self.norm is not None:
-                found[number] = norm(self.fallbacks, self.norm, *stream)[0]
+                found[number] = norm(self.fallbacks, self.norm, stream)[0]
             elif number in numbers:
-                found[number] = total(*stream)
+                found[number] = total(stream)
         return found
 
 
@@ -193,20 +191,21 @@ class PixelDecoder(Fused):
         x = scatter_tokens(visible, mask.keep_idx, mask_token, self.pos_embed.value, mask.cu_seqlens)  # (B, L, D)
         # Of the last block only dropped tokens are needed. Where clips drop different numbers it runs on all of them.
         last_rows = mask.drop_idx if drop_clip_idx is None else None
-        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows)  # (B, M, D)
+        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows)  # (B, M, D)
         if drop_clip_idx is not None:
-            assert residual is not None
+            assert stream.residual is not None
             rows = drop_clip_idx * mask.num_tokens + mask.drop_idx
-            x, residual = (value.flatten(0, 1).index_select(0, rows) for value in (x, residual))  # (B * L - total, D)
-        return self.head(norm(self.fallbacks, self.norm, x, residual)[0])
+            x, residual = (value.flatten(0, 1).index_select(0, rows) for value in stream[:2])  # (B * L - total, D)
+            stream = stream._replace(x=x, residual=residual)
+        return self.head(norm(self.fallbacks, self.norm, stream)[0])
 
     def _chosen(self, visible: Tensor, mask_token: Tensor, mask: TokenMask, decoder_mask: TokenMask) -> Tensor:
         table, index = self.pos_embed.value, decoder_mask.keep_idx.long()
         tokens = torch.cat((visible + table[mask.keep_idx.long()], mask_token + table[index]), 1)  # (B, N + K, D)
         rows = torch.arange(visible.shape[1], tokens.shape[1], device=tokens.device).expand_as(index)
         x = tokens.to(visible.dtype)
-        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, rows)  # (B, K, D)
-        return self.head(norm(self.fallbacks, self.norm, x, residual)[0])
+        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, rows)  # (B, K, D)
+        return self.head(norm(self.fallbacks, self.norm, stream)[0])
 
 
 class BridgingClassifier(nn.Module):
@@ -227,9 +226,8 @@ class BridgingClassifier(nn.Module):
         """(B, N, D), or packed (total, D) -> (B, classes)."""
         # Back to the weights' dtype: under autocast the residual stream stays in float32.
         x = like_weight(self.proj(features), self.proj)  # (B, N, bridge_embed_dim)
-        x, residual, _ = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
-        assert residual is not None
-        return classify(self, mean_of_tokens(residual + x, segments), self.config.head_dropout)
+        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
+        return classify(self, mean_of_tokens(total(stream), segments), self.config.head_dropout)
 
 
 class LinearClassifier(nn.Module):

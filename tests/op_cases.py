@@ -137,6 +137,7 @@ def norm_operands(dtype, batch=3, count=17, width=33, without=()):
         bias=torch.randn(width).to(dtype),
         layer_scale=torch.randn(width).to(dtype) + 0.5,  # with x's mean: row_scale's gradient does not cancel out
         row_scale=torch.tensor([1.25, 0.0, 2.5][:batch]).to(dtype),
+        x_bias=torch.randn(width).to(dtype),
     )
     return operands | dict.fromkeys(without)
 
@@ -191,8 +192,9 @@ def plain_gather(video, keep_idx, weight, bias, pos_embed, clip_idx=None, *, mea
     return tokens[clips_of(keep_idx, clip_idx), keep_idx].to(weight.dtype)
 
 
-def plain_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
+def plain_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None, x_bias=None):
     if residual is not None:
+        x = x if x_bias is None else x + x_bias
         x = x if layer_scale is None else x * layer_scale
         x = residual + (x if row_scale is None else x * row_scale.view(-1, *[1] * (x.ndim - 1)))
     return F.layer_norm(x, weight.shape, weight, bias, eps), x

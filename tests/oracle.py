@@ -76,14 +76,14 @@ def attention_varlen(qkv, cu_seqlens, max_seqlen, *, scale=None):
     return torch.cat([qkv.new_zeros(0, qkv.shape[2] * qkv.shape[3]), *out])
 
 
-def add_layer_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None):
+def add_layer_norm(x, residual, weight, bias, *, eps=1e-6, layer_scale=None, row_scale=None, x_bias=None):
     """(sum - mean) / sqrt(biased variance + eps) * weight + bias, and the sum: of x alone without a residual."""
     total = x
     if residual is not None:
         scale = 1 if layer_scale is None else layer_scale
         if row_scale is not None:
             scale = row_scale.view(-1, *[1] * (x.ndim - 1)) * scale
-        total = residual + scale * x
+        total = residual + scale * (x if x_bias is None else x + x_bias)
     centred = total - total.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weight + bias, total

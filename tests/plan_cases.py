@@ -65,7 +65,7 @@ TILES = {
     **dict.fromkeys(("add_layer_norm_forward", "add_layer_norm_backward"), (64, 0, 0)),
     **dict.fromkeys(("scatter_tokens_forward", "scatter_tokens_backward"), (16, 16, 0)),
     "gather_patch_embed_forward": (32, 16, 128),
-    "gather_patch_embed_backward_weight": (16, 128, 32),
+    "gather_tubelets": (16, 128, 0),
     "gather_patch_embed_backward_video": (32, 128, 16),
     "gather_patch_embed_backward_position": (16, 16, 16),
 }

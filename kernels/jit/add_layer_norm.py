@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
+from .quantize_rows import E4M3, in_e4m3, quantized
 from .sum_parts import sum_parts
 
 
 @triton.jit
 def add_layer_norm_forward_kernel(
-    x, residual, weight, bias, layer_scale, row_scale, normed, new_residual, statistics,
+    x, residual, weight, bias, layer_scale, row_scale, x_bias, normed, new_residual, statistics, scale,
     rows, columns, count, x_stride, residual_stride, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -28,6 +29,8 @@ def add_layer_norm_forward_kernel(
     # [BLOCK_M, BLOCK_N]
     b_x = tl.load(x + o_row[:, None] * x_stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
     if residual is not None:
+        if x_bias is not None:
+            b_x += tl.load(x_bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
         if layer_scale is not None:
             b_x *= tl.load(layer_scale + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
         if row_scale is not None:
@@ -48,30 +51,37 @@ def add_layer_norm_forward_kernel(
     b_weight = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_bias = tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_normed = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+    if scale is not None:
+        b_normed, b_scale = quantized(b_normed)
+        tl.store(scale + o_row, b_scale, mask=m_row)
     tl.store(normed + o_out, b_normed.to(normed.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
 def add_layer_norm_backward_kernel(
-    residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+    residual, statistics, weight, x, layer_scale, row_scale, x_bias, grad_normed, grad_residual,
     grad_x, grad_old_residual, part, row_part,
     rows, columns, count, residual_stride, x_stride, grad_normed_stride, grad_residual_stride, tiles,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAYER_SCALE: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAYER_SCALE: tl.constexpr, X_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``residual`` is what was normalised. A program loops over ``tiles`` row tiles and stores its sums over them in
-    its own row of ``part``, one part for each of WEIGHT, BIAS and LAYER_SCALE that is wanted; another kernel adds these
-    up in a fixed order. A result that is not wanted is None, and so is the gradient of an output that was not used."""
+    its own row of ``part``, one part for each of WEIGHT, BIAS, LAYER_SCALE and X_BIAS that is wanted; another kernel
+    adds these up in a fixed order. A result that is not wanted is None, and so is the gradient of an output that was
+    not used."""
     program = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BLOCK_N)
     m_column = o_column < columns
     b_weight_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     b_bias_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     b_layer_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    b_x_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if grad_normed is not None:
         b_weight = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     if layer_scale is not None:
         b_layer = tl.load(layer_scale + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    if x is not None and x_bias is not None:
+        b_x_bias = tl.load(x_bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     for tile in range(tiles):
         o_row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_row = o_row < rows
@@ -103,7 +113,8 @@ def add_layer_norm_backward_kernel(
             tl.store(grad_old_residual + o_out, b_grad.to(grad_old_residual.dtype.element_ty), mask=m_tile)
         if x is not None:
             p_x = x + o_row[:, None] * x_stride + o_column[None, :]
-            b_product = b_grad * tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
+            b_scaled = tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
+            b_product = b_grad * (b_scaled + b_x_bias if x_bias is not None else b_scaled)
         if row_scale is not None:
             b_row = tl.load(row_scale + o_row // count, mask=m_row, other=0.0).to(tl.float32)[:, None]
             b_grad *= b_row
@@ -112,9 +123,12 @@ def add_layer_norm_backward_kernel(
         if row_part is not None:
             b_row_sum = tl.sum(b_product * b_layer if layer_scale is not None else b_product, axis=1)
             tl.store(row_part + o_row, b_row_sum, mask=m_row)
+        if layer_scale is not None:
+            b_grad *= b_layer
+        if X_BIAS:
+            b_x_sum += tl.sum(b_grad, axis=0)
         if grad_x is not None:
-            b_x = b_grad * b_layer if layer_scale is not None else b_grad
-            tl.store(grad_x + o_out, b_x.to(grad_x.dtype.element_ty), mask=m_tile)
+            tl.store(grad_x + o_out, b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
     if part is not None:
         p_part = part + program * columns + o_column
         between = tl.num_programs(0).to(tl.int64) * columns
@@ -126,6 +140,9 @@ def add_layer_norm_backward_kernel(
             p_part += between
         if LAYER_SCALE:
             tl.store(p_part, b_layer_sum, mask=m_column)
+            p_part += between
+        if X_BIAS:
+            tl.store(p_part, b_x_sum, mask=m_column)
 
 
 # Enough programs to fill a large GPU; each stores one row of partial sums.
@@ -159,6 +176,7 @@ def outputs(
     bias: Tensor,
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
+    x_bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     x_dtype: torch.dtype,
@@ -175,38 +193,66 @@ def outputs(
 
 def forward(*inputs: Any) -> Run:
     """Sum and norm in one pass; the inputs are those of `outputs`."""
-    (x, residual, weight, bias, layer_scale, row_scale), options = inputs[:6], inputs[6:]
-    (*leading, columns), eps = x.shape, options[0]
-    if x.numel() == 0:
+    tensors, options = inputs[:7], inputs[7:]
+    if tensors[0].numel() == 0:
         return lambda *tensors: outputs(*tensors, *options)
+    launch = _forward_launch("add_layer_norm_forward", *tensors, eps=options[0])
+
+    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results = outputs(*tensors, *options)
+        launch(*tensors, *results, None)
+        return results
+
+    return run
+
+
+def _forward_launch(name: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None, eps: float) -> Launch:
+    *leading, columns = x.shape
     x_stride, x_copied = rows(x)
     residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
-    choice = choose("add_layer_norm_forward", config_forward, x if residual is None else residual, width=columns)
-    launch = Launch(
+    choice = choose(name, config_forward, x if residual is None else residual, width=columns)
+    return Launch(
         add_layer_norm_forward_kernel,
         (triton.cdiv(math.prod(leading), choice.config.block_m),),
         (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps),
         choice,
-        (x_copied, residual_copied, *map(scattered, (weight, bias, layer_scale, row_scale))),
+        (x_copied, residual_copied, *map(scattered, vectors)),
         BLOCK_M=choice.config.block_m,
         BLOCK_N=block(columns),
     )
 
+
+def outputs_of_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm in e4m3, a scale for each row, and the new residual (None if it is x)."""
+    values = torch.empty_like(x, dtype=E4M3, memory_format=DENSE)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
+    return values, scale, new_residual  # type: ignore[return-value]
+
+
+def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Run:
+    """Sum, norm and scales in one pass."""
+    if x.numel() == 0:
+        return lambda *tensors: outputs_of_rows(*tensors, eps)
+    launch = _forward_launch("add_layer_norm_rows", x, residual, weight, bias, None, None, None, eps=eps)
+
     def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        results = outputs(*tensors, *options)
-        launch(*tensors, *results)
-        return results
+        values, scale, new_residual = outputs_of_rows(*tensors, eps)
+        in_e4m3(values, lambda values: launch(*tensors, None, None, None, values, new_residual, None, scale))
+        return values, scale, new_residual
 
     return run
 
 
 def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
     """x is only needed for the gradients of its factors."""
-    x, residual, weight, bias, layer_scale, row_scale = tensors[:6]
+    x, residual, weight, bias, layer_scale, row_scale, x_bias = tensors[:7]
     saves_x = layer_scale is not None and layer_scale.requires_grad
     saves_x = saves_x or (row_scale is not None and row_scale.requires_grad)
     normalised = x if residual is None else results[1]
-    return normalised, results[2], weight, bias, x if saves_x else None, layer_scale, row_scale
+    return normalised, results[2], weight, bias, x if saves_x else None, layer_scale, row_scale, x_bias
 
 
 def _written(grad_normed, residual, layer_scale, row_scale, x_dtype: torch.dtype, needs: Sequence[bool]) -> list[bool]:
@@ -224,12 +270,12 @@ def _written(grad_normed, residual, layer_scale, row_scale, x_dtype: torch.dtype
 
 
 def gradients(
-    grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale, *options: Any
+    grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale, x_bias, *options: Any
 ) -> list[Tensor | None]:
-    """Of x, residual, weight, bias, layer_scale and row_scale. ``residual`` is what was normalised."""
+    """Of x, residual, weight, bias, layer_scale, row_scale and x_bias. ``residual`` is what was normalised."""
     *_, x_dtype, _, needs = options
     written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
-    return _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale)
+    return _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale, x_bias)
 
 
 def _allocate(written: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, *vectors: Any) -> list[Tensor | None]:
@@ -240,12 +286,13 @@ def _allocate(written: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, *
         torch.empty_like(vectors[1]) if written[3] else None,
         torch.empty_like(vectors[2]) if written[4] else None,
         torch.empty_like(vectors[3]) if written[5] else None,
+        torch.empty_like(vectors[4]) if written[6] else None,
     ]
 
 
 def backward(*inputs: Any) -> Run:
     """All gradients in one pass; the inputs are those of `gradients`."""
-    grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale, *options = inputs
+    grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale, x_bias, *options = inputs
     *_, x_dtype, _, needs = options
     *leading, columns = residual.shape
     total_rows, count = math.prod(leading), math.prod(leading[1:])  # of one row_scale: 1 for packed tokens
@@ -258,7 +305,7 @@ def backward(*inputs: Any) -> Run:
     row_tiles = triton.cdiv(total_rows, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
-    copies = list(map(scattered, (statistics, weight, layer_scale, row_scale)))
+    copies = list(map(scattered, (statistics, weight, layer_scale, row_scale, x_bias)))
     launch = Launch(
         add_layer_norm_backward_kernel,
         (programs,),
@@ -268,27 +315,25 @@ def backward(*inputs: Any) -> Run:
         WEIGHT=written[2],
         BIAS=written[3],
         LAYER_SCALE=written[4],
+        X_BIAS=written[6],
         BLOCK_M=choice.config.block_m,
         BLOCK_N=block(columns),
     )
-    summed = [position for position in (2, 3, 4) if written[position]]
+    summed = [position for position in (2, 3, 4, 6) if written[position]]
     add_parts = sum_parts(residual, programs, columns, len(summed)) if summed else None
     parts = like((len(summed), programs, columns), torch.float32, residual.device)
-    only_weight_and_bias = summed == [2, 3]
 
     def run(*operands: Any) -> list[Tensor | None]:
-        grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale = operands
-        results = _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale)
+        grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale, x_bias = operands
+        results = _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale, x_bias)
         part = None if add_parts is None else torch.empty_like(parts, memory_format=DENSE)
         row_part = torch.empty((leading[0], count), dtype=torch.float32, device=residual.device) if written[5] else None
         launch(
-            residual, statistics, weight, x, layer_scale, row_scale, grad_normed, grad_residual,
+            residual, statistics, weight, x, layer_scale, row_scale, x_bias, grad_normed, grad_residual,
             results[0], results[1], part, row_part,
         )  # fmt: skip
-        if add_parts is not None and only_weight_and_bias:  # the usual case, without a list
-            add_parts(part, results[2], results[3])
-        elif add_parts is not None:
-            add_parts(part, *[results[position] for position in summed])
+        if add_parts is not None:
+            add_parts(part, *map(results.__getitem__, summed))
         if row_part is not None:
             results[5] = row_part.sum(1).to(row_scale.dtype)
         return results
@@ -309,7 +354,8 @@ add_layer_norm = Op(
     gradients=gradients,
     backward=backward,
     saves=_saves,
-    differentiable=("x", "residual", "weight", "bias", "layer_scale", "row_scale"),
+    differentiable=("x", "residual", "weight", "bias", "layer_scale", "row_scale", "x_bias"),
     public=2,
     finish=_finish,
 )
+add_layer_norm_rows = Op("add_layer_norm_rows", outputs=outputs_of_rows, forward=forward_of_rows)

@@ -1,6 +1,7 @@
-"""gather_patch_embed in Triton, forward: a matrix product whose left operand is gathered from the clip as it is needed.
+"""gather_patch_embed in Triton, forward: M visible tubelets of all clips, K = C * t * h * w values in each, D columns.
 
-M visible tubelets of all clips, K = C * t * h * w values in each (see tubelets.py), D columns.
+Either one matrix product whose left operand is gathered from the clip as it is needed, or, where a launch choice is not
+``fused``, one launch that gathers (gather_tubelets.py) and a product of what it wrote.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from torch import Tensor
 from .. import flops
 from ..derived import Derived, Slot
 from .gather_patch_embed_backward import backward, gradients
-from .launch import DENSE, TUNED, Launch, LaunchConfig, choose, like, precision, rows, scattered
+from .gather_tubelets import gather_tubelets
+from .launch import DENSE, TUNED, Block, Launch, LaunchConfig, choose, like, precision, rows, scattered, takes_tma
 from .op import Op, Run
 from .tubelets import UINT8_SCALE, centred, fold_weight, layout_of, offset_in_tubelet, tubelet_start
 
@@ -47,21 +49,38 @@ def finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, colum
 
 
 @triton.jit
+def finish_tile(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE: tl.constexpr):
+    """A whole tile of positions beside the product does not fit into the registers; 64 columns at a time do."""
+    if b_out.shape[1] <= 64:
+        finish(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+    elif b_out.shape[1] == 128:
+        finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+    else:
+        b_left, b_right = halves(b_out)
+        right = first + b_out.shape[1] // 2
+        finish_halves(b_left, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+        finish_halves(b_right, right, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+
+
+@triton.jit
 def gather_patch_embed_forward_kernel(
     video, index, clip_idx, weight, bias, position, out, rows, columns, values, per_clip, grid_rows, grid_columns,
     s_clip, s_channel, s_frame, s_line, s_position,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """``weight`` (D, K) is a TMA descriptor if ``TMA``."""
     # Column tiles of the same rows run next to each other: the clip's pixels come from memory once, then from L2.
     column_tiles = tl.cdiv(columns, BLOCK_N)
     o_row = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) % column_tiles * BLOCK_N
     b_index, start = tubelet_start(
         index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
-    # Columns beyond the last repeat that one: a mask would be held in registers all along.
-    p_weight = weight + tl.minimum(o_column, columns - 1)[None, :] * K
+    if not TMA:
+        # Columns beyond the last repeat that one: a mask would be held in registers all along.
+        p_weight = weight + tl.minimum(first + tl.arange(0, BLOCK_N), columns - 1)[None, :] * K
     # [BLOCK_M, BLOCK_N]
     b_out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # A run-time bound, K again: a constant one is unrolled, at the cost of registers.
@@ -70,44 +89,70 @@ def gather_patch_embed_forward_kernel(
         p_video = (
             video + start[:, None] + offset_in_tubelet(o_k, s_channel, s_frame, s_line, T, H, RUN, VECTOR)[None, :]
         )
+        m_k = o_k < K
         # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
-        if K % BLOCK_K == 0:
-            b_video = tl.load(p_video)
+        b_video = tl.load(p_video) if K % BLOCK_K == 0 else tl.load(p_video, mask=m_k[None, :], other=0)
+        if TMA:
+            b_weight = weight.load([first, k]).T
+        elif K % BLOCK_K == 0:
             b_weight = tl.load(p_weight + o_k[:, None])
         else:
-            m_k = o_k < K
-            b_video = tl.load(p_video, mask=m_k[None, :], other=0)
             b_weight = tl.load(p_weight + o_k[:, None], mask=m_k[:, None], other=0.0)
         b_out = tl.dot(centred(b_video, b_weight.dtype), b_weight, b_out, input_precision=PRECISION)
-    # A whole tile of positions beside the product does not fit into the registers; 64 columns at a time do.
-    first = tl.program_id(0) % column_tiles * BLOCK_N
-    if BLOCK_N <= 64:
-        finish(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
-    elif BLOCK_N == 128:
-        finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
-    else:
-        b_left, b_right = halves(b_out)
-        right = first + BLOCK_N // 2
-        finish_halves(b_left, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
-        finish_halves(b_right, right, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
+    finish_tile(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
 
 
-def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int) -> LaunchConfig:
-    """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's.
+@triton.jit
+def gather_patch_embed_product_kernel(
+    patches, index, weight, bias, position, out, rows, columns, values, s_position,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gathered tubelets, patches (M, K), by weight (D, K), both TMA descriptors. Each program takes several tiles: the
+    first loads of the next one run beside the end of this one."""
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * column_tiles, tl.num_programs(0), flatten=True):
+        first_row, first = tile // column_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
+        # [BLOCK_M, BLOCK_N]
+        b_out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, values, BLOCK_K):
+            b_patches, b_weight = patches.load([first_row, k]), weight.load([first, k]).T
+            b_out = tl.dot(b_patches, b_weight, b_out, input_precision=PRECISION)
+        o_row = first_row + tl.arange(0, BLOCK_M)
+        b_index = tl.load(index + o_row, mask=o_row < rows, other=0).to(tl.int32)
+        finish_tile(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, 1)
 
-    Compiled clean, not measured, where nothing else is said.
+
+def config(
+    arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int, tma: bool
+) -> LaunchConfig:
+    """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's; ``tma``
+    says whether TMA is possible.
+
+    Compiled clean, not measured, where nothing else is said. With ``tma`` the weight of a fused kernel comes by it: on
+    sm_90 186 registers instead of 206 for 128 x 256 x 64, and a third of the load instructions.
     """
     if arch not in TUNED:
         return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
     if dtype == torch.float32:  # at most 218 registers
         return LaunchConfig(128, 64 if arch == "sm_80" else 128, 32, num_warps=8, num_stages=3)
     if arch == "sm_90" and pixel_bytes == 1 and rows >= 4096:
-        # H200, Triton 3.6, bc236cf: 228 us for 25088 rows and 768 columns, 128 x 256 x 64 took 265; compared at 663e046
+        # H200, Triton 3.6, 25088 and 12544 rows of 768 columns. Fused: 170 and 98 us (663e046). Prototypes (bc236cf):
+        # gathering 53 and 31, then cuBLAS with bias 101 and 50; a product like ours was as fast as cuBLAS at twice its
+        # columns and half its values. Positions come from L2, 77 MB in all.
+        if tma:  # 12544 rows: 5 rounds of 132 programs, not 3 that take twice as long
+            return LaunchConfig(
+                128, 256 if rows >= 16384 else 128, 64, num_warps=8, num_stages=4, tma=True, fused=False
+            )
         return LaunchConfig(64, 256, 64, num_stages=3)
     if rows <= 2048:
         return LaunchConfig(64, 64, 64, num_stages=4)  # at most 128 registers
     wide = rows > 4096 and columns > 512  # at most 255 registers, else 187
     return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=3)
+
+
+def multiprocessors(operand: Tensor) -> int:
+    """How many programs run at once, of such as fill one each."""
+    return torch.cuda.get_device_properties(operand.device).multi_processor_count if operand.is_cuda else 132
 
 
 def outputs(
@@ -138,12 +183,8 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     if count * columns == 0:
         return lambda *tensors: outputs(*tensors, *options)
     layout, copied = layout_of(video, (t, h, w))
-    uint8 = video.dtype == torch.uint8
-    fold: Any = fold_weight(weight, bias if uint8 else None, layout, work, mean, std)
-    if fold is not None and kept is not None:
-        fold = Slot(kept, (uint8, layout.channels_last, *options), fold, *((weight, bias) if uint8 else (weight,)))
-    pos_stride, pos_copied = rows(pos_embed)
-    template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
+    uint8, values = video.dtype == torch.uint8, channels * t * h * w
+    can_tma = takes_tma(weight, values) and takes_tma(like((count, values), work, weight.device), values)
     choice = choose(
         "gather_patch_embed_forward",
         config,
@@ -152,27 +193,52 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
         pixel_bytes=video.element_size(),
         rows=count,
         columns=columns,
+        tma=can_tma,
     )
     tile = choice.config
-    launch = Launch(
-        gather_patch_embed_forward_kernel, (triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n),),
-        (count, columns, channels * t * h * w, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w,
-         *layout.strides, pos_stride), choice,
-        (False, scattered(keep_idx), scattered(clip_idx), False, not uint8 and scattered(bias), pos_copied),
-        T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=channels * t * h * w, SCALE=UINT8_SCALE if uint8 else 1,
-        PRECISION=precision(video), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-    )  # fmt: skip
+    tma, fused = can_tma and tile.tma, tile.fused or not (can_tma and tile.tma)
+    centred = uint8 and fused  # pixels meet the weight as they are
+    fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
+    if fold is not None and kept is not None:
+        fold = Slot(kept, (centred, layout.channels_last, *options), fold, *((weight, bias) if centred else (weight,)))
+    pos_stride, pos_copied = rows(pos_embed)
+    template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
+    tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    sizes = dict(PRECISION=precision(video), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+    of_weight = Block((columns, values), (values, 1), (tile.block_n, tile.block_k))
+    if fused:
+        gather = None
+        launch = Launch(
+            gather_patch_embed_forward_kernel, (tiles,),
+            (count, columns, values, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w,
+             *layout.strides, pos_stride), choice,
+            (False, scattered(keep_idx), scattered(clip_idx), False, not uint8 and scattered(bias), pos_copied),
+            {3: of_weight} if tma else {},
+            T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values, SCALE=UINT8_SCALE if uint8 else 1, TMA=tma,
+            **sizes,
+        )  # fmt: skip
+    else:
+        gather = gather_tubelets(video, keep_idx, clip_idx, weight, work, mean, std)
+        launch = Launch(
+            gather_patch_embed_product_kernel, (min(tiles, multiprocessors(video)),),
+            (count, columns, values, pos_stride), choice,
+            (False, scattered(keep_idx), False, scattered(bias), pos_copied),
+            {0: Block((count, values), (values, 1), (tile.block_m, tile.block_k)), 2: of_weight}, **sizes,
+        )  # fmt: skip
 
     def run(
         video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
     ) -> Tensor:
         out = torch.empty_like(template, memory_format=DENSE)
-        if copied:
-            video = video.clone(memory_format=torch.contiguous_format)
-        if uint8:
+        if centred:
             weight, bias = fold(weight, bias)
         elif fold is not None:
             weight, _ = fold(weight)
+        if gather is not None:
+            launch(gather(video, keep_idx, clip_idx), keep_idx, weight, bias, pos_embed, out)
+            return out
+        if copied:
+            video = video.clone(memory_format=torch.contiguous_format)
         launch(video, keep_idx, clip_idx, weight, bias, pos_embed, out)
         return out
 

@@ -8,51 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, precision, rows, scattered
+from .gather_tubelets import gather_tubelets
+from .launch import DENSE, TUNED, Launch, LaunchConfig, choose, like, precision, rows, scattered
 from .op import Run
-from .tubelets import (
-    Channels,
-    centred,
-    fold_weight,
-    gradient_memory,
-    layout_of,
-    normalisation,
-    of_channel,
-    offset_in_tubelet,
-    tubelet_start,
-)
-
-
-@triton.jit
-def gather_patch_embed_backward_weight_kernel(
-    grad, video, index, clip_idx, part, rows, columns, per_clip, grid_rows, grid_columns, tiles,
-    s_grad, s_clip, s_channel, s_frame, s_line,
-    T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program sums ``tiles`` tiles of rows into its slot of ``part``: the parts are added in a fixed order
-    afterwards, so the result is the same every time. Programs of the same rows run next to each other."""
-    tiles_m, tiles_n = tl.cdiv(columns, BLOCK_M), tl.cdiv(K, BLOCK_N)
-    split = tl.program_id(0) // (tiles_m * tiles_n)
-    o_column = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_k = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_column, m_k = o_column < columns, o_k < K
-    in_tubelet = offset_in_tubelet(o_k, s_channel, s_frame, s_line, T, H, RUN, VECTOR)
-    # [BLOCK_M, BLOCK_N]
-    b_part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for tile in range(tiles):
-        o_row = (split * tiles + tile) * BLOCK_K + tl.arange(0, BLOCK_K)
-        _, start = tubelet_start(
-            index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
-        )
-        p_video = video + start[:, None] + in_tubelet[None, :]
-        p_grad = grad + o_row.to(tl.int64)[:, None] * s_grad + o_column[None, :]
-        # [BLOCK_K, BLOCK_N], [BLOCK_K, BLOCK_M]
-        b_video = tl.load(p_video) if K % BLOCK_N == 0 else tl.load(p_video, mask=m_k[None, :], other=0)
-        b_grad = tl.load(p_grad, mask=(o_row < rows)[:, None] & m_column[None, :], other=0.0)
-        b_part = tl.dot(tl.trans(b_grad), centred(b_video, b_grad.dtype), b_part, input_precision=PRECISION)
-    p_part = part + (split.to(tl.int64) * columns + o_column)[:, None] * K + o_k[None, :]
-    tl.store(p_part, b_part, mask=m_column[:, None] & m_k[None, :])
+from .tubelets import Channels, fold_weight, gradient_memory, layout_of, offset_in_tubelet, tubelet_start
 
 
 @triton.jit
@@ -87,34 +46,6 @@ def gather_patch_embed_backward_video_kernel(
 
 
 @triton.jit
-def gather_patch_embed_backward_weight_sum_kernel(
-    part, grad_sum, out, splits, values, SLOPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    C: tl.constexpr, AREA: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add up ``part`` (splits, D, K) in a fixed order and put its values in the order of ``out`` (D, C, t, h, w).
-
-    With ``grad_sum`` (D,) of centred uint8 pixels: the weight met slope * pixel - offset.
-    """
-    o_value = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_value = o_value < values
-    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    p_part = part + o_value
-    for _ in range(splits):
-        b_sum += tl.load(p_part, mask=m_value, other=0.0)
-        p_part += values
-    o_row, o_k = o_value // (C * AREA), (o_value % (C * AREA)).to(tl.int32)
-    if CHANNELS_LAST:
-        o_channel, o_pixel = o_k % C, o_k // C
-    else:
-        o_channel, o_pixel = o_k // AREA, o_k % AREA
-    if grad_sum is not None:
-        b_grad = tl.load(grad_sum + o_row, mask=m_value, other=0.0)
-        b_sum = b_sum * of_channel(SLOPE, o_channel, C) - b_grad * of_channel(OFFSET, o_channel, C)
-    o_out = o_row * (C * AREA) + o_channel * AREA + o_pixel
-    tl.store(out + o_out, b_sum.to(out.dtype.element_ty), mask=m_value)
-
-
-@triton.jit
 def gather_patch_embed_backward_position_kernel(
     grad, index, out, rows, length, columns, s_grad,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -142,25 +73,9 @@ def gather_patch_embed_backward_position_kernel(
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=(o_position < length)[:, None] & m_column[None, :])
 
 
-# Two for each multiprocessor of a large GPU. A number of our own, not the device's: so many parts are summed, and the
-# result shall be the same everywhere.
-WEIGHT_PROGRAMS = 264
-
-
-def config_weight(arch: str, dtype: torch.dtype, *, pixel_bytes: int, columns: int) -> LaunchConfig:
-    """``block_m`` columns of the gradient by ``block_n`` values, ``block_k`` tubelets at a time. No choice of this file
-    is measured, all compiled clean."""
-    if arch not in TUNED:  # fits 64 KB of shared memory
-        return LaunchConfig(64, 64, 32) if dtype == torch.float32 else LaunchConfig(64, 128, 32, num_stages=2)
-    if dtype == torch.float32:
-        return LaunchConfig(64 if arch == "sm_80" else 128, 128, 32, num_warps=8)  # at most 210 registers
-    # At most 244 registers; sm_80 has them for wide tiles beside pixels of 16 bits alone.
-    wide = columns > 512 and (arch != "sm_80" or pixel_bytes == 2)
-    return LaunchConfig(128, 256 if wide else 128, 64, num_warps=8, num_stages=4)
-
-
 def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
-    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time."""
+    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. No choice of this file is
+    measured, all compiled clean."""
     if arch not in TUNED:
         return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
     if dtype == torch.float32:
@@ -172,11 +87,6 @@ def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) 
 def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
     """``block_m`` positions by ``block_n`` columns, ``block_k`` indices at a time: at most 63 registers."""
     return LaunchConfig(8, 256, 256, num_warps=8)
-
-
-def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_n`` values: 4 for each thread."""
-    return LaunchConfig(1, 512)
 
 
 def gradients(
@@ -213,10 +123,8 @@ def backward(*inputs: Any) -> Run:
     work_stride = grad.shape[-1] if cast else stride
     every_row = tuple(range(grad.ndim - 1))
     of_video = _video_gradient(work_stride, grad, video, keep_idx, weight, work) if needs[0] else None
-    of_weight = _weight_gradient(work_stride, grad, video, keep_idx, weight, *options) if needs[1] else None
+    of_weight = _weight_gradient(work_stride, video, keep_idx, weight, clip_idx, *options) if needs[1] else None
     of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
-    # The offset of uint8 pixels belongs to the rounded values that the product reads.
-    sums = needs[1] and video.dtype == torch.uint8
     written = (needs[0], needs[1], False, needs[3])  # the bias's is a sum of PyTorch's
 
     def run(
@@ -236,11 +144,7 @@ def backward(*inputs: Any) -> Run:
         if needs[2]:
             grad_bias = grad.sum(every_row)
         if of_weight is not None:
-            grad_sum = None
-            if sums:
-                same = grad_bias is not None and rounded is grad and grad.dtype == torch.float32
-                grad_sum = grad_bias if same else rounded.sum(every_row, dtype=torch.float32)
-            of_weight(rounded, video, keep_idx, clip_idx, grad_sum, grad_weight)
+            of_weight(rounded, video, keep_idx, clip_idx, grad_weight)
         if of_positions is not None:
             of_positions(grad, keep_idx, grad_pos)
         return grad_video, grad_weight, grad_bias, grad_pos
@@ -250,55 +154,37 @@ def backward(*inputs: Any) -> Run:
 
 def _weight_gradient(
     stride: int,
-    grad: Tensor,
     video: Tensor,
     keep_idx: Tensor,
     weight: Tensor,
+    clip_idx: Tensor | None,
     mean: Channels,
     std: Channels,
     work: torch.dtype,
 ) -> Run:
-    """``run(grad, video, keep_idx, clip_idx, grad_sum, out)``: (M, D) -> (D, C, t, h, w)."""
-    columns, channels, t, h, w = weight.shape
-    count, values = keep_idx.numel(), channels * t * h * w
-    layout, copied = layout_of(video, (t, h, w))
-    choice = choose(
-        "gather_patch_embed_backward_weight",
-        config_weight,
-        grad,
-        work,
-        pixel_bytes=video.element_size(),
-        columns=columns,
-    )
-    tile = choice.config
-    programs = triton.cdiv(columns, tile.block_m) * triton.cdiv(values, tile.block_n)
-    row_tiles = triton.cdiv(count, tile.block_k)
-    tiles = triton.cdiv(row_tiles, max(1, WEIGHT_PROGRAMS // programs))
-    splits = triton.cdiv(row_tiles, tiles)
-    launch = Launch(
-        gather_patch_embed_backward_weight_kernel, (programs * splits,),
-        (count, columns, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w, tiles, stride, *layout.strides),
-        choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
-        PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-    )  # fmt: skip
-    parts = like((splits, columns, values), torch.float32, grad.device)
-    sum_choice = choose("gather_patch_embed_backward_weight_sum", config_sum, grad)
-    block_n = min(sum_choice.config.block_n, block(columns * values))
-    slope, offset = normalisation(mean, std, channels)
-    add = Launch(
-        gather_patch_embed_backward_weight_sum_kernel, (triton.cdiv(columns * values, block_n),),
-        (splits, columns * values), sum_choice, SLOPE=slope, OFFSET=offset, CHANNELS_LAST=layout.channels_last,
-        C=channels, AREA=t * h * w, BLOCK_N=block_n,
-    )  # fmt: skip
+    """``run(grad, video, keep_idx, clip_idx, out)``: (M, D) -> (D, C, t, h, w), a product of PyTorch's.
 
-    def run(
-        grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, grad_sum: Tensor | None, out: Tensor
-    ) -> None:
-        part = torch.empty_like(parts, memory_format=DENSE)
-        if copied:
-            video = video.clone(memory_format=torch.contiguous_format)
-        launch(grad, video, keep_idx, clip_idx, part)
-        add(part, grad_sum, out)
+    The tubelets are gathered again: kept from the forward pass they would be held through the whole step, 77 MB for
+    25088 of them in 16 bits, to save one launch.
+    """
+    columns, channels, t, h, w = weight.shape
+    values, count = channels * t * h * w, keep_idx.numel()
+    gather = gather_tubelets(video, keep_idx, clip_idx, weight, work, mean, std)
+    channels_last = layout_of(video, (t, h, w))[0].channels_last
+    template = None
+    if channels_last or weight.dtype != work:
+        template = like((columns, values), work, weight.device)
+    inner = (1, h * w * channels, w * channels, channels) if channels_last else (t * h * w, h * w, w, 1)
+
+    def run(grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, out: Tensor) -> None:
+        patches, grad = gather(video, keep_idx, clip_idx), grad.as_strided((columns, count), (1, stride))
+        # Autocast leaves a product with ``out`` alone.
+        if template is None:
+            torch.mm(grad, patches, out=out.view(columns, values))
+        else:
+            product = torch.empty_like(template, memory_format=DENSE)
+            torch.mm(grad, patches, out=product)
+            out.copy_(product.as_strided(out.shape, (values, *inner)))
 
     return run
 

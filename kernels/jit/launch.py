@@ -55,7 +55,8 @@ class LaunchConfig:
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
     dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
-    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it.
+    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it. An op
+    that may run as one kernel or as several runs as one if it is ``fused``.
     """
 
     block_m: int
@@ -65,10 +66,11 @@ class LaunchConfig:
     num_stages: int = 1
     resident: bool = True
     tma: bool = False
+    fused: bool = True
 
     def __str__(self) -> str:
         tile = " x ".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
-        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma
+        rest = ", not resident" * (not self.resident) + ", TMA" * self.tma + ", not fused" * (not self.fused)
         return f"{tile}, {self.num_warps} warps, {self.num_stages} stages{rest}"
 
 

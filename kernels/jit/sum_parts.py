@@ -1,6 +1,6 @@
 """The last step of several backward passes: each of their programs stores a row of float32 partial sums.
 
-One launch adds these up, in a fixed order, for up to three results with the same number of columns.
+One launch adds these up, in a fixed order, for up to four results with the same number of columns.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def store_sum(out, b_sum, o_column, m_column):
 
 
 @triton.jit
-def sum_parts_kernel(part, first, second, third, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def sum_parts_kernel(part, first, second, third, fourth, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """part (results, rows, columns); axis 1 of the grid is the result."""
     which = tl.program_id(1)
     o_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -36,8 +36,10 @@ def sum_parts_kernel(part, first, second, third, rows, columns, BLOCK_M: tl.cons
         store_sum(first, b_total, o_column, m_column)
     elif which == 1:
         store_sum(second, b_total, o_column, m_column)
-    else:
+    elif which == 2:
         store_sum(third, b_total, o_column, m_column)
+    else:
+        store_sum(fourth, b_total, o_column, m_column)
 
 
 def config(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
@@ -55,13 +57,13 @@ def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Cal
         operand: A tensor on the device.
         rows: How many rows are added up.
         columns: Values of a result.
-        results: At most 3.
+        results: At most 4.
     """
     choice = choose("sum_parts", config, operand, torch.float32, rows=rows)
     tile = choice.config
     grid = (triton.cdiv(columns, tile.block_n), results)
     launch = Launch(sum_parts_kernel, grid, (rows, columns), choice, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
-    missing = (None,) * (3 - results)
+    missing = (None,) * (4 - results)
 
     def run(part: Tensor, *out: Tensor | None) -> None:
         launch(part, *out, *missing)

@@ -169,11 +169,13 @@ def _layout(
     return ClipLayout(channels_last, run, vector, tuple(step // vector for step in strides))
 
 
-def normalisation(mean: Channels, std: Channels, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """slope and offset of each channel: a normalised uint8 pixel is slope * (pixel - 128) - offset."""
+def normalisation(
+    mean: Channels, std: Channels, channels: int, zero: int = UINT8_CENTRE
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """slope and offset of each channel: a normalised uint8 pixel is slope * (pixel - zero) - offset."""
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     slope = tuple(1 / (255 * spread) for spread in std)
-    return slope, tuple((centre - UINT8_CENTRE / 255) / spread for centre, spread in zip(mean, std, strict=True))
+    return slope, tuple((centre - zero / 255) / spread for centre, spread in zip(mean, std, strict=True))
 
 
 def config(arch: str, dtype: torch.dtype) -> LaunchConfig:

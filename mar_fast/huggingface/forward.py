@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD
 from ..kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from ..layers import norm, own_forward, plain_projection, put_back, total, unhooked, untouched
+from ..layers import Stream, norm, own_forward, plain_projection, put_back, total, unhooked, untouched
 from ..masking import cell_running
 from ..token_mask import TokenMask, check_may_count
 from .layers import MODELING, State, own_code, run_layers
@@ -126,8 +126,8 @@ class _ForPreTraining(_Accelerated):
         features = model.encoder_to_decoder(features).to(model.mask_token.dtype)
         pos_embed = state.table("decoder", model.position_embeddings, pixel_values.device)
         x = scatter_tokens(features, mask.keep_idx, model.mask_token.flatten(), pos_embed)
-        x, residual = run_layers(decoder.decoder_layers, state, x, mask.drop_idx)
-        logits = decoder.head(norm(state, decoder.norm, x, residual)[0])
+        stream = run_layers(decoder.decoder_layers, state, x, mask.drop_idx)
+        logits = decoder.head(norm(state, decoder.norm, stream)[0])
         colours = config.num_channels == 3
         loss = masked_patch_loss(
             logits,
@@ -266,15 +266,13 @@ def _mask_of_call(
 def _encode(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:
     """(B, T, C, H, W) -> (B, N, D), through VideoMAEModel ``model``."""
     state = model._mar_fast
-    x, residual = _embed(model, pixel_values, mask), None
+    x = _embed(model, pixel_values, mask)
     if own_code(model.encoder):
-        x, residual = run_layers(model.encoder.layer, state, x)
+        stream = run_layers(model.encoder.layer, state, x)
     else:
         state.warn_once("a changed or hooked encoder")
-        x = model.encoder(x).last_hidden_state
-    if model.layernorm is None:
-        return total(x, residual)
-    return norm(state, model.layernorm, x, residual)[0]
+        stream = Stream(model.encoder(x).last_hidden_state)
+    return total(stream) if model.layernorm is None else norm(state, model.layernorm, stream)[0]
 
 
 def _embed(model: Any, pixel_values: Tensor, mask: TokenMask | None) -> Tensor:

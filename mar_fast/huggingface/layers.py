@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels import linear_gelu
 from ..kernels.derived import Derived
-from ..layers import CHANGED, Fallbacks, attend, attend_rows, norm, take, total, untouched
+from ..layers import CHANGED, Fallbacks, Stream, attend, attend_rows, deferred_bias, norm, take, total, untouched
 
 # The module of transformers with its VideoMAE classes, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
@@ -106,14 +106,12 @@ def fallback(layer: Any) -> str | None:
     return None
 
 
-def run_layer(
-    layer: Any, state: State, x: Tensor, residual: Tensor | None, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One VideoMAELayer on the output x (B, N, D) of the last sub-layer and its residual; the next such pair.
+def run_layer(layer: Any, state: State, rows: Tensor | None, defer: bool, *stream: Tensor | None) -> Stream:
+    """One VideoMAELayer on the parts of a `Stream`; with ``rows`` (B, M) it returns only these tokens.
 
-    With ``rows`` (B, M) it returns only these tokens.
+    ``defer``: whether the next norm may add the bias of its last linear layer.
     """
-    y, residual = norm(state, layer.layernorm_before, x, residual)
+    y, residual = norm(state, layer.layernorm_before, Stream(*stream))
     attention = layer.attention.attention
     weight, bias = state.packed(attention)
     heads, scale = attention.num_attention_heads, attention.scaling
@@ -121,13 +119,18 @@ def run_layer(
         y = attend(y, weight, bias, heads, scale)
     else:
         y, residual = attend_rows(y, take(y, rows), weight, bias, heads, scale), take(residual, rows)
-    y, residual = norm(state, layer.layernorm_after, _project(layer.attention.output, y), residual)
-    return _project(layer.output, _activated(layer.intermediate, y)), residual
+    x, bias = _project(layer.attention.output, y)
+    y, residual = norm(state, layer.layernorm_after, Stream(x, residual, x_bias=bias))
+    x, bias = _project(layer.output, _activated(layer.intermediate, y), defer)
+    return Stream(x, residual, x_bias=bias)
 
 
-def _project(part: Any, y: Tensor) -> Tensor:
-    y = F.linear(y, part.dense.weight, part.dense.bias)
-    return F.dropout(y, part.dropout.p, True) if part.dropout.training and part.dropout.p else y
+def _project(part: Any, y: Tensor, defer: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The output, and its `deferred_bias`."""
+    dropout = part.dropout.p if part.dropout.training else 0.0
+    bias = deferred_bias(part.dense, y) if defer and not dropout else None
+    y = F.linear(y, part.dense.weight, part.dense.bias if bias is None else None)
+    return F.dropout(y, dropout) if dropout else y, bias
 
 
 def _activated(part: Any, y: Tensor) -> Tensor:
@@ -138,22 +141,19 @@ def _activated(part: Any, y: Tensor) -> Tensor:
     return act(F.linear(y, part.dense.weight, part.dense.bias))
 
 
-def run_layers(layers: Any, state: State, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x (B, N, D) through all layers: the last sub-layer's output, and the residual that is yet to be added.
-
-    With ``rows`` (B, M) the last layer returns only these tokens.
-    """
-    residual: Tensor | None = None
+def run_layers(layers: Any, state: State, x: Tensor, rows: Tensor | None = None) -> Stream:
+    """x (B, N, D) through all layers; with ``rows`` (B, M) the last one returns only these tokens."""
+    stream = Stream(x)
     for number, layer in enumerate(layers, 1):
         last_rows = rows if number == len(layers) else None
         if what := fallback(layer):
             state.warn_once(what)
-            x, residual = layer(total(x, residual)), None
-            x = x if last_rows is None else take(x, last_rows)
-            continue
-        run = partial(run_layer, layer, state)
-        if layer.gradient_checkpointing and layer.training:
-            x, residual = layer._gradient_checkpointing_func(run, x, residual, last_rows)
+            x = layer(total(stream))
+            stream = Stream(x if last_rows is None else take(x, last_rows))
+        elif layer.gradient_checkpointing and layer.training:
+            # torch's reentrant form knows tensors only, and loses the gradient of a parameter that is returned.
+            run = partial(run_layer, layer, state, last_rows, False)
+            stream = Stream(*layer._gradient_checkpointing_func(run, *stream))
         else:
-            x, residual = run(x, residual, last_rows)
-    return (take(x, rows) if rows is not None and not len(layers) else x), residual
+            stream = run_layer(layer, state, last_rows, True, *stream)
+    return Stream(take(x, rows)) if rows is not None and not len(layers) else stream

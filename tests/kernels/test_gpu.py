@@ -64,11 +64,12 @@ def varlen_operands(dtype, lengths=(784, 1, 0, 392, 1568, 130), heads=12, size=6
 
 def norm_operands(dtype, visible, width=768, batch=4):
     x, residual = (random(batch, visible, width, dtype=dtype) + 1 for _ in range(2))
-    weight, bias, layer_scale = (random(width, dtype=dtype) + 1 for _ in range(3))
+    weight, bias, layer_scale, x_bias = (random(width, dtype=dtype) + 1 for _ in range(4))
     # The gradient of row_scale, a sum over a clip, is beyond float16's range.
     scale_dtype = torch.float32 if dtype == torch.float16 else dtype
     row_scale = torch.tensor([1.25, 0.0, 2.5, 1.0], device="cuda")[:batch].to(scale_dtype)
-    return dict(x=x, residual=residual, weight=weight, bias=bias, layer_scale=layer_scale, row_scale=row_scale)
+    factors = dict(layer_scale=layer_scale, row_scale=row_scale, x_bias=x_bias)
+    return dict(x=x, residual=residual, weight=weight, bias=bias, **factors)
 
 
 def scatter_operands(dtype, visible, width=384, batch=4):

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-PLAIN = ("layer_scale", "row_scale")
+SCALES = ("layer_scale", "row_scale")
+PLAIN = (*SCALES, "x_bias")
 NAMES = ("x", "residual", "weight", "bias", *PLAIN)
 
 
@@ -54,7 +55,7 @@ def test_widths(width, dtype):
     check(operands)
 
 
-@pytest.mark.parametrize("without", [(), PLAIN, ("residual", *PLAIN)], ids=str)
+@pytest.mark.parametrize("without", [(), SCALES, ("residual", *PLAIN)], ids=str)
 @pytest.mark.parametrize(("rows", "programs"), [(1, 512), (2, 512), (4, 1), (4, 3), (16, 2), (64, 512)])
 def test_tiles(rows, programs, without, monkeypatch):
     """51 rows, of which no size of tile but 1 takes a whole number; one program walks several, the last not all."""
@@ -73,17 +74,17 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("without", [(), PLAIN], ids=str)
+@pytest.mark.parametrize("without", [(), SCALES], ids=str)
 @pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
 def test_dtypes_side_by_side(dtypes, without):
     operands = norm_operands(torch.float32, without=without)
     operands |= {name: operands[name].to(dtype) for name, dtype in dtypes.items() if name not in without}
 
-    def plain(x, residual, weight, bias, layer_scale=None, row_scale=None):
+    def plain(x, residual, weight, bias, **factors):
         """In float32 but for what is rounded by its dtype."""
         dtype = residual.dtype
         x, residual = x.float(), residual.float()
-        _, total = plain_norm(x, residual, weight, bias, layer_scale=layer_scale, row_scale=row_scale)
+        _, total = plain_norm(x, residual, weight, bias, **factors)
         total = total.to(dtype)
         return plain_norm(total.float(), None, weight, bias)[0].to(dtype), total
 
@@ -166,7 +167,7 @@ def test_nothing_is_read_around_the_rows():
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["normed", "residual"])
-@pytest.mark.parametrize("without", [(), PLAIN], ids=str)
+@pytest.mark.parametrize("without", [(), SCALES], ids=str)
 def test_one_output_used(used, without):
     """The other's gradient is None. Without the norm its weight and bias have no gradient, as in plain PyTorch."""
 
@@ -228,7 +229,7 @@ def kept(normed):
 def test_an_unscaled_x_costs_nothing(monkeypatch):
     """Its gradient is that of the residual: the same memory. It is not kept for backward, and not read there."""
     launches = Launches(monkeypatch)
-    values = leaves(norm_operands(torch.float32, without=PLAIN))
+    values = leaves(norm_operands(torch.float32, without=SCALES))
     normed, residual = kernels.add_layer_norm(**values)
     assert values["x"].data_ptr() not in kept(normed)
     of_x, of_residual = torch.autograd.grad(residual.sum() + normed.square().sum(), (values["x"], values["residual"]))
@@ -237,11 +238,11 @@ def test_an_unscaled_x_costs_nothing(monkeypatch):
 
 
 def test_a_scaled_x_is_kept_only_for_the_scales():
-    values = leaves(norm_operands(torch.float32), frozen=PLAIN)
+    values = leaves(norm_operands(torch.float32), frozen=SCALES)
     normed, _ = kernels.add_layer_norm(**values)
     assert values["x"].data_ptr() not in kept(normed)
     normed, _ = kernels.add_layer_norm(**leaves(norm_operands(torch.float32)))
-    assert normed.grad_fn.saved_tensors[5] is not None
+    assert normed.grad_fn.saved_tensors[4] is not None
 
 
 def test_without_gradients_nothing_is_written_for_them(monkeypatch):
@@ -303,8 +304,8 @@ def test_opcheck(case):
 @every_dtype
 @pytest.mark.parametrize("without", [(), PLAIN, ("residual", *PLAIN)], ids=str)
 def test_compiled(without, dtype):
-    def program(x, residual, weight, bias, layer_scale=None, row_scale=None):
-        return kernels.add_layer_norm(x * 2, residual, weight, bias, layer_scale=layer_scale, row_scale=row_scale)
+    def program(x, residual, weight, bias, **factors):
+        return kernels.add_layer_norm(x * 2, residual, weight, bias, **factors)
 
     torch.compiler.reset()
     operands = norm_operands(dtype, without=without)
@@ -329,9 +330,9 @@ def test_compiled_with_a_frozen_scale():
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-def run_custom(x, residual, weight, bias, layer_scale, row_scale):
-    arguments = (x, residual, weight, bias, layer_scale, row_scale, 1e-6, residual.dtype, x.dtype, True)
-    return torch.ops.mar_fast.add_layer_norm(*arguments)[:2]
+def run_custom(x, residual, *vectors, **factors):
+    options = dict(eps=1e-6, dtype=residual.dtype, x_dtype=x.dtype, save=True)
+    return torch.ops.mar_fast.add_layer_norm(x, residual, *vectors, **factors, **options)[:2]
 
 
 @pytest.mark.parametrize("run", [kernels.add_layer_norm, run_custom], ids=["function", "custom op"])

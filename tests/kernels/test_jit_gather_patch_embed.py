@@ -38,17 +38,18 @@ def compare(operands, **options):
 
 # Tiles.
 
-NAMES = ["forward", "backward_weight", "backward_video", "backward_position"]
+FORWARD, NAMES = "gather_patch_embed_forward", ("backward_video", "backward_position")
+NAMES = (FORWARD, "gather_tubelets", *(f"gather_patch_embed_{name}" for name in NAMES))
 
 
 def tiles(*sizes):
-    """Launch configurations of the four kernels by (block_m, block_n, block_k)."""
-    return {f"gather_patch_embed_{name}": LaunchConfig(*size) for name, size in zip(NAMES, sizes, strict=True)}
+    """Launch configurations of the kernels by (block_m, block_n, block_k)."""
+    return {name: LaunchConfig(*size) for name, size in zip(NAMES, sizes, strict=True)}
 
 
-LARGE = tiles((32, 128, 512), (128, 512, 32), (32, 512, 128), (16, 128, 256))
-SMALL = tiles((16, 16, 32), (32, 64, 16), (16, 64, 16), (2, 16, 4))
-FULL = tiles((16, 32, 64), (32, 64, 8), (16, 64, 32), (4, 32, 2))
+LARGE = tiles((32, 128, 512), (32, 2048), (32, 512, 128), (16, 128, 256))
+SMALL = tiles((16, 16, 32), (4, 64), (16, 64, 16), (2, 16, 4))
+FULL = tiles((16, 32, 64), (8, 64), (16, 64, 32), (4, 32, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -76,18 +77,8 @@ def test_full_last_tiles(video):
 @pytest.mark.parametrize("columns", [16, 64, 128, 256])
 def test_columns_of_a_tile(columns):
     """Positions are added to 64 columns at a time, so tiles of 128 and of 256 are finished in parts."""
-    with forced({"gather_patch_embed_forward": LaunchConfig(32, columns, 512)}):
+    with forced({FORWARD: LaunchConfig(32, columns, 512)}):
         compare(gather_operands(torch.float32, **FLAT | dict(width=300)))
-
-
-@pytest.mark.parametrize("programs", [1, 6, 8, 1000])
-def test_weight_gradient_in_several_parts(programs, monkeypatch):
-    """2 x 2 programs a part, 3 tiles of rows: in 1, 1, 2 and 3 parts, the second of 2 with one tile beyond the last."""
-    from mar_fast.kernels.jit import gather_patch_embed_backward as launcher
-
-    monkeypatch.setattr(launcher, "WEIGHT_PROGRAMS", programs)
-    with forced({"gather_patch_embed_backward_weight": LaunchConfig(32, 64, 16)}):
-        compare(gather_operands(torch.float32, video=torch.uint8))
 
 
 # Clips.

@@ -20,6 +20,14 @@ def codes(rows):
     return rows.values.view(torch.uint8)
 
 
+def check(rows, x, tolerance):
+    """Against float64: scales, and values to half a step, which is 1/16 of a value, and less for the smallest."""
+    largest = x.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(rows.scale.double(), largest / 448, rtol=tolerance, atol=0)
+    bound = x.abs() / 16 + largest / 448 * 2.0**-10 + largest * tolerance
+    assert bool(((rows.values.double() * rows.scale.double() - x).abs() <= bound).all())
+
+
 @pytest.mark.triton_too
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_code_and_tie(dtype):
@@ -42,15 +50,40 @@ def test_every_code_and_tie(dtype):
 @pytest.mark.parametrize("columns", [1, 33, 384, 3072])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows(columns, dtype):
-    """Each row by its own largest value, to half a step of e4m3: 1/16 of a value, and less for the smallest."""
+    """Each row by its own largest value."""
     x = torch.randn(2, 17, columns) * torch.logspace(-4, 2, 17)[:, None]
     x = x.to(dtype)
     rows = quantize_rows(x)
     assert (rows.values.dtype, rows.values.shape, rows.dtype) == (E4M3, x.shape, dtype)
-    largest = x.double().abs().amax(-1, keepdim=True)
-    torch.testing.assert_close(rows.scale.double(), largest / 448, rtol=2e-7, atol=0)
-    bound = x.double().abs() / 16 + largest / 448 * 2.0**-10
-    assert bool(((rows.values.double() * rows.scale.double() - x.double()).abs() <= bound * (1 + 1e-6)).all())
+    check(rows, x.double(), 2e-7)
+
+
+@pytest.mark.triton_too
+@pytest.mark.parametrize(("shape", "columns"), [((2, 17), 96), ((5,), 33), ((1, 3), 768), ((0, 3), 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_a_norm(shape, columns, dtype):
+    """In one pass, from the norm in float32; the new residual is add_layer_norm's."""
+    x, residual = (rows_apart(torch.randn(*shape, columns).to(dtype)) for _ in range(2))
+    weight, bias = torch.randn(2, columns).to(dtype)
+    for stream in (residual, None):
+        rows, new_residual = kernels.add_layer_norm_rows(x, stream, weight, bias, eps=1e-5)
+        assert (rows.values.dtype, rows.values.shape, rows.dtype) == (E4M3, x.shape, dtype)
+        assert torch.equal(new_residual, kernels.add_layer_norm(x, stream, weight, bias)[1])
+        wide = new_residual.double()
+        wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        check(rows, wide * weight.double() + bias.double(), 1e-5)
+
+
+@pytest.mark.triton_too
+@pytest.mark.parametrize(("shape", "columns"), [((2, 17), 96), ((5,), 33), ((3,), 3072), ((0, 3), 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_gelu(shape, columns, dtype):
+    x, bias = rows_apart(torch.randn(*shape, columns).to(dtype)), torch.randn(columns).to(dtype)
+    rows = kernels.bias_gelu_rows(x, bias)
+    assert (rows.values.dtype, rows.values.shape, rows.dtype) == (E4M3, x.shape, dtype)
+    wide = x.double() + bias.double()
+    check(rows, wide * (1 + torch.special.erf(wide / 2**0.5)) / 2, 1e-4)
 
 
 @pytest.mark.triton_too
@@ -80,8 +113,11 @@ def test_extreme_rows():
 
 
 @pytest.mark.interpreter
-def test_library_op():
-    torch.library.opcheck(torch.ops.mar_fast.quantize_rows.default, (rows_apart(torch.randn(3, 33)),))
+@pytest.mark.parametrize("name", ["quantize_rows", "add_layer_norm_rows", "bias_gelu_rows"])
+def test_library_ops(name):
+    x, vector = rows_apart(torch.randn(3, 33)), torch.randn(33)
+    operands = dict(quantize_rows=(x,), bias_gelu_rows=(x, vector), add_layer_norm_rows=(x, x, vector, vector, 1e-6))
+    torch.library.opcheck(getattr(torch.ops.mar_fast, name).default, operands[name])
 
 
 def operands(rows=(2, 17), inputs=96, outputs=48, dtype=torch.bfloat16):
@@ -153,5 +189,10 @@ def test_errors():
             quantize_rows(bad)
     with pytest.raises(ValueError, match="x: got a tensor that requires a gradient"):
         quantize_rows(torch.ones(3, 4, requires_grad=True))
+    ones, weight = torch.ones(4), torch.ones(4, requires_grad=True)
+    with pytest.raises(ValueError, match="x, residual, weight, bias: got a tensor that requires a gradient"):
+        kernels.add_layer_norm_rows(torch.ones(3, 4), None, weight, ones)
+    with pytest.raises(ValueError, match="x, bias: got a tensor that requires a gradient"):
+        kernels.bias_gelu_rows(torch.ones(3, 4), weight)
     with torch.no_grad():
         quantize_rows(torch.ones(3, 4, requires_grad=True))

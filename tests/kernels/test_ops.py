@@ -147,9 +147,9 @@ def test_attention_varlen_keeps_clips_apart():
 
 
 NORM = [
-    dict(without=("residual", "layer_scale", "row_scale")),
+    dict(without=("residual", "layer_scale", "row_scale", "x_bias")),
     dict(without=("layer_scale", "row_scale")),
-    dict(without=("layer_scale",)),
+    dict(without=("layer_scale", "x_bias")),
     dict(without=("row_scale",)),
     dict(),
     dict(batch=2, count=1),

@@ -19,7 +19,8 @@ LARGE_TILES = {
     **dict.fromkeys(("bias_gelu_forward", "bias_gelu_backward"), (512, 512, 0)),
     **dict.fromkeys(("scatter_tokens_forward", "scatter_tokens_backward"), (512, 512, 0)),
     **dict.fromkeys(("masked_patch_loss_forward", "masked_patch_loss_backward"), (128, 0, 0)),
-    **dict.fromkeys(("gather_patch_embed_forward", "gather_patch_embed_backward_weight"), (512, 128, 512)),
+    "gather_patch_embed_forward": (512, 128, 512),
+    "gather_tubelets": (512, 2048, 0),
 }
 
 

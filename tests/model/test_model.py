@@ -239,7 +239,7 @@ def test_drop_path_drops_whole_samples():
     model = mar_fast.MAR(small_config(depth=2, drop_path_rate=0.999999, classifier=None, decoder_depth=0)).train()
     block = model.encoder.blocks[1]
     x = torch.randn(2, 5, 96)
-    out, residual, scale = block(x, None, None)
+    out, residual, scale, _ = block(mar_fast.layers.Stream(x))
     assert torch.equal(residual, x) and out.any() and torch.equal(scale, torch.zeros(2))
     last_features = model(clip(), masks("random")).features
     with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import nn
 
 import mar_fast
 from mar_fast import masking, quantize, reference
+from mar_fast.layers import Stream
 from mar_fast.scaled_linear import scaled_layers
 
 SIZE = dict(embed_dim=96, depth=2, bridge_depth=1, decoder_depth=1)
@@ -217,7 +218,7 @@ def test_refused():
 @torch.no_grad()
 def test_one_graph():
     block = quantize(small_model(decoder_depth=0), "fp8", emulate=True).encoder.blocks[0]
-    inputs = torch.randn(2, 5, 96), torch.randn(2, 5, 96), None
+    inputs = (Stream(torch.randn(2, 5, 96), torch.randn(2, 5, 96)),)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     exported = torch.export.export(block, inputs, strict=False).module()
