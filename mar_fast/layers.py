@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -137,6 +137,11 @@ def unhooked(module: nn.Module) -> bool:
     return all(getattr(hook, "__module__", None) in _RECORDERS for some in found for hook in some.values())
 
 
+def in_fp8(layer: nn.Module, needs_bias: bool = False) -> TypeGuard[ScaledLinear]:
+    """Whether ``layer`` is an `untouched` one of `mar_fast.quantize`, which takes QuantizedRows too."""
+    return untouched(layer, ScaledLinear, needs_bias)
+
+
 def plain_projection(module: nn.Module) -> bool:
     """Whether ``module`` is an `untouched` convolution over whole patches: what gather_patch_embed computes."""
     if not untouched(module, nn.Conv3d, True):
@@ -259,15 +264,14 @@ class Attention(Fused):
         With ``rows`` (B, M) keys and values come from all tokens, and queries only from these: (B, N, D) -> (B, M, D).
         """
         qkv, heads = self.qkv, self.num_heads
-        scaled = untouched(qkv, ScaledLinear)
-        if (
-            scaled
-            or not self.fallbacks.fuses(qkv, nn.Linear, False)
-            or (self.q_bias is not None and qkv.bias is not None)
-        ):
-            joined = qkv.product(x, self.qkv_bias()) if scaled else qkv(x)
-            if not scaled and self.q_bias is not None:
+        joined = None
+        if in_fp8(qkv):
+            joined = qkv.product(x, self.qkv_bias())
+        elif not self.fallbacks.fuses(qkv, nn.Linear, False) or (self.q_bias is not None and qkv.bias is not None):
+            joined = qkv(x)
+            if self.q_bias is not None:
                 joined = joined + self.qkv_bias().to(joined.dtype)
+        if joined is not None:
             y = attend_packed(joined, heads, segments=segments)
             return product(self.proj, y if rows is None else take(y, rows), add_bias)
         if rows is None:
@@ -288,9 +292,9 @@ class Mlp(Fused):
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(..., D) -> (..., D); ``add_bias`` False leaves out fc2's bias."""
         dropout = self.training and self.dropout
-        if untouched(self.fc1, ScaledLinear, True):
-            in_rows = untouched(self.fc2, ScaledLinear) and not dropout
-            x = (bias_gelu_rows if in_rows else bias_gelu)(self.fc1.product(x), self.fc1.bias)
+        if in_fp8(self.fc1, needs_bias=True):
+            gelu: Any = bias_gelu_rows if in_fp8(self.fc2) and not dropout else bias_gelu
+            x = gelu(self.fc1.product(x), self.fc1.bias)
         elif self.fallbacks.fuses(self.fc1, nn.Linear):
             x = linear_gelu(x, self.fc1.weight, self.fc1.bias)  # (..., hidden_dim)
         else:
@@ -402,7 +406,7 @@ def norm_for(
 ) -> tuple[Any, Tensor]:
     """`norm` before ``part``; its norm is QuantizedRows if ``first``, the first layer of the part, is in fp8."""
     x, residual, row_scale, x_bias = stream
-    plain = untouched(first, ScaledLinear) and untouched(part, type(part)) and untouched(layer, nn.LayerNorm, True)
+    plain = in_fp8(first) and untouched(part, type(part)) and untouched(layer, nn.LayerNorm, True)
     if plain and row_scale is None and x_bias is None:
         return add_layer_norm_rows(x, residual, layer.weight, layer.bias, eps=layer.eps)
     return norm(fallbacks, layer, stream)
