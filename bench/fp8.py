@@ -107,9 +107,10 @@ def main(arguments: Sequence[str]) -> int:
             clips = torch.cat([*read])
             low, quantised = in_bfloat16(model.to(device), options.keep)
             half, eighth = changes(model, low, quantised, clips)
+            faster = speedup(low, quantised, clips)
             print(
                 f"{name[-40:]:40} {1 - config.mask_ratio:7.0%}  {half.features:14.4f} {half.logits:8.4f}  "
-                f"{eighth.features:13.4f} {eighth.logits:8.4f} {eighth.same_first:10.0%}{speedup(low, quantised, clips)}",
+                f"{eighth.features:13.4f} {eighth.logits:8.4f} {eighth.same_first:10.0%}{faster}",
                 flush=True,
             )
     except (ValueError, OSError) as error:

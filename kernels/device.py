@@ -81,10 +81,10 @@ def assumed_architecture(name: str) -> Iterator[None]:
 
 @cache
 def _device_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)  # which torch.compile can trace, unlike get_device_capability
     if torch.version.hip:
-        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def architecture(operand: Tensor) -> str:
