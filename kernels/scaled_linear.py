@@ -30,8 +30,7 @@ def scaled_linear(
         (..., N) in x's dtype, from bfloat16: other results are not to be had on every device. No gradients.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit; the message names it.
-        RuntimeError: the device has no products in 8 bits.
+        ValueError, TypeError: a shape or dtype does not fit, or the device has no products in 8 bits; the message says.
     """
     _check(x, weight, bias)
     bias = None if bias is None else bias.to(torch.bfloat16)
@@ -54,11 +53,11 @@ def need_fp8(argument: str, operand: Tensor) -> None:
     """Check that the device has products in 8 bits.
 
     Raises:
-        RuntimeError: it has none.
+        ValueError: it has none.
     """
     if not has_fp8(operand):
         accepted = "a GPU that has them (sm_89, sm_90 or later), or emulate=True, which is slow"
-        raise RuntimeError(f"{argument}: got tensors on {operand.device}, without fp8 products, expected {accepted}")
+        raise checks.bad(argument, f"tensors on {operand.device}, without fp8 products", accepted)
 
 
 def _check(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None) -> None:

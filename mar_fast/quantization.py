@@ -41,9 +41,8 @@ def quantize(model: MAR, kind: Kind, *, keep: str | Sequence[str] = (), emulate:
         The copy, in eval mode, without gradients.
 
     Raises:
-        RuntimeError: the model's device has no products in 8 bits (sm_89, sm_90 and later have), without ``emulate``.
-        ValueError: an unknown kind or name, names for a model that is quantised already, or a layer that is no plain
-            ``nn.Linear``.
+        ValueError: the model's device has no products in 8 bits (sm_89, sm_90 and later have), without ``emulate``; an
+            unknown kind or name; names for a model that is quantised already; a layer that is no plain ``nn.Linear``.
         TypeError: not a `mar_fast.MAR`.
     """
     if not isinstance(model, MAR):

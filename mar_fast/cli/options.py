@@ -17,6 +17,7 @@ from .. import MAR, MARConfig, machine
 from ..data import read_clip, read_labels, read_views
 from ..data.video import Sampling, Short
 from ..kernels import checks
+from ..kernels.quantize_rows import has_fp8
 from ..scaled_linear import scaled_layers
 from .common import Device, Dtype
 
@@ -139,10 +140,10 @@ def placed(model: MAR, dtype: str, device: torch.device, quantize: Quantize | No
     if quantize is not None:
         if quantize == "fp8" and dtype == "fp32":
             raise checks.bad("--dtype", "fp32 with --quantize fp8", "bf16 or fp16, in which the rest of the model runs")
-        try:
-            model = mar_fast.quantize(model, "fp8", emulate=quantize == "fp8-emulated")
-        except RuntimeError as error:
-            raise ValueError(f"--quantize: {error}; here --quantize fp8-emulated") from error
+        if quantize == "fp8" and not has_fp8(next(model.parameters())):
+            accepted = "a GPU with fp8 products (sm_89, sm_90 or later), or fp8-emulated, which is slow"
+            raise checks.bad("--quantize", f"fp8 on {device}", accepted)
+        model = mar_fast.quantize(model, "fp8", emulate=quantize == "fp8-emulated")
     return model.to(machine.DTYPES[dtype]).eval()
 
 

@@ -132,7 +132,7 @@ def test_keep_and_dtype_change_the_answer(mar):
         _, out, _ = mar("classify", path, "--json", "--views", "1x1", *options)
         shares[options] = json.loads(out)["videos"][0]["classes"][0]["probability"]
     assert shares[()] == shares["--keep", "0.5"] and len(set(shares.values())) == 4
-    for dtype, told in (("fp32", "--dtype: got fp32 with --quantize fp8"), ("bf16", "here --quantize fp8-emulated")):
+    for dtype, told in (("fp32", "--dtype: got fp32 with --quantize fp8"), ("bf16", "--quantize: got fp8 on cpu, expected a GPU")):
         code, _, err = mar("classify", path, "--quantize", "fp8", "--dtype", dtype, "--device", "cpu")
         assert code == 2 and told in err
 
