@@ -44,9 +44,9 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
     index = torch.arange(8, dtype=torch.int32, device=device)[None]
     video = random(1, 3, 4, 32, 32)
     # Small, for what PyTorch does in the backward pass is not stubbed.
-    clip = random(1, 3, 4, 8, 8)
-    raw = torch.randint(256, (1, 4, 8, 8, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
-    weights = dict(weight=random(8, 3, 2, 4, 4), bias=random(8), pos_embed=random(8, 8))
+    clip = random(1, 3, 4, 4, 4)
+    raw = torch.randint(256, (1, 4, 4, 4, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    weights = dict(weight=random(8, 3, 2, 2, 2), bias=random(8), pos_embed=random(8, 8))
     embedding = dict(keep_idx=index[:, :4], **weights)
     statistics = dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     offsets = torch.tensor([0, 9, 17], dtype=torch.int32, device=device)

@@ -83,7 +83,7 @@ def _autocast() -> Iterator[None]:
 
 
 def _elementwise(device: torch.device) -> Iterator[OpCase]:
-    """bias_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
+    """bias_gelu, linear_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
 
     def biased(o: Operands) -> Operands:
         return dict(x_bias=torch.ones_like(o["weight"]))
@@ -96,6 +96,7 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
 
     for dtype in FLOATS:
         yield op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, 3072)
+        yield op_cases.linear_gelu(device, dtype, CLIPS, VISIBLE, 768, 3072)
         for width in (384, 512):
             case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
             yield from (case, _changed(case, ", learnt positions", also=("pos_embed",)))
@@ -105,7 +106,7 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
             with_bias = partial(_changed, case, ", bias of x", also=("x_bias",))
             factors = ", bias of x, layer scale and drop path"
             with_factors = partial(_changed, case, factors, also=("x_bias", "layer_scale"))
-            yield from (case, with_bias(biased), with_factors(biased, scaled))
+            yield from (case, with_factors(biased, scaled))
             if dtype == BF16:
                 yield from (
                     with_bias(single, biased, autocast=True),
@@ -168,6 +169,12 @@ def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
         yield _changed(case, ", ragged", _ragged)
 
 
+def _misaligned(o: Operands) -> Operands:
+    """A weight that TMA cannot read."""
+    values = o["weight"].flatten()
+    return dict(weight=torch.cat([values[:1], values])[1:].view_as(o["weight"]))
+
+
 def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
     kinds = ((32, 768, torch.uint8), (32, 768, BF16), (1, 768, torch.uint8), (4, 384, BF16), (32, 384, BF16))
     for clips, width, pixels in kinds:
@@ -178,6 +185,8 @@ def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
         yield from (case, _changed(case, ", gradient of the clip", also=("video",)))
         yield _changed(case, ", ragged", _ragged, also=("video",))
+    case = op_cases.gather_patch_embed(device, BF16, CLIPS, VISIBLE, 768, torch.uint8)
+    yield _changed(case, ", misaligned weight", _misaligned)
     case = op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)
     yield from (_changed(case, "", autocast=True), _changed(case, ", ragged", _ragged, autocast=True))
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mar_fast import kernels
 from mar_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from mar_fast.kernels.gather_patch_embed import eager_gather_patch_embed, gather_tubelets, per_channel
+from mar_fast.kernels.linear_gelu import eager_linear_gelu
 from mar_fast.kernels.masked_patch_loss import eager_masked_patch_loss
 from mar_fast.kernels.scatter_tokens import eager_scatter_tokens
 
@@ -266,6 +267,37 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
     )
 
 
+def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, hidden: int) -> OpCase:
+    """First half of the MLP."""
+
+    def operands() -> Operands:
+        x, bias = random(device, dtype, batch, tokens, width), random(device, dtype, hidden)
+        return dict(x=x, weight=random(device, dtype, hidden, width) / width**0.5, bias=bias)
+
+    def product_then_bias_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kernels.bias_gelu(F.linear(x, weight), bias)
+
+    rows = batch * tokens
+    return OpCase(
+        op="linear_gelu",
+        label=f"{batch} clips, {tokens} tokens, width {width} to {hidden}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=operands,
+        ours=kernels.linear_gelu,
+        peers={
+            "PyTorch": eager_linear_gelu,
+            "PyTorch, compiled": compiled(eager_linear_gelu),
+            "linear, then bias_gelu": product_then_bias_gelu,
+        },
+        eager="PyTorch",
+        differentiated=("x", "weight", "bias"),
+        flops=2.0 * rows * width * hidden,
+        bytes=float((rows * (width + hidden) + width * hidden) * dtype.itemsize),
+        backward=(2.0, 3.0),
+    )
+
+
 def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
     """The decoder's input."""
 
@@ -340,6 +372,7 @@ def op_cases(
         yield attention(device, dtype, batch, tokens, heads)
         yield add_layer_norm(device, dtype, batch, tokens, width)
         yield bias_gelu(device, dtype, batch, tokens, 4 * width)
+        yield linear_gelu(device, dtype, batch, tokens, width, 4 * width)
         if share < 1:
             yield scatter_tokens(device, dtype, batch, tokens, width // 2)
             yield masked_patch_loss(device, dtype, batch, TOKENS - tokens)

@@ -75,8 +75,7 @@ def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
                 changes += [{block: other}, {block: other, "num_warps": config.num_warps * other // size}]
     if config.num_stages > 1 or config.block_k:
         changes += [{"num_stages": stages} for stages in range(1, 6)]
-    changes += [{"resident": not config.resident}, {"tma": not config.tma}]
-    changes.append({"fused": not config.fused, "tma": True})
+    changes += [{switch: not getattr(config, switch)} for switch in ("resident", "tma", "fused")]
     found = dict.fromkeys(replace(config, **change) for change in changes)
     # Neither threads without work nor more values than a thread has registers for; whole rows are of any length.
     return [

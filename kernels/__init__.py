@@ -15,10 +15,11 @@ if __name__ == "kernels":
 else:
     from .add_layer_norm import add_layer_norm, add_layer_norm_rows
     from .attention import attention, attention_varlen
-    from .bias_gelu import bias_gelu, bias_gelu_rows, linear_gelu
+    from .bias_gelu import bias_gelu, bias_gelu_rows
     from .checks import debug_checks
     from .device import use_backend
     from .gather_patch_embed import gather_patch_embed
+    from .linear_gelu import linear_gelu
     from .masked_patch_loss import masked_patch_loss
     from .quantize_rows import QuantizedRows, quantize_rows
     from .scaled_linear import scaled_linear

@@ -66,14 +66,3 @@ def bias_gelu_rows(x: Tensor, bias: Tensor) -> QuantizedRows:
 def eager_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """`bias_gelu` in plain PyTorch."""
     return F.gelu(x + bias).to(x.dtype)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x @ weight.T + bias), the first half of an MLP; x (..., K), weight (D, K), bias (D,) -> (..., D).
-
-    The bias is added where that is cheapest: on the Triton path together with the GELU, in plain PyTorch by the matrix
-    product, which saves a pass over the widest activation of the model.
-    """
-    if takes_triton("bias_gelu", x):
-        return bias_gelu(F.linear(x, weight), bias)
-    return F.gelu(F.linear(x, weight, bias))

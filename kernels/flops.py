@@ -55,3 +55,13 @@ def gather_patch_embed_backward(grad: Any, video: Any, keep_idx: Any, weight: An
     """One such product for each of the gradients of clip and weight that is wanted."""
     wanted = sum(options.get("needs", rest[-1])[:2])
     return wanted * 2 * math.prod(keep_idx) * math.prod(weight)
+
+
+def linear_gelu(x: Any, weight: Any, *rest: Any, **options: Any) -> int:
+    """x (..., K), weight (D, K)."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def linear_gelu_backward(grad: Any, x: Any, weight: Any, *rest: Any, **options: Any) -> int:
+    """One such product for each of the gradients of x and weight that is wanted."""
+    return sum(options.get("needs", rest[-1])[:2]) * linear_gelu(x, weight)

@@ -195,7 +195,7 @@ class PixelDecoder(Fused):
         if drop_clip_idx is not None:
             assert stream.residual is not None
             rows = drop_clip_idx * mask.num_tokens + mask.drop_idx
-            x, residual = (value.flatten(0, 1).index_select(0, rows) for value in stream[:2])  # (B * L - total, D)
+            x, residual = (value.flatten(0, 1).index_select(0, rows) for value in (stream.x, stream.residual))
             stream = stream._replace(x=x, residual=residual)
         return self.head(norm(self.fallbacks, self.norm, stream)[0])
 

@@ -148,6 +148,11 @@ def gelu_operands(dtype, shape=(2, 17, 33)):
     return dict(x=x.to(dtype), bias=torch.randn(shape[-1]).to(dtype))
 
 
+def linear_operands(dtype, shape=(2, 17, 24), width=40):
+    x, weight = torch.randn(shape), torch.randn(width, shape[-1]) / shape[-1] ** 0.5
+    return dict(x=x.to(dtype), weight=weight.to(dtype), bias=torch.randn(width).to(dtype))
+
+
 def scatter_operands(dtype, batch=2, count=17, width=33, index=torch.int32, lengths=None):
     if lengths is not None:
         rows = [make_index(1, length, index)[0] for length in lengths]
@@ -204,6 +209,10 @@ def plain_gelu(x, bias):
     return F.gelu(x + bias)
 
 
+def plain_linear_gelu(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias))
+
+
 def plain_scatter(visible, keep_idx, mask_token, pos_embed, cu_seqlens=None):
     lengths = None if cu_seqlens is None else cu_seqlens.diff()
     tokens = mask_token.repeat(len(visible if lengths is None else lengths), len(pos_embed), 1).to(visible.dtype)
@@ -232,6 +241,7 @@ OPS = {
     "attention_varlen": (varlen_operands, {}),
     "add_layer_norm": (norm_operands, {}),
     "bias_gelu": (gelu_operands, {}),
+    "linear_gelu": (linear_operands, {}),
     "scatter_tokens": (scatter_operands, {}),
     "masked_patch_loss": (loss_operands, dict(patch_size=PATCH)),
     "ragged gather_patch_embed": (functools.partial(gather_operands, lengths=RAGGED), {}),
@@ -249,7 +259,7 @@ def call(name):
 def check(name, plain, operands, *, floor=None, **options):
     """The op, with its options, against oracle.py; where ``plain`` is None the oracle in the operands' dtype."""
     if floor is None:
-        kinds = {"gather_patch_embed": PRODUCTS, "attention": FUSED, "attention_varlen": FUSED}
+        kinds = {"gather_patch_embed": PRODUCTS, "linear_gelu": PRODUCTS, "attention": FUSED, "attention_varlen": FUSED}
         first = next(value for value in operands.values() if torch.is_tensor(value) and value.is_floating_point())
         floor = kinds.get(name, ELEMENTWISE).get(first.dtype, 0.5)
     functions = (getattr(kernels, name), getattr(oracle, name), plain or getattr(oracle, name))

@@ -95,6 +95,11 @@ def bias_gelu(x, bias):
     return value * 0.5 * torch.erfc(-value / math.sqrt(2))
 
 
+def linear_gelu(x, weight, bias):
+    """The same of a product with each row of weight."""
+    return bias_gelu((x[..., None, :] * weight).sum(-1), bias)
+
+
 def scatter_tokens(visible, keep_idx, mask_token, pos_embed, cu_seqlens=None):
     """Token by token: the visible one that belongs there, or the mask token."""
     clips, tokens = list(zip(visible, keep_idx.tolist(), strict=True)), []

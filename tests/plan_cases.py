@@ -10,6 +10,7 @@ from op_cases import (
     attention_operands,
     gather_operands,
     gelu_operands,
+    linear_operands,
     loss_operands,
     norm_operands,
     scatter_operands,
@@ -56,6 +57,7 @@ CALLS = {
     "attention_varlen": (lambda dtype, count=5: varlen_operands(dtype, (count, 0, 7), 5, 2, 16), {}),
     "add_layer_norm": (lambda dtype, count=5: norm_operands(dtype, 3, count, 9), {}),
     "bias_gelu": (lambda dtype, count=5: gelu_operands(dtype, (2, count, 9)), {}),
+    "linear_gelu": (lambda dtype, count=5: linear_operands(dtype, (2, count, 16), 8), {}),
     "scatter_tokens": (scatter, {}),
     "masked_patch_loss": (loss, dict(patch_size=PATCH)),
 }

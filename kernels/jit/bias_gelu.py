@@ -7,20 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gelu import gelu, gelu_derivative
 from .launch import DENSE, Choice, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
 from .quantize_rows import config as config_rows
 from .quantize_rows import in_e4m3, quantized
 from .quantize_rows import outputs as quantized_like
 from .sum_parts import sum_parts
-
-
-@triton.jit
-def gelu_parts(x):
-    """Cdf and density of the standard normal distribution at x: GELU is x * cdf, its derivative cdf + x * density."""
-    cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return cdf, density
 
 
 @triton.jit
@@ -34,8 +27,7 @@ def bias_gelu_forward_kernel(
     # [BLOCK_M, BLOCK_N]
     b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
     b_x += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    cdf, _ = gelu_parts(b_x)
-    b_out = b_x * cdf
+    b_out = gelu(b_x, out.dtype.element_ty == tl.float32 and scale is None)
     if scale is not None:  # a tile has whole rows
         b_out, b_scale = quantized(b_out)
         tl.store(scale + o_row, b_scale, mask=o_row < rows)
@@ -60,8 +52,7 @@ def bias_gelu_backward_kernel(
         # [BLOCK_M, BLOCK_N]
         b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32) + b_bias
         b_grad = tl.load(grad + o_row[:, None] * grad_stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        cdf, density = gelu_parts(b_x)
-        b_grad = b_grad * (cdf + b_x * density)
+        b_grad *= gelu_derivative(b_x, grad_x.dtype.element_ty == tl.float32)
         tl.store(grad_x + o_row[:, None] * columns + o_column[None, :], b_grad.to(grad_x.dtype.element_ty), mask=m_tile)
         if bias_part is not None:
             b_sum += tl.sum(b_grad, axis=0)
@@ -76,7 +67,9 @@ ROW_PROGRAMS = 256
 def config(arch: str, dtype: torch.dtype, *, backward: bool) -> LaunchConfig:
     """``block_m`` rows by ``block_n`` columns."""
     if arch == "sm_90" and backward and dtype != torch.float32:
-        return LaunchConfig(32, 64)  # H200, Triton 3.6, bc236cf: 197 us, 16 x 256 took 261; compared at 663e046
+        return LaunchConfig(
+            32, 64
+        )  # H200, Triton 3.6, bc236cf, with erf: 197 us, 16 x 256 took 261; compared at 663e046
     return LaunchConfig(16, 256)  # 4096 values a program; compiled clean, not measured
 
 

@@ -1,7 +1,7 @@
 """gather_patch_embed in Triton, forward: M visible tubelets of all clips, K = C * t * h * w values in each, D columns.
 
-Either one matrix product whose left operand is gathered from the clip as it is needed, or, where a launch choice is not
-``fused``, one launch that gathers (gather_tubelets.py) and a product of what it wrote.
+Either one matrix product whose left operand is gathered from the clip as it is needed, or, where the launch choice is
+not ``fused`` and TMA is possible, one launch that gathers (gather_tubelets.py) and a product of what it wrote.
 """
 
 from collections.abc import Sequence
@@ -122,9 +122,7 @@ def gather_patch_embed_product_kernel(
         finish_tile(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, 1)
 
 
-def config(
-    arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int, tma: bool
-) -> LaunchConfig:
+def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, columns: int, tma: bool) -> LaunchConfig:
     """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's; ``tma``
     says whether TMA is possible.
 
@@ -136,13 +134,11 @@ def config(
     if dtype == torch.float32:  # at most 218 registers
         return LaunchConfig(128, 64 if arch == "sm_80" else 128, 32, num_warps=8, num_stages=3)
     if arch == "sm_90" and pixel_bytes == 1 and rows >= 4096:
-        # H200, Triton 3.6, 25088 and 12544 rows of 768 columns. Fused: 170 and 98 us (663e046). Prototypes (bc236cf):
-        # gathering 53 and 31, then cuBLAS with bias 101 and 50; a product like ours was as fast as cuBLAS at twice its
-        # columns and half its values. Positions come from L2, 77 MB in all.
-        if tma:  # 12544 rows: 5 rounds of 132 programs, not 3 that take twice as long
-            return LaunchConfig(
-                128, 256 if rows >= 16384 else 128, 64, num_warps=8, num_stages=4, tma=True, fused=False
-            )
+        # H200, Triton 3.6, 25088 and 12544 rows of 768 columns. Fused 170 and 98 us (663e046). Prototypes (bc236cf):
+        # gathering 53 and 31, then cuBLAS with bias 101 and 50; this product, of twice the columns and half the values
+        # and without positions (77 MB from L2), was as fast as cuBLAS.
+        if tma:
+            return LaunchConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True, fused=False)
         return LaunchConfig(64, 256, 64, num_stages=3)
     if rows <= 2048:
         return LaunchConfig(64, 64, 64, num_stages=4)  # at most 128 registers
@@ -196,7 +192,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
         tma=can_tma,
     )
     tile = choice.config
-    tma, fused = can_tma and tile.tma, tile.fused or not (can_tma and tile.tma)
+    tma, fused = can_tma and tile.tma, tile.fused or not can_tma
     centred = uint8 and fused  # pixels meet the weight as they are
     fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
     if fold is not None and kept is not None:

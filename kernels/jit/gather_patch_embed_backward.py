@@ -74,8 +74,10 @@ def gather_patch_embed_backward_position_kernel(
 
 
 def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
-    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time. No choice of this file is
-    measured, all compiled clean."""
+    """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time.
+
+    No choice of this file is measured, all compiled clean.
+    """
     if arch not in TUNED:
         return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
     if dtype == torch.float32:
@@ -125,14 +127,11 @@ def backward(*inputs: Any) -> Run:
     of_video = _video_gradient(work_stride, grad, video, keep_idx, weight, work) if needs[0] else None
     of_weight = _weight_gradient(work_stride, video, keep_idx, weight, clip_idx, *options) if needs[1] else None
     of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
-    written = (needs[0], needs[1], False, needs[3])  # the bias's is a sum of PyTorch's
 
     def run(
         grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        grad_video, grad_weight, grad_bias, grad_pos = gradients(
-            grad, video, keep_idx, weight, pos_embed, clip_idx, *options, written
-        )
+        grad_video = grad_weight = grad_bias = grad_pos = None
         if copied:
             grad = grad.contiguous()
         if indices_copied:
@@ -140,12 +139,14 @@ def backward(*inputs: Any) -> Run:
         # Products read the gradient many times.
         rounded = grad.to(work, memory_format=torch.contiguous_format) if cast else grad
         if of_video is not None:
+            grad_video = gradient_memory(video).zero_()
             of_video(rounded, keep_idx, clip_idx, weight, grad_video)
         if needs[2]:
             grad_bias = grad.sum(every_row)
         if of_weight is not None:
-            of_weight(rounded, video, keep_idx, clip_idx, grad_weight)
+            grad_weight = of_weight(rounded, video, keep_idx, clip_idx, weight)
         if of_positions is not None:
+            grad_pos = torch.empty_like(pos_embed, memory_format=DENSE)
             of_positions(grad, keep_idx, grad_pos)
         return grad_video, grad_weight, grad_bias, grad_pos
 
@@ -162,7 +163,7 @@ def _weight_gradient(
     std: Channels,
     work: torch.dtype,
 ) -> Run:
-    """``run(grad, video, keep_idx, clip_idx, out)``: (M, D) -> (D, C, t, h, w), a product of PyTorch's.
+    """``run(grad, video, keep_idx, clip_idx, weight)``: (M, D) -> (D, C, t, h, w), a product of PyTorch's.
 
     The tubelets are gathered again: kept from the forward pass they would be held through the whole step, 77 MB for
     25088 of them in 16 bits, to save one launch.
@@ -171,20 +172,20 @@ def _weight_gradient(
     values, count = channels * t * h * w, keep_idx.numel()
     gather = gather_tubelets(video, keep_idx, clip_idx, weight, work, mean, std)
     channels_last = layout_of(video, (t, h, w))[0].channels_last
-    template = None
-    if channels_last or weight.dtype != work:
-        template = like((columns, values), work, weight.device)
+    moved = channels_last or weight.dtype != work
     inner = (1, h * w * channels, w * channels, channels) if channels_last else (t * h * w, h * w, w, 1)
+    shape, strides = weight.shape, (values, *inner)
+    template = like((columns, values) if moved else shape, work, weight.device)
 
-    def run(grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, out: Tensor) -> None:
-        patches, grad = gather(video, keep_idx, clip_idx), grad.as_strided((columns, count), (1, stride))
+    def run(grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor) -> Tensor:
+        product = torch.empty_like(template, memory_format=DENSE)
+        patches = gather(video, keep_idx, clip_idx)
         # Autocast leaves a product with ``out`` alone.
-        if template is None:
-            torch.mm(grad, patches, out=out.view(columns, values))
-        else:
-            product = torch.empty_like(template, memory_format=DENSE)
-            torch.mm(grad, patches, out=product)
-            out.copy_(product.as_strided(out.shape, (values, *inner)))
+        out = product if moved else product.view(columns, values)
+        torch.mm(grad.as_strided((columns, count), (1, stride)), patches, out=out)
+        if not moved:
+            return product
+        return torch.empty_like(weight, memory_format=DENSE).copy_(product.as_strided(shape, strides))
 
     return run
 
@@ -192,7 +193,7 @@ def _weight_gradient(
 def _video_gradient(
     stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, work: torch.dtype
 ) -> Run:
-    """``run(grad, keep_idx, clip_idx, weight, out)``: (M, D) -> (B, C, T, H, W), zero but for the indexed tubelets."""
+    """``run(grad, keep_idx, clip_idx, weight, out)``: (M, D) -> the indexed tubelets of (B, C, T, H, W)."""
     columns, channels, t, h, w = weight.shape
     count, values = keep_idx.numel(), channels * t * h * w
     layout, copied = layout_of(gradient_memory(video), (t, h, w))
@@ -213,7 +214,7 @@ def _video_gradient(
     def run(grad: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor, out: Tensor) -> None:
         if fold is not None:
             weight, _ = fold(weight)
-        launch(grad, weight, keep_idx, clip_idx, out.zero_())
+        launch(grad, weight, keep_idx, clip_idx, out)
 
     return run
 

@@ -55,8 +55,8 @@ class LaunchConfig:
 
     ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
     dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
-    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it. An op
-    that may run as one kernel or as several runs as one if it is ``fused``.
+    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it. An
+    op that may run as one kernel or as several runs as one if it is ``fused``.
     """
 
     block_m: int

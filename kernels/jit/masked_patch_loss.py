@@ -1,6 +1,7 @@
-"""masked_patch_loss in Triton: a program makes the target of one dropped tubelet, which never leaves its registers.
+"""masked_patch_loss in Triton: a warp makes the target of one dropped tubelet, which never leaves its registers.
 
-P = t * h * w positions of C channels, in the order (t, h, w, C) of the pixels; statistics and sums in float32.
+A tubelet is chunks of WIDTH values side by side, in the order of the clip's memory; a piece is ROWS chunks, one for
+each thread. So addresses are worked out once a chunk, and a chunk is one load of 16 bytes.
 """
 
 from collections.abc import Sequence
@@ -11,113 +12,181 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Run
 from .tubelets import of_channel
 
 
 @triton.jit
 def tubelet(
-    video, drop_idx, clip_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
-    stride_b, stride_t, stride_h, stride_w, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    drop_idx, clip_idx, o_row, per_clip, grid_h, grid_w, s_drop_clip, s_drop, s_clip, s_frame, s_line, s_value,
+    T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Its first pixel, in the first channel. With ``clip_idx`` a row says itself of which clip it is: count is 1."""
-    clip = (row // count).to(tl.int64)
-    index = tl.load(drop_idx + clip * drop_stride_b + (row % count).to(tl.int64) * drop_stride_m).to(tl.int64)
+    """Offset of each row's first value. ``clip_idx`` says of which clip a row is; without it each has ``per_clip``."""
+    # Unsigned, and remainders from quotients: half the instructions. In 64 bits they would be as many as all others.
+    per_clip, grid_h, grid_w = tl.cast(per_clip, tl.uint32), tl.cast(grid_h, tl.uint32), tl.cast(grid_w, tl.uint32)
+    o_row = o_row.to(tl.uint32)
+    b_clip = o_row // per_clip
+    o_drop = o_row - b_clip * per_clip
+    b_index = tl.load(drop_idx + b_clip.to(tl.int64) * s_drop_clip + o_drop.to(tl.int64) * s_drop).to(tl.uint32)
     if clip_idx is not None:
-        clip = tl.load(clip_idx + row).to(tl.int64)
-    o_t = index // (grid_h * grid_w) * T
-    o_h = index // grid_w % grid_h * H
-    o_w = index % grid_w * W
-    return video + clip * stride_b + o_t * stride_t + o_h * stride_h + o_w * stride_w
+        b_clip = tl.load(clip_idx + o_row)
+    b_line = b_index // grid_w
+    b_frame = b_line // grid_h
+    column = (b_index - b_line * grid_w).to(tl.int64) * RUN
+    line = (b_line - b_frame * grid_h).to(tl.int64) * H
+    return b_clip.to(tl.int64) * s_clip + b_frame.to(tl.int64) * T * s_frame + line * s_line + column * s_value
+
+
+# Statistics are per channel. Within a piece the values are of C classes, those of a class in a thread all of one
+# channel, and which values these are is known to the compiler: nothing is compared or selected for a value. In planar
+# clips the class is the channel; in channels-last ones it is the channel but for what the thread's place adds to it.
 
 
 @triton.jit
-def positions(
-    first, stride_c, stride_t, stride_h, stride_w, SCALE: tl.constexpr, SHIFT: tl.constexpr, NORMALIZE: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Offsets of a tubelet's pixels, which of them there are, and their target: [BLOCK_P, BLOCK_C].
-
-    For planar clips: along x the loads are wide, and those of the pixels, whose channels lie side by side, narrow.
-    """
-    o_position = tl.arange(0, BLOCK_P)
-    o_channel = tl.arange(0, BLOCK_C)
-    m_tile = (o_position < T * H * W)[:, None] & (o_channel < C)[None, :]
-    o_video = (o_position // (H * W)).to(tl.int64) * stride_t + (o_position // W % H).to(tl.int64) * stride_h
-    o_video += (o_position % W).to(tl.int64) * stride_w
-    p_channel = first + o_channel.to(tl.int64) * stride_c
-    b_target = tl.load(p_channel[None, :] + o_video[:, None], mask=m_tile, other=0).to(tl.float32)
-    b_scale = of_channel(SCALE, o_channel, C)
-    if NORMALIZE:
-        # Seen from the first pixel a flat patch is exactly zero, and a shift of the channel is gone.
-        b_first = tl.load(p_channel, mask=o_channel < C, other=0).to(tl.float32)
-        b_target = tl.where(m_tile, (b_target - b_first[None, :]) * b_scale[None, :], 0.0)
-        b_target = tl.where(m_tile, b_target - tl.sum(b_target, axis=0)[None, :] / (T * H * W), 0.0)
-        b_variance = tl.sum(b_target * b_target, axis=0) / (T * H * W - 1)
-        b_target /= (tl.sqrt_rn(b_variance) + 1e-6)[None, :]
-    else:
-        b_target = b_target * b_scale[None, :] + of_channel(SHIFT, o_channel, C)[None, :]
-    return o_position[:, None] * C + o_channel[None, :], m_tile, b_target
-
-
-@triton.jit
-def values(
-    first, stride_c, stride_t, stride_h, stride_w, SCALE: tl.constexpr, SHIFT: tl.constexpr, NORMALIZE: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The same as one row, [BLOCK], for clips whose channels lie side by side too: all loads are wide."""
-    o_value = tl.arange(0, BLOCK)
-    o_channel = o_value % C
-    m_value = o_value < T * H * W * C
-    o_line = o_value // (W * C)
-    o_video = (o_line // H).to(tl.int64) * stride_t + (o_line % H).to(tl.int64) * stride_h + o_value % (W * C)
-    b_video = tl.load(first + o_video, mask=m_value, other=0).to(tl.float32)
-    b_target = tl.full((BLOCK,), 0.0, dtype=tl.float32)
+def class_sums(b_piece, classes, channels, C: tl.constexpr, PIECES: tl.constexpr):
+    """The sum over each tubelet of the values of each channel: C times [BLOCK_M]."""
+    b_class = ()
+    for a in tl.static_range(C):
+        b_sum = tl.sum(tl.where(classes[0] == a, b_piece[0], -0.0), axis=2)  # x + -0.0 is x, which the compiler knows
+        for piece in tl.static_range(1, PIECES):
+            b_sum += tl.sum(tl.where(classes[piece] == a, b_piece[piece], -0.0), axis=2)
+        b_class = b_class + (b_sum,)
+    b_channel = ()
     for c in tl.static_range(C):
-        m_channel = m_value & (o_channel == c)
-        if NORMALIZE:
-            b_first = tl.load(first + c).to(tl.float32)
-            b_channel = tl.where(m_channel, (b_video - b_first) * SCALE[c], 0.0)
-            b_channel = tl.where(m_channel, b_channel - tl.sum(b_channel, axis=0) / (T * H * W), 0.0)
-            b_variance = tl.sum(b_channel * b_channel, axis=0) / (T * H * W - 1)
-            b_target += b_channel / (tl.sqrt_rn(b_variance) + 1e-6)
-        else:
-            b_target = tl.where(m_channel, b_video * SCALE[c] + SHIFT[c], b_target)
-    return o_value, m_value, b_target
+        b_sum = tl.where(channels[0] == c, b_class[0], 0.0)  # [BLOCK_M, ROWS]
+        for a in tl.static_range(1, C):
+            b_sum += tl.where(channels[a] == c, b_class[a], 0.0)
+        b_channel = b_channel + (tl.sum(b_sum, axis=1),)
+    return b_channel
+
+
+@triton.jit
+def of_classes(b_channel, channels, C: tl.constexpr):
+    """C times [BLOCK_M], by channel, as C times [BLOCK_M, ROWS], by class."""
+    b_class = ()
+    for a in tl.static_range(C):
+        b_value = b_channel[0][:, None]
+        for c in tl.static_range(1, C):
+            b_value = tl.where(channels[a] == c, b_channel[c][:, None], b_value)
+        b_class = b_class + (b_value,)
+    return b_class
+
+
+@triton.jit
+def of_values(b_class, o_class, C: tl.constexpr):
+    """The number for each value of a piece."""
+    b_value = b_class[0][:, :, None]
+    for a in tl.static_range(1, C):
+        b_value = tl.where(o_class == a, b_class[a][:, :, None], b_value)
+    return b_value
 
 
 @triton.jit
 def masked_patch_loss_kernel(
     pixels, video, drop_idx, clip_idx, grad, out,
-    count, grid_h, grid_w, factor, pixel_stride, drop_stride_b, drop_stride_m,
-    stride_b, stride_c, stride_t, stride_h, stride_w, SCALE: tl.constexpr, SHIFT: tl.constexpr, NORMALIZE: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    SIDE_BY_SIDE: tl.constexpr,
+    count, per_clip, grid_h, grid_w, factor, s_row, s_drop_clip, s_drop,
+    s_clip, s_channel, s_frame, s_line, s_value, SCALE: tl.constexpr, SHIFT: tl.constexpr, NORMALIZE: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tubelet's part of the loss, to its slot in ``out``; with ``grad`` the gradient of its pixels."""
-    row = tl.program_id(0)
+    """The loss of BLOCK_M tubelets, to the program's slot in ``out``; with ``grad`` the gradient of their pixels."""
+    RUN: tl.constexpr = W * C if CHANNELS_LAST else W
+    AREA: tl.constexpr = T * H * W // WIDTH  # chunks of a channel of a planar clip
+    CHUNKS: tl.constexpr = T * H * W * C // WIDTH
+    # Whether the mean has no rounding error: of 2^n bytes, whose sum has less than 24 bits.
+    EXACT: tl.constexpr = video.dtype.element_ty == tl.uint8 and T * H * W <= 65536 and T * H * W & (T * H * W - 1) == 0
+    PIECES: tl.constexpr = (CHUNKS + ROWS - 1) // ROWS
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < count
+    o_row = tl.minimum(o_row, count - 1)
+    p_row = pixels + (o_row.to(tl.int64) * s_row)[:, None, None]
+    o_x = tl.arange(0, WIDTH)
+    o_values = (tl.arange(0, ROWS) * WIDTH)[:, None] + o_x[None, :]
+    # By piece, [BLOCK_M, ROWS, WIDTH].
+    o_pixel, m_piece, classes, b_pixel, b_video = (), (), (), (), ()
+    for piece in tl.static_range(PIECES):
+        o_chunk = piece * ROWS + tl.arange(0, ROWS)
+        if CHANNELS_LAST:
+            o_piece = o_values.to(tl.int64) + piece * ROWS * WIDTH
+            o_class = ((piece * ROWS * WIDTH + o_x) % C)[None, None, :]
+        else:
+            channel = o_chunk // AREA
+            o_piece = ((o_chunk % AREA * WIDTH)[:, None] + o_x[None, :]) * C + channel[:, None]
+            o_class = channel[None, :, None]
+        m_chunk = (o_chunk < CHUNKS)[None, :, None]
+        o_pixel, m_piece, classes = o_pixel + (o_piece[None, :, :],), m_piece + (m_chunk,), classes + (o_class,)
+        b_pixel = b_pixel + (tl.load(p_row + o_pixel[piece], mask=m_chunk, other=0.0),)
+    tl.debug_barrier()  # else the compiler puts these loads off until the target is made
     first = tubelet(
-        video, drop_idx, clip_idx, row, count, grid_h, grid_w, drop_stride_b, drop_stride_m,
-        stride_b, stride_t, stride_h, stride_w, T, H, W,
+        drop_idx, clip_idx, o_row, per_clip, grid_h, grid_w, s_drop_clip, s_drop, s_clip, s_frame, s_line, s_value,
+        T, H, RUN,
     )  # fmt: skip
-    if SIDE_BY_SIDE:
-        o_pixel, m_pixel, b_target = values(
-            first, stride_c, stride_t, stride_h, stride_w, SCALE, SHIFT, NORMALIZE, C, T, H, W, BLOCK_P * BLOCK_C
-        )
+    p_first = video + first[:, None]
+    for piece in tl.static_range(PIECES):
+        o_chunk = piece * ROWS + tl.arange(0, ROWS)
+        line = o_chunk // (RUN // WIDTH)
+        o_line = (line // H % T).to(tl.int64) * s_frame + (line % H).to(tl.int64) * s_line
+        if not CHANNELS_LAST:
+            o_line += (o_chunk // AREA).to(tl.int64) * s_channel
+        o_run = (o_chunk % (RUN // WIDTH) * WIDTH)[:, None] + o_x[None, :]
+        o_video = (o_line[:, None] + o_run.to(tl.int64) * s_value)[None, :, :]
+        b_video = b_video + (tl.load(p_first[:, :, None] + o_video, mask=m_piece[piece], other=0),)
+    channels, b_first = (), ()  # by class, [1, ROWS] and [BLOCK_M, ROWS]
+    for a in tl.static_range(C):
+        o_channel = (tl.arange(0, ROWS) * WIDTH + a) % C if CHANNELS_LAST else tl.full((ROWS,), a, tl.int32)
+        channels = channels + (o_channel[None, :],)
+        if NORMALIZE and not EXACT:
+            b_first = b_first + (tl.load(p_first + channels[a].to(tl.int64) * s_channel).to(tl.float32),)
+
+    b_target = ()
+    if NORMALIZE:
+        # Seen from the first pixel a flat patch is exactly zero, and a shift of the channel is gone. From the mean the
+        # squares lose no digits, whatever the first pixel is, and the difference is needed anyway.
+        b_seen, b_centred, b_square, b_slope = (), (), (), ()
+        for piece in tl.static_range(PIECES):
+            b_value = b_video[piece].to(tl.float32)
+            if not EXACT:
+                b_value = tl.where(m_piece[piece], b_value - of_values(b_first, classes[piece], C), 0.0)
+            b_seen = b_seen + (b_value,)
+        b_sum, b_mean = class_sums(b_seen, classes, channels, C, PIECES), ()
+        for c in tl.static_range(C):
+            b_mean = b_mean + (b_sum[c] / (T * H * W),)
+        b_mean = of_classes(b_mean, channels, C)
+        for piece in tl.static_range(PIECES):
+            b_value = tl.where(m_piece[piece], b_seen[piece] - of_values(b_mean, classes[piece], C), 0.0)
+            b_centred, b_square = b_centred + (b_value,), b_square + (b_value * b_value,)
+        b_square = class_sums(b_square, classes, channels, C, PIECES)
+        for c in tl.static_range(C):
+            b_deviation = tl.sqrt(b_square[c] / (T * H * W - 1)) * SCALE[c]
+            b_slope = b_slope + (SCALE[c] / (b_deviation + 1e-6),)
+        b_slope = of_classes(b_slope, channels, C)
+        for piece in tl.static_range(PIECES):
+            b_target = b_target + (b_centred[piece] * of_values(b_slope, classes[piece], C),)
     else:
-        o_pixel, m_pixel, b_target = positions(
-            first, stride_c, stride_t, stride_h, stride_w, SCALE, SHIFT, NORMALIZE, C, T, H, W, BLOCK_P, BLOCK_C
-        )
-    b_pixel = tl.load(pixels + row.to(tl.int64) * pixel_stride + o_pixel, mask=m_pixel, other=0.0).to(tl.float32)
+        b_slope, b_shift = (), ()
+        for a in tl.static_range(C):
+            b_slope = b_slope + (of_channel(SCALE, channels[a], C),)
+            b_shift = b_shift + (of_channel(SHIFT, channels[a], C),)
+        for piece in tl.static_range(PIECES):
+            b_value = b_video[piece].to(tl.float32) * of_values(b_slope, classes[piece], C)
+            b_target = b_target + (b_value + of_values(b_shift, classes[piece], C),)
+
     factor = tl.cast(factor, tl.float32)  # inductor hands floats over as float64
-    b_error = tl.where(m_pixel, b_pixel - b_target, 0.0)
     if grad is None:
-        tl.store(out + row, tl.sum(b_error * b_error) * factor)
+        b_square = tl.zeros((BLOCK_M, ROWS, WIDTH), dtype=tl.float32)
+        for piece in tl.static_range(PIECES):
+            b_error = tl.where(m_piece[piece], b_pixel[piece].to(tl.float32) - b_target[piece], 0.0)
+            b_square += b_error * b_error
+        b_loss = tl.where(m_row, tl.sum(tl.sum(b_square, axis=2), axis=1), 0.0)
+        tl.store(out + tl.program_id(0), tl.sum(b_loss, axis=0) * factor)
     else:
-        b_error *= tl.load(grad).to(tl.float32) * factor
-        p_out = out + row.to(tl.int64) * (T * H * W * C) + o_pixel
-        tl.store(p_out, b_error.to(out.dtype.element_ty), mask=m_pixel)
+        factor *= tl.load(grad).to(tl.float32)
+        p_out = out + (o_row.to(tl.int64) * (T * H * W * C))[:, None, None]
+        for piece in tl.static_range(PIECES):
+            b_error = (b_pixel[piece].to(tl.float32) - b_target[piece]) * factor
+            m_error = m_row[:, None, None] & m_piece[piece]
+            tl.store(p_out + o_pixel[piece], b_error.to(out.dtype.element_ty), mask=m_error)
 
 
 @triton.jit
@@ -130,22 +199,20 @@ def masked_patch_loss_sum_kernel(part, out, count, BLOCK_N: tl.constexpr):
     tl.store(out, tl.sum(b_sum))
 
 
-def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, side_by_side: bool) -> LaunchConfig:
-    """Warps for a tubelet of so many ``values``. Compiled clean, not measured, where nothing else is said."""
-    if values > 2048:
-        return LaunchConfig(1, num_warps=8)  # no case of real size
-    if arch == "sm_90" and values <= 1536:
-        # H200, Triton 3.6, bc236cf: forward 144 us, backward 145, 4 warps took 210; compared at 663e046.
-        return LaunchConfig(1, num_warps=1)
-    if arch in TUNED and backward and side_by_side and dtype == torch.float32:
-        return LaunchConfig(1, num_warps=8)  # at most 61 registers
-    # Tubelets of one frame are 768 values: with 4 warps no thread has 16 bytes of them to load.
-    return LaunchConfig(1, num_warps=2 if values <= 1024 else 4)  # at most 96 registers
+def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, channels_last: bool) -> LaunchConfig:
+    """``block_m`` tubelets of so many ``values``. Compiled clean, not measured.
+
+    One warp for 2048 values: its sums need no shared memory and wait for no other warp. (H200, Triton 3.6, bc236cf, the
+    kernel before this one: 144 us by 1 warp, 210 by 4, each of which repeated the index arithmetic.)
+    """
+    if arch == "interpreter":
+        return LaunchConfig(16)  # fewer programs, one after the other
+    return LaunchConfig(1, num_warps=min(8, block(triton.cdiv(values, 2048))))
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_n`` parts at a time, by the only program: 16 for each thread. Compiled clean, not measured."""
-    return LaunchConfig(1, 4096, num_warps=8)
+    """``block_n`` parts at a time, by the only program: 32 for each thread. Compiled clean, not measured."""
+    return LaunchConfig(1, 32768, num_warps=32)
 
 
 def outputs(
@@ -164,37 +231,44 @@ def outputs(
 
 def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
     pixels, video, drop_idx, clip_idx, (t, h, w), mean, std, normalize = inputs
-    channels, count, drop_strides = video.shape[1], 1, (*drop_idx.stride(), 0)
+    channels, count, s_drop = video.shape[1], drop_idx.numel(), (*drop_idx.stride(), 0)
+    per_clip = 1
     if clip_idx is None:
-        count, drop_strides = drop_idx.shape[1], drop_idx.stride()
-    pixel_stride, copied = rows(pixels)
+        per_clip, s_drop = drop_idx.shape[1], drop_idx.stride()
+    s_row, copied = rows(pixels)
     scale, shift = (1.0,) * channels, (0.0,) * channels
     if video.dtype == torch.uint8:
         scale = (1 / 255,) * channels
     elif mean is not None and std is not None:
         scale, shift = tuple(std), tuple(mean)
-    side_by_side = video.stride(1) == 1 and video.stride(4) == channels
-    block_p, block_c = block(t * h * w), block(channels)
-    if side_by_side:
-        block_p = block(t * h * w * channels, block_c) // block_c
-    stride_b, stride_c, stride_t, stride_h, stride_w = video.stride()
+    values, (*s_video, s_value) = t * h * w * channels, video.stride()
+    channels_last = video.stride(1) == 1 and s_value == channels
+    run, size = w, video.element_size()
+    if channels_last:
+        run, size, s_value = w * channels, min(size, pixels.element_size()), 1
+    choice = choose(name, config, pixels, backward=backward, values=values, channels_last=channels_last)
+    tile = choice.config
+    # The greatest power of two that a line is a multiple of.
+    width = min(16 // size, run & -run)
+    # One chunk of a piece for each thread, but not more pieces than can be compiled.
+    piece_rows = max(32 * max(1, tile.num_warps // tile.block_m), block(triton.cdiv(values // width, 32)))
     return Launch(
-        masked_patch_loss_kernel, (drop_idx.numel(),),
-        (count, video.shape[3] // h, video.shape[4] // w, (2 if backward else 1) / pixels.numel(),
-         pixel_stride, *drop_strides, stride_b, stride_c, stride_t, stride_h, stride_w),
-        choose(name, config, pixels, backward=backward, values=t * h * w * channels, side_by_side=side_by_side),
-        (copied, False, False, scattered(clip_idx)),
-        SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w,
-        BLOCK_P=block_p, BLOCK_C=block_c, SIDE_BY_SIDE=side_by_side,
+        masked_patch_loss_kernel, (triton.cdiv(count, tile.block_m),),
+        (count, per_clip, video.shape[3] // h, video.shape[4] // w, (2 if backward else 1) / pixels.numel(),
+         s_row, *s_drop, *s_video, s_value),
+        choice, (copied, False, False, scattered(clip_idx)),
+        SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w, CHANNELS_LAST=channels_last,
+        BLOCK_M=tile.block_m, ROWS=piece_rows, WIDTH=width,
     )  # fmt: skip
 
 
 def forward(*inputs: Any) -> Run:
     """The mean squared error, for the inputs of `outputs`."""
-    pixels, options, count = inputs[0], inputs[4:], inputs[2].numel()
+    pixels, options = inputs[0], inputs[4:]
     if pixels.numel() == 0:
         return lambda *tensors: outputs(*tensors, *options).zero_()
     launch = _launch("masked_patch_loss_forward", *inputs, backward=False)
+    (count,) = launch.grid
     choice = choose("masked_patch_loss_sum", config_sum, pixels)
     add = Launch(masked_patch_loss_sum_kernel, (1,), (count,), choice, BLOCK_N=min(choice.config.block_n, block(count)))
 

@@ -47,7 +47,7 @@ def config(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
     # The interpreter's NumPy adds up the rows of a tile one after the other.
     if arch == "interpreter" or rows <= 16:
         return LaunchConfig(16, 256)
-    return LaunchConfig(128, 16)  # few columns, so that there are enough programs
+    return LaunchConfig(256, 16, num_warps=8)  # few columns, so that there are enough programs
 
 
 def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Callable[..., None]:

@@ -106,7 +106,7 @@ def fallback(layer: Any) -> str | None:
     return None
 
 
-def run_layer(layer: Any, state: State, rows: Tensor | None, defer: bool, *stream: Tensor | None) -> Stream:
+def run_layer(layer: Any, state: State, rows: Tensor | None, defer: bool, *stream: Any) -> Stream:
     """One VideoMAELayer on the parts of a `Stream`; with ``rows`` (B, M) it returns only these tokens.
 
     ``defer``: whether the next norm may add the bias of its last linear layer.

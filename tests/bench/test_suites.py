@@ -160,10 +160,11 @@ def test_kernels_suite():
         "attention",
         "add_layer_norm",
         "bias_gelu",
+        "linear_gelu",
         "scatter_tokens",
         "masked_patch_loss",
     }
-    assert [case.mode for case in cases] == ["forward", "backward"] * 6
+    assert [case.mode for case in cases] == ["forward", "backward"] * 7
     attention = next(case for case in cases if case.name.startswith("attention"))
     kept = tuple(one for one in attention.providers if one.name != "flex_attention")  # it compiles
     found = measured(replace(attention, providers=kept))

@@ -102,7 +102,7 @@ def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypat
     seen = set()
     monkeypatch.setattr(tune, "seconds", lambda call, *passed: seen.add((call, passed[0])) or 1.0)
     unit(kernel, "bfloat16, width 1024").race([NOW])
-    labels = ("", ", layer scale and drop path")
+    labels = ("", ", bias of x, layer scale and drop path")
     assert seen == {(f"add_layer_norm, 32 clips, 784 tokens, width 1024{more}, bfloat16", backward) for more in labels}
 
 

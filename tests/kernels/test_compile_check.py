@@ -81,6 +81,15 @@ def test_every_choice_is_reached():
     assert not left
 
 
+def test_what_embeds_uint8_clips():
+    """A gather and a product for many tubelets where there is TMA, one kernel elsewhere, after the weight's own."""
+    fused, two = ["gather_patch_embed_forward"], ["gather_tubelets", "gather_patch_embed_product"]
+    for target, clips, expected in (("sm_90", 32, two), ("sm_90", 1, fused), ("sm_80", 32, fused)):
+        call = f"gather_patch_embed, {clips} clips, 784 of 1568 tubelets, width 768, uint8 clip, other layout, bfloat16"
+        names = [launch.kernel.fn.__name__.removesuffix("_kernel") for launch, _ in launches(call, target, ["forward"])]
+        assert names == ["fold_weight"] * (expected == fused) + expected
+
+
 # The check can fail. Plain matrix products without masks, 4096 x 4096 x 768, compiled with what the test says.
 
 

@@ -61,7 +61,7 @@ def test_backward_of_many_rows():
 
 
 @pytest.mark.parametrize("results", [1, 2, 4])
-@pytest.mark.parametrize("tile", [(128, 16), (16, 256), (4, 8)])  # the first is a GPU's
+@pytest.mark.parametrize("tile", [(256, 16), (16, 256), (4, 8)])  # the first is a GPU's
 def test_sums_of_parts(tile, results, poisoned):
     """Whole numbers, which no order of sums rounds; 130 rows and 33 columns are no whole number of tiles."""
     from mar_fast.kernels.jit.sum_parts import sum_parts
@@ -138,14 +138,6 @@ def test_bitwise_repeatable(dtype):
     (second,), _, second_gradients = oracle.outcome(kernels.bias_gelu, operands, seeds)
     assert torch.equal(first, second)
     assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in operands)
-
-
-def test_linear_gelu():
-    """On this path the bias is added with the GELU."""
-    x, weight, bias = torch.randn(2, 17, 33), torch.randn(65, 33) / 5, torch.randn(65)
-    want = oracle.bias_gelu(x.double() @ weight.double().T, bias.double())
-    plain = plain_gelu(x @ weight.T, bias)
-    oracle.assert_as_good("linear_gelu", kernels.linear_gelu(x, weight, bias), plain, want)
 
 
 # The custom op, which torch.compile sees.

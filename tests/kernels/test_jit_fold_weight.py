@@ -122,7 +122,8 @@ def folds(monkeypatch):
     return seen
 
 
-TILES = {"gather_patch_embed_forward": LaunchConfig(32, 128, 128)}
+TILES = {"gather_patch_embed_forward": LaunchConfig(32, 128, 128), "gather_tubelets": LaunchConfig(32, 2048)}
+GATHERED = {"gather_patch_embed_forward": LaunchConfig(32, 64, 128, tma=True, fused=False)}
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +133,9 @@ def _large_tiles():
 
 
 class Embedding(nn.Module):
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, **shape):
         super().__init__()
-        operands = gather_operands(dtype, count=5)
+        operands = gather_operands(dtype, count=5, **shape)
         self.weight, self.bias = nn.Parameter(operands["weight"]), nn.Parameter(operands["bias"])
         self.fixed = {name: operands[name] for name in ("keep_idx", "pos_embed")}
 
@@ -176,6 +177,22 @@ def test_a_planar_clip_of_floats_needs_none(folds):
     with torch.no_grad():
         right(module, video)
     assert not folds
+
+
+def test_gathered_and_fused_take_weights_of_their_own(folds):
+    """The one in the clip's order, the other scaled for pixels as they are besides."""
+    patch, grid = (2, 2, 4), (1, 2, 3)
+    module, video = Embedding(patch=patch, grid=grid), make_clip(2, torch.uint8, "channels_last", patch, grid)
+    with torch.no_grad():
+        for _ in range(2):
+            for configs in ({}, GATHERED):
+                with forced(configs):
+                    right(module, video)
+        assert len(folds) == 2
+        module.weight.mul_(-3)
+        with forced(GATHERED):
+            right(module, video)
+    assert len(folds) == 3
 
 
 def step(module, video):

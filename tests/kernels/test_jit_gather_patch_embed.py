@@ -1,6 +1,7 @@
 """gather_patch_embed's Triton kernels beyond what test_ops.py asks: TRITON_INTERPRET=1 pytest -m interpreter."""
 
 import functools
+import math
 
 import oracle
 import pytest
@@ -16,9 +17,12 @@ from op_cases import (
     plain_gather,
     strided,
 )
+from plan_cases import misaligned
 
 from mar_fast import kernels
-from mar_fast.kernels.jit.launch import LaunchConfig, forced
+from mar_fast.kernels.jit import gather_patch_embed as launcher
+from mar_fast.kernels.jit.gather_tubelets import gather_tubelets
+from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
@@ -79,6 +83,78 @@ def test_columns_of_a_tile(columns):
     """Positions are added to 64 columns at a time, so tiles of 128 and of 256 are finished in parts."""
     with forced({FORWARD: LaunchConfig(32, columns, 512)}):
         compare(gather_operands(torch.float32, **FLAT | dict(width=300)))
+
+
+# Operands by TMA: the weight of the fused kernel, or both of a product of gathered tubelets.
+
+EVEN = dict(patch=(2, 2, 4), grid=(2, 2, 3), count=9)  # lines of the weight are 192 or 96 bytes
+WAYS = {"fused": LaunchConfig(16, 16, 32, tma=True), "gathered": LaunchConfig(16, 16, 32, tma=True, fused=False)}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Of each launch of the forward pass the kernel, and the positions of what it gets as descriptors."""
+    launch, seen = Launch.__call__, []
+
+    def spy(self, *tensors):
+        if self.choice.kernel == FORWARD:
+            seen.append((self.kernel.fn.__name__.split("_")[-2], sorted(self.blocks)))
+        launch(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", spy)
+    monkeypatch.setattr(launcher, "multiprocessors", lambda operand: 4)  # for 6 tiles
+    return seen
+
+
+@every_way
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(dtype=torch.float32, video=torch.uint8, layout="channels_last"),
+        dict(dtype=torch.float16, video=torch.uint8),
+        dict(dtype=torch.float16, layout="cropped"),
+        dict(dtype=torch.float32, video=torch.uint8, lengths=(7, 0, 11)),
+    ],
+    ids=str,
+)
+def test_by_tma(case, way, described):
+    """M = 18, D = 33 and K = 48: several tiles each way, the last neither full nor empty."""
+    with forced({FORWARD: WAYS[way]}):
+        compare(gather_operands(**EVEN | case))
+    assert described == [("forward", [3]) if way == "fused" else ("product", [0, 2])]
+
+
+@every_way
+@pytest.mark.parametrize("what", ["lines of 360 bytes", "an address"])
+def test_what_tma_cannot_read(what, way, described):
+    operands = gather_operands(torch.float32, **({} if what.startswith("lines") else EVEN))
+    if what == "an address":
+        operands["weight"] = misaligned(operands["weight"])
+    with forced({FORWARD: WAYS[way]}):
+        compare(operands)
+    assert described == [("forward", [])]
+
+
+@pytest.mark.parametrize("patch", [(2, 3, 5), (1, 4, 16)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_gathered_tubelets(channels, patch):
+    """All 256 values of a pixel in every channel, normalised with no more error than float32 has, then rounded."""
+    shape = (2, channels, *(2 * step for step in patch))
+    clip, index = torch.arange(math.prod(shape)).view(shape).byte(), torch.tensor([[7, 0, 3], [5, 1, 2]])
+    mean, std = (torch.rand(channels).double() / 8 + start for start in (0.4, 0.05))
+    cells = [oracle._tubelet(clip, one, int(at), patch) for one in (0, 1) for at in index[one]]
+    scale, centre = (255 * std).view(-1, 1, 1, 1), (mean / std).view(-1, 1, 1, 1)
+    exact, size = torch.stack(cells) / scale - centre, torch.stack(cells) / scale + centre
+    weight = torch.empty(1, channels, *patch)
+    for video, order in ((clip, (0, 1, 2, 3, 4)), (channels_last(clip), (0, 2, 3, 4, 1))):
+        if channels == 1:
+            order = (0, 1, 2, 3, 4)
+        for dtype in DTYPES:
+            run = gather_tubelets(video, index, None, weight, dtype, mean.tolist(), std.tolist())
+            error = (run(video, index, None).double() - exact.permute(order).flatten(1)).abs()
+            limit = 1.5 * 2**-23 * size + (dtype == torch.float16) * 2**-11 * exact.abs()
+            assert (error <= limit.permute(order).flatten(1)).all()
 
 
 # Clips.

@@ -12,11 +12,24 @@ from op_cases import (
     gather_operands,
     make_clip,
     plain_gather,
+    rows_apart,
     strided,
     tokens_first,
     width_first,
 )
-from test_jit_gather_patch_embed import DARK, FEW, LARGE, NORMALISED, REAL, SMALL, compare, normalised
+from test_jit_gather_patch_embed import (
+    DARK,
+    EVEN,
+    FEW,
+    FORWARD,
+    LARGE,
+    NORMALISED,
+    REAL,
+    SMALL,
+    WAYS,
+    compare,
+    normalised,
+)
 
 from mar_fast import kernels
 from mar_fast.kernels import device
@@ -57,13 +70,19 @@ def test_clip_of_another_dtype(video, weights):
 
 
 @pytest.mark.parametrize(
-    ("video", "dark"),
-    [(torch.float32, False), (torch.float16, False), (torch.uint8, False), (torch.uint8, True)],
+    ("video", "dark", "forward"),
+    [
+        (torch.float32, False, {}),
+        (torch.float16, False, {}),
+        (torch.uint8, False, {}),
+        (torch.uint8, True, {}),
+        (torch.uint8, True, {FORWARD: WAYS["gathered"]}),
+    ],
     ids=str,
 )
-def test_autocast(video, dark):
+def test_autocast(video, dark, forward):
     """The product in float16; weights, output and gradients in float32."""
-    operands = gather_operands(torch.float32, video=video)
+    operands = gather_operands(torch.float32, video=video, **EVEN)
     if dark:
         operands["video"] = operands["video"] % 7 + 10
     options = DARK if dark else NORMALISED
@@ -74,7 +93,8 @@ def test_autocast(video, dark):
 
     naive = functools.partial(oracle.gather_patch_embed, **options)
     ours, plain = (functools.partial(in_half, function) for function in (kernels.gather_patch_embed, plain_gather))
-    outputs, cotangents, gradients = oracle.outcome(ours, operands)
+    with forced(forward):
+        outputs, cotangents, gradients = oracle.outcome(ours, operands)
     others, _, other_gradients = oracle.outcome(plain, operands, cotangents)
     exact, _, exact_gradients = oracle.outcome(
         naive,
@@ -125,7 +145,7 @@ def test_float64_is_left_to_pytorch(poisoned):
 # Gradients.
 
 
-@pytest.mark.parametrize("layout", [expanded, width_first, tokens_first, strided])
+@pytest.mark.parametrize("layout", [expanded, width_first, tokens_first, strided, rows_apart])
 def test_any_strides_of_the_gradient(layout):
     operands = gather_operands(torch.float32, **FEW)
     seed = layout(torch.randn(2, 3, 33))

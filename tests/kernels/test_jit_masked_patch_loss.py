@@ -1,6 +1,7 @@
 """masked_patch_loss' Triton kernel beyond test_ops.py's cases: TRITON_INTERPRET=1 pytest -m interpreter."""
 
 import functools
+import math
 
 import oracle
 import pytest
@@ -23,6 +24,7 @@ from op_cases import (
 
 from mar_fast import kernels
 from mar_fast.kernels import device
+from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
@@ -180,14 +182,50 @@ def test_a_flat_patch_has_a_target_of_exactly_zero(value, layout):
     assert kernels.masked_patch_loss(**operands, patch_size=PATCH, mean=MEAN, std=STD) == 0
 
 
+# (batch, channels, tubelets, values of a tubelet's channel), of uint8 or float32, for a noise of 0 and 1.
+HARD_CLIPS = {
+    "far from zero": lambda noise: noise.float() * 0.37 + 1000,
+    "so far that few digits are left": lambda noise: (
+        (noise.float() + torch.rand(noise.shape)).mul(32).round() + 2.0**18
+    ),
+    "one grey level": lambda noise: noise + 200,
+    # Squares about that pixel alone would cancel: its distance is all of them.
+    "first pixel black": lambda noise: (noise + 254).index_fill(-1, torch.tensor([0]), 0),
+    "first pixel far away": lambda noise: (noise.float() * 1e-3 + 7).index_fill(-1, torch.tensor([0]), -1000),
+}
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_large_offset(layout):
+@pytest.mark.parametrize("patch", [PATCH, REAL["patch"]], ids=str)  # of uint8, the second's mean is exact in any case
+@pytest.mark.parametrize("clip", HARD_CLIPS)
+def test_small_deviations_from_a_large_mean(clip, patch, layout):
     """Where E[v^2] - E[v]^2 would have no digits left: what remains of the clip in float32 is exact."""
-    operands = loss_operands(torch.float32, layout=layout, count=5)
-    operands["video"] = LAYOUTS[layout]((operands["video"] * 64).round() + 2.0**18)
-    exact = operands | {name: operands[name].double() for name in ("pixels", "video")}
-    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
-    torch.testing.assert_close(loss.double(), oracle.masked_patch_loss(**exact, patch_size=PATCH), rtol=1e-6, atol=0)
+    values, (t, h, w) = math.prod(patch), patch
+    video = HARD_CLIPS[clip](torch.randint(2, (1, 3, 2, values), dtype=torch.uint8))
+    video = video.view(1, 3, 2, t, h, w).permute(0, 1, 3, 4, 2, 5).reshape(1, 3, t, h, 2 * w)
+    operands = operands_of(LAYOUTS[layout](video), patch, (1, 1, 2), count=2)
+    exact = operands | {"pixels": operands["pixels"].double()}
+    if video.is_floating_point():
+        exact["video"] = operands["video"].double()
+    operands["pixels"].requires_grad_()
+    loss = kernels.masked_patch_loss(**operands, patch_size=patch)
+    loss.backward()
+    # Not twice PyTorch's error, which for some of these is no bound.
+    truth = exact["pixels"].requires_grad_()
+    expected = oracle.masked_patch_loss(**exact, patch_size=patch)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    error = (operands["pixels"].grad - truth.grad).norm() / truth.grad.norm()
+    assert error < 16 * (IN_A_ROW if layout == "contiguous" else 1) * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("tile", [LaunchConfig(1, num_warps=1), LaunchConfig(2, num_warps=4)], ids=str)
+@pytest.mark.parametrize(("layout", "video"), [("contiguous", torch.float32), ("channels_last", torch.uint8)])
+def test_tiles(layout, video, tile):
+    """A tubelet a program or several, the last program's not all there, by one warp or by two."""
+    operands = operands_of(make_clip(1, video, layout, **REAL), **REAL, count=3)
+    with forced(dict.fromkeys(("masked_patch_loss_forward", "masked_patch_loss_backward"), tile)):
+        check(operands, IN_A_ROW, patch_size=REAL["patch"])
 
 
 # Gradients.
@@ -226,10 +264,11 @@ def test_nothing(shape):
 
 
 def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
-    """Forward leaves one number a tubelet and the loss; backward the gradient, and nothing else."""
+    """Forward leaves at most one number a tubelet and the loss; backward the gradient, and nothing else."""
     from mar_fast.kernels.jit import masked_patch_loss as launcher
 
-    torch_, sizes = launcher.torch, []
+    torch_, sizes, parts = launcher.torch, [], 10
+    choice = dict(masked_patch_loss_forward=LaunchConfig(1))
 
     class Sizes:
         def __getattr__(self, name):
@@ -246,13 +285,13 @@ def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
     monkeypatch.setattr(launcher, "torch", Sizes())
     operands = operands_of(make_clip(2, torch.uint8, **REAL), **REAL)
     operands["pixels"].requires_grad_()
-    with SizesOfAll() as all_sizes:
+    with SizesOfAll() as all_sizes, forced(choice):
         loss = kernels.masked_patch_loss(**operands, patch_size=REAL["patch"])
-    assert sizes == [1, 10] and max(all_sizes.seen) <= 10
+    assert sizes == [1, parts] and max(all_sizes.seen) <= 10
     *saved, clip_idx = loss.grad_fn.saved_tensors
     assert [value.data_ptr() for value in saved] == [v.data_ptr() for v in operands.values()] and clip_idx is None
     loss.backward()
-    assert sizes == [1, 10, 2 * 5 * 1536]
+    assert sizes == [1, parts, 2 * 5 * 1536]
 
 
 class SizesOfAll(torch.utils._python_dispatch.TorchDispatchMode):

@@ -97,6 +97,7 @@ AUTOCAST = {
     "attention_varlen": [torch.bfloat16],
     "add_layer_norm": [torch.bfloat16, torch.float32],  # the next matrix product is bfloat16, the residual stays
     "bias_gelu": [torch.float32],
+    "linear_gelu": [torch.bfloat16],
     "scatter_tokens": [torch.float32],
     "masked_patch_loss": [torch.float32],
 }

@@ -30,6 +30,7 @@ OPTIONS = {
     "attention_varlen": [dict(max_seqlen=12), dict(max_seqlen=12.0), dict(scale=1.0), dict(scale=1), {}],
     "add_layer_norm": [dict(eps=1), dict(eps=1.0), dict(eps=True), dict(residual=None), {}],
     "bias_gelu": [{}],
+    "linear_gelu": [{}],
     "scatter_tokens": [{}],
     "masked_patch_loss": [
         dict(normalize=False),

@@ -80,7 +80,8 @@ def changed_calls(name, change):
     for key, value in operands.items():
         if not torch.is_tensor(value):
             continue
-        one_dtype = not value.is_floating_point() or (name == "gather_patch_embed" and key in ("weight", "bias"))
+        one_dtype = not value.is_floating_point() or name == "linear_gelu"
+        one_dtype |= name == "gather_patch_embed" and key in ("weight", "bias")
         if CHANGES[change] is other_dtype and one_dtype:
             continue
         calls.append((op, operands | {key: CHANGES[change](value)}))

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 import mar_fast
 from mar_fast import TokenMask, masking
+from mar_fast.kernels import device
 
 CONFIG = small_config(bridge_depth=1, decoder_depth=1)
 LAYERS = [
@@ -239,3 +240,59 @@ def test_in_a_graph(how):
         got = [run(CLIPS) for _ in range(2)]
     assert sum("mar_fast: each module's own code" in str(one.message) for one in said) == 2
     assert all(relative(one.logits, want(CLIPS).logits) < 1e-5 for one in got)
+
+
+PARTS = ("attn.proj", "mlp.fc2")
+BLOCKS = {f"encoder.blocks.{number}.{part}" for number in (0, 1) for part in PARTS}
+
+
+def _freeze(model, name):
+    model.get_submodule(name).bias.requires_grad_(False)
+
+
+def _hook(model, name):
+    model.get_submodule(name).register_forward_hook(lambda *_: None)
+
+
+def _dropout(model, name):
+    model.get_submodule(name).dropout = 0.1
+
+
+# Which biases the next norm adds after a change: those of the encoder but for these.
+DEFERRED = {
+    "nothing": (lambda model, name: None, "encoder", set()),
+    "a hook of a linear layer": (_hook, "encoder.blocks.0.attn.proj", {"encoder.blocks.0.attn.proj"}),
+    "a hook of a part": (_hook, "encoder.blocks.1.mlp", {"encoder.blocks.1.mlp.fc2"}),
+    # FSDP2's frees the weights of the block, which its last bias would leave.
+    "a hook of a block": (_hook, "encoder.blocks.0", {"encoder.blocks.0.mlp.fc2"}),
+    "another part": (_subclass, "encoder.blocks.1.mlp", {"encoder.blocks.1.mlp.fc2"}),
+    "an adapter": (_wrap, "encoder.blocks.1.attn.proj", {"encoder.blocks.1.attn.proj"}),
+    "dropout of a block": (_dropout, "encoder.blocks.1", {f"encoder.blocks.1.{part}" for part in PARTS}),
+    "no gradient": (_freeze, "encoder.blocks.0.mlp.fc2", {"encoder.blocks.0.mlp.fc2"}),
+}
+
+
+@pytest.mark.parametrize(("change", "name", "kept"), DEFERRED.values(), ids=DEFERRED)
+def test_biases_are_left_to_the_next_norm(change, name, kept, monkeypatch):
+    """On the Triton path in training, here stubbed, but for layers whose own code must run."""
+    launch = pytest.importorskip("mar_fast.kernels.jit.launch")
+    model, seen, norm = build().train(), [], mar_fast.layers.add_layer_norm
+    biases = {id(model.get_submodule(layer).bias): layer for layer in BLOCKS}
+    monkeypatch.setattr(
+        mar_fast.layers, "add_layer_norm", lambda *a, **o: (seen.append(id(o["x_bias"])), norm(*a, **o))[1]
+    )
+    change(model, name)
+
+    def deferred():
+        seen.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.encoder(CLIPS, MASKS["equal"].keep_idx)
+        return {biases[one] for one in seen if one in biases}
+
+    with launch.stubbed():
+        assert deferred() == BLOCKS - kept
+        with torch.no_grad():
+            assert not deferred()
+    if not device.INTERPRETING:
+        assert not deferred()
