@@ -22,7 +22,7 @@ from mar_fast.config import SIZES
 from mar_fast.data import read_views
 from mar_fast.data.video import sample_clip
 from mar_fast.eval.measured import relative
-from mar_fast.kernels.quantize_rows import has_fp8
+from mar_fast.kernels.device import has_fp8
 from mar_fast.timing import interleaved
 from mar_fast.train.demo import FILMS
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .device import HAS_TRITON, takes_triton, working_dtype
+from .device import HAS_TRITON, limit_of_e4m3, takes_triton, working_dtype
 from .plan import Plans
-from .quantize_rows import QuantizedRows, eager_quantize_rows, limit_of_e4m3, without_gradients
+from .quantize_rows import QuantizedRows, eager_quantize_rows, without_gradients
 
 if HAS_TRITON:
     from .jit import add_layer_norm as jit

@@ -94,6 +94,17 @@ def architecture(operand: Tensor) -> str:
     return _assumed or "interpreter" if operand.is_meta else "interpreter"
 
 
+def has_fp8(operand: Tensor) -> bool:
+    """Whether ``operand`` is on a GPU with products of e4m3: sm_89 (Ada), sm_90 (Hopper) and later."""
+    arch = architecture(operand)
+    return arch.startswith("sm_") and int(arch[3:]) >= 89
+
+
+def limit_of_e4m3(operand: Tensor) -> str:
+    """The limit for `takes_triton` of a kernel that writes e4m3: "" where the device can, or is interpreted."""
+    return "" if has_fp8(operand) or (INTERPRETING and not operand.is_cuda) else "on sm_89, sm_90 and later"
+
+
 def working_dtype(operand: Tensor, default: torch.dtype) -> torch.dtype:
     """The dtype of matrix products on this device: autocast's if it is on, else ``default``."""
     kind = "cuda" if operand.is_meta and _assumed else operand.device.type

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .device import HAS_TRITON, INTERPRETING, architecture, takes_triton, working_dtype
+from .device import HAS_TRITON, limit_of_e4m3, takes_triton, working_dtype
 from .plan import Plans
 
 if HAS_TRITON:
@@ -75,14 +75,3 @@ def without_gradients(argument: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         accepted = "one that needs none, or torch.no_grad(): rows in 8 bits are for inference"
         raise checks.bad(argument, "a tensor that requires a gradient", accepted)
-
-
-def has_fp8(operand: Tensor) -> bool:
-    """Whether ``operand`` is on a GPU with products of e4m3: sm_89 (Ada), sm_90 (Hopper) and later."""
-    arch = architecture(operand)
-    return arch.startswith("sm_") and int(arch[3:]) >= 89
-
-
-def limit_of_e4m3(operand: Tensor) -> str:
-    """The limit for `takes_triton` of a kernel that writes e4m3: "" where the device can, or is interpreted."""
-    return "" if has_fp8(operand) or (INTERPRETING and not operand.is_cuda) else "on sm_89, sm_90 and later"

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .device import without_autocast
-from .quantize_rows import E4M3, QuantizedRows, has_fp8
+from .device import has_fp8, without_autocast
+from .quantize_rows import E4M3, QuantizedRows
 
 MULTIPLE = 16
 """What both dimensions of a weight must be multiples of, for 16-byte loads."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
-from .quantize_rows import E4M3, in_e4m3, quantized
+from .quantize_rows import allocator, in_e4m3, quantized
 from .sum_parts import sum_parts
 
 
@@ -241,8 +241,7 @@ def outputs_of_rows(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm in e4m3, a scale for each row, and the new residual (None if it is x)."""
-    values = torch.empty_like(x, dtype=E4M3, memory_format=DENSE)
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    values, scale = allocator(x)(x)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
     return values, scale, new_residual  # type: ignore[return-value]
 
@@ -252,9 +251,12 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
     if x.numel() == 0:
         return lambda *tensors: outputs_of_rows(*tensors, eps)
     launch = _forward_launch("add_layer_norm_rows", x, residual, weight, bias, None, None, None, eps=eps)
+    allocate = allocator(x)
 
-    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        values, scale, new_residual = outputs_of_rows(*tensors, eps)
+    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, residual, *_ = tensors
+        values, scale = allocate(x)
+        new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
         in_e4m3(values, lambda values: launch(*tensors, None, None, None, values, new_residual, None, scale))
         return values, scale, new_residual
 

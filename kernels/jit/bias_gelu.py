@@ -10,9 +10,8 @@ from torch import Tensor
 from .gelu import gelu, gelu_derivative
 from .launch import DENSE, Choice, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
+from .quantize_rows import allocator, in_e4m3, quantized
 from .quantize_rows import config as config_rows
-from .quantize_rows import in_e4m3, quantized
-from .quantize_rows import outputs as quantized_like
 from .sum_parts import sum_parts
 
 
@@ -109,7 +108,7 @@ def _forward_launch(choice: Choice, x: Tensor, bias: Tensor) -> Launch:
 
 def outputs_of_rows(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) in e4m3 and (..., 1) float32."""
-    return quantized_like(x)
+    return allocator(x)(x)
 
 
 def forward_of_rows(x: Tensor, bias: Tensor) -> Run:
@@ -118,8 +117,10 @@ def forward_of_rows(x: Tensor, bias: Tensor) -> Run:
         return outputs_of_rows
     launch = _forward_launch(choose("bias_gelu_rows", config_rows, x, width=x.shape[-1]), x, bias)
 
+    allocate = allocator(x)
+
     def run(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        values, scale = quantized_like(x)
+        values, scale = allocate(x)
         in_e4m3(values, lambda values: launch(x, bias, values, scale))
         return values, scale
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -10,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import INTERPRETING
-from .launch import DENSE, Launch, LaunchConfig, block, choose, rows
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows
 from .op import Op, Run
 
 E4M3 = torch.float8_e4m3fn
@@ -44,8 +43,18 @@ def config(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
 
 def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) in e4m3 and (..., 1) float32."""
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, dtype=E4M3, memory_format=DENSE), scale
+    return allocator(x)(x)
+
+
+def allocator(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What allocates `outputs` for tensors of x's shape."""
+    scale = like((*x.shape[:-1], 1), torch.float32, x.device)
+
+    def allocate(x: Tensor) -> tuple[Tensor, Tensor]:
+        values = torch.empty_like(x, dtype=E4M3, memory_format=DENSE)
+        return values, torch.empty_like(scale, memory_format=DENSE)
+
+    return allocate
 
 
 def in_e4m3(values: Tensor, launch: Callable[[Tensor], None]) -> None:
@@ -74,8 +83,10 @@ def forward(x: Tensor) -> Run:
         BLOCK_N=block(columns),
     )
 
-    def run(x: Any) -> tuple[Tensor, Tensor]:
-        values, scale = outputs(x)
+    allocate = allocator(x)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = allocate(x)
         in_e4m3(values, lambda values: launch(x, values, scale))
         return values, scale
 

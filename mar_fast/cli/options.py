@@ -17,7 +17,7 @@ from .. import MAR, MARConfig, machine
 from ..data import read_clip, read_labels, read_views
 from ..data.video import Sampling, Short
 from ..kernels import checks
-from ..kernels.quantize_rows import has_fp8
+from ..kernels.device import has_fp8
 from ..scaled_linear import scaled_layers
 from .common import Device, Dtype
 
