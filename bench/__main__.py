@@ -13,7 +13,7 @@ from . import harness
 from .suites import SUITES
 
 # Commands with options of their own.
-COMMANDS = ("gpu", "host", "kept", "matrix", "motions", "tune")
+COMMANDS = ("fp8", "gpu", "host", "kept", "matrix", "motions", "tune")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 @cache
 def calls(device: str) -> dict[str, OpCase]:
     """All of them by what they are in words, the most usual of each op first."""
-    every = (_elementwise, _masked_patch_loss, _gather_patch_embed, _attention)
+    every = (_elementwise, _rows, _masked_patch_loss, _gather_patch_embed, _attention)
     found = [call for op in every for call in op(torch.device(device))]
     return {f"{call.op}, {call.label}, {str(call.dtype).removeprefix('torch.')}": call for call in found}
 
@@ -114,6 +114,26 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
                 )
     case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
     yield _changed(case, ", no residual", lambda o: dict(residual=None))
+
+
+def _rows(device: torch.device) -> Iterator[OpCase]:
+    """Activations in fp8, for which sm_80 and AMD have no kernels: before qkv or fc1, and before fc2."""
+    for dtype in FLOATS:
+        for width in (384, 768, 3072):
+            sizes = (device, dtype, CLIPS, VISIBLE, width)
+            norm, gelu = op_cases.add_layer_norm(*sizes), op_cases.bias_gelu(*sizes)
+            for op, case in (("quantize_rows", gelu), ("bias_gelu_rows", gelu), ("add_layer_norm_rows", norm)):
+                yield _in_fp8(op, case)
+
+
+def _in_fp8(op: str, case: OpCase) -> OpCase:
+    def ours(**operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if op == "quantize_rows":
+            return kernels.quantize_rows(operands["x"])[:2]
+        result = getattr(kernels, op)(**operands)
+        return result[:2] if op == "bias_gelu_rows" else (*result[0][:2], result[1])
+
+    return replace(case, op=op, ours=ours, differentiated=())
 
 
 def _other_layout(o: Operands) -> Operands:

@@ -13,28 +13,35 @@ if __name__ == "kernels":
     # With `def __getattr__` type checkers would accept any name in mar_fast.kernels.
     globals().update(__getattr__=_nothing, __path__=[])
 else:
-    from .add_layer_norm import add_layer_norm
+    from .add_layer_norm import add_layer_norm, add_layer_norm_rows
     from .attention import attention, attention_kvpacked, attention_varlen
-    from .bias_gelu import bias_gelu
+    from .bias_gelu import bias_gelu, bias_gelu_rows
     from .checks import debug_checks
     from .device import use_backend
     from .gather_patch_embed import gather_patch_embed
     from .linear_gelu import linear_gelu
     from .masked_patch_loss import masked_patch_loss
     from .mlp import mlp
+    from .quantize_rows import QuantizedRows, quantize_rows
+    from .scaled_linear import scaled_linear
     from .scatter_tokens import scatter_tokens
 
     __all__ = [
+        "QuantizedRows",
         "add_layer_norm",
+        "add_layer_norm_rows",
         "attention",
         "attention_kvpacked",
         "attention_varlen",
         "bias_gelu",
+        "bias_gelu_rows",
         "debug_checks",
         "gather_patch_embed",
         "linear_gelu",
         "masked_patch_loss",
         "mlp",
+        "quantize_rows",
+        "scaled_linear",
         "scatter_tokens",
         "use_backend",
     ]

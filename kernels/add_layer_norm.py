@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .device import HAS_TRITON, takes_triton, working_dtype
+from .device import HAS_TRITON, limit_of_e4m3, takes_triton, working_dtype
 from .plan import Plans
+from .quantize_rows import QuantizedRows, eager_quantize_rows, without_gradients
 
 if HAS_TRITON:
     from .jit import add_layer_norm as jit
 
-_plans = Plans()
+_plans, _plans_of_rows = Plans(), Plans()
 
 
 def add_layer_norm(
@@ -61,6 +62,30 @@ def add_layer_norm(
         run = _plans.keep(key, jit.add_layer_norm.plan(*tensors, *options))
     normed, new_residual = run(x, residual, weight, bias, layer_scale, row_scale, x_bias)[:2]
     return normed, x if residual is None else new_residual
+
+
+def add_layer_norm_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
+) -> tuple[QuantizedRows, Tensor]:
+    """`add_layer_norm` for a product in fp8, in one pass: (`quantize_rows` of the norm in float32, new residual).
+
+    Arguments and errors are those of `add_layer_norm`; besides, a gradient that is asked for is a ValueError.
+    """
+    key, run = _plans_of_rows.find(x, residual, weight, bias, eps)
+    stream = x if residual is None else residual
+    dtype = working_dtype(stream, stream.dtype)
+    if run is None:
+        others = dict(residual=residual, weight=weight, bias=bias)
+        _check(x, eps, **others, layer_scale=None, row_scale=None, x_bias=None)
+        without_gradients("x, residual, weight, bias", x, *others.values())
+        if not takes_triton("add_layer_norm_rows", stream, limit_of_e4m3(stream)):
+            new_residual = x if residual is None else (residual + x).to(residual.dtype)
+            wide = new_residual.to(torch.promote_types(stream.dtype, torch.float32))
+            normed = F.layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), eps)
+            return eager_quantize_rows(normed, dtype), new_residual
+        run = _plans_of_rows.keep(key, jit.add_layer_norm_rows.plan(x, residual, weight, bias, eps))
+    values, scale, new_residual = run(x, residual, weight, bias)
+    return QuantizedRows(values, scale, dtype), x if residual is None else new_residual
 
 
 def _check(x: Tensor, eps: float, **others: Any) -> None:

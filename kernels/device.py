@@ -81,10 +81,10 @@ def assumed_architecture(name: str) -> Iterator[None]:
 
 @cache
 def _device_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)  # which torch.compile can trace, unlike get_device_capability
     if torch.version.hip:
-        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def architecture(operand: Tensor) -> str:
@@ -92,6 +92,17 @@ def architecture(operand: Tensor) -> str:
     if operand.is_cuda:
         return _device_architecture(operand.get_device())
     return _assumed or "interpreter" if operand.is_meta else "interpreter"
+
+
+def has_fp8(operand: Tensor) -> bool:
+    """Whether ``operand`` is on a GPU with products of e4m3: sm_89 (Ada), sm_90 (Hopper) and later."""
+    arch = architecture(operand)
+    return arch.startswith("sm_") and int(arch[3:]) >= 89
+
+
+def limit_of_e4m3(operand: Tensor) -> str:
+    """The limit for `takes_triton` of a kernel that writes e4m3: "" where the device can, or is interpreted."""
+    return "" if has_fp8(operand) or (INTERPRETING and not operand.is_cuda) else "on sm_89, sm_90 and later"
 
 
 def working_dtype(operand: Tensor, default: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .kernels import debug_checks
     from .masking import TokenMask
     from .model import MAR, MAROutput, create_model, mar_loss
+    from .quantization import quantize
 
 # Imported on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
 _NAMES = {
@@ -26,6 +27,7 @@ _NAMES = {
     "kernels": ("debug_checks",),
     "masking": ("TokenMask",),
     "model": ("MAR", "MAROutput", "create_model", "mar_loss"),
+    "quantization": ("quantize",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("checkpoint", "cost", "data", "eval", "kernels", "masking", "reference")
@@ -56,6 +58,7 @@ __all__ = [
     "masking",
     "named_config",
     "patch_transformers",
+    "quantize",
     "reference",
     "register_attention",
     "restore",

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,10 +19,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import add_layer_norm, attention, attention_kvpacked, attention_varlen, linear_gelu, mlp
+from .kernels import (
+    add_layer_norm,
+    add_layer_norm_rows,
+    attention,
+    attention_kvpacked,
+    attention_varlen,
+    bias_gelu,
+    bias_gelu_rows,
+    linear_gelu,
+    mlp,
+)
 from .kernels.attention import takes_bias
 from .kernels.derived import Derived
 from .kernels.device import takes_triton
+from .scaled_linear import ScaledLinear
 from .token_mask import Segments
 
 # Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
@@ -127,6 +138,11 @@ def unhooked(module: nn.Module) -> bool:
     if not any(found):
         return True
     return all(getattr(hook, "__module__", None) in _RECORDERS for some in found for hook in some.values())
+
+
+def in_fp8(layer: nn.Module, needs_bias: bool = False) -> TypeGuard[ScaledLinear]:
+    """Whether ``layer`` is an `untouched` one of `mar_fast.quantize`, which takes QuantizedRows too."""
+    return untouched(layer, ScaledLinear, needs_bias)
 
 
 def plain_projection(module: nn.Module) -> bool:
@@ -263,10 +279,14 @@ class Attention(Fused):
         With ``rows`` (B, M) keys and values come from all tokens, and queries only from these: (B, N, D) -> (B, M, D).
         """
         qkv, heads = self.qkv, self.num_heads
-        if not self.fallbacks.fuses(qkv, nn.Linear, False) or (self.q_bias is not None and qkv.bias is not None):
+        joined = None
+        if in_fp8(qkv):
+            joined = qkv.product(x, self.qkv_bias())
+        elif not self.fallbacks.fuses(qkv, nn.Linear, False) or (self.q_bias is not None and qkv.bias is not None):
             joined = qkv(x)
             if self.q_bias is not None:
                 joined = joined + self.qkv_bias().to(joined.dtype)
+        if joined is not None:
             y = attend_packed(joined, heads, segments=segments)
             return product(self.proj, y if rows is None else take(y, rows), add_bias)
         if rows is None:
@@ -287,7 +307,10 @@ class Mlp(Fused):
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(..., D) -> (..., D); ``add_bias`` False leaves out fc2's bias."""
         fc1, fc2, dropout = self.fc1, self.fc2, self.training and self.dropout
-        if not self.fallbacks.fuses(fc1, nn.Linear):
+        if in_fp8(fc1, needs_bias=True):
+            gelu: Any = bias_gelu_rows if in_fp8(fc2) and not dropout else bias_gelu
+            x = gelu(fc1.product(x), fc1.bias)
+        elif not self.fallbacks.fuses(fc1, nn.Linear):
             x = F.gelu(fc1(x))
         elif dropout or not untouched(fc2, nn.Linear):
             x = linear_gelu(x, fc1.weight, fc1.bias)  # (..., hidden_dim)
@@ -322,7 +345,7 @@ def deferred_bias(layer: nn.Linear, x: Tensor) -> Tensor | None:
     """
     if not (torch.is_grad_enabled() and untouched(layer, nn.Linear, True) and layer.bias.requires_grad):
         return None
-    return layer.bias if takes_triton("add_layer_norm", x) else None
+    return layer.bias if isinstance(x, Tensor) and takes_triton("add_layer_norm", x) else None
 
 
 def product(layer: nn.Linear, x: Tensor, add_bias: bool) -> Tensor:
@@ -371,14 +394,15 @@ class Block(Fused):
     def forward(self, stream: Stream, rows: Tensor | None = None, segments: Segments | None = None) -> Stream:
         """One block; with ``rows`` (B, M) only these tokens come out of it."""
         dropout = self.dropout if self.training else 0.0
-        y, residual = norm(self.fallbacks, self.norm1, stream)
+        y, residual = norm_for(self.attn, self.attn.qkv, self.fallbacks, self.norm1, stream)
         of_rows = dict(segments=segments) if rows is None else dict(rows=rows)
         x, bias = sub_layer(self.attn, Attention, "proj", y, not dropout, **of_rows)
         if rows is not None:
             residual = take(residual, rows)
         if dropout:
             x = F.dropout(x, dropout)
-        y, residual = norm(self.fallbacks, self.norm2, Stream(x, residual, self.row_scale(x, segments), bias))
+        stream = Stream(x, residual, self.row_scale(x, segments), bias)
+        y, residual = norm_for(self.mlp, self.mlp.fc1, self.fallbacks, self.norm2, stream)
         # FSDP2's hooks free the weights of a block, and this bias would leave it.
         x, bias = sub_layer(self.mlp, Mlp, "fc2", y, not dropout and unhooked(self))
         return Stream(x, residual, self.row_scale(x, segments), bias)
@@ -392,6 +416,17 @@ def norm(fallbacks: Fallbacks, layer: nn.LayerNorm, stream: Stream) -> tuple[Ten
         return add_layer_norm(x, residual, layer.weight, layer.bias, **options)
     whole = total(stream)
     return layer(whole), whole
+
+
+def norm_for(
+    part: nn.Module, first: nn.Module, fallbacks: Fallbacks, layer: nn.LayerNorm, stream: Stream
+) -> tuple[Any, Tensor]:
+    """`norm` before ``part``; its norm is QuantizedRows if ``first``, the first layer of the part, is in fp8."""
+    x, residual, row_scale, x_bias = stream
+    plain = in_fp8(first) and untouched(part, type(part)) and untouched(layer, nn.LayerNorm, True)
+    if plain and row_scale is None and x_bias is None:
+        return add_layer_norm_rows(x, residual, layer.weight, layer.bias, eps=layer.eps)
+    return norm(fallbacks, layer, stream)
 
 
 def total(stream: Stream) -> Tensor:

@@ -122,6 +122,8 @@ def results(function: Function, operands: Operands, differentiated: tuple[str, .
     """Outputs, or with mode "backward" the gradients of the differentiated operands for random seeds."""
     if mode == "forward":
         return listed(forward_of(function, operands)())
+    if not differentiated:
+        return []
     return list(backward_of(function, operands, differentiated)())
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
+from .quantize_rows import allocator, in_e4m3, quantized
 from .sum_parts import sum_parts
 
 
 @triton.jit
 def add_layer_norm_forward_kernel(
-    x, residual, weight, bias, layer_scale, row_scale, x_bias, normed, new_residual, statistics,
+    x, residual, weight, bias, layer_scale, row_scale, x_bias, normed, new_residual, statistics, scale,
     rows, columns, count, x_stride, residual_stride, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,6 +51,9 @@ def add_layer_norm_forward_kernel(
     b_weight = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_bias = tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)
     b_normed = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+    if scale is not None:
+        b_normed, b_scale = quantized(b_normed)
+        tl.store(scale + o_row, b_scale, mask=m_row)
     tl.store(normed + o_out, b_normed.to(normed.dtype.element_ty), mask=m_tile)
 
 
@@ -204,14 +208,25 @@ def outputs(
 
 def forward(*inputs: Any) -> Run:
     """Sum and norm in one pass; the inputs are those of `outputs`."""
-    (x, residual, *vectors), options = inputs[:7], inputs[7:]
-    (*leading, columns), eps = x.shape, options[0]
-    if x.numel() == 0:
+    tensors, options = inputs[:7], inputs[7:]
+    if tensors[0].numel() == 0:
         return lambda *tensors: outputs(*tensors, *options)
+    launch = _forward_launch("add_layer_norm_forward", *tensors, eps=options[0])
+
+    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results = outputs(*tensors, *options)
+        launch(*tensors, *results, None)
+        return results
+
+    return run
+
+
+def _forward_launch(name: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None, eps: float) -> Launch:
+    *leading, columns = x.shape
     x_stride, x_copied = rows(x)
     residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
-    choice = choose("add_layer_norm_forward", config_forward, x if residual is None else residual, width=columns)
-    launch = Launch(
+    choice = choose(name, config_forward, x if residual is None else residual, width=columns)
+    return Launch(
         add_layer_norm_forward_kernel,
         (triton.cdiv(math.prod(leading), choice.config.block_m),),
         (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps),
@@ -221,10 +236,29 @@ def forward(*inputs: Any) -> Run:
         BLOCK_N=block(columns),
     )
 
-    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        results = outputs(*tensors, *options)
-        launch(*tensors, *results)
-        return results
+
+def outputs_of_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm in e4m3, a scale for each row, and the new residual (None if it is x)."""
+    values, scale = allocator(x)(x)
+    new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
+    return values, scale, new_residual  # type: ignore[return-value]
+
+
+def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Run:
+    """Sum, norm and scales in one pass."""
+    if x.numel() == 0:
+        return lambda *tensors: outputs_of_rows(*tensors, eps)
+    launch = _forward_launch("add_layer_norm_rows", x, residual, weight, bias, None, None, None, eps=eps)
+    allocate = allocator(x)
+
+    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, residual, *_ = tensors
+        values, scale = allocate(x)
+        new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
+        in_e4m3(values, lambda values: launch(*tensors, None, None, None, values, new_residual, None, scale))
+        return values, scale, new_residual
 
     return run
 
@@ -342,3 +376,4 @@ add_layer_norm = Op(
     public=2,
     finish=_finish,
 )
+add_layer_norm_rows = Op("add_layer_norm_rows", outputs=outputs_of_rows, forward=forward_of_rows)

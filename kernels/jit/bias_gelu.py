@@ -8,13 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .gelu import gelu, gelu_derivative
-from .launch import DENSE, Launch, LaunchConfig, choose, rows, scattered
+from .launch import DENSE, Choice, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
+from .quantize_rows import allocator, in_e4m3, quantized
+from .quantize_rows import config as config_rows
 from .sum_parts import sum_parts
 
 
 @triton.jit
-def bias_gelu_forward_kernel(x, bias, out, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def bias_gelu_forward_kernel(
+    x, bias, out, scale, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -22,7 +26,10 @@ def bias_gelu_forward_kernel(x, bias, out, rows, columns, stride, BLOCK_M: tl.co
     # [BLOCK_M, BLOCK_N]
     b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
     b_x += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    b_out = gelu(b_x, out.dtype.element_ty == tl.float32)
+    b_out = gelu(b_x, out.dtype.element_ty == tl.float32 and scale is None)
+    if scale is not None:  # a tile has whole rows
+        b_out, b_scale = quantized(b_out)
+        tl.store(scale + o_row, b_scale, mask=o_row < rows)
     tl.store(out + o_row[:, None] * columns + o_column[None, :], b_out.to(out.dtype.element_ty), mask=m_tile)
 
 
@@ -79,24 +86,48 @@ def forward(x: Tensor, bias: Tensor) -> Run:
     """GELU(x + bias)."""
     if x.numel() == 0:
         return outputs
-    columns = x.shape[-1]
+    launch = _forward_launch(choose("bias_gelu_forward", config, x, backward=False), x, bias)
+
+    def run(x: Tensor, bias: Tensor) -> Tensor:
+        out = outputs(x, bias)
+        launch(x, bias, out, None)
+        return out
+
+    return run
+
+
+def _forward_launch(choice: Choice, x: Tensor, bias: Tensor) -> Launch:
+    columns, tile = x.shape[-1], choice.config
     count, (stride, copied) = x.numel() // columns, rows(x)
-    choice = choose("bias_gelu_forward", config, x, backward=False)
-    tile = choice.config
-    launch = Launch(
+    wide = tile.block_n or block(columns)
+    return Launch(
         bias_gelu_forward_kernel,
-        (triton.cdiv(count, tile.block_m), triton.cdiv(columns, tile.block_n)),
+        (triton.cdiv(count, tile.block_m), triton.cdiv(columns, wide)),
         (count, columns, stride),
         choice,
         (copied, scattered(bias)),
         BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=wide,
     )
 
-    def run(x: Tensor, bias: Tensor) -> Tensor:
-        out = outputs(x, bias)
-        launch(x, bias, out)
-        return out
+
+def outputs_of_rows(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) in e4m3 and (..., 1) float32."""
+    return allocator(x)(x)
+
+
+def forward_of_rows(x: Tensor, bias: Tensor) -> Run:
+    """GELU(x + bias) and its scales in one pass."""
+    if x.numel() == 0:
+        return outputs_of_rows
+    launch = _forward_launch(choose("bias_gelu_rows", config_rows, x, width=x.shape[-1]), x, bias)
+
+    allocate = allocator(x)
+
+    def run(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = allocate(x)
+        in_e4m3(values, lambda values: launch(x, bias, values, scale))
+        return values, scale
 
     return run
 
@@ -155,3 +186,4 @@ bias_gelu = Op(
     saves=lambda tensors, outputs: tensors,
     differentiable=("x", "bias"),
 )
+bias_gelu_rows = Op("bias_gelu_rows", outputs=outputs_of_rows, forward=forward_of_rows)

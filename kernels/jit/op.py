@@ -58,10 +58,10 @@ class Op:
         *,
         outputs: Callable[..., Any],
         forward: Callable[..., Run],
-        gradients: Callable[..., Results],
-        backward: Callable[..., Run],
-        saves: Callable[..., Results],
-        differentiable: Sequence[str],
+        gradients: Callable[..., Results] | None = None,
+        backward: Callable[..., Run] | None = None,
+        saves: Callable[..., Results] | None = None,
+        differentiable: Sequence[str] = (),
         public: int = 1,
         finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
         flops: Sequence[Callable[..., int] | None] = (None, None),
@@ -81,7 +81,7 @@ class Op:
             backward: The same arguments ``-> run``, where ``run(*output_gradients, *saved)`` returns the gradients,
                 written.
             saves: ``saves(tensors, outputs)``: what backward needs.
-            differentiable: Names of the tensors that get a gradient.
+            differentiable: Names of the tensors that get a gradient; without any there is no backward pass to declare.
             public: How many of the outputs have gradients; the others are for backward. An op with such outputs has a
                 last option ``save``, whether to write them, which becomes True if a gradient can be asked for.
             finish: Rearranges backward's results, for gradients that share memory, which a library op may not return.
@@ -93,7 +93,10 @@ class Op:
         The op is once differentiable: a second derivative raises.
         """
         self.name, self.public = name, public
-        self.forward, self._backward, self._gradients, self._saves = forward, backward, gradients, saves
+        self.forward = forward
+        self._backward: Any = backward
+        self._gradients: Any = gradients
+        self._saves: Any = saves
         self._finish = finish
         parameters = inspect.signature(outputs).parameters
         names = list(parameters)
@@ -219,6 +222,9 @@ class Op:
         def allocate_gradients(*inputs: Any) -> Any:
             return tuple(self._gradients(*inputs))
 
+        forward = self._register(self.name, "forward" in opaque, signature, run_forward, outputs)
+        if not num_gradients:
+            return forward
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         not_operands = {option.name for option in options} | {"needs", "options"}
         operands = [name for name in inspect.signature(self._gradients).parameters if name not in not_operands]
@@ -227,7 +233,6 @@ class Op:
             + [*options, inspect.Parameter("needs", positional, annotation=list[bool])],
             return_annotation=tuple[(Tensor,) * max(num_gradients, 2)],  # type: ignore[misc]
         )
-        forward = self._register(self.name, "forward" in opaque, signature, run_forward, outputs)
         backward = self._register(
             f"{self.name}_backward", "backward" in opaque, backward_signature, run_backward, allocate_gradients
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..files import write_whole_folder
 from ..kernels import checks
 from ..model import MAR
+from ..scaled_linear import scaled_layers
 from .read import hub, is_hub_id
 from .report import by_reason
 from .write import FILES, LayoutName, check_folder, check_labels, layout_for, write_files
@@ -138,7 +139,9 @@ def model_card(model: MAR, labels: Sequence[str] | None = None) -> str:
         parts.append("mean pooling with a norm and no head")
     if config.decoder_depth:
         parts.append(f"a pixel decoder {config.decoder_embed_dim} wide with {config.decoder_depth} blocks")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if any(scaled_layers(model)):
+        parts.append("large products in fp8 (e4m3), for inference")
+    parameters = sum(value.numel() for value in model.state_dict().values())
     seen = f"It sees {1 - config.mask_ratio:.0%} of each clip's patches (cell running masking)."
     lines = [
         "---",

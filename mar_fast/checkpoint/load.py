@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import checks
+from ..kernels.quantize_rows import E4M3
 from ..model import MAR
+from ..scaled_linear import ScaledLinear
 from .layouts import BIASES, part_of
 from .plan import Plan, Position, plan
 from .read import read
@@ -67,7 +69,8 @@ def from_pretrained(
         **overrides: Fields of `MARConfig`. Those that shapes give must agree with them.
 
     Returns:
-        The model in evaluation mode, on the CPU, in float32 (float16 and bfloat16 files are widened exactly).
+        The model in evaluation mode, on the CPU, in float32 (float16 and bfloat16 files are widened exactly). Layers
+        that `mar_fast.quantize` made stay in fp8, and such a model is for inference.
 
     Raises:
         ValueError: a checkpoint that is damaged, does not fit or does not say enough; the message names what.
@@ -92,8 +95,11 @@ def from_pretrained(
         raise checks.bad("num_classes", "none: the file has no head that says", "num_classes=, where it may be missing")
     with torch.device("meta"):
         model = MAR(config)
+    scaled = _put_scaled(model, checkpoint)
     values, initial, ignored, warnings = _fit(checkpoint, chosen, model, allowed)
     remarks = [*checkpoint.remarks, *chosen.remarks]
+    if scaled:
+        remarks.append(f"{len(scaled) // 2} layers in fp8 (e4m3), for inference")
     if original is not None:
         remark, *more = verdict(repaired, checkpoint, original, values)
         remarks.append(remark)
@@ -107,8 +113,8 @@ def from_pretrained(
         source=checkpoint.where,
         layout=checkpoint.layout.title,
         config=config,
-        parameters=sum(math.prod(parameter.shape) for parameter in model.parameters()),
-        read=tuple(dict.fromkeys(name for ours in values for name in checkpoint.layout.theirs(ours))),
+        parameters=sum(math.prod(value.shape) for value in model.state_dict().values()),
+        read=tuple(dict.fromkeys(name for ours in (*values, *scaled) for name in checkpoint.layout.theirs(ours))),
         initial=tuple(Note(*item) for item in initial.items()),
         ignored=tuple(Note(*item) for item in ignored.items()),
         origins=tuple(Note(*item) for item in chosen.origins.items()),
@@ -126,7 +132,29 @@ def from_pretrained(
     logger.info("%s", model.load_report)
     for warning in warnings:
         logger.warning("%s: %s", checkpoint.where, warning)
-    return model.eval()
+    return model.eval().requires_grad_(not scaled)
+
+
+def _put_scaled(model: MAR, checkpoint: Checkpoint) -> list[str]:
+    """Put the checkpoint's layers in fp8 into a model on the meta device; the names of the tensors that they took.
+
+    Raises:
+        ValueError: one of these tensors has another shape or dtype, or is not finite.
+    """
+    tensors, modules, taken = checkpoint.tensors, dict(model.named_modules()), list[str]()
+    for stem in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+        layer, names = modules.get(stem), (f"{stem}.weight", f"{stem}.weight_scale")
+        if not isinstance(layer, nn.Linear) or names[0] not in tensors:
+            continue  # of a part that is left out, or unknown
+        found = [tensors.pop(name) for name in names]
+        shapes = layer.weight.shape, (layer.out_features, 1)
+        for name, tensor, dtype, shape in zip(names, found, (E4M3, torch.float32), shapes, strict=True):
+            if tensor.dtype != dtype or tensor.shape != shape or not is_finite(tensor.float()):
+                got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise checks.bad(f"{checkpoint.where}, {name}", got, f"finite {dtype} of shape {tuple(shape)}")
+        model.set_submodule(stem, ScaledLinear(found[0], found[1], layer.bias))
+        taken += names
+    return taken
 
 
 def _patterns(argument: str, given: Patterns) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ..config import MARConfig
 from ..files import may_write, write_whole, write_whole_folder
 from ..kernels import checks
 from ..model import MAR
+from ..scaled_linear import scaled_layers
 from . import huggingface, processors, videomae2
 from .layouts import EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, VIDEOMAE2, Layout, hugging_face, matters
 from .read import METADATA_KEY
@@ -42,10 +43,10 @@ def save_checkpoint(
         path: A file that ends with .safetensors; for "hf" and "videomae2" a folder, which gets config.json,
             model.safetensors and preprocessor_config.json, and which ``from_pretrained`` of transformers reads. Query
             and value biases are called q_bias and v_bias there, as in the files of the hub.
-        layout: "mar_fast" (our own names, for every model), "mar" (a bridging classifier; without the constants mean,
-            std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear classifier, else
-            pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have it) or "hf" (the
-            transformers class that computes the same).
+        layout: "mar_fast" (our own names, for every model, quantised ones too), "mar" (a bridging classifier; without
+            the constants mean, std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear
+            classifier, else pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have
+            it) or "hf" (the transformers class that computes the same).
         force: Replace what is there; a folder only if it holds nothing else.
         labels: For a folder with a classifier: the names of its classes, for config.json. A model that was read from
             such a folder has them in ``load_report.labels``.
@@ -200,10 +201,18 @@ def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
 
 
 def named_tensors(model: MAR, layout: Layout) -> dict[str, Tensor]:
-    """The parameters by the names of a layout, on the CPU, each with memory of its own."""
+    """Parameters and weights in fp8 by the names of a layout, on the CPU, each with memory of its own.
+
+    Raises:
+        ValueError: the layout has no weights in fp8.
+    """
     tensors: dict[str, Tensor] = {}
-    for ours, parameter in model.named_parameters():
+    scaled = {f"{name}.{key}": value for name, layer in scaled_layers(model) for key, value in layer.named_buffers()}
+    if scaled and layout is not OURS:
+        got = f"layers in fp8, which the layout {layout.title} does not have"
+        raise checks.bad("model", got, "layout 'mar_fast', or the model before it was quantised")
+    for ours, value in (*model.named_parameters(), *scaled.items()):
         names = layout.theirs(ours)
-        for name, piece in zip(names, parameter.detach().chunk(len(names)), strict=True):
+        for name, piece in zip(names, value.detach().chunk(len(names)), strict=True):
             tensors[name] = piece.to("cpu").clone(memory_format=torch.contiguous_format)
     return tensors

@@ -21,11 +21,12 @@ def classify(
     short: options.ShortOption = "error",
     batch: options.Batch = 8,
     dtype: options.PrecisionOption = "fp32",
+    quantize: options.QuantizeOption = None,
     device: options.DeviceOption = common.Device.auto,
     as_json: options.Json = False,
 ) -> None:
     """Print the most probable classes of each video."""
-    model = options.load_classifier(checkpoint, keep, dtype, device)
+    model = options.load_classifier(checkpoint, keep, dtype, device, quantize)
     names = options.class_names(model, labels)
     read = options.view_reader(model.config, views, sampling, stride, short)
     ratio = model.config.mask_ratio

@@ -1,10 +1,13 @@
 """mar-fast checkpoint convert: a checkpoint in another layout."""
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 import typer
+from torch import Tensor
+
+import mar_fast
 
 from .. import from_pretrained, save_checkpoint
 from ..checkpoint.write import FOLDERS, LayoutName, check_target
@@ -16,6 +19,9 @@ def convert(
     source: options.Source,
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write; for hf and videomae2 a folder.")],
     to: Annotated[LayoutName | None, typer.Option(help="The layout to write. Default with --biases-from: hf.")] = None,
+    quantize: Annotated[
+        Literal["fp8"] | None, typer.Option(help="Large weights in 8 bits, for inference; to mar_fast only.")
+    ] = None,
     biases_from: Annotated[
         str | None, typer.Option(help="A checkpoint that has the biases of query and value which the source lost.")
     ] = None,
@@ -39,16 +45,22 @@ def convert(
     check_target(out, to, force)
     allowed = dict(allow_missing=allow_missing, allow_unknown=allow_unknown)
     model = options.load(source, given, position=position, model_key=model_key, biases_from=biases_from, **allowed)
+    if quantize is not None:
+        model = mar_fast.quantize(model, quantize, emulate=True)  # nothing is computed here
     assert model.load_report is not None
     labels = model.load_report.labels
     takes_labels = to in FOLDERS and model.config.classifier is not None
     save_checkpoint(model, out, layout=to, force=force, labels=labels if takes_labels else None)
     common.show(str(model.load_report))
     back = from_pretrained(out).state_dict()
-    wrong = [name for name, value in model.state_dict().items() if not torch.equal(value, back[name])]
+    wrong = [name for name, value in model.state_dict().items() if not _same_bits(value, back[name])]
     if wrong:
         common.show_error(f"read back with other values: {', '.join(wrong[:5])}")
         raise typer.Exit(common.CHECK_FAILED)
     if labels and not takes_labels:
         common.show("note: not carried over: the names of classes (id2label in config.json)")
     common.show(f"Written: {out} ({to}), {len(back)} parameters, the same bits when read back")
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first.view(torch.uint8), second.view(torch.uint8))

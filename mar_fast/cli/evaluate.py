@@ -43,6 +43,7 @@ def evaluate(
     batch: options.Batch = 8,
     workers: Annotated[int, typer.Option(min=1, help="Videos that are read at a time.")] = 2,
     dtype: options.PrecisionOption = "fp32",
+    quantize: options.QuantizeOption = None,
     device: options.DeviceOption = common.Device.auto,
     as_json: options.Json = False,
 ) -> None:
@@ -54,7 +55,7 @@ def evaluate(
     views, sampling = views or usual_views, sampling or usual_sampling
     how = sampling if sampling == "uniform" else f"stride {stride}"
     common.tell(f"{videos}: {count} videos, read as {listed.format} ({FORMATS[listed.format]}); {views} views, {how}")
-    model = options.load_classifier(checkpoint, keep, dtype, device)
+    model = options.load_classifier(checkpoint, keep, dtype, device, quantize)
     config = model.config
     if listed.classes not in (None, config.num_classes):
         argument = "LIST" if labels is None else "--labels"
@@ -70,6 +71,7 @@ def evaluate(
         "stride": stride if sampling == "stride" else None,
         "short": short,
         "dtype": dtype,
+        "quantize": quantize,
     }
     journal = accuracy.Journal(out, settings, force=force)
     if journal.rows:

@@ -65,6 +65,7 @@ def extract(
     dtype: Annotated[
         options.Precision | None, typer.Option(help="Of weights and activations. Default: bf16 on a GPU, else fp32.")
     ] = None,
+    quantize: options.QuantizeOption = None,
     device: options.DeviceOption = common.Device.auto,
     as_json: options.Json = False,
 ) -> None:
@@ -77,7 +78,7 @@ def extract(
     dtype = dtype or ("bf16" if place.type == "cuda" else "fp32")
     sizes: dict[str, Any] = {} if window is None else {"num_frames": window}
     model = mar_fast.from_pretrained(checkpoint, classifier=None, decoder_depth=0, **sizes)
-    model.to(place, machine.DTYPES[dtype]).eval()
+    model = options.placed(model, dtype, place, quantize)
     sliding = Sliding(model.config.num_frames, stride, frame_stride, fps, tail)
     extractor = Extractor(model, layers=layer, keep=keep, complementary=complementary, pooled=not tokens, batch=batch)
     settings = {
@@ -88,6 +89,7 @@ def extract(
         "complementary": complementary,
         "pooled": not tokens,
         "dtype": dtype,
+        "quantize": quantize,
     }
     left = feature_files.unfinished(films, settings, force=force)
     if len(left) < len(films):

@@ -20,10 +20,10 @@ def inspect(
     report, config = model.load_report, model.config
     assert report is not None
     parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, value in model.state_dict().items():
         part = name.split(".")[0]
         part = part if part in ("encoder", "classifier") else "decoder"
-        parts[part] = parts.get(part, 0) + parameter.numel()
+        parts[part] = parts.get(part, 0) + value.numel()
     if as_json:
         common.print_json({**report.as_dict(), "parameters_of": parts})
         return

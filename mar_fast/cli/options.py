@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from torch import Tensor
 
@@ -16,9 +17,12 @@ from .. import MAR, MARConfig, machine
 from ..data import read_clip, read_labels, read_views
 from ..data.video import Sampling, Short
 from ..kernels import checks
+from ..kernels.device import has_fp8
+from ..scaled_linear import scaled_layers
 from .common import Device, Dtype
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Quantize = Literal["fp8", "fp8-emulated"]
 
 
 def _check_seed(seed: int) -> int:
@@ -42,6 +46,10 @@ Labels = Annotated[
 Keep = Annotated[float | None, typer.Option(help="Share of visible patches. Default: as the checkpoint says.")]
 Batch = Annotated[int, typer.Option(min=1, help="Views in a forward pass, at most.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Of weights and activations.")]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option("--quantize", help="fp8: large products in 8 bits; fp8-emulated: the same numbers anywhere, slowly."),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bf16 if its matrix products are clearly faster.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU, if there is one.")]
 Seconds = Annotated[float, typer.Option(help="Time for the timed rounds; at least 5 are done.")]
@@ -106,16 +114,37 @@ def load_masked(source: str, keep: float | None, given: list[str] | None = None)
         raise
 
 
-def load_classifier(checkpoint: str, keep: float | None, dtype: str, device: str) -> MAR:
+def load_classifier(
+    checkpoint: str, keep: float | None, dtype: str, device: str, quantize: Quantize | None = None
+) -> MAR:
     """A classifier, ready to run; ``keep`` is the share of visible patches, None for the checkpoint's.
 
     Raises:
-        ValueError: not a classifier, or a share that its cells do not allow.
+        ValueError: not a classifier, a share that its cells do not allow, or a device that does not do ``quantize``.
     """
     model = load_masked(checkpoint, keep)
     if model.classifier is None or not model.config.num_classes:
         raise checks.bad("--checkpoint", f"{checkpoint!r}, without a classifier", "one that was trained to classify")
-    return model.to(machine.device(device), machine.DTYPES[dtype]).eval()
+    return placed(model, dtype, machine.device(device), quantize)
+
+
+def placed(model: MAR, dtype: str, device: torch.device, quantize: Quantize | None) -> MAR:
+    """The model on a device, in a dtype and in eval mode, quantised if that is asked for.
+
+    Raises:
+        ValueError: it is to be in fp8, and dtype or device do not go with that.
+    """
+    model = model.to(device)
+    if quantize is None and any(scaled_layers(model)):
+        quantize = "fp8"
+    if quantize is not None:
+        if quantize == "fp8" and dtype == "fp32":
+            raise checks.bad("--dtype", "fp32 with --quantize fp8", "bf16 or fp16, in which the rest of the model runs")
+        if quantize == "fp8" and not has_fp8(next(model.parameters())):
+            accepted = "a GPU with fp8 products (sm_89, sm_90 or later), or fp8-emulated, which is slow"
+            raise checks.bad("--quantize", f"fp8 on {device}", accepted)
+        model = mar_fast.quantize(model, "fp8", emulate=quantize == "fp8-emulated")
+    return model.to(machine.DTYPES[dtype]).eval()
 
 
 def class_names(model: MAR, labels: Path | None) -> list[str] | None:

@@ -128,10 +128,16 @@ def test_classify_probabilities(mar, checkpoint, options, mask_ratio, views):
 def test_keep_and_dtype_change_the_answer(mar):
     path = clips.real_clip("bikes.mp4")
     shares = {}
-    for options in ((), ("--keep", "0.5"), ("--keep", "0.75"), ("--dtype", "bf16")):
+    for options in ((), ("--keep", "0.5"), ("--keep", "0.75"), ("--dtype", "bf16"), ("--quantize", "fp8-emulated")):
         _, out, _ = mar("classify", path, "--json", "--views", "1x1", *options)
         shares[options] = json.loads(out)["videos"][0]["classes"][0]["probability"]
-    assert shares[()] == shares["--keep", "0.5"] and len(set(shares.values())) == 3
+    assert shares[()] == shares["--keep", "0.5"] and len(set(shares.values())) == 4
+    for dtype, told in (
+        ("fp32", "--dtype: got fp32 with --quantize fp8"),
+        ("bf16", "--quantize: got fp8 on cpu, expected a GPU"),
+    ):
+        code, _, err = mar("classify", path, "--quantize", "fp8", "--dtype", dtype, "--device", "cpu")
+        assert code == 2 and told in err
 
 
 def test_classify_goes_on_after_a_bad_video(mar, tmp_path):
@@ -196,6 +202,7 @@ def test_eval_goes_on_and_refuses_other_settings(mar, listed, monkeypatch, tmp_p
         (("--keep", "0.75"), "mask_ratio 0.5, now 0.25"),
         (("--stride", "2"), "stride 4, now 2"),
         (("--dtype", "bf16"), "dtype 'fp32', now 'bf16'"),
+        (("--quantize", "fp8-emulated"), "quantize None, now 'fp8-emulated'"),
         (("--short", "repeat"), "short 'error', now 'repeat'"),
         (("--sampling", "uniform"), "sampling 'stride', now 'uniform'"),
     ):

@@ -87,6 +87,20 @@ def test_convert(run, classifier, tmp_path, to, out):
     assert run("checkpoint", "convert", classifier, out, "--to", to, *TOLD, *changed, "--force")[0] == 0
 
 
+def test_convert_to_fp8(run, mar, tmp_path):
+    """Only our own layout has it; the file can be converted again, and needs a GPU to run or to be emulated."""
+    code, _, err = run("checkpoint", "convert", mar, "no.safetensors", "--to", "mar", "--quantize", "fp8")
+    assert code == 2 and "got layers in fp8, which the layout MAR does not have" in err
+    for source, options in ((mar, ("--quantize", "fp8")), ("0.safetensors", ())):
+        out = f"{len(options) // 2 ^ 1}.safetensors"
+        code, said, _ = run("checkpoint", "convert", source, out, "--to", "mar_fast", *options)
+        assert code == 0 and "the same bits when read back" in said
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    code, said, _ = run("checkpoint", "inspect", "1.safetensors", "--json")
+    assert code == 0 and json.loads(said)["parameters"] > sum(value.numel() for value in small_model().parameters())
+    assert "layers in fp8 (e4m3)" in said
+
+
 def test_convert_leaves_parts_out(run, mar, tmp_path):
     code, _, err = run("checkpoint", "convert", mar, "pre.safetensors", "--to", "videomae")
     assert (

@@ -55,6 +55,17 @@ def test_videos(mar, tmp_path):
     assert about["environment"]["mar_fast"] and "commit" in about["environment"] and about["checkpoint"]
 
 
+def test_fp8(mar):
+    options = ("videos/a.mkv", "--keep", 0.5, "--quantize", "fp8-emulated")
+    assert mar(*options)[0] == 0
+    model = mar_fast.from_pretrained("model.safetensors", classifier=None, decoder_depth=0)
+    want = list(extract(mar_fast.quantize(model, "fp8", emulate=True), "videos/a.mkv", keep=0.5))
+    found = safetensors.torch.load_file("features/a.safetensors")["layer.2"]
+    assert torch.equal(found, torch.stack([window.layers[2] for window in want]))
+    code, _, err = mar(*options[:3])
+    assert code == 2 and "quantize" in err
+
+
 def test_a_list_is_mirrored_and_continued(mar, tmp_path):
     """Without labels or with them; broken videos are listed, and tried again."""
     (tmp_path / "list.txt").write_text("a.mkv\nb c.mkv\ndeep/er/d.mkv\ngone.mkv\n")

@@ -1,0 +1,96 @@
+"""quantize_rows in Triton. A program holds whole rows of D columns."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import INTERPRETING
+from .launch import DENSE, Launch, LaunchConfig, block, choose, like, rows
+from .op import Op, Run
+
+E4M3 = torch.float8_e4m3fn
+
+
+@triton.jit
+def quantized(b_x):
+    """[M, N] float32 in the range of e4m3, and the scales of its rows [M]; a cast to e4m3 rounds to nearest even."""
+    b_largest = tl.maximum(tl.max(tl.abs(b_x), axis=1), 7.888609052210118e-31)  # 2 ** -100
+    return b_x * tl.div_rn(448.0, b_largest)[:, None], b_largest * (1.0 / 448.0)
+
+
+@triton.jit
+def quantize_rows_kernel(x, values, scale, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_column = tl.arange(0, BLOCK_N)
+    m_row = o_row < rows
+    m_tile = m_row[:, None] & (o_column < columns)[None, :]
+    # [BLOCK_M, BLOCK_N]
+    b_x = tl.load(x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    b_values, b_scale = quantized(b_x)
+    tl.store(values + o_row[:, None] * columns + o_column[None, :], b_values.to(values.dtype.element_ty), mask=m_tile)
+    tl.store(scale + o_row, b_scale, mask=m_row)
+
+
+def config(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
+    """``block_m`` rows: about 2048 values a program, and 16 a thread beyond. Compiled clean, not measured."""
+    values = block(width)
+    return LaunchConfig(max(1, 2048 // values), num_warps=max(4, min(16, values // 512)))
+
+
+def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) in e4m3 and (..., 1) float32."""
+    return allocator(x)(x)
+
+
+def allocator(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What allocates `outputs` for tensors of x's shape."""
+    scale = like((*x.shape[:-1], 1), torch.float32, x.device)
+
+    def allocate(x: Tensor) -> tuple[Tensor, Tensor]:
+        values = torch.empty_like(x, dtype=E4M3, memory_format=DENSE)
+        return values, torch.empty_like(scale, memory_format=DENSE)
+
+    return allocate
+
+
+def in_e4m3(values: Tensor, launch: Callable[[Tensor], None]) -> None:
+    """Have ``launch`` write ``values``; interpreted in float32, rounded here, as the interpreter's cast is wrong."""
+    if not INTERPRETING or values.is_meta:
+        return launch(values)
+    wide = torch.empty_like(values, dtype=torch.float32)
+    launch(wide)
+    values.copy_(wide)
+
+
+def forward(x: Tensor) -> Run:
+    """Scales and rows in one pass."""
+    if x.numel() == 0:
+        return outputs
+    columns = x.shape[-1]
+    count, (stride, copied) = math.prod(x.shape[:-1]), rows(x)
+    choice = choose("quantize_rows", config, x, width=columns)
+    launch = Launch(
+        quantize_rows_kernel,
+        (triton.cdiv(count, choice.config.block_m),),
+        (count, columns, stride),
+        choice,
+        (copied,),
+        BLOCK_M=choice.config.block_m,
+        BLOCK_N=block(columns),
+    )
+
+    allocate = allocator(x)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = allocate(x)
+        in_e4m3(values, lambda values: launch(x, values, scale))
+        return values, scale
+
+    return run
+
+
+quantize_rows = Op("quantize_rows", outputs=outputs, forward=forward)

@@ -1,0 +1,93 @@
+"""quantize: a model whose large matrix products are in 8 bits, for inference.
+
+fp8 is e4m3 of the OCP 8-bit floating point specification (Micikevicius et al., arXiv 2209.05433): 4 bits of exponent, 3
+of mantissa, up to 448. Of each block the products ``attn.qkv``, ``mlp.fc1`` and ``mlp.fc2`` are in it: 11/12 of the
+multiply-adds of its linear layers at an MLP ratio of 4. Weights have one scale for each output channel, made once;
+activations one for each token, made anew from their largest value, so that nothing is calibrated. ``attn.proj``,
+attention, norms, embedding and heads stay as they are.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from torch import nn
+
+from .kernels import checks, quantize_rows
+from .kernels.scaled_linear import MULTIPLE, need_fp8
+from .layers import Block, untouched
+from .model import MAR
+from .scaled_linear import ScaledLinear, scaled_layers
+
+Kind = Literal["fp8"]
+LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
+
+
+def quantize(model: MAR, kind: Kind, *, keep: str | Sequence[str] = (), emulate: bool = False) -> MAR:
+    """A copy of ``model`` with products in fp8; the model itself is left as it is.
+
+    Quantise from float32 or 16-bit weights, and run what is not quantised in bfloat16 (``.to(torch.bfloat16)`` before
+    or after: it leaves fp8 alone). `save_pretrained` and `save_checkpoint` write such a model in mar_fast's own layout,
+    and `from_pretrained` reads it.
+
+    Args:
+        model: The model. Of one that is quantised already only ``emulate`` changes.
+        kind: "fp8".
+        keep: Parts or blocks whose products stay as they are: "decoder", "encoder.blocks.0".
+        emulate: Compute the same in plain PyTorch, on any device: slow, for tests and to learn what fp8 costs in
+            accuracy. Values and scales are those of a GPU; sums may differ in their last bits.
+
+    Returns:
+        The copy, in eval mode, without gradients.
+
+    Raises:
+        ValueError: the model's device has no products in 8 bits (sm_89, sm_90 and later have), without ``emulate``; an
+            unknown kind or name; names for a model that is quantised already; a layer that is no plain ``nn.Linear``.
+        TypeError: not a `mar_fast.MAR`.
+    """
+    if not isinstance(model, MAR):
+        raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
+    if kind != "fp8":
+        raise checks.bad("kind", repr(kind), "'fp8'")
+    if keep and any(scaled_layers(model)):
+        raise checks.bad("keep", repr(keep), "none, for a model that is quantised already")
+    kept = _kept(model, (keep,) if isinstance(keep, str) else keep)
+    if not emulate:
+        need_fp8("model", next(model.parameters()))
+    quantised = copy.deepcopy(model).eval().requires_grad_(False)
+    if not any(scaled_layers(model)):
+        for block in [name for name, _ in _blocks(model) if name not in kept]:
+            for layer in (f"{block}.{path}" for path in LAYERS):
+                quantised.set_submodule(layer, _scaled(layer, quantised.get_submodule(layer)))
+    for _, scaled in scaled_layers(quantised):
+        scaled.emulate = emulate
+    return quantised
+
+
+def _blocks(model: MAR) -> Iterator[tuple[str, Block]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Block))
+
+
+def _kept(model: MAR, keep: Sequence[str]) -> set[str]:
+    """The blocks that ``keep`` names, or that are in parts that it names."""
+    parts: dict[str, list[str]] = {}
+    for name, _ in _blocks(model):
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    for name in keep:
+        if name not in parts and not any(name in blocks for blocks in parts.values()):
+            known = "; ".join(f"{part}, {blocks[0]} to {blocks[-1]}" for part, blocks in parts.items())
+            raise checks.bad("keep", repr(name), f"parts and blocks of this model: {known}")
+    return {name for part, blocks in parts.items() for name in blocks if part in keep or name in keep}
+
+
+def _scaled(name: str, layer: nn.Module) -> ScaledLinear:
+    """A layer in fp8, with the weights of ``layer``."""
+    if not untouched(layer, nn.Linear):
+        accepted = "a plain nn.Linear (merge adapters, remove hooks), or its block in keep="
+        raise checks.bad(f"model, {name}", type(layer).__name__, accepted)
+    assert isinstance(layer, nn.Linear)
+    if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+        got = f"{layer.in_features} -> {layer.out_features} features"
+        raise checks.bad(f"model, {name}", got, f"multiples of {MULTIPLE}, or its block in keep=")
+    rows = quantize_rows(layer.weight.detach())
+    return ScaledLinear(rows.values, rows.scale, layer.bias)
