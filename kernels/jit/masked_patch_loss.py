@@ -54,7 +54,8 @@ def class_sums(b_piece, classes, channels, C: tl.constexpr, PIECES: tl.constexpr
         b_class = b_class + (b_sum,)
     b_channel = ()
     for c in tl.static_range(C):
-        b_sum = tl.where(channels[0] == c, b_class[0], 0.0)  # [BLOCK_M, ROWS]
+        # [BLOCK_M, ROWS]
+        b_sum = tl.where(channels[0] == c, b_class[0], 0.0)  # type: ignore[misc]
         for a in tl.static_range(1, C):
             b_sum += tl.where(channels[a] == c, b_class[a], 0.0)
         b_channel = b_channel + (tl.sum(b_sum, axis=1),)
@@ -145,7 +146,7 @@ def masked_patch_loss_kernel(
         # squares lose no digits, whatever the first pixel is, and the difference is needed anyway.
         b_seen, b_centred, b_square, b_slope = (), (), (), ()
         for piece in tl.static_range(PIECES):
-            b_value = b_video[piece].to(tl.float32)
+            b_value = b_video[piece].to(tl.float32)  # type: ignore[var-annotated]
             if not EXACT:
                 b_value = tl.where(m_piece[piece], b_value - of_values(b_first, classes[piece], C), 0.0)
             b_seen = b_seen + (b_value,)

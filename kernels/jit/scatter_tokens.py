@@ -139,7 +139,7 @@ def config_backward(arch: str, dtype: torch.dtype, *, columns: int, positions: b
     return LaunchConfig(16, 128)  # at most 94 registers
 
 
-def _search(most: int, tile: LaunchConfig) -> dict[str, int]:
+def _search(most: int, tile: LaunchConfig) -> dict[str, Any]:
     """Constants of `find`, for clips of at most so many visible tokens."""
     return dict(SAMPLES=block(triton.cdiv(most, STEP)), STEP=STEP, WINDOW=block(STEP + tile.block_m))
 
