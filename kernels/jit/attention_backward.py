@@ -207,7 +207,7 @@ Passes = Callable[..., None]
 def _two_kernels(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
     other = call.choose("query", config_query)
     tile = other.config
     tiles = triton.cdiv(call.queries, tile.block_m)
@@ -242,7 +242,7 @@ def _two_kernels(
 def _fused(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
     tile, every = choice.config, call.every
     tiles = triton.cdiv(max(call.queries, call.keys), tile.block_n)
     lag = min(every, triton.cdiv(PROGRAMS, tiles))
