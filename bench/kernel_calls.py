@@ -180,4 +180,5 @@ def _attention(device: torch.device) -> Iterator[OpCase]:
         if size == 64 and tokens == VISIBLE:  # the last decoder block: dropped tokens attend to all
             last = op_cases.attention_kvpacked(device, dtype, 16, TOKENS - VISIBLE, TOKENS, heads // 2)
             yield _changed(varlen, ", one head expanded", ragged, expanded)
+            yield _changed(case, ", one head expanded, bias", expanded, biased, also=("bias",))
             yield from (last, _changed(last, ", bias", biased, also=("bias",)))

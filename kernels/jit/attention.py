@@ -186,17 +186,16 @@ def attention_forward_kernel(
 # where 128 x 128, 4 warps, 3 stages by pointers took 198 and 73; the machine code has as many registers and, in the
 # loop, instructions. Beyond 1100 tokens pointers were faster there: 585 us at 1568, the best with TMA 609.
 # Larger heads by arithmetic. Tiles of 64 queries read K and V from L2 once for 64 queries, which at the 5.6 TB/s that
-# the prototype drew at 1568 tokens allows 64 x 5.6 = 358 TFLOP/s: enough for heads up to 88, whose column tiles of 64 +
-# 16 or 32 leave four and three programs on an SM. Heads of 128 need 407 to be as fast as cuDNN, so 128 queries, in the
-# four warps that were faster than eight in the prototype (194 to 213 us), two programs on an SM.
+# the prototype drew at 1568 tokens allows 64 x 5.6 = 358 TFLOP/s: 150, 164 and 239 us for heads of 80, 88 and 128 (16
+# clips, 784 tokens, 16 heads), where pointers took 271, 301 and 289 and cuDNN 195, 203 and 198. Heads of 128 need 128
+# queries to be as fast as that: 128 x 64 and 128 x 32 in four warps spill, in eight there is one program on an SM.
 FORWARD: Tables = ({
     "sm_80": {(64, 64): (64, 32, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (80, ANY): (128, 64, 128, 8, 3),
               (96, ANY): (128, 64, 128, 8, 2), (128, ANY): (128, 64, 64, 8, 2)},
     "sm_90": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 3), (64, ANY): (128, 128, 128, 8, 3),
               (96, ANY): (128, 128, 128, 8, 2), (128, ANY): (128, 64, 128, 8, 3)},
     "sm_90 with TMA": {(64, 64): (64, 64, 128, 4, 2), (64, 1100): (64, 64, 64, 4, 2, True, True),
-                       (64, ANY): (128, 128, 128, 8, 3), (88, 1100): (64, 64, 64, 4, 2, True, True),
-                       (96, ANY): (128, 64, 64, 4, 3, True, True), (128, ANY): (128, 64, 128, 4, 2, True, True)},
+                       (64, ANY): (128, 128, 128, 8, 3), (128, ANY): (64, 64, 128, 4, 2, True, True)},
     "sm_100": {(64, 64): (64, 64, 128, 4, 2), (64, ANY): (128, 128, 128, 8, 3), (128, ANY): (128, 128, 128, 8, 2)},
     "": {(128, ANY): (64, 64, 64, 4, 1)},
 }, {
@@ -213,12 +212,16 @@ FORWARD: Tables = ({
 })  # fmt: skip
 
 
-def config(arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool) -> LaunchConfig:
-    """By the tables, but for one case. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
-    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046."""
+def config(
+    arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool, bias: bool
+) -> LaunchConfig:
+    """By the tables, but for two cases. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
+    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
     chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged, tma=tma)
-    if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and tokens % 128 <= 16:
+    if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and not bias and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)
+    if bias and chosen == LaunchConfig(64, 16, 32, 4, 1, resident=False):
+        return LaunchConfig(64, 16, 32, 4, 1)  # float32: loaded anew with a bias it would spill
     return chosen
 
 
@@ -299,7 +302,7 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
     copied, vector, strides = layout(query, key_value, ragged)
     source = query if key_value is None else key_value
     tma = described((source[None] if ragged else source).permute(0, 2, 3, 1, 4))
-    shape = dict(head_dim=head_dim, tokens=keys, ragged=ragged, tma=tma is not None)
+    shape = dict(head_dim=head_dim, tokens=keys, ragged=ragged, tma=tma is not None, bias=bias is not None)
     choice = choose("attention_forward", config, query, **shape)
     tile = choice.config
     if tile.cudnn and not ragged and tma is not None and query.dtype in HALF:
