@@ -46,7 +46,7 @@ QUERY: Tables = ({
     "": {(128, ANY): (64, 32, 64, 4, 1)},
 }, {
     "sm_80": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 8, 1, False),
-              (96, ANY): (32, 32, 32, 4, 1, False), (128, ANY): (32, 16, 32, 4, 1, False)},
+              (96, ANY): (32, 32, 32, 4, 1, False), (128, ANY): (32, 16, 32, 8, 1, False)},
     "sm_90": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 32, 32, 4, 1, False),
               (128, ANY): (64, 16, 32, 4, 1, False)},
     "sm_100": {(32, ANY): (64, 32, 32, 4, 1), (64, ANY): (64, 16, 32, 4, 1, False),
@@ -62,7 +62,7 @@ KEY_VALUE: Tables = ({
     "": {(32, ANY): (32, 64, 32, 4, 1), (64, ANY): (32, 128, 64, 8, 1), (128, ANY): (16, 32, 32, 4, 1, False)},
 }, {
     "sm_80": {(32, ANY): (32, 64, 32, 8, 1, False), (64, ANY): (16, 32, 32, 8, 1, False),
-              (95, ANY): (32, 16, 32, 4, 1, False), (128, ANY): (16, 16, 32, 4, 1, False)},
+              (128, ANY): (32, 16, 32, 8, 1, False)},
     "sm_90": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
               (128, ANY): (32, 16, 32, 8, 1, False)},
     "sm_100": {(32, ANY): (32, 64, 32, 4, 1, False), (64, ANY): (32, 64, 32, 8, 1, False),
@@ -207,7 +207,7 @@ Passes = Callable[..., None]
 def _two_kernels(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
     other = call.choose("query", config_query)
     tile = other.config
     tiles = triton.cdiv(call.queries, tile.block_m)
@@ -242,7 +242,7 @@ def _two_kernels(
 def _fused(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
     tile, every = choice.config, call.every
     tiles = triton.cdiv(max(call.queries, call.keys), tile.block_n)
     lag = min(every, triton.cdiv(PROGRAMS, tiles))
