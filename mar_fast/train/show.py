@@ -42,8 +42,8 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     residual stream twice, in 4 bytes. With gradient checkpointing a block keeps its two inputs, and one block at a time
     keeps all. The encoder's blocks run on visible tokens, and so do the bridge's; the decoder's on all. Added are the
     visible pixels at the embedding in b bytes, and the predicted ones and their targets in 4 each. What is left out:
-    masks of dropout, statistics of norms, 16-bit copies of weights (see `memory`), work space. On a GPU the kernels keep
-    one of the two hidden activations, so that it is a fifth less there.
+    masks of dropout, statistics of norms, 16-bit copies of weights (see `memory`), work space. On a GPU the kernels
+    keep one of the two hidden activations: a fifth less.
     """
     config, visible = recipe.config(), visible_tokens(recipe)
     value = DTYPES[recipe.optimizer.precision].itemsize

@@ -75,9 +75,22 @@ def test_sums_of_parts(tile, results, poisoned):
 
 
 def test_bias_of_another_dtype():
-    """float32 master weights beside half activations."""
+    """float32 master weights beside half activations.
+
+    The bias's gradient is a float32 sum of what a polynomial for 16 bits gives: 2e-5 of each gradient, 64 eps and more.
+    """
     x, bias = gelu_operands(torch.float16).values()
-    assert check(dict(x=x, bias=bias.float())).dtype == torch.float16
+    operands = dict(x=x, bias=bias.float())
+    (out,), seeds, found = oracle.outcome(kernels.bias_gelu, operands)
+    (plain,), _, plain_gradients = oracle.outcome(plain_gelu, operands, seeds)
+    wide = {name: value.double() for name, value in operands.items()}
+    (exact,), _, gradients = oracle.outcome(oracle.bias_gelu, wide, [seed.double() for seed in seeds])
+    assert out.dtype == torch.float16 and found["bias"].dtype == torch.float32
+    coarsest = torch.finfo(torch.float16).eps
+    oracle.assert_as_good("output", out, plain, exact)
+    for name, floor in (("x", 0.5), ("bias", 64)):
+        three = found[name], plain_gradients[name], gradients[name]
+        oracle.assert_as_good(f"gradient of {name}", *three, coarsest=coarsest, floor=floor)
 
 
 def test_float64_is_left_to_pytorch(poisoned):
