@@ -83,7 +83,7 @@ def _autocast() -> Iterator[None]:
 
 
 def _elementwise(device: torch.device) -> Iterator[OpCase]:
-    """bias_gelu, linear_gelu, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
+    """GELU's ops, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
 
     def biased(o: Operands) -> Operands:
         return dict(x_bias=torch.ones_like(o["weight"]))
@@ -97,6 +97,7 @@ def _elementwise(device: torch.device) -> Iterator[OpCase]:
     for dtype in FLOATS:
         yield op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, 3072)
         yield op_cases.linear_gelu(device, dtype, CLIPS, VISIBLE, 768, 3072)
+        yield op_cases.mlp(device, dtype, CLIPS, VISIBLE, 768, 3072)
         for width in (384, 512):
             case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
             yield from (case, _changed(case, ", learnt positions", also=("pos_embed",)))

@@ -327,6 +327,36 @@ def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: in
     )
 
 
+def mlp(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, hidden: int) -> OpCase:
+    """The whole MLP, without the bias of its second layer, as a block calls it in training."""
+
+    def operands() -> Operands:
+        first, second = (
+            random(device, dtype, *shape) / shape[1] ** 0.5 for shape in ((hidden, width), (width, hidden))
+        )
+        x, bias = random(device, dtype, batch, tokens, width), random(device, dtype, hidden)
+        return dict(x=x, fc1_weight=first, fc1_bias=bias, fc2_weight=second)
+
+    def plain(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> Tensor:
+        return F.linear(eager_linear_gelu(x, fc1_weight, fc1_bias), fc2_weight)
+
+    rows = batch * tokens
+    return OpCase(
+        op="mlp",
+        label=f"{batch} clips, {tokens} tokens, width {width}, hidden {hidden}",
+        tokens=tokens,
+        dtype=dtype,
+        operands=operands,
+        ours=kernels.mlp,
+        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
+        eager="PyTorch",
+        differentiated=("x", "fc1_weight", "fc1_bias", "fc2_weight"),
+        flops=4.0 * rows * width * hidden,
+        bytes=2.0 * (rows + hidden) * width * dtype.itemsize,
+        backward=(2.0, 3.0),
+    )
+
+
 def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
     """The decoder's input."""
 
@@ -402,6 +432,7 @@ def op_cases(
         yield add_layer_norm(device, dtype, batch, tokens, width)
         yield bias_gelu(device, dtype, batch, tokens, 4 * width)
         yield linear_gelu(device, dtype, batch, tokens, width, 4 * width)
+        yield mlp(device, dtype, batch, tokens, width, 4 * width)
         if share < 1:
             yield scatter_tokens(device, dtype, batch, tokens, width // 2)
             yield masked_patch_loss(device, dtype, batch, TOKENS - tokens)

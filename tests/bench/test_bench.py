@@ -143,7 +143,7 @@ def test_what_make_gpu_measures_and_its_table():
     options = RunOptions(torch.device("cuda"), torch.bfloat16, ("base",), (32, 8, 1))
     every = [case for name in gpu.SUITES for case in SUITES[name].cases(options)]
     chosen = [case for case in map(gpu.short, every) if case is not None]
-    assert len(chosen) == 39 and {case.suite for case in chosen} == set(gpu.SUITES)
+    assert len(chosen) == 43 and {case.suite for case in chosen} == set(gpu.SUITES)
     for case in chosen:
         names = {provider.name for provider in case.providers}
         assert {"mar_fast", case.baseline} <= names, case.name

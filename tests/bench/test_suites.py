@@ -161,10 +161,11 @@ def test_kernels_suite():
         "add_layer_norm",
         "bias_gelu",
         "linear_gelu",
+        "mlp",
         "scatter_tokens",
         "masked_patch_loss",
     }
-    assert [case.mode for case in cases] == ["forward", "backward"] * 7
+    assert [case.mode for case in cases] == ["forward", "backward"] * 8
     attention = next(case for case in cases if case.name.startswith("attention"))
     kept = tuple(one for one in attention.providers if one.name != "flex_attention")  # it compiles
     found = measured(replace(attention, providers=kept))
