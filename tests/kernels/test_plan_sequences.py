@@ -28,6 +28,7 @@ OPTIONS = {
     "gather_patch_embed": [dict(video=torch.uint8), dict(mean=None, std=None), {}],
     "attention": [dict(scale=1), dict(scale=True), dict(scale=0.3), dict(return_lse=True), {}],
     "attention_varlen": [dict(max_seqlen=12), dict(max_seqlen=12.0), dict(scale=1.0), dict(scale=1), {}],
+    "attention_kvpacked": [dict(scale=1), dict(scale=0.3), {}],
     "add_layer_norm": [dict(eps=1), dict(eps=1.0), dict(eps=True), dict(residual=None), {}],
     "bias_gelu": [{}],
     "linear_gelu": [{}],
