@@ -189,7 +189,7 @@ def test_our_kernels_for_a_gpu(monkeypatch):
         program = torch.export.export(model, (clips,), dynamic_shapes=sizes, strict=False)
         lowered, _ = aot_export_module(AsTuple(program.module(check_guards=False)), (clips,), trace_joint=False)
     ours = {op.split(".")[1] for op in graph_ops(program) if op.startswith("mar_fast.")}
-    assert ours == {"gather_patch_embed", "attention", "add_layer_norm", "linear_gelu"}
+    assert ours == {"gather_patch_embed", "attention", "add_layer_norm", "mlp"}
     assert "triton_kernel_wrapper_functional" in graph_ops(lowered)
     assert not [op for op in graph_ops(lowered) if "mar_fast" in op]
 
