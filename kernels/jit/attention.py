@@ -215,13 +215,17 @@ FORWARD: Tables = ({
 def config(
     arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool, bias: bool
 ) -> LaunchConfig:
-    """By the tables, but for two cases. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
-    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
+    """By the tables, but for some cases. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf,
+    198 us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
     chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged, tma=tma)
     if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and not bias and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)
-    if bias and chosen == LaunchConfig(64, 16, 32, 4, 1, resident=False):
-        return LaunchConfig(64, 16, 32, 4, 1)  # float32: loaded anew with a bias it would spill
+    # float32: with a bias, or for ragged clips, tiles that are loaded anew would spill.
+    anew = (LaunchConfig(size, step, 32, warps, 1, resident=False) for size, step, warps in ((64, 16, 4), (128, 32, 8)))
+    if bias and chosen in anew:
+        return LaunchConfig(64, 16, 32, 4, 1)
+    if ragged and chosen == LaunchConfig(64, 64, 32, 8, 1, resident=False):
+        return LaunchConfig(64, 32, 32, 4, 1)
     return chosen
 
 
