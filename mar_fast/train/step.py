@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import MAR, TokenMask
 from ..model import MAROutput, mar_loss
 from .distributed import World, last_only
+from .master_weights import MasterWeights
 from .optim import set_lr
 from .recipe import Recipe
 from .state import Parts
@@ -57,6 +58,7 @@ class Stepper:
         self._parameters: list[Tensor] = [named[name] for name in average]
         self._trained = [p for p in named.values() if p.requires_grad]
         self._autocast = DTYPES.get(precision)
+        self._weights = MasterWeights(model, self._autocast)
 
     def step(self, inputs: Iterator[Inputs], count: int, lr: float) -> Tensor:
         """One step over ``count`` micro-batches.
@@ -69,11 +71,12 @@ class Stepper:
         self.called.train()
         set_lr(optimizer, lr)
         told = torch.zeros(5, device=self.world.device)
+        self._weights.refresh()
         for number in range(count):
             batch = next(inputs)
             with last_only(self.called, number == count - 1):
                 with self.autocast():
-                    out = self.called(batch.video, batch.mask, decoder_mask=batch.decoder_mask)
+                    out = self._weights.call(self.called, batch.video, batch.mask, decoder_mask=batch.decoder_mask)
                     loss = objective(out, batch.target, self.recipe)
                 parts.scaler.scale(loss / count).backward()
             told[:4] += torch.stack(_numbers(out, batch.target, loss, self.recipe.reconstruction_weight)) / count

@@ -10,6 +10,7 @@ from helpers import relative
 from mar_fast import TokenMask, reference
 from mar_fast.train.distributed import World
 from mar_fast.train.masks import draw_mask
+from mar_fast.train.master_weights import MasterWeights
 from mar_fast.train.optim import adamw
 from mar_fast.train.recipe import read_recipe
 from mar_fast.train.start import start
@@ -218,3 +219,25 @@ def test_states_put_back_with_another_recipe():
     assert {group["weight_decay"] for group in second.parts.optimizer.param_groups} == {0.0, 0.2}
     for name, parameter in first.parts.model.named_parameters():
         assert torch.equal(second.parts.average[name], parameter)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("changes", [[], ["gradient_checkpointing=true"]])
+def test_weights_rounded_at_once(precision, changes, monkeypatch):
+    """The same bits as by autocast's casts, over two steps of two micro-batches; one launch a step rounds."""
+    recipe, states, launches = recipe_of("MAR", f"optimizer.precision={precision}", *changes), [], []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: launches.append(len(to)) or copy(to, of))
+    for by_autocast in (True, False):
+        model, inputs = models(recipe)[0].float(), inputs_of(recipe)
+        inputs = Inputs(inputs.video.float(), inputs.target.float(), inputs.mask)
+        stepper = Stepper(model, model, adamw(model, recipe.optimizer, LR), recipe, ALONE)
+        if by_autocast:
+            stepper._weights = MasterWeights(model, None)
+        for _ in range(2):
+            stepper.step(iter([rows(inputs, 0, 2), rows(inputs, 2, 4)]), 2, LR)
+        states.append(model.state_dict())
+    config = recipe.config()
+    blocks = config.depth + config.bridge_depth + config.decoder_depth
+    assert launches == [4 * blocks] * 2
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())

@@ -1,0 +1,58 @@
+"""16-bit copies of the weights of blocks, made by one launch a step, where autocast has one for each weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import MAR
+from ..layers import Block
+
+
+class _Rounded(torch.autograd.Function):
+    """A master weight as its copy; the gradient goes to the master, as through autocast's own cast."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0].float(), None
+
+
+class MasterWeights:
+    """The float32 weights of a model's blocks, and copies of them in the dtype of its products.
+
+    Results have the same bits as with autocast's casts. There is nothing to copy without autocast, where FSDP2 shards
+    the weights, or where torch.compile fuses casts itself. What gradient checkpointing computes again, autocast casts.
+    """
+
+    def __init__(self, model: MAR, dtype: torch.dtype | None) -> None:
+        self._masters: dict[str, Tensor] = {}
+        if dtype is not None and getattr(model, "_compiled_call_impl", None) is None:
+            blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, Block))
+            layers = ((f"{name}.{path}.weight", layer) for name, block in blocks for path, layer in _linear(block))
+            self._masters = {name: layer.weight for name, layer in layers if type(layer.weight) is nn.Parameter}
+        self._copies = [torch.empty_like(master, dtype=dtype) for master in self._masters.values()]
+
+    def refresh(self) -> None:
+        """Round them: after every change, before `call`."""
+        with torch.no_grad():
+            if self._copies:
+                torch._foreach_copy_(self._copies, list(self._masters.values()))
+
+    def call(self, called: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """``called(*inputs, **options)`` by the copies. ``called`` is the model, or DDP of it."""
+        if not self._copies:
+            return called(*inputs, **options)
+        prefix = "module." if isinstance(called, DistributedDataParallel) else ""
+        pairs = zip(self._masters.items(), self._copies, strict=True)
+        weights = {prefix + name: _Rounded.apply(master, copy) for (name, master), copy in pairs}
+        return functional_call(called, weights, inputs, options)
+
+
+def _linear(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(path, layer) for path, layer in block.named_modules() if type(layer) is nn.Linear]
