@@ -7,6 +7,7 @@ by its copy rate, for 154 MB less kept a layer, 2.6 of 12.4 GB for MAR's step (`
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,18 +63,9 @@ def gradients(
     ]
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    product: Tensor,
-    save: bool,
-    needs: Sequence[bool],
-) -> Run:
-    """Products by cuBLAS, and bias_gelu's backward between them."""
+def backward(*inputs: Any) -> Run:
+    """Products by cuBLAS, and bias_gelu's backward between them, for the inputs of `gradients`."""
+    _, x, fc1_weight, fc1_bias, _, _, product, _, needs = inputs
     (columns, summed), count = fc1_weight.shape, math.prod(x.shape[:-1])
     hidden_grad = torch.empty((count, columns), dtype=x.dtype, device="meta")
     through_gelu = bias_gelu.backward_and_output(hidden_grad, product, fc1_bias, (True, needs[2]))
