@@ -27,6 +27,7 @@ from .attention_tiles import (
     Tables,
     add_product,
     add_product_of_loaded,
+    addressable,
     by_shape,
     described,
     inner,
@@ -337,12 +338,7 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
     has_wide, has_narrow = 2 in blocks, 3 in blocks
 
     def run(query, key_value, cu_seqlens, bias, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if copied[0]:
-            query = query.contiguous()
-        if key_value is None:
-            key_value = query
-        elif copied[1]:
-            key_value = key_value.contiguous()
+        query, key_value = addressable(query, key_value, copied)
         wide, narrow = key_value if has_wide else None, key_value if has_narrow else None
         launch(query, key_value, wide, narrow, cu_seqlens, bias, *results)
         return results

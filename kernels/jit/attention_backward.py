@@ -14,7 +14,19 @@ from torch import Tensor
 
 from .attention_backward_fused import attention_backward_delta_kernel, attention_backward_fused_kernel
 from .attention_backward_kernels import attention_backward_key_value_kernel, attention_backward_query_kernel
-from .attention_tiles import ANY, LOG2_E, Tables, addresses, by_shape, described, layout, lse_row, shape_constants, tail
+from .attention_tiles import (
+    ANY,
+    LOG2_E,
+    Tables,
+    addressable,
+    addresses,
+    by_shape,
+    described,
+    layout,
+    lse_row,
+    shape_constants,
+    tail,
+)
 from .launch import DENSE, Block, Choice, Launch, LaunchConfig, choose, like, scattered
 from .op import Run
 from .sum_parts import sum_parts
@@ -325,12 +337,7 @@ def _run(
             grad = _zero(out)
         if grad_copied:
             grad = grad.contiguous()
-        if copied[0]:
-            query = query.contiguous()
-        if key_value is None:
-            key_value = query
-        elif copied[1]:
-            key_value = key_value.contiguous()
+        query, key_value = addressable(query, key_value, copied)
         sums = None if part is None else torch.empty_like(part, memory_format=DENSE)
         with_bias = None if biased is None else torch.empty_like(biased, memory_format=DENSE)
         passes(query, key_value, cu_seqlens, bias, with_bias, out, grad, lse, grad_lse, dquery, dkey_value, sums)

@@ -246,6 +246,15 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
 
 
+def addressable(query: Tensor, key_value: Tensor | None, copied: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Queries, and keys and values, as `Layout` has them: copied where it says so; a qkv stands for both."""
+    if copied[0]:
+        query = query.contiguous()
+    if key_value is None:
+        return query, query
+    return query, key_value.contiguous() if copied[1] else key_value
+
+
 def layout(query: Tensor, key_value: Tensor | None, ragged: bool) -> Layout:
     """For queries (B, M, H, d), and keys and values (B, N, 2, H, d); or for a qkv (B, N, 3, H, d), and None."""
     copied, vector, strides = addresses(query, query.shape[-1], ragged)
