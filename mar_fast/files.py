@@ -51,7 +51,8 @@ def write_whole_files(paths: Sequence[Path], write: Callable[[Path], object]) ->
     """`write_whole` for files of one folder, of which the last one reads the others.
 
     ``write`` fills a temporary folder beside them with files of these names. The last file is out of the way while the
-    others are replaced, so that it never reads the wrong ones, whenever this process is killed.
+    others are replaced, so that it never reads the wrong ones. Where this process is killed just then it is missing,
+    and the old files are in the temporary folder.
     """
     paths[-1].parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=paths[-1].parent, prefix=f".{paths[-1].name}-"))

@@ -35,8 +35,8 @@ def import_decoder() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{got} is not installed; {expected}") from error
     except (ImportError, OSError, RuntimeError) as error:
-        needs = "FFmpeg's shared libraries and a build for this PyTorch (CPU or CUDA)"
-        raise ModuleNotFoundError(f"{got} does not load ({str(error).splitlines()[0]}); {expected}, {needs}") from error
+        why, needs = str(error).partition("\n")[0], "FFmpeg's shared libraries and a build for this PyTorch"
+        raise ModuleNotFoundError(f"{got} does not load ({why}); {expected}, {needs}") from error
     return VideoDecoder
 
 
