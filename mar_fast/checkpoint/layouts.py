@@ -73,28 +73,23 @@ def matters(config: MARConfig, field: str) -> bool:
 
 OURS = Layout("mar_fast")
 PRETRAINING = Layout("VideoMAE pre-training")
-FINE_TUNED = Layout(
-    "VideoMAE fine-tuned",
-    (
-        ("classifier.norm.", "fc_norm."),
-        ("classifier.head.", "head."),
+
+
+def fine_tuned(title: str, root: str = "") -> Layout:
+    """VideoMAE's fine-tuned names, which v2's folders have under a root of theirs."""
+    table = (
+        ("classifier.norm.", f"{root}fc_norm."),
+        ("classifier.head.", f"{root}head."),
         ("decoder.", "decoder."),
         ("mask_token", "mask_token"),
         ("encoder_to_decoder.", "encoder_to_decoder."),
-        ("encoder.", ""),
-    ),
-)
-VIDEOMAE2 = Layout(
-    "VideoMAE v2 hub",
-    (
-        ("classifier.norm.", "model.fc_norm."),
-        ("classifier.head.", "model.head."),
-        ("decoder.", "decoder."),
-        ("mask_token", "mask_token"),
-        ("encoder_to_decoder.", "encoder_to_decoder."),
-        ("encoder.", "model."),
-    ),
-)
+        ("encoder.", root),
+    )
+    return Layout(title, table)
+
+
+FINE_TUNED = fine_tuned("VideoMAE fine-tuned")
+VIDEOMAE2 = fine_tuned("VideoMAE v2 hub", "model.")
 MAR_LAYOUT = Layout(
     "MAR",
     (

@@ -1,7 +1,6 @@
 """from_pretrained: a checkpoint of any layout into a `mar_fast.MAR`, strictly, with a report."""
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -97,7 +96,7 @@ def from_pretrained(
         model = MAR(config)
     scaled = _put_scaled(model, checkpoint)
     values, initial, ignored, warnings = _fit(checkpoint, chosen, model, allowed)
-    remarks = [*checkpoint.remarks, *chosen.remarks]
+    remarks = checkpoint.remarks
     if scaled:
         remarks.append(f"{len(scaled) // 2} layers in fp8 (e4m3), for inference")
     if original is not None:
@@ -113,7 +112,7 @@ def from_pretrained(
         source=checkpoint.where,
         layout=checkpoint.layout.title,
         config=config,
-        parameters=sum(math.prod(value.shape) for value in model.state_dict().values()),
+        parameters=sum(value.numel() for value in model.state_dict().values()),
         read=tuple(dict.fromkeys(name for ours in (*values, *scaled) for name in checkpoint.layout.theirs(ours))),
         initial=tuple(Note(*item) for item in initial.items()),
         ignored=tuple(Note(*item) for item in ignored.items()),

@@ -56,7 +56,7 @@ class File:
     Attributes:
         where: The source, for messages.
         tensors: By name, without prefixes.
-        non_tensors: Entries beside them, and their types.
+        non_tensors: Entries beside them, and what they are.
         groups: Keys under which more tensors lie, as ``model_key`` takes them.
         remarks: Envelope and wrappers' names that were taken off.
         configs: "config.json" and those of processors in a Hugging Face folder, "mar_fast" of a file of ours, "args" of
@@ -267,7 +267,7 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
         if isinstance(value, Tensor):
             tensors[name] = value.detach()
         else:
-            non_tensors[name] = type(value).__name__
+            non_tensors[name] = f"a {type(value).__name__} and no tensor"
     if model_key is not None:
         if not tensors:
             raise checks.bad("model_key", repr(model_key), accepted)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import videomae2
+from ..checkpoint import config_json
 from ..checkpoint.layouts import VIDEOMAE2
 from ..config import MARConfig
 from ..kernels import checks
@@ -26,7 +26,7 @@ _ELSE = "mar_fast.from_pretrained reads its folder"
 
 def is_videomae2(model: object) -> bool:
     """Whether this calls itself VideoMAE v2, and has its configuration."""
-    config = getattr(getattr(model, "config", None), videomae2.KEY, None)
+    config = getattr(getattr(model, "config", None), config_json.V2_KEY, None)
     return isinstance(model, nn.Module) and type(model).__name__ == NAME and isinstance(config, dict)
 
 
@@ -86,7 +86,8 @@ def build(model: Any, keep: float | None) -> MAR:
     Raises:
         ValueError: the model is not what its configuration says, or mar_fast does not compute it.
     """
-    said, _ = videomae2.said("model", {"model_type": NAME, videomae2.KEY: model.config.model_config})
+    content = {"model_type": NAME, config_json.V2_KEY: model.config.model_config}
+    said, _ = config_json.said_by_videomae2("model", content)
     values = {name: value for name, (value, _) in said.items()}
     if values.pop("final_norm", False):
         raise checks.bad("model", f"a {NAME} without mean pooling", f"one with use_mean_pooling; {_ELSE}")
