@@ -129,14 +129,9 @@ def _without_effect(config: Mapping[str, Any], rates: Collection[str]) -> list[s
 def said_by_transformers(
     where: str, given: dict[str, Any] | None, kind: str, final_norm: bool, decoder: bool
 ) -> tuple[Said, list[str]]:
-    """The fields that a config.json of transformers gives, and remarks.
+    """The fields that a config.json of transformers gives, or is without, and remarks.
 
-    Args:
-        where: The folder, for messages.
-        given: What is in config.json; None where there is none.
-        kind: The class of transformers that the folder's tensors are of.
-        final_norm: Whether they have the norm after the last block: it counts where there is no config.json.
-        decoder: Whether they have a pixel decoder.
+    ``kind``, ``final_norm`` and ``decoder``: the class whose tensors are in the folder, and the parts that they have.
 
     Raises:
         ValueError: it asks for something that mar_fast does not compute.

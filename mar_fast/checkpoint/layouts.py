@@ -11,20 +11,14 @@ EPS = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "de
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the parameters of `mar_fast.MAR`.
+    """One way to name the parameters of `mar_fast.MAR`."""
 
-    Attributes:
-        title: For people.
-        table: How names begin: (ours, theirs). The first row that fits counts, N is a block's number, and a name that
-            no row fits is the same in both.
-        split_qkv: Query, key and value are three weights.
-        joint_bias: The biases of query, key and value are one, in encoder and pixel decoder too, as timm has them.
-    """
-
-    title: str
+    title: str  # for people
+    # How names begin: (ours, theirs). The first row that fits counts, N is a block's number, and a name that no row
+    # fits is the same in both.
     table: tuple[tuple[str, str], ...] = ()
-    split_qkv: bool = False
-    joint_bias: bool = False
+    split_qkv: bool = False  # query, key and value are three weights
+    joint_bias: bool = False  # their biases are one, in encoder and pixel decoder too, as timm has them
 
     def theirs(self, ours: str) -> tuple[str, ...]:
         """The layout's name of one of our parameters; three where query, key and value make up ours, in this order."""
@@ -106,12 +100,7 @@ MAR_LAYOUT = Layout(
 
 
 def hugging_face(kind: str, linear_biases: bool = False) -> Layout:
-    """The layout of a transformers class.
-
-    Args:
-        kind: "VideoMAEModel", "VideoMAEForPreTraining" or "VideoMAEForVideoClassification".
-        linear_biases: Biases are called query.bias and value.bias, not q_bias and v_bias as in the files of the hub.
-    """
+    """The layout of a transformers class; its biases are called q_bias, as in the files of the hub, or query.bias."""
     root = "" if kind == "VideoMAEModel" else "videomae."
     query, value = ("query.bias", "value.bias") if linear_biases else ("q_bias", "v_bias")
     block = (

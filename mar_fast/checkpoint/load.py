@@ -106,8 +106,7 @@ def from_pretrained(
     for dtype in sorted({checkpoint.tensors[name].dtype for name in values} - {torch.float32}, key=str):
         how = "rounded to" if dtype == torch.float64 else "widened to"
         remarks.append(f"{str(dtype).removeprefix('torch.')} {how} float32")
-    labels = checkpoint.labels
-    has_labels = labels and config.classifier and len(labels) == config.num_classes
+    labels = checkpoint.labels if "classifier.head.weight" in values else None
     model.load_report = LoadReport(
         source=checkpoint.where,
         layout=checkpoint.layout.title,
@@ -119,7 +118,7 @@ def from_pretrained(
         origins=tuple(Note(*item) for item in chosen.origins.items()),
         remarks=tuple(remarks),
         warnings=tuple(warnings),
-        labels=labels if has_labels and "classifier.head.weight" in values else None,
+        labels=labels if labels and len(labels) == config.num_classes else None,
     )
     model.to_empty(device="cpu")
     if initial:

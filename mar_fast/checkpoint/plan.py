@@ -20,29 +20,18 @@ _BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
 
 @dataclass(frozen=True)
 class Plan:
-    """The model to build.
-
-    Attributes:
-        config: Its configuration.
-        origins: Field -> where its value came from, for those that were not left at the default.
-        fresh: Part -> why it is made anew and not read from the checkpoint.
-        dropped: Part -> why it is not read although the checkpoint has it.
-    """
+    """The model to build."""
 
     config: MARConfig
-    origins: dict[str, str]
-    fresh: dict[str, str]
-    dropped: dict[str, str]
+    origins: dict[str, str]  # field -> where its value came from, for those that were not left at the default
+    fresh: dict[str, str]  # part -> why it is made anew and not read from the checkpoint
+    dropped: dict[str, str]  # part -> why it is not read although the checkpoint has it
 
 
 def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, overrides: Mapping[str, Any]) -> Plan:
-    """Decide on every field.
+    """Decide on every field by what the source says and the caller gives; the checkpoint gets a remark on positions.
 
-    Args:
-        checkpoint: The tensors and what their source says; it gets a remark on the position table.
-        position: As in `from_pretrained`.
-        new_head: The caller allows a last layer of another size.
-        overrides: Fields of `MARConfig` given by the caller.
+    ``new_head``: whether the caller allows a last layer of another size.
 
     Raises:
         ValueError, TypeError: overrides that contradict the checkpoint, or something that cannot be known without.

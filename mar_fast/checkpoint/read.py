@@ -51,34 +51,19 @@ for _module in ("pathlib", "pathlib._local"):
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """What a source holds, as it is.
+    """What a source holds, as it is."""
 
-    Attributes:
-        where: The source, for messages.
-        tensors: By name, without prefixes.
-        non_tensors: Entries beside them, and what they are.
-        groups: Keys under which more tensors lie, as ``model_key`` takes them.
-        remarks: Envelope and wrappers' names that were taken off.
-        configs: "config.json" and those of processors in a Hugging Face folder, "mar_fast" of a file of ours, "args" of
-            VideoMAE's own; only those that are there.
-    """
-
-    where: str
-    tensors: dict[str, Tensor]
-    non_tensors: dict[str, str]
-    groups: tuple[str, ...]
-    remarks: tuple[str, ...]
+    where: str  # the source, for messages
+    tensors: dict[str, Tensor]  # by name, without prefixes
+    non_tensors: dict[str, str]  # entries beside them, and what they are
+    groups: tuple[str, ...]  # keys under which more tensors lie, as model_key takes them
+    remarks: tuple[str, ...]  # envelope and wrappers' names that were taken off
+    # If there: "config.json" and those of processors, "mar_fast" of a file of ours, "args" of VideoMAE's own.
     configs: dict[str, dict[str, Any]]
 
 
 def read(source: object, model_key: str | None = None, revision: str | None = None) -> File:
-    """Read a file, a Hugging Face folder, a hub id or a state dict.
-
-    Args:
-        source: As `from_pretrained` takes it.
-        model_key: The envelope to open, where a file has several or one that is not known: "ema", "weights.student".
-            What the names of a model inside another begin with counts as one.
-        revision: Of a hub id.
+    """Read a file, a Hugging Face folder, a hub id or a state dict; the arguments are those of `from_pretrained`.
 
     Raises:
         ValueError, TypeError, OSError: it cannot be read; the message names it.
@@ -105,17 +90,15 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
         path = found[0]
     content, configs = _read_file(path)
     if path.name in names:
-        configs = {**_json_configs(path.parent), **configs}
+        beside = {name: _read_json(path.with_name(name)) for name in _CONFIGS if path.with_name(name).is_file()}
+        if "mar_fast" in (config := beside.get("config.json", {})):
+            beside["mar_fast"] = config["mar_fast"]
+        configs = beside | configs
     return _unwrap(where, content, model_key, configs)
 
 
 def _fetch(hub_id: str, revision: str | None = None) -> Path:
-    """The local folder of a model of the hub: its configuration, and its weights once, safetensors where there are.
-
-    Raises:
-        ModuleNotFoundError: huggingface_hub is not installed.
-        ValueError: the hub does not give it; the message says why.
-    """
+    """The local folder of a model of the hub: its configuration, and its weights once, safetensors where there are."""
     snapshot_download = hub(f"source: got the hub id {hub_id!r}").snapshot_download
     try:
         for weights in ((*_SAFETENSORS, "model-*-of-*.safetensors"), (*_PICKLED, "pytorch_model-*-of-*.bin")):
@@ -130,23 +113,12 @@ def _fetch(hub_id: str, revision: str | None = None) -> Path:
 
 
 def hub(what: str) -> Any:
-    """huggingface_hub, for ``what`` needs it.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """huggingface_hub; the error where it is not installed says ``what`` needs it."""
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{what}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'") from error
     return huggingface_hub
-
-
-def _json_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    configs = {name: _read_json(folder / name) for name in _CONFIGS if (folder / name).is_file()}
-    if "mar_fast" in configs.get("config.json", {}):
-        configs["mar_fast"] = configs["config.json"]["mar_fast"]
-    return configs
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -163,11 +135,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Content, and the configurations inside the file."""
     if path.name.endswith(".index.json"):
         return _read_shards(path), {}
-    if not _named(path, *SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise checks.bad("source", repr(str(path)), f"a file that ends with {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise checks.bad(str(path), "an empty file", "a checkpoint")
-    if _named(path, ".safetensors"):
+    if path.name.lower().endswith(".safetensors"):
         return _read_safetensors(path)
     content = _read_pickled(path)
     if not isinstance(content, Mapping):
@@ -179,11 +151,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 def is_hub_id(source: str) -> bool:
     """Whether this may be owner/name, and does not end like a file."""
     found = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
-    return found is not None and not _named(Path(source), *SUFFIXES)
-
-
-def _named(path: Path, *suffixes: str) -> bool:
-    return path.name.lower().endswith(suffixes)
+    return found is not None and not source.lower().endswith(SUFFIXES)
 
 
 def _read_shards(index: Path) -> dict[str, Any]:

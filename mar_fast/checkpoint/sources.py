@@ -31,35 +31,20 @@ _TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed", "model.pos_emb
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A checkpoint in our vocabulary.
+    """A checkpoint in our vocabulary; only what is marked so has the source's names."""
 
-    Attributes:
-        where: The source, for messages.
-        layout: What the source calls our parameters, for messages.
-        tensors: A state dict by our names.
-        said: What the source says about the configuration, shapes apart; empty where ``own`` is all that counts.
-        own: All fields, by mar_fast's own configuration in the file; empty where it has none.
-        unused: Entries, by the source's names, that are not needed, and why.
-        unknown: Entries, by the source's names, that are no parameters, and what is wrong with them.
-        absent: Parameters, by our names, that may be missing, and what that means.
-        position_tokens: Tokens of the position tables in the file; None where there are none.
-        labels: Names of the classes.
-        remarks: What else there is to know.
-        warnings: What may be wrong.
-    """
-
-    where: str
-    layout: Layout
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    said: Said
-    own: Said = field(default_factory=dict)
-    unused: dict[str, str] = field(default_factory=dict)
-    unknown: dict[str, str]
-    absent: dict[str, str] = field(default_factory=dict)
-    position_tokens: int | None = None
-    labels: tuple[str, ...] | None = None
-    remarks: list[str]
-    warnings: list[str] = field(default_factory=list)
+    where: str  # the source, for messages
+    layout: Layout  # what the source calls our parameters, for messages
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # a state dict
+    said: Said  # what the source says about the configuration, shapes apart; empty where `own` is all that counts
+    own: Said = field(default_factory=dict)  # all fields, by mar_fast's own configuration in the file, if it has one
+    unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is not needed, and why
+    unknown: dict[str, str]  # the source's names: what is no parameter, and what is wrong with it
+    absent: dict[str, str] = field(default_factory=dict)  # parameters that may be missing, and what that means
+    position_tokens: int | None = None  # of the position tables in the file
+    labels: tuple[str, ...] | None = None  # names of the classes
+    remarks: list[str]  # what else there is to know
+    warnings: list[str] = field(default_factory=list)  # what may be wrong
 
     def has(self, part: str) -> bool:
         """Whether there is anything of a part."""
@@ -78,11 +63,7 @@ _INSIDE = re.compile(
 
 
 def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
-    """Recognise the source by its names, and convert.
-
-    Args:
-        file: As it was read.
-        given: Fields of `MARConfig` that the caller gives: with mean and std it does not matter what the file says.
+    """Recognise the source by its names, and convert; what it says of fields that are ``given`` does not matter.
 
     Raises:
         ValueError: no source that is known, or entries that contradict each other.

@@ -113,11 +113,9 @@ def check_target(path: str | Path, layout: str, force: bool) -> Path:
     """Check, before any work, that a checkpoint of this layout may be written there.
 
     Raises:
-        ValueError: an unknown layout, or a name that does not fit it.
+        ValueError: a name that does not fit the layout.
         FileExistsError, NotADirectoryError: something stands in the way.
     """
-    if layout not in LAYOUTS:
-        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
     path = Path(path).expanduser()
     if layout not in FOLDERS:
         if path.suffix != ".safetensors":
@@ -145,11 +143,13 @@ def layout_for(model: MAR, layout: LayoutName) -> Layout:
     """The names under which a model is written.
 
     Raises:
-        ValueError: the layout cannot express it.
+        ValueError: the layout cannot express it, or is unknown.
         TypeError: it is no `mar_fast.MAR`.
     """
     if not isinstance(model, MAR):
         raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
+    if layout not in LAYOUTS:
+        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
     config = model.config
     if layout == "mar_fast":
         return OURS
