@@ -42,9 +42,9 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
     overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
-    said, heads = dict(checkpoint.own), Said()
+    said = dict(checkpoint.own)
     if checkpoint.said:
-        shapes, heads = _sizes(checkpoint, overrides)
+        shapes = _sizes(checkpoint, overrides)
         for name, (value, origin) in checkpoint.said.items():
             known, shape = shapes.get(name, (value, ""))
             if value != known:
@@ -65,22 +65,27 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     said["position_grid"] = _position(checkpoint, said, grid_said, position, overrides), "the checkpoint's grid"
 
     for name, value in overrides.items():
+        known, origin = said.get(name, (value, ""))
         # Where the file has no head, 0, a new one is made.
-        new = name == "num_classes" and (new_head or said.get(name, (1, ""))[0] == 0)
-        if name in said and name.endswith(_SIZES) and not new and not _agree(value, said[name][0]):
+        new = name == "num_classes" and (new_head or known == 0)
+        if name in said and name.endswith(_SIZES) and not new and not _agree(value, known):
             more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
-            raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")
+            raise checks.bad(name, value, f"{known} ({origin}){more}")
         said[name] = value, "given"
-    said = heads | said
     ratio = 0.5 if said["classifier"][0] == "bridging" else 0.0
     said.setdefault("mask_ratio", (ratio, "default: 0.5 with a bridging classifier, else 0, the dense model"))
     values = {name: value for name, (value, _) in said.items()}
     for part, prefix in (("encoder", ""), ("decoder", "decoder_"), ("classifier", "bridge_")):
         field, depth = f"{prefix}num_heads", values.get(f"{prefix}depth")
-        if part not in unread and depth and field not in values:
-            deep = f" and {depth} deep" if part == "encoder" else ""
-            wide = f"{values[f'{prefix}embed_dim']} wide{deep}"
-            got = f"none for {checkpoint.where}: it does not say, and no known model is {wide}"
+        if part in unread or not depth or field in values:
+            continue
+        width = values[f"{prefix}embed_dim"]
+        sizes = f"{width} wide and {depth} deep" if part == "encoder" else f"{width} wide"
+        known = {"decoder": known_decoder_heads(width), "classifier": _BRIDGE_HEADS.get(width)}
+        values[field] = known_heads(width, depth) if part == "encoder" else known[part]
+        said[field] = values[field], f"the known {part} that is {sizes}"
+        if not values[field]:
+            got = f"none for {checkpoint.where}: it does not say, and no known model is {sizes}"
             raise checks.bad(field, got, f"{field}=, the number of attention heads of the {part}")
     config = MARConfig(**values)
     origins = {name: origin for name, (_, origin) in said.items() if matters(config, name)}
@@ -93,8 +98,8 @@ def _agree(given: object, known: object) -> bool:
     return (tuple(given) if isinstance(given, list) else given) == known
 
 
-def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, Said]:
-    """The fields that shapes and numbers of blocks give; and numbers of heads, by the known models of these sizes."""
+def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
+    """The fields that shapes and numbers of blocks give."""
     tensors, theirs, layout = checkpoint.tensors, checkpoint.layout.theirs, checkpoint.layout.title
 
     def shape(ours: str, ndim: int = 2) -> tuple[int, ...]:
@@ -120,7 +125,6 @@ def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, 
         stacks["decoder"] = ("decoder_", "encoder_to_decoder.weight")
     else:
         sizes |= say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
-    heads: Said = {}
     for stem, (prefix, weight) in stacks.items():
         width = shape(weight, 5 if weight == PATCH_EMBED else 2)[0]
         depth = checkpoint.depth(stem)
@@ -131,14 +135,7 @@ def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, 
         ratio = shape(next((name for name in fc1 if name in tensors), fc1[0]))[0] / width
         sizes |= say(f"shape of {theirs(weight)[0]}", **{f"{prefix}embed_dim": width})
         sizes |= say("blocks in the file", **{f"{prefix}depth": depth, f"{prefix}mlp_ratio": ratio})
-        known, model = {
-            "encoder": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
-            "classifier": (_BRIDGE_HEADS.get(width), "the bridging classifier of the paper"),
-            "decoder": (known_decoder_heads(width), f"the known decoder that is {width} wide"),
-        }[stem]
-        if known:
-            heads |= say(model, **{f"{prefix}num_heads": known})
-    return sizes, heads
+    return sizes
 
 
 def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:

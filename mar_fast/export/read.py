@@ -53,9 +53,8 @@ class ExportInfo:
     def from_json(cls, text: str) -> "ExportInfo":
         """The inverse of `to_json`."""
         content = json.loads(text)
-        labels = content["labels"]
-        config = MARConfig(**content["config"])
-        return cls(**content | {"config": config, "labels": None if labels is None else tuple(labels)})
+        labels = None if content["labels"] is None else tuple(content["labels"])
+        return cls(**content | {"config": MARConfig(**content["config"]), "labels": labels})
 
 
 class ExportedModel:
