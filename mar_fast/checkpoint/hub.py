@@ -118,17 +118,16 @@ def push_to_hub(
         try:
             repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
             has_card = api.file_exists(repo_id, CARD, revision=branch)
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id,
-                    repo_type="model",
-                    folder_path=folder,
-                    commit_message=commit_message,
-                    revision=branch,
-                    create_pr=create_pr,
-                    ignore_patterns=[CARD] if has_card else None,
-                )
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                repo_type="model",
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+                ignore_patterns=[CARD] if has_card else None,
             )
+            return str(commit)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             got = f"{repo_id!r}, which the hub does not take ({reason})"

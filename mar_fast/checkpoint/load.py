@@ -78,11 +78,14 @@ def from_pretrained(
         ModuleNotFoundError: a hub id without huggingface_hub.
     """
     allowed = {
-        "allow_missing": _patterns("allow_missing", allow_missing),
-        "allow_unknown": _patterns("allow_unknown", allow_unknown),
-        "allow_mismatched": _patterns("allow_mismatched", allow_mismatched),
-        "allow_nonfinite": _patterns("allow_nonfinite", allow_nonfinite),
+        "allow_missing": allow_missing,
+        "allow_unknown": allow_unknown,
+        "allow_mismatched": allow_mismatched,
+        "allow_nonfinite": allow_nonfinite,
     }
+    for argument, patterns in allowed.items():
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise checks.bad_type(argument, repr(patterns), "a shell pattern or a sequence of them")
     checkpoint = convert(read(source, model_key, revision), given=overrides)
     original = None if biases_from is None else convert(read(biases_from), given=NORMALISATION)
     if original is not None:
@@ -134,11 +137,7 @@ def from_pretrained(
 
 
 def _put_scaled(model: MAR, checkpoint: Checkpoint) -> list[str]:
-    """Put the checkpoint's layers in fp8 into a model on the meta device; the names of the tensors that they took.
-
-    Raises:
-        ValueError: one of these tensors has another shape or dtype, or is not finite.
-    """
+    """Put the checkpoint's layers in fp8 into a model on the meta device; the names of the tensors that they took."""
     tensors, modules, taken = checkpoint.tensors, dict(model.named_modules()), list[str]()
     for stem in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
         layer, names = modules.get(stem), (f"{stem}.weight", f"{stem}.weight_scale")
@@ -155,24 +154,17 @@ def _put_scaled(model: MAR, checkpoint: Checkpoint) -> list[str]:
     return taken
 
 
-def _patterns(argument: str, given: Patterns) -> tuple[str, ...]:
-    patterns = (given,) if isinstance(given, str) else given
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise checks.bad_type(argument, repr(given), "a shell pattern or a sequence of them")
-    return tuple(patterns)
-
-
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+def _matches(names: Iterable[str], patterns: Patterns) -> bool:
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _fit(
-    checkpoint: Checkpoint, chosen: Plan, model: MAR, allowed: Mapping[str, Sequence[str]]
+    checkpoint: Checkpoint, chosen: Plan, model: MAR, allowed: Mapping[str, Patterns]
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], list[str]]:
     """Check every parameter and every entry; the error names all faults at once.
 
-    Returns:
-        Values of parameters; parameters that stay initial, and why; entries that are not read, and why; warnings.
+    Gives values of parameters; parameters that stay initial, and why; entries that are not read, and why; warnings.
     """
     values: dict[str, Tensor] = {}
     initial: dict[str, str] = {}
