@@ -14,7 +14,7 @@ from ..kernels.quantize_rows import E4M3
 from ..model import MAR
 from ..scaled_linear import ScaledLinear
 from .layouts import BIASES, part_of
-from .plan import Plan, Position, plan
+from .plan import Position, plan
 from .read import read
 from .repair import put_back, verdict
 from .report import LoadReport, Note, some
@@ -91,14 +91,13 @@ def from_pretrained(
     if original is not None:
         repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
     head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))
-    chosen = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
-    config = chosen.config
-    if config.classifier and "num_classes" not in chosen.origins and _matches(head, allowed["allow_missing"]):
+    config, origins = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
+    if config.classifier and "num_classes" not in origins and _matches(head, allowed["allow_missing"]):
         raise checks.bad("num_classes", "none: the file has no head that says", "num_classes=, where it may be missing")
     with torch.device("meta"):
         model = MAR(config)
     scaled = _put_scaled(model, checkpoint)
-    values, initial, ignored, warnings = _fit(checkpoint, chosen, model, allowed)
+    values, initial, ignored, warnings = _fit(checkpoint, model, allowed)
     remarks = checkpoint.remarks
     if scaled:
         remarks.append(f"{len(scaled) // 2} layers in fp8 (e4m3), for inference")
@@ -118,7 +117,7 @@ def from_pretrained(
         read=tuple(dict.fromkeys(name for ours in (*values, *scaled) for name in checkpoint.layout.theirs(ours))),
         initial=tuple(Note(*item) for item in initial.items()),
         ignored=tuple(Note(*item) for item in ignored.items()),
-        origins=tuple(Note(*item) for item in chosen.origins.items()),
+        origins=tuple(Note(*item) for item in origins.items()),
         remarks=tuple(remarks),
         warnings=tuple(warnings),
         labels=labels if labels and len(labels) == config.num_classes else None,
@@ -160,7 +159,7 @@ def _matches(names: Iterable[str], patterns: Patterns) -> bool:
 
 
 def _fit(
-    checkpoint: Checkpoint, chosen: Plan, model: MAR, allowed: Mapping[str, Patterns]
+    checkpoint: Checkpoint, model: MAR, allowed: Mapping[str, Patterns]
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], list[str]]:
     """Check every parameter and every entry; the error names all faults at once.
 
@@ -178,14 +177,12 @@ def _fit(
         faults.setdefault(argument, []).append(fault)
         return False
 
-    wanted = {name for name, _ in model.named_parameters() if part_of(name) not in chosen.fresh}
+    wanted = {name for name, _ in model.named_parameters() if part_of(name) not in checkpoint.absent}
     for ours, parameter in model.named_parameters():
         tensor, names = checkpoint.tensors.get(ours), checkpoint.layout.theirs(ours)
         title = ", ".join(names)
-        if ours not in wanted:
-            initial[ours] = chosen.fresh[str(part_of(ours))]
-        elif tensor is None and ours in checkpoint.absent:
-            initial[ours] = checkpoint.absent[ours]
+        if ours not in wanted or (tensor is None and ours in checkpoint.absent):
+            initial[ours] = checkpoint.absent[ours if ours in wanted else str(part_of(ours))]
         elif tensor is None:
             missing = [name for name in names if name not in checkpoint.unused]
             if all([allows("allow_missing", (ours, name), name) for name in missing]):
@@ -201,7 +198,7 @@ def _fit(
     unknown = dict(checkpoint.unknown)
     for ours in checkpoint.tensors:
         for name in () if ours in wanted else checkpoint.layout.theirs(ours):
-            if reason := checkpoint.unused.get(name) or chosen.dropped.get(str(part_of(ours))):
+            if reason := checkpoint.unused.get(name):
                 ignored[name] = reason
                 unknown.pop(name, None)
             else:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
@@ -18,20 +17,13 @@ _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_siz
 _BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The model to build."""
+def plan(
+    checkpoint: Checkpoint, position: Position | None, new_head: bool, overrides: Mapping[str, Any]
+) -> tuple[MARConfig, dict[str, str]]:
+    """The configuration, and where the value of each field came from that was not left at its default.
 
-    config: MARConfig
-    origins: dict[str, str]  # field -> where its value came from, for those that were not left at the default
-    fresh: dict[str, str]  # part -> why it is made anew and not read from the checkpoint
-    dropped: dict[str, str]  # part -> why it is not read although the checkpoint has it
-
-
-def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, overrides: Mapping[str, Any]) -> Plan:
-    """Decide on every field by what the source says and the caller gives; the checkpoint gets a remark on positions.
-
-    ``new_head``: whether the caller allows a last layer of another size.
+    The checkpoint gets a remark on its position table, and what is made anew or not read by the caller's wish;
+    ``new_head`` says that a last layer of another size is allowed.
 
     Raises:
         ValueError, TypeError: overrides that contradict the checkpoint, or something that cannot be known without.
@@ -51,6 +43,10 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
                 raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
         said |= say("entries in the file", final_norm=checkpoint.has("final_norm")) | checkpoint.said | shapes
     fresh, dropped = _parts(checkpoint, said, overrides)
+    checkpoint.absent |= fresh
+    for ours in checkpoint.tensors:
+        if reason := dropped.get(part_of(ours) or ""):
+            checkpoint.unused = dict.fromkeys(checkpoint.layout.theirs(ours), reason) | checkpoint.unused
     unread = fresh.keys() | dropped.keys()
     # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
     said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
@@ -88,8 +84,7 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
             got = f"none for {checkpoint.where}: it does not say, and no known model is {sizes}"
             raise checks.bad(field, got, f"{field}=, the number of attention heads of the {part}")
     config = MARConfig(**values)
-    origins = {name: origin for name, (_, origin) in said.items() if matters(config, name)}
-    return Plan(config, origins, fresh, dropped)
+    return config, {name: origin for name, (_, origin) in said.items() if matters(config, name)}
 
 
 def _agree(given: object, known: object) -> bool:

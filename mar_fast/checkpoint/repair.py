@@ -24,7 +24,7 @@ def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> 
         ValueError: the checkpoint has biases of its own, or those of the original do not fit or are lost as well.
     """
     where = checkpoint.where
-    if checkpoint.absent:
+    if any(name.endswith(BIASES) for name in checkpoint.absent):
         raise checks.bad(f"{where}, config.json", "a model without biases of query and value", "one that has lost them")
     names = []
     for stem in ("encoder", "decoder") if decoder and checkpoint.has("decoder") else ("encoder",):

@@ -40,7 +40,7 @@ class Checkpoint:
     own: Said = field(default_factory=dict)  # all fields, by mar_fast's own configuration in the file, if it has one
     unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is not needed, and why
     unknown: dict[str, str]  # the source's names: what is no parameter, and what is wrong with it
-    absent: dict[str, str] = field(default_factory=dict)  # parameters that may be missing, and what that means
+    absent: dict[str, str] = field(default_factory=dict)  # parameters or parts that are not read, and why
     position_tokens: int | None = None  # of the position tables in the file
     labels: tuple[str, ...] | None = None  # names of the classes
     remarks: list[str]  # what else there is to know
