@@ -11,6 +11,15 @@ SMALL = dict(num_frames=FRAMES, image_size=SIZE)
 TOLD = dict(num_heads=3, position="formula", **SMALL)
 LINEAR = dict(classifier="linear", final_norm=False, decoder_depth=0, mask_ratio=0.0)
 PRETRAINING = dict(classifier=None, mask_ratio=0.0)
+# A model that each layout can express.
+LAYOUTS = {
+    "mar_fast": {},
+    "mar": {},
+    "videomae": PRETRAINING,
+    "videomae, fine-tuned": LINEAR,
+    "videomae2": {**LINEAR, "num_classes": 0},
+    "hf": {**LINEAR, "classifier_norm_eps": 1e-5},
+}
 
 
 def random_weights(model, seed=1, scores=1, dtype=torch.float32):

@@ -69,7 +69,9 @@ def save_pretrained(
         TypeError: not a `mar_fast.MAR`.
     """
     layout_for(model, layout)
-    labels = _labels(model) if labels is None else labels
+    if labels is None and model.load_report is not None:
+        its = model.load_report.labels
+        labels = its if its and len(its) == model.config.num_classes else None
     folder = Path(save_directory).expanduser()
     card = folder / CARD
     check_folder(folder, force, beside=(CARD,))
@@ -180,11 +182,6 @@ def model_card(model: MAR, labels: Sequence[str] | None = None) -> str:
         weights="\n".join(weights),
         classes=f"\n## Classes\n\n{', '.join(labels)}\n" if labels else "",
     )
-
-
-def _labels(model: MAR) -> tuple[str, ...] | None:
-    labels = model.load_report.labels if model.load_report is not None else None
-    return labels if labels and len(labels) == model.config.num_classes else None
 
 
 def _shown(text: str) -> str:

@@ -77,26 +77,22 @@ def _mean_std(where: str, given: dict[str, Any], channels: int) -> tuple[Any, An
         for name in sorted(settings):
             if settings[name] and (name == "offset" or (name.startswith("do_") and name not in _HARMLESS)):
                 raise checks.bad(f"{where}, {name}", settings[name], f"false, for a {kind}{_WAY_OUT}")
+    for name in ("do_rescale", "do_normalize"):
+        if settings[name] not in (True, False, None):
+            raise checks.bad(f"{where}, {name}", repr(settings[name]), f"true or false{_WAY_OUT}")
     odd, scale, mean, std = [], 255.0, (0.0,) * channels, (1.0,) * channels
-    if _switch(where, settings, "do_rescale"):
+    if settings["do_rescale"]:  # null is false, for transformers too
         (factor,) = _numbers(where, settings, "rescale_factor", 1)
         scale *= factor
         odd += [f"rescale_factor {factor}"] if factor != 1 / 255 else []
     else:
         odd.append("do_rescale false")
-    if _switch(where, settings, "do_normalize"):
+    if settings["do_normalize"]:
         mean, std = (_numbers(where, settings, name, channels) for name in ("image_mean", "image_std"))
         odd += [f"{name} by default" for name in ("image_mean", "image_std") if name not in given]
     else:
         odd.append("do_normalize false")
     return tuple(value / scale for value in mean), tuple(value / scale for value in std), odd
-
-
-def _switch(where: str, settings: dict[str, Any], name: str) -> bool:
-    value = settings[name]
-    if value not in (True, False, None):
-        raise checks.bad(f"{where}, {name}", repr(value), f"true or false{_WAY_OUT}")
-    return bool(value)  # null is false, for transformers too
 
 
 def _numbers(where: str, settings: dict[str, Any], name: str, count: int) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ class File:
 
     where: str  # the source, for messages
     tensors: dict[str, Tensor]  # by name, without prefixes
-    non_tensors: dict[str, str]  # entries beside them, and what they are
+    others: dict[str, str]  # entries beside them, and their types
     groups: tuple[str, ...]  # keys under which more tensors lie, as model_key takes them
     remarks: tuple[str, ...]  # envelope and wrappers' names that were taken off
     # If there: "config.json" and those of processors, "mar_fast" of a file of ours, "args" of VideoMAE's own.
@@ -221,8 +221,7 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
         groups = dict(_groups(content))
         if key == model_key:
             model_key = None
-    tensors: dict[str, Tensor] = {}
-    non_tensors: dict[str, str] = {}
+    entries: dict[str, object] = {}
     taken_off: set[str] = set()
     for entry, value in content.items():
         name = _WRAPPERS.sub("", str(entry))
@@ -230,12 +229,10 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
             continue
         name = name.removeprefix(f"{model_key}.")
         taken_off.update(_WRAPPERS.findall(str(entry)))
-        if name in tensors or name in non_tensors:
+        if name in entries:
             raise checks.bad(where, f"{name} twice, with and without wrappers' names", "every name once")
-        if isinstance(value, Tensor):
-            tensors[name] = value.detach()
-        else:
-            non_tensors[name] = f"a {type(value).__name__} and no tensor"
+        entries[name] = value
+    tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     if model_key is not None:
         if not tensors:
             raise checks.bad("model_key", repr(model_key), accepted)
@@ -246,7 +243,7 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
     return File(
         where=where,
         tensors=tensors,
-        non_tensors=non_tensors,
+        others={name: type(value).__name__ for name, value in entries.items() if not isinstance(value, Tensor)},
         groups=tuple(path + key for key in groups),
         remarks=tuple(remarks),
         configs=configs,

@@ -250,7 +250,7 @@ def _renamed(file: File, layout: Layout) -> Checkpoint:
         where=file.where,
         layout=replace(layout, joint_bias=any(joint.fullmatch(layout.ours(name) or "") for name in file.tensors)),
         said=say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6)),
-        unknown=dict(file.non_tensors),
+        unknown={name: f"a {kind} and no tensor" for name, kind in file.others.items()},
         remarks=list(file.remarks),
     )
     for name, tensor in file.tensors.items():
@@ -264,18 +264,7 @@ def _renamed(file: File, layout: Layout) -> Checkpoint:
                 checkpoint.unknown[name] = "its part for the key is not finite"
         else:
             checkpoint.tensors[ours] = tensor
-    tokens = set()
-    for name, table in ((name, file.tensors[name]) for name in _TABLES if name in file.tensors):
-        fault = f"{table.dtype} of shape {tuple(table.shape)}"
-        if table.is_floating_point() and table.ndim in (2, 3) and 0 < table.numel() == math.prod(table.shape[-2:]):
-            tokens.add(table.shape[-2])
-            fault = _table_fault(table)
-        if fault:
-            checkpoint.unknown[name] = fault
-        else:
-            checkpoint.unused[name] = "the position table of the formula, which the model makes itself"
-    if len(tokens) == 1:
-        (checkpoint.position_tokens,) = tokens
+    _recognise_tables(checkpoint, file)
     # VideoMAE's own files keep the arguments of the run.
     args = file.configs.get("args", {})
     frames, size = args.get("num_frames"), args.get("input_size")
@@ -303,13 +292,26 @@ def _own_config(file: File) -> Said:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _table_fault(tensor: Tensor) -> str:
-    """How a position table in a file differs from the one of the formula, if it does."""
-    table = sinusoid_table(*tensor.shape[-2:])
-    # Half-precision files have rounded it.
-    bound = max(1e-5, torch.finfo(tensor.dtype).eps)
-    difference = float((tensor.reshape(table.shape).float() - table).abs().max())
-    return "" if difference <= bound else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
+def _recognise_tables(checkpoint: Checkpoint, file: File) -> None:
+    """Position tables: those of the formula are not needed, others are unknown; and how many tokens they have."""
+    tokens = set()
+    for name in _TABLES:
+        if (table := file.tensors.get(name)) is None:
+            continue
+        fault = f"{table.dtype} of shape {tuple(table.shape)}"
+        if table.is_floating_point() and table.ndim in (2, 3) and 0 < table.numel() == math.prod(table.shape[-2:]):
+            tokens.add(table.shape[-2])
+            formula = sinusoid_table(*table.shape[-2:])
+            difference = float((table.reshape(formula.shape).float() - formula).abs().max())
+            # Half-precision files have rounded it.
+            same = difference <= max(1e-5, torch.finfo(table.dtype).eps)
+            fault = "" if same else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
+        if fault:
+            checkpoint.unknown[name] = fault
+        else:
+            checkpoint.unused[name] = "the position table of the formula, which the model makes itself"
+    if len(tokens) == 1:
+        (checkpoint.position_tokens,) = tokens
 
 
 def is_finite(tensor: Tensor) -> bool:
