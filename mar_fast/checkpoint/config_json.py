@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import MARConfig
 from ..kernels import checks
+from .layouts import Checkpoint
 from .report import Said
 
 FIXED_EPS = 1e-5
@@ -114,9 +115,7 @@ def _fields(where: str, config: Mapping[str, Any], keys: Mapping[str, str], made
                 origin = " and ".join(f"{under}{name}" for name in names)
                 said[ours] = make(*(config[name] for name in names)), f"config.json, {origin}"
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise checks.bad(
-            where, f"a value that does not fit ({error})", "numbers, as its own code takes them"
-        ) from error
+        raise checks.bad(where, f"a value that does not fit ({error})", "numbers") from error
     return said
 
 
@@ -126,17 +125,14 @@ def _without_effect(config: Mapping[str, Any], rates: Collection[str]) -> list[s
     return [f"not carried over, without effect in evaluation: {given}"] if given else []
 
 
-def said_by_transformers(
-    where: str, given: dict[str, Any] | None, kind: str, final_norm: bool, decoder: bool
-) -> tuple[Said, list[str]]:
-    """The fields that a config.json of transformers gives, or is without, and remarks.
-
-    ``kind``, ``final_norm`` and ``decoder``: the class whose tensors are in the folder, and the parts that they have.
+def said_by_transformers(checkpoint: Checkpoint, kind: str) -> tuple[Said, list[str]]:
+    """The fields that a config.json of transformers, or none, says of tensors of the class ``kind``; and remarks.
 
     Raises:
         ValueError: it asks for something that mar_fast does not compute.
     """
-    config = {**_DEFAULTS, **(given or {})}
+    given, where, decoder = checkpoint.configs.get("config.json"), checkpoint.where, checkpoint.has("decoder")
+    config, final_norm = {**_DEFAULTS, **(given or {})}, checkpoint.has("final_norm")
     origin, said = "transformers' default: there is no config.json", Said()
     if given is not None:
         origin, file = "config.json, layer_norm_eps", f"{where}, config.json"

@@ -55,13 +55,10 @@ def save_pretrained(
 
     Args:
         model: The model.
-        save_directory: The folder. A card that is there stays as it is.
+        save_directory: The folder, which is returned. A card that is there stays as it is.
         layout: The names of the weights, as for `save_checkpoint`.
         labels: The names of the classes; None for those that the model's checkpoint had.
         force: Replace a model that is there; other files in the folder are an error all the same.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the layout cannot express the model.
@@ -103,8 +100,7 @@ def push_to_hub(
         token: None for the one that you are logged in with.
         branch: Where the commit goes; None for the main one.
         create_pr: Make a pull request of it.
-        layout: As for `save_pretrained`.
-        labels: As for `save_pretrained`.
+        layout, labels: As for `save_pretrained`.
 
     Returns:
         The address of the commit.
@@ -137,13 +133,9 @@ def push_to_hub(
 
 
 def model_card(model: MAR, labels: Sequence[str] | None = None) -> str:
-    """The text of README.md, from the model and its `LoadReport`: what it is, what was read into it, what is new.
+    """The text of README.md, from the model, its `LoadReport` and the names of its classes.
 
-    It states no licence, since the files that a model is made of do not say theirs.
-
-    Args:
-        model: The model.
-        labels: The names of its classes.
+    It says what the model is, what was read into it and what is new; no licence, since files do not say theirs.
     """
     config, report = model.config, model.load_report
     classes = config.num_classes if config.classifier else 0

@@ -1,9 +1,13 @@
-"""What each checkpoint layout calls our parameters: one table for each, read both ways."""
+"""What each checkpoint layout calls our parameters: one table for each, read both ways; and a checkpoint in one."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from ..config import MARConfig
+from .report import Said
 
 BIASES = ("attn.q_bias", "attn.v_bias")
 EPS = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
@@ -124,3 +128,34 @@ def hugging_face(kind: str, linear_biases: bool = False) -> Layout:
         ("classifier.head.", "classifier."),
     )
     return Layout(f"Hugging Face {kind}", table, split_qkv=True)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """What a source holds: as it is, and then, by `sources.convert`, in our vocabulary."""
+
+    where: str  # the source, for messages
+    entries: dict[str, Tensor]  # by the source's names, without prefixes
+    groups: tuple[str, ...]  # keys under which more tensors lie, as model_key takes them
+    # If there: "config.json" and those of processors, "mar_fast" of a file of ours, "args" of VideoMAE's own.
+    configs: dict[str, dict[str, Any]]
+    unknown: dict[str, str]  # the source's names: what is no parameter, and what is wrong with it
+    unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is not needed, and why
+    layout: Layout = OURS  # what the source calls our parameters, for messages
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # a state dict
+    said: Said = field(default_factory=dict)  # on the configuration, shapes apart; empty where `own` is all that counts
+    own: Said = field(default_factory=dict)  # all fields, by mar_fast's own configuration in the file, if it has one
+    absent: dict[str, str] = field(default_factory=dict)  # parameters or parts that are not read, and why
+    position_tokens: int | None = None  # of the position tables in the file
+    labels: tuple[str, ...] | None = None  # names of the classes
+    remarks: list[str]  # what else there is to know: envelope and wrappers' names that were taken off, ...
+    warnings: list[str] = field(default_factory=list)  # what may be wrong
+
+    def has(self, part: str) -> bool:
+        """Whether there is anything of a part."""
+        return any(part_of(name) == part for name in self.tensors)
+
+    def depth(self, stem: str) -> int:
+        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
+        numbers = [re.match(rf"{stem}\.blocks\.(\d+)\.", name) for name in self.tensors]
+        return max((int(number[1]) + 1 for number in numbers if number), default=0)

@@ -13,12 +13,12 @@ from ..kernels import checks
 from ..kernels.quantize_rows import E4M3
 from ..model import MAR
 from ..scaled_linear import ScaledLinear
-from .layouts import BIASES, part_of
+from .layouts import BIASES, Checkpoint, part_of
 from .plan import Position, plan
 from .read import read
 from .repair import put_back, verdict
 from .report import LoadReport, Note, some
-from .sources import NORMALISATION, Checkpoint, convert, is_finite
+from .sources import NORMALISATION, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
 from ..kernels import checks
-from .layouts import matters, part_of
+from .layouts import Checkpoint, matters, part_of
 from .report import Said, say
-from .sources import FIELDS, PATCH_EMBED, TOKEN_0, Checkpoint
+from .sources import FIELDS, PATCH_EMBED, TOKEN_0
 
 Position = Literal["formula", "interpolate"]
 

@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import checks
 from . import processors
+from .layouts import Checkpoint
 from .report import some
 
 SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar", ".safetensors")
@@ -23,6 +23,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar",
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _CONFIGS = ("config.json", *processors.FILES)
+Configs = dict[str, dict[str, Any]]
 METADATA_KEY = "mar_fast.config"
 """In a safetensors file: the `MARConfig` as JSON, which makes a file of ours complete."""
 # The keys under which trainers put the weights, in the order in which they are looked for.
@@ -49,20 +50,7 @@ for _module in ("pathlib", "pathlib._local"):
     _PLAIN += [(PurePosixPath, f"{_module}.PosixPath"), (PureWindowsPath, f"{_module}.WindowsPath")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """What a source holds, as it is."""
-
-    where: str  # the source, for messages
-    tensors: dict[str, Tensor]  # by name, without prefixes
-    others: dict[str, str]  # entries beside them, and their types
-    groups: tuple[str, ...]  # keys under which more tensors lie, as model_key takes them
-    remarks: tuple[str, ...]  # envelope and wrappers' names that were taken off
-    # If there: "config.json" and those of processors, "mar_fast" of a file of ours, "args" of VideoMAE's own.
-    configs: dict[str, dict[str, Any]]
-
-
-def read(source: object, model_key: str | None = None, revision: str | None = None) -> File:
+def read(source: object, model_key: str | None = None, revision: str | None = None) -> Checkpoint:
     """Read a file, a Hugging Face folder, a hub id or a state dict; the arguments are those of `from_pretrained`.
 
     Raises:
@@ -131,7 +119,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], Configs]:
     """Content, and the configurations inside the file."""
     if path.name.endswith(".index.json"):
         return _read_shards(path), {}
@@ -172,7 +160,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Configs]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -208,7 +196,7 @@ def _read_pickled(path: Path) -> object:
         raise checks.bad(str(path), f"a damaged file ({first})", "a whole checkpoint of torch.save") from error
 
 
-def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs: dict[str, dict[str, Any]]) -> File:
+def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs: Configs) -> Checkpoint:
     """Open envelopes and take wrappers' names off."""
     groups, path = dict(_groups(content)), ""
     accepted = f"one of {some([repr(key) for key in groups], 6) or 'none: the tensors stand bare'}"
@@ -240,13 +228,14 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
     remarks += [f"{wrapper + '.'!r} taken off names" for wrapper in sorted(taken_off)]
     if tensors.pop("n_averaged", None) is not None:
         remarks.append("weights averaged by torch.optim.swa_utils.AveragedModel")
-    return File(
+    kinds = {name: type(value).__name__ for name, value in entries.items() if not isinstance(value, Tensor)}
+    return Checkpoint(
         where=where,
-        tensors=tensors,
-        others={name: type(value).__name__ for name, value in entries.items() if not isinstance(value, Tensor)},
+        entries=tensors,
         groups=tuple(path + key for key in groups),
-        remarks=tuple(remarks),
         configs=configs,
+        unknown={name: f"a {kind} and no tensor" for name, kind in kinds.items()},
+        remarks=remarks,
     )
 
 

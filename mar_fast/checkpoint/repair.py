@@ -10,9 +10,8 @@ from collections.abc import Iterable
 import torch
 
 from ..kernels import checks
-from .layouts import BIASES
+from .layouts import BIASES, Checkpoint
 from .report import some
-from .sources import Checkpoint
 
 
 def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> str:

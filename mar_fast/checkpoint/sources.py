@@ -6,7 +6,7 @@ What comes after this knows our names only; theirs are kept for messages.
 import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from ..config import MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
 from . import config_json, layouts, processors
-from .layouts import BIASES, EPS, Layout, part_of
-from .read import File
+from .layouts import BIASES, EPS, Checkpoint, Layout, part_of
 from .report import Said, say, some
 
 FIELDS = tuple(item.name for item in fields(MARConfig))
@@ -29,40 +28,13 @@ TOKEN_0 = "token 0"
 _TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed", "model.pos_embed")
 
 
-@dataclass(kw_only=True)
-class Checkpoint:
-    """A checkpoint in our vocabulary; only what is marked so has the source's names."""
-
-    where: str  # the source, for messages
-    layout: Layout  # what the source calls our parameters, for messages
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # a state dict
-    said: Said  # what the source says about the configuration, shapes apart; empty where `own` is all that counts
-    own: Said = field(default_factory=dict)  # all fields, by mar_fast's own configuration in the file, if it has one
-    unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is not needed, and why
-    unknown: dict[str, str]  # the source's names: what is no parameter, and what is wrong with it
-    absent: dict[str, str] = field(default_factory=dict)  # parameters or parts that are not read, and why
-    position_tokens: int | None = None  # of the position tables in the file
-    labels: tuple[str, ...] | None = None  # names of the classes
-    remarks: list[str]  # what else there is to know
-    warnings: list[str] = field(default_factory=list)  # what may be wrong
-
-    def has(self, part: str) -> bool:
-        """Whether there is anything of a part."""
-        return any(part_of(name) == part for name in self.tensors)
-
-    def depth(self, stem: str) -> int:
-        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
-        numbers = [re.match(rf"{stem}\.blocks\.(\d+)\.", name) for name in self.tensors]
-        return max((int(number[1]) + 1 for number in numbers if number), default=0)
-
-
 # The patch embedding's weight, of which each model has one, and what its names begin with inside another model.
 _INSIDE = re.compile(
     r"(.+?)\.((videomae\.)?embeddings\.patch_embeddings\.projection|((backbone|encoder)\.)?patch_embed\.proj)\.weight"
 )
 
 
-def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
+def convert(checkpoint: Checkpoint, given: Collection[str] = ()) -> Checkpoint:
     """Recognise the source by its names, and convert; what it says of fields that are ``given`` does not matter.
 
     Raises:
@@ -70,34 +42,36 @@ def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
     """
 
     def has(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in file.tensors)
+        return any(re.match(pattern, name) for name in checkpoint.entries)
 
-    config = file.configs.get("config.json", {})
+    config = checkpoint.configs.get("config.json", {})
     hugging_face = has(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\.")
     v2 = config_json.V2_KEY in config and has(r"(model\.)?(patch_embed|blocks)\.")
     if hugging_face:
-        checkpoint = _from_hugging_face(file)
+        _from_hugging_face(checkpoint)
     elif v2:
-        checkpoint = _from_videomae2(file)
+        _from_videomae2(checkpoint)
     elif has(r"backbone\.(patch_embed|blocks)\."):
-        checkpoint = _from_mar(file)
+        _from_mar(checkpoint)
     elif has(r"encoder\.(patch_embed|blocks)\."):
-        checkpoint = _from_ours(file) if has(r"classifier\.") else _from_pretraining(file)
+        (_from_ours if has(r"classifier\.") else _from_pretraining)(checkpoint)
     elif has(r"(patch_embed|blocks)\."):
-        checkpoint = _from_fine_tuned(file)
+        _from_fine_tuned(checkpoint)
     else:
         # A module of Lightning, for example, has its model as an attribute, and may have other things beside it.
-        inside = [found[1] for name in file.tensors if (found := _INSIDE.fullmatch(name))]
+        inside = [found[1] for name in checkpoint.entries if (found := _INSIDE.fullmatch(name))]
         if len(inside) == 1:
-            tensors = {name.removeprefix(f"{inside[0]}."): tensor for name, tensor in file.tensors.items()}
-            remarks = (*file.remarks, f"'{inside[0]}.' taken off names")
-            return convert(replace(file, tensors=tensors, remarks=remarks), given)
-        first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
+            stem = f"{inside[0]}."
+            checkpoint.entries = {name.removeprefix(stem): tensor for name, tensor in checkpoint.entries.items()}
+            checkpoint.remarks.append(f"'{stem}' taken off names")
+            return convert(checkpoint, given)
+        first = ", ".join(sorted(checkpoint.entries)[:5]) or "no tensors"
         known = "the names of MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
-        if keys := [repr(key) for key in (*inside, *file.groups)]:
+        if keys := [repr(key) for key in (*inside, *checkpoint.groups)]:
             known += f"; model_key= opens one of {some(keys, 6)}"
-        raise checks.bad(file.where, f"entries such as {first}", known)
-    checkpoint.own, checkpoint.labels = _own_config(file), config_json.labels(config)
+        raise checks.bad(checkpoint.where, f"entries such as {first}", known)
+    checkpoint.entries = {}  # in `tensors` now; where these are copies, they need not stay in memory twice
+    checkpoint.own, checkpoint.labels = _own_config(checkpoint), config_json.labels(config)
     said = checkpoint.own | checkpoint.said
     if said.get("num_classes", (None, ""))[0] == 0:
         reason = "new: the file has no head (num_classes 0)"
@@ -106,9 +80,9 @@ def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
     if checkpoint.own and not (hugging_face or v2):
         checkpoint.said = {}
         return checkpoint
-    files = processors.found(file.where, file.configs)
+    files = processors.found(checkpoint.where, checkpoint.configs)
     if not set(NORMALISATION) <= {*given, *checkpoint.said}:
-        checkpoint.said = processors.normalisation(file.where, files, _channels(checkpoint)) | checkpoint.said
+        checkpoint.said = processors.normalisation(checkpoint.where, files, _channels(checkpoint)) | checkpoint.said
     checkpoint.remarks += processors.other_frames(files, said.get("image_size", ((224, 224), ""))[0])
     return checkpoint
 
@@ -118,41 +92,38 @@ def _channels(checkpoint: Checkpoint) -> int:
     return patch.shape[1] if patch is not None and patch.ndim == 5 else 3
 
 
-def _from_ours(file: File) -> Checkpoint:
-    checkpoint = _renamed(file, layouts.OURS)
+def _from_ours(checkpoint: Checkpoint) -> None:
+    _rename(checkpoint, layouts.OURS)
     if any(name.startswith(("classifier.proj.", "classifier.blocks.")) for name in checkpoint.tensors):
         checkpoint.said |= say("mar_fast: always there", classifier="bridging", final_norm=True)
     else:
         checkpoint.said |= say("entries in the file", classifier="linear")
-    return checkpoint
 
 
-def _from_pretraining(file: File) -> Checkpoint:
+def _from_pretraining(checkpoint: Checkpoint) -> None:
     """VideoMAE's encoder and pixel decoder; an encoder alone is read too, with a warning."""
-    checkpoint = _renamed(file, layouts.PRETRAINING)
+    _rename(checkpoint, layouts.PRETRAINING)
     checkpoint.said |= say("VideoMAE pre-training: always there", final_norm=True)
     checkpoint.said |= say("entries in the file", classifier=None)
     if not checkpoint.has("decoder"):
         checkpoint.warnings.append("the encoder alone: there is no pixel decoder in the file")
-    return checkpoint
 
 
-def _from_fine_tuned(file: File) -> Checkpoint:
+def _from_fine_tuned(checkpoint: Checkpoint) -> None:
     """VideoMAE's classifiers, v2 too; and its encoders alone, which end with their norm."""
-    checkpoint = _renamed(file, layouts.FINE_TUNED)
+    _rename(checkpoint, layouts.FINE_TUNED)
     final_norm = checkpoint.has("final_norm")
     # Where both are lacking the classifier has been lost, and must not pass for one that never was.
     _say_classifier(checkpoint, checkpoint.has("classifier") or not final_norm, final_norm)
-    return checkpoint
 
 
-def _from_videomae2(file: File) -> Checkpoint:
+def _from_videomae2(checkpoint: Checkpoint) -> None:
     """VideoMAE v2's folders on the hub: fine-tuned names, with or without "model." in front, and a config.json."""
-    content, layout = file.configs["config.json"], layouts.VIDEOMAE2
-    if not any(name.startswith("model.") for name in file.tensors):
+    content, layout = checkpoint.configs["config.json"], layouts.VIDEOMAE2
+    if not any(name.startswith("model.") for name in checkpoint.entries):
         layout = layouts.fine_tuned(layout.title)
-    checkpoint = _renamed(file, layout)
-    said, remarks = config_json.said_by_videomae2(file.where, content)
+    _rename(checkpoint, layout)
+    said, remarks = config_json.said_by_videomae2(checkpoint.where, content)
     checkpoint.said |= said
     checkpoint.remarks += remarks
     final_norm = said.get("final_norm", (checkpoint.has("final_norm"), ""))[0]
@@ -163,53 +134,48 @@ def _from_videomae2(file: File) -> Checkpoint:
         del checkpoint.said["num_classes"]
     if content[config_json.V2_KEY].get("qkv_bias") is False:
         _no_biases(checkpoint)
-    return checkpoint
 
 
-def _from_mar(file: File) -> Checkpoint:
+def _from_mar(checkpoint: Checkpoint) -> None:
     """MAR's original files, which keep mean and std, as constants, with the weights."""
-    checkpoint = _renamed(file, layouts.MAR_LAYOUT)
+    _rename(checkpoint, layouts.MAR_LAYOUT)
     checkpoint.said |= say("MAR: always there", classifier="bridging", final_norm=True)
     checkpoint.unused["cls_head.mask_token"] = "nothing in MAR uses it"
     channels = _channels(checkpoint)
     for name in NORMALISATION:
-        if "mar_fast" in file.configs or name not in file.tensors:
+        if "mar_fast" in checkpoint.configs or name not in checkpoint.entries:
             continue
-        tensor = file.tensors[name]
+        tensor = checkpoint.entries[name]
         if tensor.numel() != channels or not tensor.is_floating_point():
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise checks.bad(f"{file.where}, {name}", got, f"{channels} floating-point values")
+            raise checks.bad(f"{checkpoint.where}, {name}", got, f"{channels} floating-point values")
         # The shortest decimal of a float32: 0.485, and not 0.48500001430511475.
         values = tuple(float(str(np.float32(value))) for value in tensor.flatten().tolist())
         if not all(0 <= value <= 1 for value in values):
-            raise checks.bad(f"{file.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
+            raise checks.bad(f"{checkpoint.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
         checkpoint.said |= say(f"{name} in the file", **{name: values})
         checkpoint.unused[name] = "read into the configuration"
-    return checkpoint
 
 
-def _from_hugging_face(file: File) -> Checkpoint:
+def _from_hugging_face(checkpoint: Checkpoint) -> None:
     """The three classes of transformers, under either name that it has had for biases."""
-    names, kind = file.tensors, "VideoMAEModel"
+    names, kind = checkpoint.entries, "VideoMAEModel"
     if any(name.startswith("videomae.") for name in names):
         decoder = any(part_of(name) == "decoder" for name in names)
         kind = "VideoMAEForPreTraining" if decoder else "VideoMAEForVideoClassification"
     linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
-    checkpoint = _renamed(file, layouts.hugging_face(kind, linear_biases))
+    _rename(checkpoint, layouts.hugging_face(kind, linear_biases))
     _join_qkv(checkpoint)
     for name, tensor in names.items():
         if name.endswith(".attention.attention.key.bias") and is_finite(tensor):
             checkpoint.unused[name] = "it adds the same to all scores of a query, which softmax takes out"
-    config, final_norm = file.configs.get("config.json"), checkpoint.has("final_norm")
-    checkpoint.said, remarks = config_json.said_by_transformers(
-        file.where, config, kind, final_norm, checkpoint.has("decoder")
-    )
+    checkpoint.said, remarks = config_json.said_by_transformers(checkpoint, kind)
     checkpoint.remarks += remarks
-    final_norm = final_norm or checkpoint.said.get("final_norm", (False, ""))[0]
+    final_norm = checkpoint.has("final_norm") or checkpoint.said.get("final_norm", (False, ""))[0]
     _say_classifier(checkpoint, kind == "VideoMAEForVideoClassification", final_norm)
-    if config and not config.get("qv_bias", config.get("qkv_bias", True)):
+    config = checkpoint.configs.get("config.json", {})
+    if not config.get("qv_bias", config.get("qkv_bias", True)):
         _no_biases(checkpoint)
-    return checkpoint
 
 
 def _say_classifier(checkpoint: Checkpoint, there: bool, final_norm: bool) -> None:
@@ -243,17 +209,13 @@ def _join_qkv(checkpoint: Checkpoint) -> None:
         tensors[f"{stem}.attn.qkv.weight"] = torch.cat([tensors.pop(name) for name in ours])
 
 
-def _renamed(file: File, layout: Layout) -> Checkpoint:
-    """A checkpoint by our names, with what is the same for all sources but transformers."""
+def _rename(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Make a state dict of our names, and say what is the same for all sources but transformers."""
     joint = re.compile(r"(encoder|decoder)\.blocks\.\d+\.attn\.qkv\.bias")
-    checkpoint = Checkpoint(
-        where=file.where,
-        layout=replace(layout, joint_bias=any(joint.fullmatch(layout.ours(name) or "") for name in file.tensors)),
-        said=say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6)),
-        unknown={name: f"a {kind} and no tensor" for name, kind in file.others.items()},
-        remarks=list(file.remarks),
-    )
-    for name, tensor in file.tensors.items():
+    joint_bias = any(joint.fullmatch(layout.ours(name) or "") for name in checkpoint.entries)
+    checkpoint.layout = replace(layout, joint_bias=joint_bias)
+    checkpoint.said |= say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6))
+    for name, tensor in checkpoint.entries.items():
         if (ours := checkpoint.layout.ours(name)) is None:
             checkpoint.unknown[name] = ""
         elif joint.fullmatch(ours):
@@ -264,39 +226,38 @@ def _renamed(file: File, layout: Layout) -> Checkpoint:
                 checkpoint.unknown[name] = "its part for the key is not finite"
         else:
             checkpoint.tensors[ours] = tensor
-    _recognise_tables(checkpoint, file)
+    _recognise_tables(checkpoint)
     # VideoMAE's own files keep the arguments of the run.
-    args = file.configs.get("args", {})
+    args = checkpoint.configs.get("args", {})
     frames, size = args.get("num_frames"), args.get("input_size")
     if isinstance(frames, int) and frames > 0:
         checkpoint.said |= say("args in the file", num_frames=frames)
     if isinstance(size, int) and size > 0:
         checkpoint.said |= say("args in the file", image_size=(size, size))
-    return checkpoint
 
 
-def _own_config(file: File) -> Said:
-    if "mar_fast" not in file.configs:
+def _own_config(checkpoint: Checkpoint) -> Said:
+    if "mar_fast" not in checkpoint.configs:
         return {}
-    values = file.configs["mar_fast"]
-    where = f"{file.where}, configuration of mar_fast in it"
+    values = checkpoint.configs["mar_fast"]
+    where = f"{checkpoint.where}, configuration of mar_fast in it"
     if not isinstance(values, dict):
         raise checks.bad(where, type(values).__name__, "an object of MARConfig's fields")
     if unknown := sorted(set(values) - set(FIELDS)):
         accepted = "fields of MARConfig; it may be of a newer mar_fast"
         raise checks.bad(where, f"unknown fields {', '.join(unknown)}", accepted)
-    origin = "mar_fast in config.json" if "config.json" in file.configs else "the file's own configuration"
+    origin = "mar_fast in config.json" if "config.json" in checkpoint.configs else "the file's own configuration"
     try:
         return say(origin, **asdict(MARConfig(**values)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _recognise_tables(checkpoint: Checkpoint, file: File) -> None:
+def _recognise_tables(checkpoint: Checkpoint) -> None:
     """Position tables: those of the formula are not needed, others are unknown; and how many tokens they have."""
     tokens = set()
     for name in _TABLES:
-        if (table := file.tensors.get(name)) is None:
+        if (table := checkpoint.entries.get(name)) is None:
             continue
         fault = f"{table.dtype} of shape {tuple(table.shape)}"
         if table.is_floating_point() and table.ndim in (2, 3) and 0 < table.numel() == math.prod(table.shape[-2:]):

@@ -33,7 +33,7 @@ def save_checkpoint(
     force: bool = False,
     labels: Sequence[str] | None = None,
 ) -> Path:
-    """Write a model's weights as safetensors, whole or not at all.
+    """Write a model's weights as safetensors, whole or not at all; returns the path.
 
     The configuration goes into the file's metadata, or into config.json, where other programs pass over it:
     `from_pretrained` gives the same model back, heads, eps and mask ratio included. Equal models give equal bytes.
@@ -50,9 +50,6 @@ def save_checkpoint(
         force: Replace what is there; a folder only if it holds nothing else.
         labels: For a folder with a classifier: the names of its classes, for config.json. A model that was read from
             such a folder has them in ``load_report.labels``.
-
-    Returns:
-        The path.
 
     Raises:
         ValueError: the layout cannot express the model; the message says what stands in the way.

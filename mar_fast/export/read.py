@@ -72,8 +72,7 @@ class ExportedModel:
     def __call__(self, video: Tensor) -> Tensor:
         """Logits (B, classes) or features (B, N, D), see ``info.output``.
 
-        Args:
-            video: (B, C, T, H, W) of ``info``'s sizes, dtype and device, any strides.
+        The video is (B, C, T, H, W) of ``info``'s sizes, dtype and device, with any strides.
 
         Raises:
             ValueError, TypeError: the video does not fit the file.
