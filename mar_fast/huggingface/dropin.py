@@ -78,11 +78,12 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
     if keep is not None:
-        if not hasattr(model, "classifier") or not model.config.use_mean_pooling:
+        config: Any = model.config
+        if not hasattr(model, "classifier") or not config.use_mean_pooling:
             accepted = "None: running masking is for VideoMAEForVideoClassification with use_mean_pooling"
             raise checks.bad("keep", f"{keep!r} for {type(model).__name__}", accepted)
         _check_keep(keep)
-        _, height, width = grid_of(encoder, model.config.num_frames)
+        _, height, width = grid_of(encoder, config.num_frames)
         if keep < 1 and (height % 2 or width % 2):
             accepted = f"None: cells of 2 x 2 patches do not fill a grid of {height} x {width}"
             raise checks.bad("keep", repr(keep), accepted)
