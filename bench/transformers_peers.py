@@ -16,7 +16,7 @@ from torch import Tensor
 import mar_fast
 
 from .case import Prepared, Provider
-from .workloads import Workload, classifier, first_call_timed, frozen, learner, loss_and_gradients
+from .workloads import Workload, first_call_timed, frozen, loss_and_gradients, ready
 
 CLASSIFICATION, PRE_TRAINING = "VideoMAEForVideoClassification", "VideoMAEForPreTraining"
 BASELINE, BY_HAND = "transformers", "transformers, masked by hand"
@@ -115,8 +115,7 @@ def accelerated(model: Any, **options: Any) -> Any:
 def eager(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
     """Without a compiler; ``change`` is done to the model first."""
     model = _built(workload, kind, change)
-    make = partial(learner, workload, model) if workload.training else partial(classifier, workload)
-    return make(lambda workload: call(*operands(model, workload)))
+    return ready(workload, model, lambda workload: call(*operands(model, workload)))
 
 
 def compiled(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
