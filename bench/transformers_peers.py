@@ -6,6 +6,7 @@ All models of a workload have the same random weights, by transformers' own init
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mar_fast
+from mar_fast.checkpoint.huggingface import config_json
 
 from .case import Prepared, Provider
 from .workloads import Workload, first_call_timed, frozen, loss_and_gradients, ready
@@ -34,36 +36,12 @@ def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
         ValueError: transformers has no such model.
     """
     transformers = importlib.import_module("transformers")
-    config = workload.config
+    config = replace(workload.config, final_norm=False)
     if config.patch_size[1] != config.patch_size[2]:
         raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch_size[1:]}")
-    decoder = {}
-    if kind == PRE_TRAINING:
-        decoder = dict(
-            decoder_num_hidden_layers=config.decoder_depth,
-            decoder_hidden_size=config.decoder_embed_dim,
-            decoder_num_attention_heads=config.decoder_num_heads,
-            decoder_intermediate_size=4 * config.decoder_embed_dim,
-        )
     torch.manual_seed(0)
-    model = getattr(transformers, kind)(
-        transformers.VideoMAEConfig(
-            image_size=config.image_size,
-            num_frames=config.num_frames,
-            patch_size=config.patch_size[1],
-            tubelet_size=config.patch_size[0],
-            num_channels=config.channels,
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            intermediate_size=round(config.embed_dim * config.mlp_ratio),
-            num_labels=config.num_classes,
-            layer_norm_eps=config.encoder_eps,
-            attn_implementation="sdpa",
-            **decoder,
-        )
-    )
-    return model.to(workload.device).train(workload.training)
+    theirs = transformers.VideoMAEConfig(**config_json(config, "float32"), attn_implementation="sdpa")
+    return getattr(transformers, kind)(theirs).to(workload.device).train(workload.training)
 
 
 def dense_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
