@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import mar_fast
 from mar_fast import MARConfig, cost
+from mar_fast.data import sample_clip
 
 from .. import peers, workloads
-from ..case import Case, Floor, Provider
+from ..case import Case, Floor, Provider, RunOptions
 from ..workloads import Workload
 
 KEPT = (0.5, 0.25, 1.0)
@@ -27,6 +29,17 @@ def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
         return mar_fast.named_config(f"videomae_vit_{size}", num_classes=CLASSES)
     without = {} if decoder else {"decoder_depth": 0}
     return mar_fast.named_config(f"mar_vit_{size}", num_classes=CLASSES, mask_ratio=1 - keep, **without)
+
+
+def film(options: RunOptions) -> Path:
+    """The video file of a run."""
+    return Path(options.clip) if options.clip else sample_clip()
+
+
+def normalised(clips: Tensor, config: MARConfig, dtype: torch.dtype) -> Tensor:
+    """(B, C, T, H, W) uint8 -> as models take them, in plain arithmetic of ``dtype``."""
+    mean, std = (torch.tensor(value, dtype=dtype).view(-1, 1, 1, 1) for value in (config.mean, config.std))
+    return (clips.to(dtype) / 255 - mean) / std
 
 
 def case_name(size: str, batch: int) -> str:
