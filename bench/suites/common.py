@@ -9,10 +9,11 @@ from torch import Tensor
 
 import mar_fast
 from mar_fast import MARConfig, cost
+from mar_fast.cost import Cost, Part
 from mar_fast.data import sample_clip
 
 from .. import peers, workloads
-from ..case import Case, Floor, Provider, RunOptions
+from ..case import Case, Provider, RunOptions
 from ..workloads import Workload
 
 KEPT = (0.5, 0.25, 1.0)
@@ -56,7 +57,7 @@ def model_case(
     expected: Callable[[], list[Tensor]] | None = None,
     baseline: str = peers.BASELINE,
     x: float | None = None,
-    floor: Floor | None = None,
+    floor: Cost | None = None,
     share: float = 1.0,
 ) -> Case:
     """A case of a whole model. By default the reference gives what is expected, and ``x`` is the keep ratio."""
@@ -76,11 +77,8 @@ def model_case(
     )
 
 
-def least_work(workload: Workload) -> Floor:
-    """The least work of a forward pass over float32 clips, or of a training step.
-
-    The optimizer of a step reads and writes gradient, weight and two moments in float32.
-    """
+def least_work(workload: Workload) -> Cost:
+    """The least work of a forward pass over float32 clips, or of a training step."""
     training = workload.training
     count = cost.count(
         workload.config,
@@ -90,9 +88,7 @@ def least_work(workload: Workload) -> Floor:
         bytes_per_value=workload.dtype.itemsize,
         bytes_per_pixel=4,
     )
-    optimizer = 7 * 4 * count.parameters if training else 0
-    return Floor(
-        count.multiply_adds,
-        count.bytes_moved + optimizer,
-        lambda flops, bandwidth: count.floor_seconds(flops, bandwidth) + optimizer / bandwidth,
-    )
+    if not training:
+        return count
+    # Gradient, weight and two moments in float32 are read, and all but the gradient are written.
+    return Cost((*count.parts, Part("optimizer", 0, 0, 7 * 4 * count.parameters)))

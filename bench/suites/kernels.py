@@ -14,10 +14,11 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from mar_fast.cost import Cost, Part
 from mar_fast.inference import captured
 from mar_fast.kernels import cpu_attention
 
-from ..case import Case, Floor, Prepared, Provider, RunOptions
+from ..case import Case, Prepared, Provider, RunOptions
 from ..op_cases import PART, Function, OpCase, Operands, op_cases
 from ..records import OURS
 
@@ -87,7 +88,7 @@ def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool) -> Case:
         expected=expected,
         tolerance=TOLERANCE[op_case.dtype],
         baseline=next(iter(peers)),
-        floor=Floor(flops * op_case.flops / 2, moved * op_case.bytes),
+        floor=Cost((Part(op_case.op, 0, round(flops * op_case.flops / 2), round(moved * op_case.bytes)),)),
         share=0.4,
     )
 

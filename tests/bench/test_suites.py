@@ -15,9 +15,11 @@ import mar_fast
 from mar_fast import inference, machine
 from mar_fast.bench import __main__ as module
 from mar_fast.bench import harness, peers, records, workloads
-from mar_fast.bench.case import Case, Floor, Prepared, Provider, RunOptions
+from mar_fast.bench.case import Case, Prepared, Provider, RunOptions
 from mar_fast.bench.records import Record
 from mar_fast.bench.suites import SUITES, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
+from mar_fast.bench.suites.common import least_work
+from mar_fast.cost import Cost, Part
 
 CPU = torch.device("cpu")
 RATES = {"fp32": 1e11, "bf16": 2e11, "copy": 1e10}
@@ -192,7 +194,7 @@ def test_no_op_is_measured_against_itself_on_a_cpu(monkeypatch):
 
 
 def case_floor(case):
-    return case.floor.at(RATES[case.dtype_name], RATES["copy"])
+    return case.floor.floor_seconds(RATES[case.dtype_name], RATES["copy"])
 
 
 def test_scaling_fits_a_power():
@@ -274,7 +276,7 @@ def toy(name="toy", baseline="", **providers):
         Provider(provider, (lambda value=value: Prepared(lambda: None, lambda: [value])))
         for provider, value in providers.items()
     ]
-    floor = Floor(5e10, 1e9)
+    floor = Cost((Part("toy", 0, 50 * 10**9, 10**9),))
     return Case("toys", name, "", 1.0, torch.float32, 0, tuple(made), lambda: [expected], 0.1, baseline, floor)
 
 
@@ -291,7 +293,16 @@ def test_the_baseline_sets_what_others_may_differ_by():
 
 
 def test_floor_is_the_slower_ceiling():
-    assert Floor(5e10, 1e9).at(1e11, 1e10) == 1.0 and Floor(5e10, 1e11).at(1e11, 1e10) == 10.0
+    """At 100 GFLOP/s and 10 GB/s; a step's optimizer moves 28 bytes a parameter after the rest."""
+    for moved, seconds in ((10**9, 1.0), (10**11, 10.0)):
+        case = replace(toy(mar_fast=torch.ones(3)), floor=Cost((Part("toy", 0, 50 * 10**9, moved),)))
+        assert measured(case)["roofline"]["floor"].p50 == seconds
+    work = workloads.Workload(encoder.model_config("small", 0.5, decoder=True), 2, CPU, torch.float32, training=True)
+    step = mar_fast.cost.count(
+        work.config, batch=2, reconstruct=True, training=True, bytes_per_value=4, bytes_per_pixel=4
+    )
+    least = least_work(work).floor_seconds(1e11, 1e10) - step.floor_seconds(1e11, 1e10)
+    assert least == pytest.approx(28 * step.parameters / 1e10)
 
 
 def test_an_interruption_keeps_what_is_done(monkeypatch, tmp_path):
