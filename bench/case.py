@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class RunOptions:
     batches: tuple[int, ...]
     quick: bool = False
     seconds: float = 12.0
-    clip: str | None = None
+    clip: Path | None = None
 
     @property
     def on_gpu(self) -> bool:

@@ -104,8 +104,8 @@ def options_for(
         sizes=tuple(sizes) or usual_sizes,
         batches=tuple(batches) or usual_batches,
         quick=quick,
-        seconds=seconds if seconds is not None else (1.0 if quick else 12.0),
-        clip=str(clip) if clip else None,
+        seconds=seconds or (1.0 if quick else 12.0),
+        clip=clip,
     )
     return options, reason, rates
 

@@ -1,8 +1,8 @@
 """Shared by the suites: keep ratios, names, models, tolerances, the least work."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
 
 def film(options: RunOptions) -> Path:
     """The video file of a run."""
-    return Path(options.clip) if options.clip else sample_clip()
+    return options.clip or sample_clip()
 
 
 def normalised(clips: Tensor, config: MARConfig, dtype: torch.dtype) -> Tensor:
@@ -48,33 +48,19 @@ def case_name(size: str, batch: int) -> str:
     return f"ViT-{LETTERS[size]}, batch {batch}"
 
 
-def model_case(
-    suite: str,
-    name: str,
-    workload: Workload,
-    providers: tuple[Provider, ...],
-    *,
-    expected: Callable[[], list[Tensor]] | None = None,
-    baseline: str = peers.BASELINE,
-    x: float | None = None,
-    floor: Cost | None = None,
-    share: float = 1.0,
-) -> Case:
-    """A case of a whole model. By default the reference gives what is expected, and ``x`` is the keep ratio."""
-    return Case(
-        suite=suite,
-        name=name,
+def model_case(suite: str, name: str, workload: Workload, providers: tuple[Provider, ...], **more: Any) -> Case:
+    """A case of a whole model; ``more`` are fields of `Case` that are not as usual for one."""
+    usual: dict[str, Any] = dict(
         mode="training step" if workload.training else "inference",
-        x=1 - workload.config.mask_ratio if x is None else x,
+        x=1 - workload.config.mask_ratio,
         dtype=workload.dtype,
         clips=workload.batch,
-        providers=providers,
-        expected=expected or partial(workloads.expected, workload),
+        expected=partial(workloads.expected, workload),
         tolerance=TOLERANCE[workload.dtype],
-        baseline=baseline,
-        floor=floor or least_work(workload),
-        share=share,
+        baseline=peers.BASELINE,
+        floor=least_work(workload),
     )
+    return Case(suite=suite, name=name, providers=providers, **(usual | more))
 
 
 def least_work(workload: Workload) -> Cost:

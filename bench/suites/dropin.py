@@ -4,19 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from .. import transformers_peers as theirs
 from ..case import Case, RunOptions
-from ..transformers_peers import (
-    BASELINE,
-    CLASSIFICATION,
-    PRE_TRAINING,
-    classification_loss,
-    dense_logits,
-    expected,
-    inference_providers,
-    masked_logits,
-    reconstruction_loss,
-    step_providers,
-)
 from ..workloads import Workload
 from .common import case_name, least_work, model_case, model_config
 
@@ -41,9 +30,9 @@ def inference_case(options: RunOptions, size: str, batch: int, keep: float, with
         "dropin",
         f"classifier, {case_name(size, batch)}",
         workload,
-        inference_providers(workload, with_compiled=with_compiled),
-        expected=partial(expected, workload, dense_logits if keep == 1 else masked_logits),
-        baseline=BASELINE,
+        theirs.inference_providers(workload, with_compiled=with_compiled),
+        expected=partial(theirs.expected, workload, theirs.dense_logits if keep == 1 else theirs.masked_logits),
+        baseline=theirs.BASELINE,
     )
 
 
@@ -51,15 +40,20 @@ def step_case(options: RunOptions, size: str, batch: int, keep: float, with_comp
     """Forward, backward, AdamW: fine-tuning on all tokens, or pre-training where some are masked."""
     config = model_config(size, keep, decoder=keep < 1)
     workload = Workload(config, batch, options.device, options.dtype, training=True)
-    kind, what, call, trained = CLASSIFICATION, "fine-tuning", classification_loss, config
+    kind, what, call, trained = theirs.CLASSIFICATION, "fine-tuning", theirs.classification_loss, config
     if keep < 1:
-        kind, what, call, trained = PRE_TRAINING, "pre-training", reconstruction_loss, replace(config, classifier=None)
+        kind, what, call, trained = (
+            theirs.PRE_TRAINING,
+            "pre-training",
+            theirs.reconstruction_loss,
+            replace(config, classifier=None),
+        )
     return model_case(
         "dropin",
         f"{what}, {case_name(size, batch)}",
         workload,
-        step_providers(workload, kind, with_compiled=with_compiled),
-        expected=partial(expected, workload, call, kind),
-        baseline=BASELINE,
+        theirs.step_providers(workload, kind, with_compiled=with_compiled),
+        expected=partial(theirs.expected, workload, call, kind),
+        baseline=theirs.BASELINE,
         floor=least_work(replace(workload, config=trained)),
     )

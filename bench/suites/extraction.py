@@ -27,7 +27,7 @@ from mar_fast.eval.extraction import Extractor
 from .. import transformers_peers
 from ..case import Case, Prepared, Provider, RunOptions
 from ..workloads import Workload, built
-from .common import LETTERS, TOLERANCE, film, model_config, normalised
+from .common import LETTERS, TOLERANCE, film, model_case, model_config, normalised
 
 OURS, LOOP, COPIED = "mar_fast", "each window anew", "each window anew, transformers, dense"
 STRIDE = FRAME_STRIDE = 4
@@ -46,14 +46,14 @@ def cases(options: RunOptions) -> Iterator[Case]:
 
 
 def _workload(options: RunOptions, size: str, keep: float, dtype: torch.dtype) -> Workload:
-    return Workload(replace(model_config(size, 1.0), mask_ratio=1 - keep), 1, options.device, dtype)
+    return Workload(replace(model_config(size, 1.0), mask_ratio=1 - keep), WINDOWS, options.device, dtype)
 
 
 @torch.inference_mode()
-def _expected(workload: Workload, windows: Iterable[Tensor]) -> list[Tensor]:
+def _expected(workload: Workload, windows: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
     """Pooled features of windows (C, T, H, W) uint8, by the reference in float64."""
     model = built(workload, reference.MAR, torch.float64)
-    clips = (normalised(window[None], workload.config, torch.float64).to(workload.device) for window in windows)
+    clips = (normalised(window[None], workload.config, torch.float64).to(workload.device) for window in windows())
     return [torch.cat([model(clip).features.mean(1) for clip in clips]).cpu()]
 
 
@@ -72,25 +72,15 @@ def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
         windows = [Window(number, (0, 0), None, list(clip)) for number, clip in enumerate(pixels().numpy())]
         return Prepared(lambda: take(windows), lambda: [take(windows)[config.depth][:1]])
 
-    def exact() -> list[Tensor]:
-        return _expected(workload, pixels()[:1].permute(0, 4, 1, 2, 3))
+    exact = partial(_expected, workload, lambda: pixels()[:1].permute(0, 4, 1, 2, 3))
 
-    return Case(
-        suite="extraction",
-        name=f"ViT-{LETTERS[size]}, {WINDOWS} windows, by dtype",
-        mode="inference",
-        x=keep,
-        dtype=torch.float32,
-        clips=WINDOWS,
-        # Each with outputs of its own to expect: 16 bits may be further off than twice the error of float32.
-        providers=tuple(
-            Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact)
-            for name, dtype in machine.DTYPES.items()
-        ),
-        expected=exact,
-        tolerance=TOLERANCE[torch.bfloat16],
-        baseline=f"{OURS}, fp32",
+    # Each with outputs of its own to expect: 16 bits may be further off than twice the error of float32.
+    providers = tuple(
+        Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact) for name, dtype in machine.DTYPES.items()
     )
+    more: dict[str, Any] = dict(tolerance=TOLERANCE[torch.bfloat16], baseline=f"{OURS}, fp32", floor=None)
+    name = f"ViT-{LETTERS[size]}, {WINDOWS} windows, by dtype"
+    return model_case("extraction", name, workload, providers, expected=exact, **more)
 
 
 def reading_case(options: RunOptions, size: str) -> Case:
@@ -160,19 +150,10 @@ def features_case(options: RunOptions, size: str, keep: float) -> Case:
         made = make()
         return Prepared(lambda: run(made), lambda: [run(made)])
 
-    return Case(
-        suite="extraction",
-        name=f"ViT-{LETTERS[size]}, {path.name}",
-        mode="inference",
-        x=keep,
-        dtype=options.dtype,
-        clips=WINDOWS,
-        providers=(
-            Provider(LOOP, partial(prepared, loop, model)),
-            Provider(OURS, partial(prepared, ours, model)),
-            Provider(COPIED, partial(prepared, copied, peer), expected=lambda: [copied(peer(torch.float64))]),
-        ),
-        expected=lambda: _expected(workload, windows()),
-        tolerance=TOLERANCE[options.dtype],
-        baseline=LOOP,
+    providers = (
+        Provider(LOOP, partial(prepared, loop, model)),
+        Provider(OURS, partial(prepared, ours, model)),
+        Provider(COPIED, partial(prepared, copied, peer), expected=lambda: [copied(peer(torch.float64))]),
     )
+    name, expected = f"ViT-{LETTERS[size]}, {path.name}", partial(_expected, workload, windows)
+    return model_case("extraction", name, workload, providers, expected=expected, baseline=LOOP, floor=None)

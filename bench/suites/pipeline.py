@@ -19,7 +19,7 @@ from .. import records
 from ..case import Case, Prepared, Provider, RunOptions
 from ..records import Record
 from ..workloads import Workload, built, expected
-from .common import LETTERS, TOLERANCE, film, model_config, normalised
+from .common import LETTERS, film, model_case, model_config, normalised
 
 DECODE, MODEL, BOTH = "decode", "mar_fast", "mar_fast, decode and model"
 
@@ -55,23 +55,13 @@ def pipeline_case(options: RunOptions, size: str, keep: float) -> Case:
         model(), decoded()  # outside of inference mode
         return Prepared(lambda: classify(clip), lambda: [classify(clip)])
 
-    return Case(
-        suite="pipeline",
-        name=f"ViT-{LETTERS[size]}, {path.name}",
-        mode="inference",
-        x=keep,
-        dtype=options.dtype,
-        clips=1,
-        providers=(
-            Provider(DECODE, lambda: Prepared(read, list), checked=False),
-            Provider(MODEL, partial(prepared, decoded)),
-            Provider(BOTH, partial(prepared, read)),
-        ),
-        expected=exact,
-        tolerance=TOLERANCE[options.dtype],
-        baseline=DECODE,
-        share=0.5,
+    providers = (
+        Provider(DECODE, lambda: Prepared(read, list), checked=False),
+        Provider(MODEL, partial(prepared, decoded)),
+        Provider(BOTH, partial(prepared, read)),
     )
+    name = f"ViT-{LETTERS[size]}, {path.name}"
+    return model_case("pipeline", name, workload, providers, expected=exact, baseline=DECODE, floor=None, share=0.5)
 
 
 def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:

@@ -239,7 +239,7 @@ def test_extraction(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     monkeypatch.setattr(extraction, "WINDOWS", 2)
     film = clips.textured(tmp_path / "a.mkv", 120, (64, 80), codec="ffv1")
-    reading, features, dtypes = (measured(case) for case in extraction.cases(options(clip=str(film))))
+    reading, features, dtypes = (measured(case) for case in extraction.cases(options(clip=film)))
     assert [name for name, own in dtypes.items() if own["time"].p50 > 0] == [
         f"mar_fast, {name}" for name in machine.DTYPES
     ]
