@@ -27,6 +27,7 @@ USUAL = {"cpu": (("base",), (1, 4)), "cuda": (("base", "large"), (1, 8, 32)), "q
 # Others may differ from float64 by twice as much as the baseline, and by this more.
 SLACK = 1e-3
 
+PRINT = functools.partial(print, flush=True)
 Step = Callable[[str, float], None]
 
 
@@ -116,10 +117,10 @@ def run(
     rates: Mapping[str, float],
     *,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = PRINT,
     on_step: Step = quiet,
     into: list[Record] | None = None,
-    chosen: Callable[[Case], Case | None] = lambda case: case,
+    chosen: Callable[[Case], Case | None] | None = None,
 ) -> list[Record]:
     """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
 
@@ -131,7 +132,7 @@ def run(
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
         into: Takes the records as they are made, so that they are there after an interruption; None makes a new list.
-        chosen: Gives the case that is measured in place of a suite's, or None to leave that out.
+        chosen: Gives the case that is measured in place of a suite's, or None to leave that out; None changes nothing.
     """
     found = into if into is not None else []
     environment = machine.environment(options.device)
@@ -147,7 +148,7 @@ def run(
         # Not as a list: a case holds its models and operands once it has been measured.
         total = sum(1 for _ in suite.cases(options))
         for number, offered in enumerate(suite.cases(options)):
-            case = chosen(offered)
+            case = chosen(offered) if chosen else offered
             if case is None:
                 continue
             made = measure(case, options, rates, environment, _within(on_step, name, number, total))

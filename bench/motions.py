@@ -8,7 +8,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -147,7 +146,3 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(row), flush=True)
     print(table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
