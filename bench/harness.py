@@ -74,14 +74,8 @@ def options_for(
 ) -> tuple[RunOptions, str, dict[str, float]]:
     """The options of a run, why it has its dtype, and the ceilings of the machine, which are measured for it.
 
-    Args:
-        device: "cpu", "cuda" or "auto".
-        dtype: "bf16", "fp16", "fp32", or "auto": bf16 where its products are clearly faster here.
-        sizes: Encoders; none means base, and on a GPU large too, or small for a quick run.
-        batches: Clips a call; none means 1 and 4, on a GPU 1, 8 and 32, or 1 for a quick run.
-        quick: Few and small cases.
-        seconds: For the timed rounds of a case; None is 12, or 1 for a quick run.
-        clip: A video file for the pipeline.
+    The arguments are the fields of `RunOptions`, by name; dtype "auto" is bf16 where its products are clearly faster
+    here. No sizes or batches means the `USUAL` ones, no seconds 12, or 1 for a quick run.
 
     Raises:
         ValueError: an argument does not fit; the message names it.

@@ -211,12 +211,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         device = machine.device(options.device)
-        if options.out is not None:
-            files.may_write([options.out], options.force)
+        files.may_write([options.out] if options.out else [], options.force)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     figures = measure(device, quick=options.quick)
     print(table(figures, device))
-    if options.out is not None:
+    if options.out:
         records.write(options.out, rows(figures, device))
     return 0
