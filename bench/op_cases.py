@@ -6,6 +6,7 @@ An op's operands, and its providers: functions of the operands that give the sam
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,15 @@ def random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype)
 
 
+def randoms(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]) -> Operands:
+    """An operand of each shape; with these weights a product's output is about as large as its input."""
+    made = {name: random(device, dtype, *shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if name.endswith("weight") and len(shape) > 1:
+            made[name] /= math.prod(shape[1:]) ** 0.5
+    return made
+
+
 def index(device: torch.device, batch: int, count: int) -> Tensor:
     """(B, N) int32, sorted, another choice in each clip."""
     return torch.rand(batch, TOKENS, device=device).argsort(1)[:, :count].sort(1).values.int()
@@ -123,7 +133,7 @@ def attention(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
         label=f"{batch} clips, {tokens} tokens, {heads} heads of {size}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(qkv=random(device, dtype, batch, tokens, 3, heads, size)),
+        operands=lambda: randoms(device, dtype, qkv=(batch, tokens, 3, heads, size)),
         ours=kernels.attention,
         peers=attention_peers(device),
         differentiated=("qkv",),
@@ -142,10 +152,7 @@ def attention_kvpacked(
         label=f"{batch} clips, {queries} of {tokens} tokens, {heads} heads of {size}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(
-            q=random(device, dtype, batch, queries, heads, size),
-            kv=random(device, dtype, batch, tokens, 2, heads, size),
-        ),
+        operands=lambda: randoms(device, dtype, q=(batch, queries, heads, size), kv=(batch, tokens, 2, heads, size)),
         ours=kernels.attention_kvpacked,
         peers={},
         differentiated=("q", "kv"),
@@ -185,9 +192,8 @@ def gather_patch_embed(
         operands=lambda: dict(
             video=uint8_clips(device, batch) if raw else random(device, pixels, batch, CHANNELS, 16, 224, 224),
             keep_idx=index(device, batch, tokens),
-            weight=random(device, dtype, width, CHANNELS, *PATCH) / 40,
-            bias=random(device, dtype, width),
             pos_embed=random(device, torch.float32, TOKENS, width),
+            **randoms(device, dtype, weight=(width, CHANNELS, *PATCH), bias=(width,)),
         ),
         ours=functools.partial(kernels.gather_patch_embed, **normalise),
         peers={
@@ -210,17 +216,13 @@ def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens:
         residual = residual + x
         return F.layer_norm(residual, weight.shape, weight, bias, 1e-6), residual
 
+    rows = batch, tokens, width
     return OpCase(
         op="add_layer_norm",
         label=f"{batch} clips, {tokens} tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(
-            x=random(device, dtype, batch, tokens, width),
-            residual=random(device, dtype, batch, tokens, width),
-            weight=random(device, dtype, width),
-            bias=random(device, dtype, width),
-        ),
+        operands=lambda: randoms(device, dtype, x=rows, residual=rows, weight=(width,), bias=(width,)),
         ours=kernels.add_layer_norm,
         peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
         differentiated=("x", "residual", "weight", "bias"),
@@ -240,7 +242,7 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
         label=f"{batch} clips, {tokens} tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(x=random(device, dtype, batch, tokens, width), bias=random(device, dtype, width)),
+        operands=lambda: randoms(device, dtype, x=(batch, tokens, width), bias=(width,)),
         ours=kernels.bias_gelu,
         peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
         differentiated=("x", "bias"),
@@ -261,11 +263,7 @@ def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: in
         label=f"{batch} clips, {tokens} tokens, width {width} to {hidden}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(
-            x=random(device, dtype, batch, tokens, width),
-            weight=random(device, dtype, hidden, width) / width**0.5,
-            bias=random(device, dtype, hidden),
-        ),
+        operands=lambda: randoms(device, dtype, x=(batch, tokens, width), weight=(hidden, width), bias=(hidden,)),
         ours=kernels.linear_gelu,
         peers={
             "PyTorch": eager_linear_gelu,
@@ -285,18 +283,14 @@ def mlp(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width
     def plain(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> Tensor:
         return F.linear(eager_linear_gelu(x, fc1_weight, fc1_bias), fc2_weight)
 
+    weights = dict(fc1_weight=(hidden, width), fc1_bias=(hidden,), fc2_weight=(width, hidden))
     rows = batch * tokens
     return OpCase(
         op="mlp",
         label=f"{batch} clips, {tokens} tokens, width {width}, hidden {hidden}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(
-            x=random(device, dtype, batch, tokens, width),
-            fc1_weight=random(device, dtype, hidden, width) / width**0.5,
-            fc1_bias=random(device, dtype, hidden),
-            fc2_weight=random(device, dtype, width, hidden) / hidden**0.5,
-        ),
+        operands=lambda: randoms(device, dtype, x=(batch, tokens, width), **weights),
         ours=kernels.mlp,
         peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
         differentiated=("x", "fc1_weight", "fc1_bias", "fc2_weight"),
@@ -314,10 +308,9 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
         tokens=tokens,
         dtype=dtype,
         operands=lambda: dict(
-            visible=random(device, dtype, batch, tokens, width),
             keep_idx=index(device, batch, tokens),
-            mask_token=random(device, dtype, width),
             pos_embed=random(device, torch.float32, TOKENS, width),
+            **randoms(device, dtype, visible=(batch, tokens, width), mask_token=(width,)),
         ),
         ours=kernels.scatter_tokens,
         peers={"PyTorch": eager_scatter_tokens, "PyTorch, compiled": compiled(eager_scatter_tokens)},
