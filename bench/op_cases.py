@@ -1,7 +1,4 @@
-"""The ops and their peers: for one op and shape, every way to compute it that is present on this machine.
-
-An op's operands, and its providers: functions of the operands that give the same output, ours and its peers.
-"""
+"""The ops and their peers: for one op and shape its operands, and every way to the same output on this machine."""
 
 import functools
 import importlib

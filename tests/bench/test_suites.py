@@ -82,12 +82,14 @@ def test_every_classifier_gives_the_logits(dtype, keep):
 
 
 @pytest.mark.compiles
-def test_compiled_classifiers():
-    case = encoder.inference_case(options(), "small", 1, 0.5, compiled=True)
-    compiled = tuple(one for one in case.providers if "compiled" in one.name or "frozen" in one.name)
-    assert [one.name for one in compiled] == ["PyTorch SDPA, compiled", "PyTorch SDPA, frozen", "mar_fast, compiled"]
-    found = measured(replace(case, providers=compiled))
-    for one in compiled:
+@pytest.mark.parametrize("make", [encoder.inference_case, training.training_case])
+def test_compiled(make):
+    case = make(options(), "small", 1, 0.5, compiled=True)
+    chosen = tuple(one for one in case.providers if one.name.endswith((", compiled", ", frozen")))
+    frozen = ["PyTorch SDPA, frozen"] if case.mode == "inference" else []
+    assert [one.name for one in chosen] == ["PyTorch SDPA, compiled", *frozen, "mar_fast, compiled"]
+    found = measured(replace(case, providers=chosen))
+    for one in chosen:
         own = found[one.name]
         assert own["error"].p50 < 1e-5 and own["compile time"].p50 > 0 and own["time"], own
 
@@ -115,16 +117,6 @@ def test_every_training_step_has_the_loss_and_gradients(dtype):
     assert len(case.providers) == 4 and case.mode == "training step"
     for name in names(case):
         assert found[name]["time"] and found[name]["error"].p50 < (1e-5 if dtype == torch.float32 else 5e-2)
-
-
-@pytest.mark.compiles
-def test_compiled_training():
-    case = training.training_case(options(), "small", 1, 0.5, compiled=True)
-    compiled = tuple(one for one in case.providers if one.name.endswith(", compiled"))
-    assert len(compiled) == 2
-    found = measured(replace(case, providers=compiled))
-    for one in compiled:
-        assert found[one.name]["error"].p50 < 1e-5 and found[one.name]["compile time"].p50 > 0
 
 
 def test_steps_of_the_waterfall_are_one_function():
