@@ -8,7 +8,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -110,18 +109,14 @@ def throughput(seconds: float) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean, least and greatest accuracy of each variant, in Markdown."""
     lines = [
-        "| | " + " | ".join(f"{split}: mean (least to greatest)" for split in SPLITS) + " | seeds |",
+        f"| | {' | '.join(f'{split}: mean (least to greatest)' for split in SPLITS)} | seeds |",
         "|---|---|---|---|",
     ]
     for name in VARIANTS:
-        mine = [row for row in rows if row["variant"] == name]
-        if not mine:
-            continue
-        cells = []
-        for split in SPLITS:
-            values = [row[split] for row in mine]
-            cells.append(f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(mine)} |")
+        if mine := [row for row in rows if row["variant"] == name]:
+            accuracies = [[row[split] for row in mine] for split in SPLITS]
+            cells = (f"{statistics.mean(own):.1%} ({min(own):.1%} to {max(own):.1%})" for own in accuracies)
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(mine)} |")
     return "\n".join(lines)
 
 
@@ -153,7 +148,3 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(row), flush=True)
     print(table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
