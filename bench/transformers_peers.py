@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mar_fast
-from mar_fast.checkpoint.huggingface import config_json
+from mar_fast.checkpoint.config_json import for_transformers
 
 from .case import Prepared, Provider
 from .workloads import Workload, first_call_timed, frozen, loss_and_gradients, ready
@@ -40,7 +40,7 @@ def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
     if config.patch_size[1] != config.patch_size[2]:
         raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch_size[1:]}")
     torch.manual_seed(0)
-    theirs = transformers.VideoMAEConfig(**config_json(config, "float32"), attn_implementation="sdpa")
+    theirs = transformers.VideoMAEConfig(**for_transformers(config, "float32"), attn_implementation="sdpa")
     return getattr(transformers, kind)(theirs).to(workload.device).train(workload.training)
 
 
