@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,16 +19,14 @@ from .suites.kernels import results
 BF16, FLOATS = torch.bfloat16, (torch.bfloat16, torch.float16, torch.float32)
 CLIPS, VISIBLE = 32, 784
 PASSES = ("forward", "backward")
-Change = Callable[[Operands], Operands]
 Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 
 
 @cache
 def calls(device: str) -> dict[str, OpCase]:
     """All of them by what they are in words, the most usual of each op first."""
-    every = (_elementwise, _rows, _masked_patch_loss, _gather_patch_embed, _attention)
-    found = [call for op in every for call in op(torch.device(device))]
-    return {f"{call.op}, {call.label}, {str(call.dtype).removeprefix('torch.')}": call for call in found}
+    cases = _cases(torch.device(device))
+    return {f"{case.op}, {case.label}, {str(case.dtype).removeprefix('torch.')}": case for case in cases}
 
 
 def launches(call: str, target: str, passes: Sequence[str] = PASSES) -> list[Recorded]:
@@ -55,18 +53,71 @@ def launched(key: Callable[..., Any], targets: Sequence[str], names: Sequence[st
     return {one: [*made_by] for one, made_by in found.items() if not names or known[one] & set(names)}
 
 
-def _changed(case: OpCase, more: str, *changes: Change, also: tuple[str, ...] = (), autocast: bool = False) -> OpCase:
-    """With operands changed, one change after the other, and others that get a gradient ``also``."""
+# Operands that get a gradient too in a call that is so changed.
+ALSO_DIFFERENTIATED = {
+    "learnt positions": "pos_embed",
+    "gradient of the clip": "video",
+    "bias of x": "x_bias",
+    "layer scale and drop path": "layer_scale",
+    "bias": "bias",
+}
+
+
+def _changed(case: OpCase, *changes: str) -> OpCase:
+    """With these changes, one after the other; the label names them."""
 
     def operands() -> Operands:
         made = case.operands()
         for change in changes:
-            made |= change(made)
+            made |= _change(made, change)
         return made
 
-    ours, label = case.ours, f"{case.label}{more}{', autocast' * autocast}"
-    ours, differentiated = _autocast()(ours) if autocast else ours, (*case.differentiated, *also)
-    return replace(case, label=label, operands=operands, ours=ours, differentiated=differentiated)
+    also = [ALSO_DIFFERENTIATED[change] for change in changes if change in ALSO_DIFFERENTIATED]
+    case = replace(case, ours=_autocast()(case.ours)) if "autocast" in changes else case
+    label, differentiated = ", ".join([case.label, *changes]), (*case.differentiated, *also)
+    return replace(case, label=label, operands=operands, differentiated=differentiated)
+
+
+def _change(o: Operands, change: str) -> Operands:
+    """Operands that are other or more than in ``o``."""
+    match change:
+        case "other layout" if o["video"].is_contiguous():
+            return dict(video=o["video"].permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
+        case "other layout":
+            return dict(video=o["video"].contiguous())
+        case "ragged":  # rows packed, with the clip of each or with the offsets of clips
+            name = next(name for name in ("qkv", "drop_idx", "keep_idx") if name in o)
+            clips, tokens = o[name].shape[:2]
+            packed = {name: o[name].flatten(0, 1) for name in (name, "visible", "pixels") if name in o}
+            clip = torch.arange(clips + 1, dtype=torch.int32, device=o[name].device)
+            if name == "qkv":
+                return packed | dict(cu_seqlens=clip * tokens, max_seqlen=tokens)
+            if "visible" in o:
+                return packed | dict(cu_seqlens=clip * tokens)
+            return packed | dict(clip_idx=clip[:-1].repeat_interleave(tokens))
+        case "misaligned weight":  # TMA cannot read it
+            values = o["weight"].flatten()
+            return dict(weight=torch.cat([values[:1], values])[1:].view_as(o["weight"]))
+        case "one head expanded":  # TMA does not take it, nor inductor TMA: so torch.compile gets what this launches
+            return dict(qkv=o["qkv"][..., :1, :].expand(o["qkv"].shape))
+        case "bias":
+            query = next(iter(o.values()))
+            return dict(bias=op_cases.random(query.device, torch.float32, 3, *query.shape[-2:]))
+        case "floating":
+            return dict(video=o["video"].to(o["pixels"].dtype))
+        case "tubelets of one frame":
+            return dict(pixels=o["pixels"][..., :768].contiguous(), patch_size=(1, 16, 16))
+        case "tubelets of four frames":
+            return dict(pixels=o["pixels"].repeat(1, 1, 2), patch_size=(4, 16, 16))
+        case "autocast":  # what stays in float32
+            return {name: value.float() for name, value in o.items() if name in ("residual", "weight", "bias")}
+        case "bias of x":
+            return dict(x_bias=torch.ones_like(o["weight"]))
+        case "layer scale and drop path":
+            return dict(layer_scale=torch.ones_like(o["weight"]), row_scale=torch.ones(CLIPS, device=o["x"].device))
+        case "no residual":
+            return dict(residual=None)
+    return {}
 
 
 @contextmanager
@@ -82,141 +133,58 @@ def _autocast() -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before[1])
 
 
-def _elementwise(device: torch.device) -> Iterator[OpCase]:
-    """GELU's ops, scatter_tokens and add_layer_norm; the last also with the float32 stream of autocast."""
-
-    def biased(o: Operands) -> Operands:
-        return dict(x_bias=torch.ones_like(o["weight"]))
-
-    def scaled(o: Operands) -> Operands:
-        return dict(layer_scale=torch.ones_like(o["weight"]), row_scale=torch.ones(CLIPS, device=device))
-
-    def single(o: Operands) -> Operands:
-        return {name: value.float() for name, value in o.items() if name != "x"}
-
+def _cases(device: torch.device) -> Iterator[OpCase]:
+    sizes = [width for width, _ in SIZES.values()]
     for dtype in FLOATS:
         yield op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, 3072)
         yield op_cases.linear_gelu(device, dtype, CLIPS, VISIBLE, 768, 3072)
         yield op_cases.mlp(device, dtype, CLIPS, VISIBLE, 768, 3072)
         for width in (384, 512):
             case = op_cases.scatter_tokens(device, dtype, CLIPS, VISIBLE, width)
-            yield from (case, _changed(case, ", learnt positions", also=("pos_embed",)))
-        yield _changed(case, ", ragged", _ragged)
-        for width in (*(width for width, _ in SIZES.values()), *([4096] if dtype == BF16 else ())):
+            yield from (case, _changed(case, "learnt positions"))
+        yield _changed(case, "ragged")
+        for width in (*sizes, 4096) if dtype == BF16 else sizes:
             case = op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width)
-            with_bias = partial(_changed, case, ", bias of x", also=("x_bias",))
-            factors = ", bias of x, layer scale and drop path"
-            with_factors = partial(_changed, case, factors, also=("x_bias", "layer_scale"))
-            yield from (case, with_factors(biased, scaled))
+            yield from (case, _changed(case, "bias of x", "layer scale and drop path"))
             if dtype == BF16:
-                yield from (
-                    with_bias(single, biased, autocast=True),
-                    with_factors(single, biased, scaled, autocast=True),
-                )
-    case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
-    yield _changed(case, ", no residual", lambda o: dict(residual=None))
-
-
-def _rows(device: torch.device) -> Iterator[OpCase]:
-    """Activations in fp8, for which sm_80 and AMD have no kernels: before qkv or fc1, and before fc2."""
-    for dtype in FLOATS:
-        for width in (384, 768, 3072):
-            sizes = (device, dtype, CLIPS, VISIBLE, width)
-            norm, gelu = op_cases.add_layer_norm(*sizes), op_cases.bias_gelu(*sizes)
-            for op, case in (("quantize_rows", gelu), ("bias_gelu_rows", gelu), ("add_layer_norm_rows", norm)):
-                yield _in_fp8(op, case)
-
-
-def _in_fp8(op: str, case: OpCase) -> OpCase:
-    def ours(**operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if op == "quantize_rows":
-            return kernels.quantize_rows(operands["x"])[:2]
-        result = getattr(kernels, op)(**operands)
-        return result[:2] if op == "bias_gelu_rows" else (*result[0][:2], result[1])
-
-    return replace(case, op=op, ours=ours, differentiated=())
-
-
-def _other_layout(o: Operands) -> Operands:
-    """Planar for channels last, and the other way round."""
-    video = o["video"]
-    if not video.is_contiguous():
-        return dict(video=video.contiguous())
-    return dict(video=video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
-
-
-def _ragged(o: Operands) -> Operands:
-    """Rows packed as in a ragged batch, with the clip of each or with the offsets of clips."""
-    index = "drop_idx" if "drop_idx" in o else "keep_idx"
-    clips, count = o[index].shape
-    packed = {name: o[name].flatten(0, 1) for name in (index, "visible", "pixels") if name in o}
-    clip = torch.arange(clips + 1, dtype=torch.int32, device=o[index].device)
-    if "visible" in o:
-        return packed | dict(cu_seqlens=clip * count)
-    return packed | dict(clip_idx=clip[:-1].repeat_interleave(count))
-
-
-def _masked_patch_loss(device: torch.device) -> Iterator[OpCase]:
-    changes: dict[str, Change] = {
-        "": lambda o: {},
-        ", floating": lambda o: dict(video=o["video"].to(o["pixels"].dtype)),
-        ", tubelets of one frame": lambda o: dict(pixels=o["pixels"][..., :768].contiguous(), patch_size=(1, 16, 16)),
-        ", tubelets of four frames": lambda o: dict(pixels=o["pixels"].repeat(1, 1, 2), patch_size=(4, 16, 16)),
-    }
-    for dtype in FLOATS:
+                yield _changed(case, "autocast", "bias of x")
+                yield _changed(case, "autocast", "bias of x", "layer scale and drop path")
+        for width in (384, 768, 3072):  # in fp8, for which sm_80 and AMD have no kernels: before qkv or fc1, and fc2
+            case = replace(op_cases.bias_gelu(device, dtype, CLIPS, VISIBLE, width), differentiated=())
+            yield replace(case, op="quantize_rows", ours=lambda x, bias: kernels.quantize_rows(x))
+            yield replace(case, op="bias_gelu_rows", ours=kernels.bias_gelu_rows)
+            case = replace(op_cases.add_layer_norm(device, dtype, CLIPS, VISIBLE, width), differentiated=())
+            yield replace(case, op="add_layer_norm_rows", ours=kernels.add_layer_norm_rows)
         case = op_cases.masked_patch_loss(device, dtype, CLIPS, VISIBLE)
-        for more, change in changes.items():
-            yield from (_changed(case, more, change), _changed(case, f"{more}, planar", change, _other_layout))
-        yield _changed(case, ", ragged", _ragged)
+        for changes in ((), ("floating",), ("tubelets of one frame",), ("tubelets of four frames",)):
+            yield from (_changed(case, *changes), _changed(case, *changes, "other layout"))
+        yield _changed(case, "ragged")
+    case = replace(op_cases.add_layer_norm(device, BF16, CLIPS, VISIBLE, 768), differentiated=("x", "weight", "bias"))
+    yield _changed(case, "no residual")
 
-
-def _misaligned(o: Operands) -> Operands:
-    """A weight that TMA cannot read."""
-    values = o["weight"].flatten()
-    return dict(weight=torch.cat([values[:1], values])[1:].view_as(o["weight"]))
-
-
-def _gather_patch_embed(device: torch.device) -> Iterator[OpCase]:
     kinds = ((32, 768, torch.uint8), (32, 768, BF16), (1, 768, torch.uint8), (4, 384, BF16), (32, 384, BF16))
     for clips, width, pixels in kinds:
         case = op_cases.gather_patch_embed(device, BF16, clips, VISIBLE, width, pixels)
-        yield _changed(case, ", learnt positions", also=("pos_embed",))
-        yield _changed(case, ", other layout", _other_layout)
+        yield from (_changed(case, "learnt positions"), _changed(case, "other layout"))
     for dtype in FLOATS:
         case = op_cases.gather_patch_embed(device, dtype, CLIPS, VISIBLE, 768, dtype)
-        yield from (case, _changed(case, ", gradient of the clip", also=("video",)))
-        yield _changed(case, ", ragged", _ragged, also=("video",))
+        yield from (case, _changed(case, "gradient of the clip"), _changed(case, "gradient of the clip", "ragged"))
     case = op_cases.gather_patch_embed(device, BF16, CLIPS, VISIBLE, 768, torch.uint8)
-    yield _changed(case, ", misaligned weight", _misaligned)
+    yield _changed(case, "misaligned weight")
     case = op_cases.gather_patch_embed(device, torch.float32, CLIPS, VISIBLE, 768, torch.uint8)
-    yield from (_changed(case, "", autocast=True), _changed(case, ", ragged", _ragged, autocast=True))
+    yield from (_changed(case, "autocast"), _changed(case, "autocast", "ragged"))
 
-
-def _attention(device: torch.device) -> Iterator[OpCase]:
-    """Head sizes of ViT-B and L (64), H (80), g (88) and others; 50 %, 75 % and none masked; 4 frames of 112 x 112."""
+    # Heads of ViT-B and L (64), H (80), g (88) and others; 50 %, 75 % and none masked; 4 frames of 112 x 112.
     shapes = [(64, 12, tokens, dtype) for tokens in (VISIBLE, 392, TOKENS) for dtype in FLOATS[:2]]
     shapes += [(size, 16, VISIBLE, BF16) for size in (32, 80, 88, 96, 128)]
     shapes += [(size, 16, VISIBLE, torch.float32) for size in (64, 32, 80, 88, 96, 128)]
     for size, heads, tokens, dtype in [*shapes, (64, 12, 49, BF16), (64, 12, 49, torch.float32)]:
-
-        def ragged(o: Operands, tokens: int = tokens) -> Operands:
-            offsets = torch.arange(17, dtype=torch.int32, device=device) * tokens
-            return dict(qkv=o["qkv"].flatten(0, 1), cu_seqlens=offsets, max_seqlen=tokens)
-
-        def biased(o: Operands) -> Operands:
-            return dict(bias=op_cases.random(device, torch.float32, 3, *next(iter(o.values())).shape[-2:]))
-
-        def expanded(o: Operands) -> Operands:
-            """TMA does not take it, nor inductor TMA: so torch.compile gets what this launches."""
-            return dict(qkv=o["qkv"][..., :1, :].expand(o["qkv"].shape))
-
         case = op_cases.attention(device, dtype, 16, tokens, heads, size)
         varlen = replace(case, op="attention_varlen", ours=kernels.attention_varlen)
-        yield from (case, _changed(varlen, "", ragged), _changed(case, ", bias", biased, also=("bias",)))
+        yield from (case, _changed(varlen, "ragged"), _changed(case, "bias"))
         if dtype == BF16:
-            yield _changed(case, ", one head expanded", expanded)
+            yield _changed(case, "one head expanded")
         if size == 64 and tokens == VISIBLE:  # the last decoder block: dropped tokens attend to all
             last = op_cases.attention_kvpacked(device, dtype, 16, TOKENS - VISIBLE, TOKENS, heads // 2)
-            yield _changed(varlen, ", one head expanded", ragged, expanded)
-            yield _changed(case, ", one head expanded, bias", expanded, biased, also=("bias",))
-            yield from (last, _changed(last, ", bias", biased, also=("bias",)))
+            yield _changed(varlen, "ragged", "one head expanded")
+            yield from (_changed(case, "one head expanded", "bias"), last, _changed(last, "bias"))
