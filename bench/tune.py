@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mar_fast import files, machine, timing
 from mar_fast.kernels import device, use_backend
@@ -44,15 +45,16 @@ def _operands(call: str) -> Operands:
 
 def results(call: str, kernel: str, config: LaunchConfig) -> list[Tensor]:
     """Outputs and gradients of a call; what a kernel leaves unwritten is NaN, not what was there before."""
-    before, case = torch.are_deterministic_algorithms_enabled(), calls("cuda")[call]
+    case = calls("cuda")[call]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
     try:
         with use_backend("triton"), forced({kernel: config}):
             found = [suite.results(case.ours, _operands(call), case.differentiated, mode) for mode in PASSES]
             torch.cuda.synchronize()
-            return [*found[0], *found[1]]
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
+    tensors = [result for result in tree_leaves(found) if isinstance(result, Tensor)]
+    return [result.float() if result.dtype == torch.float8_e4m3fn else result for result in tensors]
 
 
 def seconds(call: str, backward: bool, kernel: str, config: LaunchConfig) -> float:
@@ -75,8 +77,7 @@ def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
                 changes += [{block: other}, {block: other, "num_warps": config.num_warps * other // size}]
     if config.num_stages > 1 or config.block_k:
         changes += [{"num_stages": stages} for stages in range(1, 6)]
-    switches = ("resident", "tma", "fused", "cudnn")
-    changes += [{switch: not getattr(config, switch)} for switch in switches]
+    changes += [{switch: not getattr(config, switch)} for switch in ("resident", "tma", "fused", "cudnn")]
     found = dict.fromkeys(replace(config, **change) for change in changes)
     # Neither threads without work nor more values than a thread has registers for; whole rows are of any length.
     return [
