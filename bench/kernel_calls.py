@@ -10,7 +10,7 @@ import torch
 
 from mar_fast import kernels
 from mar_fast.kernels.jit.compile_check import recorded
-from mar_fast.kernels.jit.launch import Launch
+from mar_fast.kernels.jit.launch import Recorded
 
 from . import op_cases
 from .op_cases import SIZES, TOKENS, OpCase, Operands
@@ -19,7 +19,6 @@ from .suites.kernels import results
 BF16, FLOATS = torch.bfloat16, (torch.bfloat16, torch.float16, torch.float32)
 CLIPS, VISIBLE = 32, 784
 PASSES = ("forward", "backward")
-Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 
 
 @cache

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..device import INTERPRETING, assumed_architecture
-from .launch import TUNED, Launch, LaunchConfig, recording
+from .launch import TUNED, Launch, LaunchConfig, Recorded, recording
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_LIMIT = dict(sm_80=166912, sm_87=166912, sm_90=232448, sm_100=232448, sm_103=232448, sm_110=232448, gfx942=65536)
@@ -61,10 +61,7 @@ class Code:
 
     kernel: str
     target: str
-    function: str  # module:name
-    signature: dict[str, Any]
-    constants: dict[str, Any]
-    hints: dict[tuple[int], list[list[Any]]]
+    source: tuple[str, dict[str, Any], dict[str, Any], dict[Any, Any]]  # module:name, and what else `ASTSource` takes
     options: dict[str, Any]
     config: LaunchConfig = field(compare=False, repr=False)
 
@@ -86,7 +83,7 @@ class Report:
         return not self.figures or (self.code.target in STRICT and bool(self.faults))
 
 
-def recorded(run: Callable[[], object], target: str) -> list[tuple[Launch, tuple[Tensor | None, ...]]]:
+def recorded(run: Callable[[], object], target: str) -> list[Recorded]:
     """What ``run``, calls of ops on tensors on the meta device, would launch on ``target``."""
     if INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, and cannot be compiled")
@@ -103,13 +100,11 @@ def code(launch: Launch, tensors: Sequence[Tensor | None], target: str) -> Code:
     for i, block in launch.blocks.items():
         signature[names[i]] = f"tensordesc<{signature[names[i]][1:]}{list(block.block)}>"
     constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
-    skipped = {*constants, *(names[i] for i in launch.blocks)}
-    multiples = [i for i, name in enumerate(names) if name not in skipped and _divisible(values[name])]
+    plain = [i for i, name in enumerate(names) if name not in constants and i not in launch.blocks]
+    hints = {(i,): [["tt.divisibility", 16]] for i in plain if _divisible(values[names[i]])}
+    source = (f"{function.__module__}:{function.__qualname__}", signature, constants, hints)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return Code(
-        launch.choice.kernel, target, f"{function.__module__}:{function.__qualname__}", signature, constants,
-        {(i,): [["tt.divisibility", 16]] for i in multiples}, options, config,
-    )  # fmt: skip
+    return Code(launch.choice.kernel, target, source, options, config)
 
 
 def _kind(value: Any) -> Any:
@@ -134,15 +129,16 @@ def check(code: Code) -> Report:
     """Compile, and read the result."""
     nvidia = code.target.startswith("sm_")
     target = GPUTarget("cuda", int(code.target[3:]), 32) if nvidia else GPUTarget("hip", code.target, 64)
-    source = ASTSource(pkgutil.resolve_name(code.function), code.signature, code.constants, code.hints)
+    name, signature, *others = code.source
     try:
+        source = ASTSource(pkgutil.resolve_name(name), signature, *others)
         compiled = triton.compile(source, target, code.options)
         text = _disassembled(compiled.asm) if nvidia else compiled.asm["amdgcn"]
     except Exception as failure:  # whatever the compiler raises is the finding
         return Report(code, [f"does not compile: {type(failure).__name__}: {str(failure).strip()[-300:]}"])
     shared, limit = compiled.metadata.shared, SHARED_LIMIT.get(code.target, 101376)
     figures = {name: count(pattern, text) for name, pattern in FIGURES.items()} | {"shared": shared}
-    described = any(str(kind).startswith("tensordesc") for kind in code.signature.values())
+    described = any(str(kind).startswith("tensordesc") for kind in signature.values())
     (precisions, wanted), (_, made) = (_float32_products(compiled.asm[stage]) for stage in ("ttir", "ttgir"))
     single, products = precisions.count("tf32"), made / wanted if "tf32x3" in precisions else 3.0
     wrong, local, wide = text.count(WRONG_LAYOUT), figures["local"], figures["wide loads"]
