@@ -1,6 +1,6 @@
 """``python -m mar_fast.bench tune``: faster launch choices for the GPU at hand.
 
-For every kernel, dtype and shape of `kernel_calls`: one thing is changed at a time, then again from the winner, until
+For every kernel, dtype and shape of `matrix`: one thing is changed at a time, then again from the winner, until
 nothing wins. A candidate is run only if it compiles clean, timed only if its results are those of the choice in force,
 and wins only beyond the spread. Choices that beat the one in force go to a file of your own ($MAR_FAST_CONFIGS, or
 mar_fast/overrides.json in your configuration folder), each as soon as it is known: Ctrl-C keeps what has been measured.
@@ -28,7 +28,7 @@ from mar_fast.kernels.jit.compile_check import Code, check_all, code
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
 from mar_fast.timing import Spread
 
-from .kernel_calls import PASSES, calls, launched, launches
+from .matrix import PASSES, calls, launched, launches
 from .op_cases import Operands
 from .suites import kernels as suite
 

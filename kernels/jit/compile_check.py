@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -161,9 +160,9 @@ def count(pattern: str, text: str) -> int:
 
 
 def _float32_products(stage: str) -> tuple[list[str], int]:
-    """Precisions of the products of float32 in a stage of Triton's, and their multiply-adds.
+    """Precisions of the products of float32 in one of Triton's stages, and their multiply-adds.
 
-    The last stage says just before instructions by how many products the compiler makes one; it may cut it into several.
+    These are compared, not the numbers of products: the compiler may cut one into several.
     """
     found = FLOAT32_PRODUCT.findall(stage)
     return [precision for precision, *_ in found], sum(math.prod(map(int, sizes)) for _, *sizes in found)

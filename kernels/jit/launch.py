@@ -336,7 +336,7 @@ def _hooked() -> bool:
 
 
 def rows(x: Tensor) -> tuple[int, bool]:
-    """(stride, copied): values from one row of (..., D) to the next, and whether x must be copied to have one stride."""
+    """(stride, copied): values from one row of (..., D) to the next, and whether x must be copied to be so even."""
     columns = x.shape[-1]
     if columns != 1 and x.stride(-1) != 1:
         return columns, True

@@ -22,8 +22,8 @@ if device.INTERPRETING:
 import triton
 import triton.language as tl
 
-from mar_fast.bench import __main__, kernel_calls
-from mar_fast.bench.kernel_calls import calls, launched, launches
+from mar_fast.bench import __main__, matrix
+from mar_fast.bench.matrix import calls, launched, launches
 from mar_fast.kernels.jit import attention, attention_backward, compile_check
 from mar_fast.kernels.jit.compile_check import STRICT, TARGETS, check, check_all, code, recorded
 from mar_fast.kernels.jit.launch import Choice, Launch, LaunchConfig, forced
@@ -206,14 +206,14 @@ def test_loads_as_disassembled():
 def twins(monkeypatch):
     """Only bias_gelu in bfloat16, twice."""
     name, first = next(iter(calls("meta").items()))
-    monkeypatch.setattr(kernel_calls, "calls", lambda device: {name: first, "its twin": first})
+    monkeypatch.setattr(matrix, "calls", lambda device: {name: first, "its twin": first})
 
 
 def test_command(twins, capsys):
     """A table and its faults, exit code 1; names that are not known. The same launch is compiled once."""
     entries = launched(code, ["sm_90"], ["bias_gelu"])
     assert [told.kernel for told in entries] == ["bias_gelu_forward", "bias_gelu_backward", "sum_parts"]
-    assert all(made_by == [*kernel_calls.calls("meta")] for made_by in entries.values())
+    assert all(made_by == [*matrix.calls("meta")] for made_by in entries.values())
     arguments = ["matrix", "--target", "sm_90", "--kernel", "bias_gelu_forward", "--jobs", "0"]
     assert __main__.main(arguments) == 0
     line = r"bias_gelu_forward +sm_90 +16 x 256, 4 warps, 1 stages +registers .*bias_gelu, 32 clips"
