@@ -391,6 +391,6 @@ def precision(operand: Tensor) -> str:
     return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
 
 
-def block(extent: int, least: int = 1) -> int:
-    """The power of two that holds ``extent``, at least ``least``."""
-    return max(least, triton.next_power_of_2(extent))
+def block(extent: int) -> int:
+    """The power of two that holds ``extent``."""
+    return max(1, triton.next_power_of_2(extent))
