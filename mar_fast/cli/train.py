@@ -100,8 +100,8 @@ def train(
 def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) -> None:
     from ..train import show
 
-    flops = show.product_rate(machine.device(), show.DTYPES[recipe.optimizer.precision])
-    common.show(show.describe(recipe, videos, processes, clips, shards=processes if recipe.shard else 1, flops=flops))
+    flops = show.product_rate(machine.device(), machine.DTYPES[recipe.optimizer.precision])
+    common.show(show.describe(recipe, videos, processes, clips, flops=flops))
     picture = out.absolute().with_name(f"{out.absolute().name}.schedule.png")
     show.draw_schedule(recipe, videos, picture)
     common.show(f"Written: {picture}")

@@ -13,9 +13,9 @@ from ..data.annotations import Sample
 from ..data.video import open_film
 from ..eval import accuracy
 from ..kernels import checks
-from .curves import draw_curves
 from .dataset import ClipDataset, Videos
 from .distributed import World
+from .log import draw_curves
 from .loop import Result, Run
 from .optim import accumulation
 from .recipe import Recipe

@@ -107,7 +107,7 @@ class Run:
         # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
         torch.ones(8, device=world.device).sqrt()
         called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
-        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe, recipe.data.batch))
+        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
         self.stepper = Stepper(model, called, optimizer, recipe, world)
         self.mixing = Mixing(recipe.augment, self.config)
         common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "processes": world.size}
@@ -174,7 +174,7 @@ class Run:
         self.sampler.set_epoch(epoch, self.done - epoch * per_epoch)
         read = batches(self.loader)
         while self.done < (epoch + 1) * per_epoch and not self.stopped:
-            lr = learning_rate(self.recipe, self.done, per_epoch, self.recipe.data.batch)
+            lr = learning_rate(self.recipe, self.done, per_epoch)
             step = _Step(self.done + 1, (self.done + 1) / per_epoch, lr)
             told = self.stepper.step(self._inputs(read, step), self.accumulate, lr)
             told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), self._overdue()])))
