@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -121,3 +121,18 @@ def last_only(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     if hasattr(model, "set_requires_gradient_sync"):
         cast("FSDPModule", model).set_requires_gradient_sync(last)
     return nullcontext()
+
+
+def to_host(values: Tensor) -> Callable[[], list[float]]:
+    """A function that waits for ``values`` and returns them; until then the device goes on."""
+    if values.device.type == "cpu":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def wait() -> list[float]:
+        ready.synchronize()
+        return copy.tolist()
+
+    return wait

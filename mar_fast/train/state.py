@@ -62,12 +62,8 @@ class Checkpoints:
         Raises:
             OSError: it cannot be written; older checkpoints are untouched.
         """
-        plain = {
-            "format": FORMAT,
-            "settings": dict(self.settings),
-            "extra": dict(extra),
-            "scaler": parts.scaler_state(),
-        }
+        plain = {"format": FORMAT, "settings": dict(self.settings), "extra": dict(extra)}
+        plain["scaler"] = parts.scaler.state_dict()
         if parts.sharded:
             # The shares first, in a folder of their own; the small file that names it makes the checkpoint whole.
             shares = self.folder / f"shares-{step:08d}"
@@ -183,24 +179,17 @@ class Parts:
         """Whether parameters are spread over the processes."""
         return isinstance(next(self.model.parameters()), DTensor)
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
     def state(self) -> dict[str, Any]:
         """Everything but the scaler, by names."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "average": dict(self.average)}
 
-    def scaler_state(self) -> dict[str, Any]:
-        """The scaler's numbers."""
-        return self.scaler.state_dict()
-
     def load(self, state: Mapping[str, Any], scaler: dict[str, Any]) -> None:
         """Put a state back; a moving average that it does not have begins with the weights."""
-        rates = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        groups = self.optimizer.param_groups
+        rates = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        for group, own in zip(self._groups, rates, strict=True):
+        for group, own in zip(self.optimizer.param_groups, rates, strict=True):
             group.update(own)  # those of the recipe, which may be another one
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

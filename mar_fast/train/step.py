@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import MAR, TokenMask
+from .. import MAR, TokenMask, machine
 from ..model import MAROutput, mar_loss
 from .distributed import World, last_only
 from .master_weights import MasterWeights
 from .optim import set_lr
 from .recipe import Recipe
 from .state import Parts
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Stepper:
         self.parts = Parts(model, optimizer, scaler, average)
         self._parameters: list[Tensor] = [named[name] for name in average]
         self._trained = [p for p in named.values() if p.requires_grad]
-        self._autocast = DTYPES.get(precision)
+        self._autocast = None if precision == "fp32" else machine.DTYPES[precision]
         self._weights = MasterWeights(model, self._autocast)
 
     def step(self, inputs: Iterator[Inputs], count: int, lr: float) -> Tensor:
@@ -98,17 +96,19 @@ class Stepper:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the model has the moving average of its weights, if there is one."""
-        average = list(self.parts.average.values())
-        own = [p.detach().clone() for p in self._parameters]
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, average, strict=True):
-                parameter.copy_(value)
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, own, strict=True):
-                    parameter.copy_(value)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange weights and their moving average."""
+        for parameter, value in zip(self._parameters, self.parts.average.values(), strict=True):
+            own = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(own)
 
 
 def objective(out: MAROutput, target: Tensor | None, recipe: Recipe) -> Tensor:
