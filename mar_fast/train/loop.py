@@ -172,7 +172,9 @@ class Run:
             lr = learning_rate(self.recipe, self.done, per_epoch)
             step = _Step(self.done + 1, (self.done + 1) / per_epoch, lr)
             told = self.stepper.step(self._inputs(read, step), self.accumulate, lr)
-            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), self._overdue()])))
+            # Rank 0 says when it is time for a checkpoint within the epoch.
+            due = self.world.main and 0 < 60 * self.recipe.checkpoint_minutes < time.monotonic() - self._saved
+            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), due])))
             step.told = to_host(self.world.sum(told))
             self.done += 1
             self._settle()  # the step before, so that the device always has work
@@ -182,11 +184,6 @@ class Run:
             if self.due and self.done < (epoch + 1) * per_epoch:
                 self._save()
         self._settle()
-
-    def _overdue(self) -> bool:
-        """Whether rank 0 wants a checkpoint within the epoch."""
-        minutes = self.recipe.checkpoint_minutes
-        return self.world.main and minutes > 0 and time.monotonic() - self._saved > 60 * minutes
 
     def _inputs(self, read: Iterator[Batch], step: "_Step") -> Iterator[Inputs]:
         """The micro-batches of a step, on the device, masked and mixed."""
