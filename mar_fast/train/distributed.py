@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import MAR, machine
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 # Rank 0 alone runs the multi-view test, and the others wait for it.
 TIMEOUT = timedelta(hours=12)
@@ -102,8 +100,6 @@ def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module
     if not shard:
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    from torch.distributed.fsdp import fully_shard
-
     # Blocks give views, which nothing here writes into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (model.encoder, model.decoder, model.classifier):
@@ -118,8 +114,8 @@ def last_only(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Within it gradients are summed over the processes only in the ``last`` micro-batch of a step."""
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if last else model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):
-        cast("FSDPModule", model).set_requires_gradient_sync(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     return nullcontext()
 
 

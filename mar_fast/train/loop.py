@@ -129,7 +129,7 @@ class Run:
             FileNotFoundError: there is none.
             ValueError: it is one of a run with other settings, or damaged.
         """
-        self.done, extra = self.checkpoints.load(self.stepper.parts, allow_changes=allow_changes)
+        self.done, extra = self.checkpoints.load(self.stepper, allow_changes=allow_changes)
         if self.done > self.steps:
             raise checks.bad("--resume", f"a run after step {self.done}", f"{self.steps} steps or fewer, as asked now")
         self.best, self.broken.errors = extra["best"], extra["broken"]
@@ -161,7 +161,7 @@ class Run:
             if self.done == self.steps:
                 self.stopped = False
                 with self.stepper.averaged():
-                    export(self.stepper.parts.model, self.out / "last.safetensors", self.world)
+                    export(self.stepper.model, self.out / "last.safetensors", self.world)
         return Result(self.done, self.best, self.broken.errors, self.stopped)
 
     def _epoch(self, epoch: int, asked: list[int]) -> None:
@@ -232,8 +232,8 @@ class Run:
             row["reconstruction"] = reconstruction
         if self.recipe.optimizer.clip_grad:
             row["norm"] = norm
-        if self.stepper.parts.scaler.is_enabled():
-            row["scale"] = self.stepper.parts.scaler.get_scale()
+        if self.stepper.scaler.is_enabled():
+            row["scale"] = self.stepper.scaler.get_scale()
         row |= {"clips_per_second": step.clips * self.world.size / seconds, "waiting": min(step.waited / seconds, 1.0)}
         self._say(row)
         self.stopped, self.due = asked > 0, due > 0
@@ -250,7 +250,7 @@ class Run:
             score = found.get("top1", -found["loss"])
             if not self.best or score > self.best.get("top1", -self.best["loss"]):
                 self.best = {"epoch": epoch, **found}
-                export(self.stepper.parts.model, self.out / "best.safetensors", self.world)
+                export(self.stepper.model, self.out / "best.safetensors", self.world)
         self._say({"step": self.done, "epoch": epoch, "validation": found, "best": self.best})
 
     def _measure(self) -> dict[str, float]:
@@ -283,7 +283,7 @@ class Run:
         self._settle()  # no checkpoint of weights that are not finite
         self._saved, self.due = time.monotonic(), False
         extra = {"best": self.best, "broken": self.broken.errors}
-        self.checkpoints.save(self.done, self.stepper.parts, extra, self.world)
+        self.checkpoints.save(self.done, self.stepper, extra, self.world)
 
 
 @dataclass

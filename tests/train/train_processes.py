@@ -23,27 +23,27 @@ def step(case, shard, out, micro_batches=2):
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: gradients.__setitem__(name, p.grad))
         firsts = [(number * here.size + here.rank) * size for number in range(micro_batches)]
-        real, kept = stepper.parts.optimizer.step, {}
+        real, kept = stepper.optimizer.step, {}
 
         def seen(*args, **options):
             kept.update({name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None})
             return real(*args, **options)
 
-        stepper.parts.optimizer.step = seen
+        stepper.optimizer.step = seen
         told = stepper.step(iter([rows(inputs, first, first + size) for first in firsts]), micro_batches, LR)
         weights = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
         # Saved, changed, and put back: the same bits, each process its share.
         checkpoints = Checkpoints(out / "checkpoints", 2, {"world": here.size})
-        checkpoints.save(1, stepper.parts, {"best": {}}, here)
+        checkpoints.save(1, stepper, {"best": {}}, here)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        assert checkpoints.load(stepper.parts) == (1, {"best": {}})
+        assert checkpoints.load(stepper) == (1, {"best": {}})
         assert all(torch.equal(whole(p), weights[name]) for name, p in model.named_parameters())
         with torch.no_grad():  # a validation: no backward pass follows
             one = rows(inputs, 0, 1)
             called.eval()(one.video, one.mask)
-        assert stepper.parts.sharded == shard
+        assert stepper.sharded == shard
         export(model, out / "model.safetensors", here)
         told = here.sum(told / here.size)
         if here.main:
