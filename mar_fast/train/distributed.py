@@ -19,6 +19,9 @@ from .. import MAR, machine
 
 # Rank 0 alone runs the multi-view test, and the others wait for it.
 TIMEOUT = timedelta(hours=12)
+# Kept to the end of the process: a gloo group that is freed while one of its threads still frees the last sum waits for
+# that thread, which waits for Python's lock, and so for ever.
+_groups: list[dist.ProcessGroup | None] = []
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def world(device: str = "auto") -> Iterator[World]:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _groups.append(dist.group.WORLD)
     yield World(dist.get_rank(), size, chosen)
     dist.destroy_process_group()  # not after an error: other processes may be waiting within a sum
 
