@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import machine
-from ..data import read_annotations, read_labels
 from ..kernels import checks
 from . import common, options
-from .evaluate import Format
 
 if TYPE_CHECKING:
     from ..data.annotations import Sample
@@ -49,9 +47,9 @@ def train(
     demo: Annotated[bool, typer.Option("--demo", help="Camera motions over real films, in minutes on a CPU.")] = False,
     clips: Annotated[int, typer.Option(min=1, help="Clips that a process takes at a time, at most.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read, for each process that trains.")] = 2,
-    form: Annotated[Format, typer.Option("--format", help="Of the lists; auto tells.")] = "auto",
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, for lists that name them.")] = None,
-    split: Annotated[int, typer.Option(min=1, help="Of HMDB51.")] = 1,
+    form: options.ListFormat = "auto",
+    labels: options.ListLabels = None,
+    split: options.Split = 1,
     device: options.DeviceOption = common.Device.auto,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the log for it as well.")] = False,
 ) -> None:
@@ -67,14 +65,9 @@ def train(
     if recipe is None and not demo:
         raise checks.bad("--recipe", "none", f"one of {', '.join(training.list_recipes())}, or a TOML file")
     chosen = training.read_recipe(DEMO if recipe is None else recipe, given or ())
-    names = None if labels is None else read_labels(labels)
-
-    def read(path: Path | None) -> "tuple[Sample, ...]":
-        if path is None:
-            return ()
-        return read_annotations(path, root=root, labels=names, format=form, split=split).samples
-
-    listed, checked = read(videos), read(val)
+    listed, checked = (
+        () if path is None else options.read_list(path, root, form, labels, split).samples for path in (videos, val)
+    )
     if show:
         _show(chosen, len(listed) or num_videos, processes, clips, out)
         return
