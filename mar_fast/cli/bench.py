@@ -22,9 +22,7 @@ def bench(
         typer.Argument(metavar="[SUITE]...", help="Names from below, or all. With --report: record files, or folders."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few and small cases, a few rounds.")] = False,
-    size: Annotated[
-        list[Size] | None, typer.Option(help="Of the ViT; repeatable. Usual: base, on a GPU large too.")
-    ] = None,
+    size: Annotated[list[Size] | None, typer.Option(help="ViT; repeatable. Usual: base, on a GPU large too.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Clips a call; repeatable.")] = None,
     dtype: options.DtypeOption = Dtype.auto,
     device: options.DeviceOption = Device.auto,
@@ -45,9 +43,7 @@ def bench(
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Run nothing: what changed from records A to B.")
     ] = None,
     allow_other_device: Annotated[bool, typer.Option(help="With --compare: also runs of different devices.")] = False,
-    fail_on_regression: Annotated[
-        bool, typer.Option(help="With --compare: exit code 1 if something got worse.")
-    ] = False,
+    fail_on_regression: Annotated[bool, typer.Option(help="With --compare: exit code 1 if one got worse.")] = False,
 ) -> None:
     """Measure: every way to do a workload in turn, each checked against float64 before it is timed.
 

@@ -26,25 +26,19 @@ def extract(
         list[Path] | None, typer.Argument(metavar="[VIDEO]...", help="Video files, or folders of pictures.")
     ] = None,
     listed: Annotated[Path | None, typer.Option("--list", help="A list of videos, with or without labels.")] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the videos, which --out mirrors. Default: that of the list.")
-    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that --out mirrors. Default: that of the list.")] = None,
     form: options.ListFormat = "auto",
     labels: options.ListLabels = None,
     out: Annotated[Path, typer.Option(help="Folder for the features; a second run continues there.")] = Path(
         "features"
     ),
-    window: Annotated[
-        int | None, typer.Option(min=1, help="Frames of a window. Default: as the checkpoint's clips have.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Frames of a window. Default: the checkpoint's.")] = None,
     stride: Annotated[int, typer.Option(min=1, help="Frames from the start of a window to that of the next.")] = 4,
     frame_stride: Annotated[int, typer.Option(min=1, help="Frames from one to the next within a window.")] = 4,
     fps: Annotated[
         float | None, typer.Option(help=f"Count frames at this rate, up to {MOST_FPS}, and not those of the file.")
     ] = None,
-    tail: Annotated[
-        Tail, typer.Option(help="Of an end that is no whole window: repeat the last frame, or drop it.")
-    ] = "repeat",
+    tail: Annotated[Tail, typer.Option(help="An end short of a window: repeat the last frame, or drop it.")] = "repeat",
     layer: Annotated[
         list[int] | None, typer.Option(help="Features after this block, 1 to the depth; repeatable. Default: the last.")
     ] = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 import mar_fast
 
 from .. import MAR, MARConfig, machine
-from ..data import read_annotations, read_clip, read_labels, read_views
+from ..data import read_annotations, read_labels, read_views
 from ..data.annotations import Annotations
 from ..data.video import Sampling, Short
 from ..kernels import checks
@@ -49,9 +49,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Videos that are read at a tim
 SamplingOption = Annotated[Sampling, typer.Option(help="stride: every n-th frame; uniform: over the whole video.")]
 Stride = Annotated[int, typer.Option(min=1, help="Step between the frames of a clip, in frames of the file.")]
 ShortOption = Annotated[Short, typer.Option(help="A video with too few frames: an error, or repeat its last frame.")]
-Labels = Annotated[
-    Path | None, typer.Option(help="Names of the classes: one a line, or JSON. Default: the checkpoint's own.")
-]
+Labels = Annotated[Path | None, typer.Option(help="Class names: one a line, or JSON. Default: the checkpoint's own.")]
 Keep = Annotated[float | None, typer.Option(help="Share of visible patches. Default: as the checkpoint says.")]
 Batch = Annotated[int, typer.Option(min=1, help="Views in a forward pass, at most.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Of weights and activations.")]
@@ -196,8 +194,3 @@ def view_reader(
     clips, crops = map(int, found.groups())
     how: dict[str, Any] = dict(clips=clips, crops=crops, sampling=sampling, stride=stride, short=short)
     return lambda path: read_views(path, config.num_frames, size=config.image_size, **how)
-
-
-def clip_for(path: Path, config: MARConfig, stride: int) -> Tensor:
-    """One clip (C, T, H, W) of the size that a model takes, from the middle of a file."""
-    return read_clip(path, config.num_frames, size=config.image_size, stride=stride)

@@ -25,9 +25,7 @@ SECONDS = 60  # from one line of progress to the next, in a file or a pipe, wher
 
 
 def train(
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name, or a TOML file. --recipe list lists them.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Its name, or a TOML file. --recipe list lists them.")] = None,
     videos: Annotated[Path | None, typer.Option("--train", help="The list of videos to train on.")] = None,
     val: Annotated[Path | None, typer.Option(help="The list of videos to validate and test on.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the videos. Default: that of each list.")] = None,
