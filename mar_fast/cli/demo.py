@@ -42,6 +42,8 @@ def demo(
     common.write_json(content, written[0])
     if result.correct:
         savings_plot.draw(result, video, written[1])
+    else:
+        written[1].unlink(missing_ok=True)  # of an earlier run, and so not of these results
     if as_json:
         common.print_json(content)
     else:
