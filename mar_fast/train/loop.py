@@ -59,19 +59,12 @@ class Result:
 
 
 class Run:
-    """A run in this process, one of ``world.size``.
+    """A run in this process, one of ``world.size``; arguments that are not here are those of `fit`.
 
     Args:
-        recipe: What to do.
         model: On the device of this process; it is trained in place.
-        videos: To train on.
-        validation: Videos to validate on; None for no validation.
-        out: The run's folder: checkpoints/, log.jsonl, best.safetensors, last.safetensors.
-        world: All processes.
         accumulate: Micro-batches a step.
-        workers: Processes that read for this one.
         settings: What else must be the same when the run is resumed, such as a fingerprint of the list.
-        on_row: Told each row of the log, in rank 0.
 
     Raises:
         ValueError: too few videos for a step, or a batch that cannot be shared out.

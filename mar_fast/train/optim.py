@@ -134,10 +134,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 def accumulation(recipe: Recipe, processes: int, clips_per_process: int) -> int:
     """How many micro-batches make a step of the recipe's batch: as few as fit, of equal size, of whole videos.
 
-    Args:
-        recipe: With ``data.batch`` videos a step and ``data.repeats`` clips of each.
-        processes: That share the batch equally.
-        clips_per_process: As many clips as a process takes at a time.
+    ``processes`` share the batch equally, and each takes ``clips_per_process`` clips at a time, at most.
 
     Raises:
         ValueError: the batch cannot be shared equally, or the clips of one video are too many.

@@ -158,11 +158,6 @@ def steps_per_epoch(recipe: Recipe, videos: int) -> int:
 def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
     """A PNG of the learning rates of the run: of the head, of a block in the middle and of the patch embedding.
 
-    Args:
-        recipe: With its own batch.
-        videos: In the list to train on.
-        path: The file.
-
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
