@@ -90,7 +90,7 @@ def random_resized_crop(
     """A crop of random area and aspect, anywhere in a picture (Inception, arXiv 1409.4842).
 
     ``scale`` has the least and the greatest share of the area, ``aspect`` the least and the greatest width / height,
-    even on a logarithmic scale. Where none of 10 crops fits, it is the largest one in the middle with an aspect allowed.
+    even on a logarithmic scale. Where none of 10 crops fits, it is the largest in the middle with an aspect allowed.
     """
     for _ in range(CROP_TRIES):
         area = rng.uniform(scale[0], scale[1]) * height * width

@@ -5,6 +5,7 @@ What moves is known, so that a model can learn it from scratch in minutes; what 
 
 import math
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,7 @@ class Motions(Videos):
         return Item(clip.numpy()[None], label, key.video_index, [NO_BOX], key.counts, [])
 
 
+@cache
 def _frames(path: Path) -> list[Tensor]:
     """(C, H, W) uint8 each, every second frame of a film."""
     if not path.is_file():
