@@ -52,8 +52,8 @@ for command in (classify, train, extract, export, tradeoff, visualize, cost):
 checkpoint = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Look into checkpoint files, convert and compare them."
 )
-for command in (inspect, convert, verify):
-    checkpoint.command()(command)
+for tool in (inspect, convert, verify):
+    checkpoint.command()(tool)
 app.add_typer(checkpoint, name="checkpoint")
 
 
