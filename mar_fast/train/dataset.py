@@ -34,43 +34,25 @@ class Broken(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Clips of one video.
+    """Clips of one video."""
 
-    Attributes:
-        video: (repeats, T, H, W, C) uint8.
-        label: Of the list.
-        video_index: Of the video read, in the order of the list.
-        boxes: (repeats, 4), what is erased.
-        counts: Whether it is to be counted in a validation.
-        broken: Videos that should have been read, and could not be.
-    """
-
-    video: Image
+    video: Image  # (repeats, T, H, W, C) uint8
     label: int
-    video_index: int
-    boxes: list[Box]
-    counts: bool
-    broken: list[Broken]
+    video_index: int  # of the video read, in the order of the list
+    boxes: list[Box]  # one for each clip: what is erased
+    counts: bool  # whether it is to be counted in a validation
+    broken: list[Broken]  # videos that should have been read, and could not be
 
 
 class Batch(NamedTuple):
-    """Items joined, the clips of a video side by side; B = videos x repeats.
+    """Items joined, the clips of a video side by side; B = videos x repeats."""
 
-    Attributes:
-        video: (B, C, T, H, W) uint8, a view of channels-last memory.
-        labels: (B,) int64.
-        video_index: (B,) int64, those of the videos read.
-        boxes: (B, 4) int64: top, left, height, width; `Mixing` erases them.
-        counts: (B,) bool.
-        broken: Of all items.
-    """
-
-    video: Tensor
-    labels: Tensor
-    video_index: Tensor
-    boxes: Tensor
-    counts: Tensor
-    broken: list[Broken]
+    video: Tensor  # (B, C, T, H, W) uint8, a view of channels-last memory
+    labels: Tensor  # (B,) int64
+    video_index: Tensor  # (B,) int64, those of the videos read
+    boxes: Tensor  # (B, 4) int64: top, left, height, width; `Mixing` erases them
+    counts: Tensor  # (B,) bool
+    broken: list[Broken]  # of all items
 
 
 class Videos(Dataset[Item]):

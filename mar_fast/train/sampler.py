@@ -10,17 +10,11 @@ from ..kernels import checks
 
 
 class Key(NamedTuple):
-    """What `ClipDataset` takes as an index.
+    """What `ClipDataset` takes as an index."""
 
-    Attributes:
-        video_index: The video, in the order of the list.
-        epoch: Its draws differ from those of other epochs.
-        counts: False for one that only fills the last batch of a validation.
-    """
-
-    video_index: int
-    epoch: int = 0
-    counts: bool = True
+    video_index: int  # the video, in the order of the list
+    epoch: int = 0  # its draws differ from those of other epochs
+    counts: bool = True  # False for one that only fills the last batch of a validation
 
 
 class StepSampler(Sampler[list[Key]]):

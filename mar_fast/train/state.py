@@ -27,16 +27,11 @@ class Checkpoints:
     """The checkpoints of a run in its folder.
 
     They have no states of random numbers: each draw is made from the seed, the step, the rank and the micro-batch.
-
-    Attributes:
-        folder: Where they are.
-        keep: How many of the newest stay.
-        settings: What a run must have in common with one that it continues.
     """
 
     folder: Path
-    keep: int
-    settings: Mapping[str, Any]
+    keep: int  # how many of the newest stay
+    settings: Mapping[str, Any]  # what a run must have in common with one that it continues
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
