@@ -25,17 +25,10 @@ Factor = Annotated[float, "a number above 0, up to 1", lambda value: 0 < value <
 Positive = Annotated[float, "a number above 0", lambda value: value > 0]
 NotNegative = Annotated[float, "0 or more", lambda value: value >= 0]
 NotNegativeInt = Annotated[int, "0 or more", lambda value: value >= 0]
-Limits = Annotated[
-    tuple[float, ...],
-    "two numbers above 0, the smaller first",
-    lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1],
-]
-Shares = Annotated[
-    tuple[float, ...], "numbers above 0, up to 1", lambda shares: shares and 0 < min(shares) <= max(shares) <= 1
-]
-Betas = Annotated[
-    tuple[float, ...], "two rates in [0, 1)", lambda betas: len(betas) == 2 and 0 <= min(betas) <= max(betas) < 1
-]
+Numbers = tuple[float, ...]
+Pair = Annotated[Numbers, "two numbers above 0, the smaller first", lambda two: len(two) == 2 and 0 < two[0] <= two[1]]
+Shares = Annotated[Numbers, "numbers above 0, up to 1", lambda found: found and 0 < min(found) <= max(found) <= 1]
+Rates = Annotated[Numbers, "two rates in [0, 1)", lambda two: len(two) == 2 and 0 <= min(two) <= max(two) < 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +78,12 @@ class Augment:
     crop: Literal["random_resized", "multi_scale", "center"] = "random_resized"
     scale: Shares = (0.08, 1.0)
     """Of random_resized: least and greatest area. Of multi_scale: the shares of the short side to choose from."""
-    aspect: Limits = (0.75, 4 / 3)
+    aspect: Pair = (0.75, 4 / 3)
     """Least and greatest width / height; only for random_resized."""
     flip: Share = 0.5
     erase: Share = 0.0
     """Probability of random erasing."""
-    erase_area: Limits = (0.02, 1 / 3)
+    erase_area: Pair = (0.02, 1 / 3)
     erase_aspect: Factor = 0.3
     mixup: NotNegative = 0.0
     """Alpha of mixup's beta distribution."""
@@ -109,7 +102,7 @@ class Optimizer:
     lr: Positive = 1e-3
     lr_batch: NotNegativeInt = 0
     """0: lr is absolute. Else lr, min_lr and warmup_lr are for this many videos a step and grow with the batch."""
-    betas: Betas = (0.9, 0.999)
+    betas: Rates = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.05
     """Of matrices; 0 for biases, norms and the mask token."""
@@ -362,12 +355,10 @@ def _check(recipe: Recipe) -> None:
             check_cell(config.cell, config.grid)
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if str(error).startswith("model") else f"model.{error}") from error
-    for name, kind, ratio in (
-        ("mask.ratio", mask.kind, mask.ratio),
-        ("mask.decoder_ratio", mask.decoder, mask.decoder_ratio),
-    ):
-        if kind == "cell_running":
-            masked_slots(name, ratio, config.cell)
+    if mask.kind == "cell_running":
+        masked_slots("mask.ratio", mask.ratio, config.cell)
+    if mask.decoder == "cell_running":
+        masked_slots("mask.decoder_ratio", mask.decoder_ratio, config.cell)
     decodes, classifies = config.decoder_depth > 0, config.classifier is not None
     need("model.mask_ratio", mask.kind != "none" or not config.mask_ratio, "0 with mask.kind = 'none'")
     need("mask.decoder", mask.decoder == "dropped" or decodes, "'dropped': this model has no decoder")
