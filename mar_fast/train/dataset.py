@@ -186,14 +186,9 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class BrokenVideos:
-    """The broken videos of a run so far.
+    """The broken videos of a run so far, of ``videos`` in the list; the share ``allowed`` of these may be broken.
 
-    Args:
-        videos: Of the list.
-        allowed: Share of them that may be broken.
-
-    Attributes:
-        errors: From path to error; to be kept in checkpoints.
+    ``errors``, from path to error, is to be kept in checkpoints.
     """
 
     def __init__(self, videos: int, allowed: float) -> None:
