@@ -47,20 +47,14 @@ app = typer.Typer(
 app.command()(demo)
 app.command(epilog=f"Suites:\n\n{SUITE_LIST}")(bench)
 app.command("eval")(evaluate)
-app.command()(classify)
-app.command()(train)
-app.command()(extract)
-app.command()(export)
-app.command()(tradeoff)
-app.command()(visualize)
+for command in (classify, train, extract, export, tradeoff, visualize, cost):
+    app.command()(command)
 checkpoint = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Look into checkpoint files, convert and compare them."
 )
-checkpoint.command()(inspect)
-checkpoint.command()(convert)
-checkpoint.command()(verify)
+for tool in (inspect, convert, verify):
+    checkpoint.command()(tool)
 app.add_typer(checkpoint, name="checkpoint")
-app.command()(cost)
 
 
 def _version(wanted: bool) -> None:
@@ -71,9 +65,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     pass
 

@@ -10,7 +10,8 @@ from ..bench import harness, records
 from ..bench import report as page
 from ..bench.compare import compare as compared
 from ..bench.suites import SUITES
-from .common import CHECK_FAILED, INTERRUPTED, Device, Dtype, Size, errors, progress, results
+from . import options
+from .common import CHECK_FAILED, INTERRUPTED, Device, Dtype, Size, errors, progress, show
 
 SUITE_LIST = "\n\n".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
 
@@ -21,19 +22,17 @@ def bench(
         typer.Argument(metavar="[SUITE]...", help="Names from below, or all. With --report: record files, or folders."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few and small cases, a few rounds.")] = False,
-    size: Annotated[
-        list[Size] | None, typer.Option(help="Of the ViT; repeatable. Usual: base, on a GPU large too.")
-    ] = None,
+    size: Annotated[list[Size] | None, typer.Option(help="ViT; repeatable. Usual: base, on a GPU large too.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Clips a call; repeatable.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where its matrix products are clearly faster.")] = Dtype.auto,
-    device: Annotated[Device, typer.Option(help="auto: the GPU, where there is one.")] = Device.auto,
+    dtype: options.DtypeOption = Dtype.auto,
+    device: options.DeviceOption = Device.auto,
     seconds: Annotated[float | None, typer.Option(help="For the timed rounds of a case.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU; usually as many as PyTorch chooses.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A video file for the pipeline; else a short real clip.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The records, as JSON lines (bench.jsonl); the report's folder (bench-report).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: options.Force = False,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing: tables and pictures of the records given in place of suites.")
     ] = False,
@@ -44,9 +43,7 @@ def bench(
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Run nothing: what changed from records A to B.")
     ] = None,
     allow_other_device: Annotated[bool, typer.Option(help="With --compare: also runs of different devices.")] = False,
-    fail_on_regression: Annotated[
-        bool, typer.Option(help="With --compare: exit code 1 if something got worse.")
-    ] = False,
+    fail_on_regression: Annotated[bool, typer.Option(help="With --compare: exit code 1 if one got worse.")] = False,
 ) -> None:
     """Measure: every way to do a workload in turn, each checked against float64 before it is timed.
 
@@ -63,7 +60,7 @@ def bench(
         raise ValueError("--baseline: got it without --report, expected both")
     if compare is not None:
         found = compared(*(records.load([path]) for path in compare), allow_other_device=allow_other_device)
-        _say(str(found))
+        show(str(found))
         raise typer.Exit(CHECK_FAILED if fail_on_regression and found.regressed else 0)
     if report:
         _report([Path(name) for name in suites or ()], out or Path("bench-report"), force, baseline)
@@ -75,7 +72,7 @@ def bench(
     try:
         with machine.threads(threads), progress() as step:
             step("measuring this machine's ceilings", 0.0)
-            options, reason, rates = harness.options_for(
+            chosen, reason, rates = harness.options_for(
                 device=device,
                 dtype=dtype,
                 sizes=[str(one) for one in size or ()],
@@ -84,14 +81,14 @@ def bench(
                 seconds=seconds,
                 clip=clip,
             )
-            _say(f"dtype: {reason}")
-            harness.run(names, options, rates, out=out, say=_say, on_step=step, into=done)
+            show(f"dtype: {reason}")
+            harness.run(names, chosen, rates, out=out, say=show, on_step=step, into=done)
     except KeyboardInterrupt:
         if not done:
             raise
         errors.print(f"interrupted: {out} has the {len(done)} records made so far")
         raise typer.Exit(INTERRUPTED) from None
-    _say(f"Written: {out}, {len(done)} records; mar-fast bench --report {out} makes tables and pictures of them")
+    show(f"Written: {out}, {len(done)} records; mar-fast bench --report {out} makes tables and pictures of them")
     wrong = harness.failures(done)
     if wrong:
         errors.print(f"error: in {wrong} cases a result of ours is wrong or did not run; it has no speed", style="red")
@@ -104,8 +101,4 @@ def _report(paths: list[Path], out: Path, force: bool, baseline: str | None) -> 
     found = records.load(paths)
     with progress() as step:
         written = page.write(found, out, force=force, baseline=baseline, on_step=step)
-    _say(f"{len(found)} records, {len(written) - 1} pictures\nWritten: {written[0]}")
-
-
-def _say(text: str) -> None:
-    results.print(text, highlight=False, markup=False, soft_wrap=True)
+    show(f"{len(found)} records, {len(written) - 1} pictures\nWritten: {written[0]}")

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..files import write_whole
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+SHOWN_ERRORS = 5
 
 # Results go to stdout, everything else to stderr, so that --json can be piped.
 results, errors = Console(), Console(stderr=True)
@@ -42,6 +43,14 @@ def tell(text: str, style: str | None = None) -> None:
 def show_error(text: object) -> None:
     """Print an error on stderr."""
     tell(f"error: {text}", style="red")
+
+
+def show_broken(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Print why the first videos could not be read, and the file that says it of all."""
+    for row in rows[:SHOWN_ERRORS]:
+        show_error(f"{row['video']}: {row['error']}")
+    if len(rows) > SHOWN_ERRORS:
+        tell(f"and {len(rows) - SHOWN_ERRORS} more, all in {file}")
 
 
 class _ToErrors(logging.Handler):

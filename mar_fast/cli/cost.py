@@ -18,9 +18,7 @@ def cost(
     classes: Annotated[int, typer.Option(help="Output classes.")] = 174,
     batch: Annotated[int, typer.Option(help="Clips.")] = 1,
     training: Annotated[bool, typer.Option("--training", help="Forward with pixel decoder, and backward.")] = False,
-    peak_tflops: Annotated[
-        float | None, typer.Option(help="Peak rate of a device, TFLOP/s: gives a time floor.")
-    ] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Peak rate of a device, TFLOP/s: for a time floor.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Its memory bandwidth, GB/s.")] = None,
     as_json: options.Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .. import files, machine
-from ..data import sample_clip
+from ..data import read_clip, sample_clip
 from ..eval import plot, savings, savings_plot
 from ..eval.measured import FP32_TOLERANCE
 from . import common, options
@@ -32,7 +32,8 @@ def demo(
     files.may_write(written, force)
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
     path = clip if clip is not None else sample_clip()
-    video = options.clip_for(path, savings.model_config(model, "dense"), stride)
+    config = savings.model_config(model, "dense")
+    video = read_clip(path, config.num_frames, size=config.image_size, stride=stride)
     with common.progress() as step:
         result = savings.measure(
             model, video, batch=batch, device=machine.device(device), dtype=dtype, budget=seconds, on_step=step
@@ -41,6 +42,8 @@ def demo(
     common.write_json(content, written[0])
     if result.correct:
         savings_plot.draw(result, video, written[1])
+    else:
+        written[1].unlink(missing_ok=True)  # of an earlier run, and so not of these results
     if as_json:
         common.print_json(content)
     else:

@@ -2,30 +2,27 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from ..data import read_annotations, read_labels
 from ..data.annotations import FORMATS, check_samples
 from ..data.video import Sampling
 from ..eval import accuracy
 from ..kernels import checks
 from . import common, options
 
-Format = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "paths"]
 # The usual test of each data set: (clips x crops, sampling).
 USUAL: dict[str, tuple[str, Sampling]] = {"ssv2": ("2x3", "uniform")}
-SHOWN_ERRORS = 5
 
 
 def evaluate(
     videos: Annotated[Path, typer.Argument(metavar="LIST", help="The list of videos; for HMDB51 the split's folder.")],
     checkpoint: options.Checkpoint,
     root: Annotated[Path | None, typer.Option(help="Folder of the videos. Default: that of the list.")] = None,
-    form: Annotated[Format, typer.Option("--format", help="Of the list; auto tells and says which.")] = "auto",
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, for lists that name them.")] = None,
-    split: Annotated[int, typer.Option(min=1, help="Of HMDB51.")] = 1,
+    form: options.ListFormat = "auto",
+    labels: options.ListLabels = None,
+    split: options.Split = 1,
     views: Annotated[str | None, typer.Option(help="Clips x crops. Default: 5x3, for ssv2 2x3.")] = None,
     sampling: Annotated[
         Sampling | None, typer.Option(help="Default: stride (every n-th frame), for ssv2 uniform (over the video).")
@@ -36,20 +33,17 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="Results, a JSON line for each video; a second run continues the file.")
     ] = Path("results.jsonl"),
-    force: Annotated[bool, typer.Option("--force", help="Start anew, over results that exist.")] = False,
-    allow_broken: Annotated[
-        bool, typer.Option("--allow-broken", help="Exit code 0 although videos could not be read.")
-    ] = False,
+    force: options.Anew = False,
+    allow_broken: options.AllowBroken = False,
     batch: options.Batch = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Videos that are read at a time.")] = 2,
+    workers: options.Workers = 2,
     dtype: options.PrecisionOption = "fp32",
     quantize: options.QuantizeOption = None,
     device: options.DeviceOption = common.Device.auto,
     as_json: options.Json = False,
 ) -> None:
     """Measure the accuracy of a checkpoint over a list of videos."""
-    names = None if labels is None else read_labels(labels)
-    listed = read_annotations(videos, root=root, labels=names, format=form, split=split)
+    listed = options.read_list(videos, root, form, labels, split)
     count = len(listed.samples)
     usual_views, usual_sampling = USUAL.get(listed.format, ("5x3", "stride"))
     views, sampling = views or usual_views, sampling or usual_sampling
@@ -91,10 +85,7 @@ def evaluate(
     finally:
         journal.close()
     broken = [row for row in journal.rows.values() if "error" in row]
-    for row in broken[:SHOWN_ERRORS]:
-        common.show_error(f"{row['video']}: {row['error']}")
-    if len(broken) > SHOWN_ERRORS:
-        common.tell(f"and {len(broken) - SHOWN_ERRORS} more, all in {out}")
+    common.show_broken(broken, out)
     if as_json:
         common.print_json({**settings, "format": listed.format, **asdict(outcome), "results": str(out)})
     else:

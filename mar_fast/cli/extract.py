@@ -10,14 +10,12 @@ import typer
 import mar_fast
 
 from .. import machine
-from ..data import read_annotations, read_labels
 from ..data.windows import MOST_FPS, Sliding, Tail
 from ..eval import accuracy, feature_files
 from ..eval.extraction import Extractor
 from ..files import write_whole
 from ..kernels import checks
 from . import common, options
-from .evaluate import SHOWN_ERRORS, Format
 
 BROKEN = "broken.jsonl"
 
@@ -28,25 +26,19 @@ def extract(
         list[Path] | None, typer.Argument(metavar="[VIDEO]...", help="Video files, or folders of pictures.")
     ] = None,
     listed: Annotated[Path | None, typer.Option("--list", help="A list of videos, with or without labels.")] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the videos, which --out mirrors. Default: that of the list.")
-    ] = None,
-    form: Annotated[Format, typer.Option("--format", help="Of the list; auto tells and says which.")] = "auto",
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, for lists that name them.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that --out mirrors. Default: that of the list.")] = None,
+    form: options.ListFormat = "auto",
+    labels: options.ListLabels = None,
     out: Annotated[Path, typer.Option(help="Folder for the features; a second run continues there.")] = Path(
         "features"
     ),
-    window: Annotated[
-        int | None, typer.Option(min=1, help="Frames of a window. Default: as the checkpoint's clips have.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Frames of a window. Default: the checkpoint's.")] = None,
     stride: Annotated[int, typer.Option(min=1, help="Frames from the start of a window to that of the next.")] = 4,
     frame_stride: Annotated[int, typer.Option(min=1, help="Frames from one to the next within a window.")] = 4,
     fps: Annotated[
         float | None, typer.Option(help=f"Count frames at this rate, up to {MOST_FPS}, and not those of the file.")
     ] = None,
-    tail: Annotated[
-        Tail, typer.Option(help="Of an end that is no whole window: repeat the last frame, or drop it.")
-    ] = "repeat",
+    tail: Annotated[Tail, typer.Option(help="An end short of a window: repeat the last frame, or drop it.")] = "repeat",
     layer: Annotated[
         list[int] | None, typer.Option(help="Features after this block, 1 to the depth; repeatable. Default: the last.")
     ] = None,
@@ -56,12 +48,10 @@ def extract(
     ] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Features of every token, and not their mean.")] = False,
     npy: Annotated[bool, typer.Option("--npy", help="Write .npy and not .safetensors: one layer, pooled.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start anew, over results that exist.")] = False,
-    allow_broken: Annotated[
-        bool, typer.Option("--allow-broken", help="Exit code 0 although videos could not be read.")
-    ] = False,
+    force: options.Anew = False,
+    allow_broken: options.AllowBroken = False,
     batch: Annotated[int, typer.Option(min=1, help="Windows in a forward pass; always so many.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Videos that are read at a time.")] = 2,
+    workers: options.Workers = 2,
     dtype: Annotated[
         options.Precision | None, typer.Option(help="Of weights and activations. Default: bf16 on a GPU, else fp32.")
     ] = None,
@@ -109,14 +99,13 @@ def extract(
 
 
 def _chosen(
-    videos: list[Path], listed: Path | None, root: Path | None, form: Format, labels: Path | None
+    videos: list[Path], listed: Path | None, root: Path | None, form: options.Format, labels: Path | None
 ) -> tuple[list[Path], Path | None]:
     """The videos that are named or listed, and the folder that --out mirrors; None is that of each video."""
     if bool(videos) == (listed is not None):
         raise checks.bad("VIDEO", "both videos and --list" if videos else "none", "videos or --list")
     if listed is not None:
-        names = None if labels is None else read_labels(labels)
-        found = read_annotations(listed, root=root, labels=names, format=form)
+        found = options.read_list(listed, root, form, labels)
         common.tell(f"{listed}: {len(found.samples)} videos, read as {found.format}")
         videos = [sample.path for sample in found.samples]
         root = root or (listed if listed.is_dir() else listed.parent)
@@ -130,10 +119,7 @@ def _report(outcome: feature_files.Extraction, out: Path, as_json: bool, setting
     rows = [{"video": name, "error": error} for name, error in outcome.broken.items()]
     if rows:
         write_whole(out / BROKEN, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-        for row in rows[:SHOWN_ERRORS]:
-            common.show_error(f"{row['video']}: {row['error']}")
-        if len(rows) > SHOWN_ERRORS:
-            common.tell(f"and {len(rows) - SHOWN_ERRORS} more, all in {out / BROKEN}")
+        common.show_broken(rows, out / BROKEN)
     else:
         (out / BROKEN).unlink(missing_ok=True)
     seconds = max(outcome.seconds, 1e-9)

@@ -1,5 +1,7 @@
 """mar-fast checkpoint inspect: what is in a checkpoint, and how it would be read."""
 
+from collections import Counter
+
 from rich.table import Table
 
 from . import common, options
@@ -19,11 +21,10 @@ def inspect(
     model = options.load(checkpoint, given, position=position, model_key=model_key, **allowed)
     report, config = model.load_report, model.config
     assert report is not None
-    parts: dict[str, int] = {}
+    parts = Counter[str]()
     for name, value in model.state_dict().items():
         part = name.split(".")[0]
-        part = part if part in ("encoder", "classifier") else "decoder"
-        parts[part] = parts.get(part, 0) + value.numel()
+        parts[part if part in ("encoder", "classifier") else "decoder"] += value.numel()
     if as_json:
         common.print_json({**report.as_dict(), "parameters_of": parts})
         return

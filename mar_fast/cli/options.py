@@ -14,13 +14,15 @@ from torch import Tensor
 import mar_fast
 
 from .. import MAR, MARConfig, machine
-from ..data import read_clip, read_labels, read_views
+from ..data import read_annotations, read_labels, read_views
+from ..data.annotations import Annotations
 from ..data.video import Sampling, Short
 from ..kernels import checks
 from ..kernels.device import has_fp8
 from ..scaled_linear import scaled_layers
 from .common import Device, Dtype
 
+Format = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "paths"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Quantize = Literal["fp8", "fp8-emulated"]
 
@@ -37,12 +39,17 @@ Source = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A file, a Hug
 Checkpoint = Annotated[str, typer.Option(help="A file, a folder or a hub id, in any layout.")]
 OptionalCheckpoint = Annotated[str | None, typer.Option(help="A file, a folder or a hub id, in any layout.")]
 
+ListFormat = Annotated[Format, typer.Option("--format", help="Of the list; auto finds out.")]
+ListLabels = Annotated[Path | None, typer.Option("--labels", help="Names of the classes, for lists that name them.")]
+Split = Annotated[int, typer.Option(min=1, help="Of HMDB51.")]
+Anew = Annotated[bool, typer.Option("--force", help="Start anew, over results that exist.")]
+AllowBroken = Annotated[bool, typer.Option("--allow-broken", help="Exit code 0 although videos could not be read.")]
+Workers = Annotated[int, typer.Option(min=1, help="Videos that are read at a time.")]
+
 SamplingOption = Annotated[Sampling, typer.Option(help="stride: every n-th frame; uniform: over the whole video.")]
 Stride = Annotated[int, typer.Option(min=1, help="Step between the frames of a clip, in frames of the file.")]
 ShortOption = Annotated[Short, typer.Option(help="A video with too few frames: an error, or repeat its last frame.")]
-Labels = Annotated[
-    Path | None, typer.Option(help="Names of the classes: one a line, or JSON. Default: the checkpoint's own.")
-]
+Labels = Annotated[Path | None, typer.Option(help="Class names: one a line, or JSON. Default: the checkpoint's own.")]
 Keep = Annotated[float | None, typer.Option(help="Share of visible patches. Default: as the checkpoint says.")]
 Batch = Annotated[int, typer.Option(min=1, help="Views in a forward pass, at most.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Of weights and activations.")]
@@ -69,6 +76,12 @@ Position = Annotated[str | None, typer.Option(help="Position table for another s
 ModelKey = Annotated[str | None, typer.Option(help="Which of a file's sets of weights, for example model_ema.")]
 AllowMissing = Annotated[list[str] | None, typer.Option(help="Names that may be missing; a pattern, repeatable.")]
 AllowUnknown = Annotated[list[str] | None, typer.Option(help="Names that may be left over; a pattern, repeatable.")]
+
+
+def read_list(path: Path, root: Path | None, form: Format, labels: Path | None, split: int = 1) -> Annotations:
+    """The videos of a list, whose classes may be named in a file of ``labels``."""
+    names = None if labels is None else read_labels(labels)
+    return read_annotations(path, root=root, labels=names, format=form, split=split)
 
 
 def load(source: str, given: list[str] | None, **options: Any) -> MAR:
@@ -181,8 +194,3 @@ def view_reader(
     clips, crops = map(int, found.groups())
     how: dict[str, Any] = dict(clips=clips, crops=crops, sampling=sampling, stride=stride, short=short)
     return lambda path: read_views(path, config.num_frames, size=config.image_size, **how)
-
-
-def clip_for(path: Path, config: MARConfig, stride: int) -> Tensor:
-    """One clip (C, T, H, W) of the size that a model takes, from the middle of a file."""
-    return read_clip(path, config.num_frames, size=config.image_size, stride=stride)

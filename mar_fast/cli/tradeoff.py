@@ -72,8 +72,8 @@ def tradeoff(
     common.write_json(content, written[0])
     if result.correct:
         tradeoff_plot.draw(result, written[1])
-    elif written[1].exists():
-        written[1].unlink()  # of an earlier run, and so not of these results
+    else:
+        written[1].unlink(missing_ok=True)  # of an earlier run, and so not of these results
     if as_json:
         common.print_json(content)
     else:

@@ -1,5 +1,6 @@
 """mar-fast train: fine-tune or pre-train by a recipe, in one process or, under torchrun, in many."""
 
+import math
 import os
 import time
 import traceback
@@ -12,10 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import machine
-from ..data import read_annotations, read_labels
 from ..kernels import checks
 from . import common, options
-from .evaluate import Format
 
 if TYPE_CHECKING:
     from ..data.annotations import Sample
@@ -27,9 +26,7 @@ SECONDS = 60  # from one line of progress to the next, in a file or a pipe, wher
 
 
 def train(
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name, or a TOML file. --recipe list lists them.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Its name, or a TOML file. --recipe list lists them.")] = None,
     videos: Annotated[Path | None, typer.Option("--train", help="The list of videos to train on.")] = None,
     val: Annotated[Path | None, typer.Option(help="The list of videos to validate and test on.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the videos. Default: that of each list.")] = None,
@@ -49,9 +46,9 @@ def train(
     demo: Annotated[bool, typer.Option("--demo", help="Camera motions over real films, in minutes on a CPU.")] = False,
     clips: Annotated[int, typer.Option(min=1, help="Clips that a process takes at a time, at most.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read, for each process that trains.")] = 2,
-    form: Annotated[Format, typer.Option("--format", help="Of the lists; auto tells.")] = "auto",
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, for lists that name them.")] = None,
-    split: Annotated[int, typer.Option(min=1, help="Of HMDB51.")] = 1,
+    form: options.ListFormat = "auto",
+    labels: options.ListLabels = None,
+    split: options.Split = 1,
     device: options.DeviceOption = common.Device.auto,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the log for it as well.")] = False,
 ) -> None:
@@ -67,14 +64,9 @@ def train(
     if recipe is None and not demo:
         raise checks.bad("--recipe", "none", f"one of {', '.join(training.list_recipes())}, or a TOML file")
     chosen = training.read_recipe(DEMO if recipe is None else recipe, given or ())
-    names = None if labels is None else read_labels(labels)
-
-    def read(path: Path | None) -> "tuple[Sample, ...]":
-        if path is None:
-            return ()
-        return read_annotations(path, root=root, labels=names, format=form, split=split).samples
-
-    listed, checked = read(videos), read(val)
+    listed, checked = (
+        () if path is None else options.read_list(path, root, form, labels, split).samples for path in (videos, val)
+    )
     if show:
         _show(chosen, len(listed) or num_videos, processes, clips, out)
         return
@@ -100,8 +92,8 @@ def train(
 def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) -> None:
     from ..train import show
 
-    flops = show.product_rate(machine.device(), show.DTYPES[recipe.optimizer.precision])
-    common.show(show.describe(recipe, videos, processes, clips, shards=processes if recipe.shard else 1, flops=flops))
+    flops = show.product_rate(machine.device(), machine.DTYPES[recipe.optimizer.precision])
+    common.show(show.describe(recipe, videos, processes, clips, flops=flops))
     picture = out.absolute().with_name(f"{out.absolute().name}.schedule.png")
     show.draw_schedule(recipe, videos, picture)
     common.show(f"Written: {picture}")
@@ -149,58 +141,56 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
     if not world.main:
         yield lambda row: None
         return
-    boards: list[Any] = []
     if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    began: list[tuple[float, int]] = []
-    told: list[float] = []
+    board, first, began, told = None, 0, 0.0, -math.inf
     with common.progress() as step:
 
         def on_row(row: dict[str, Any]) -> None:
+            nonlocal board, first, began, told
+            now = time.monotonic()
             if "loss" in row:
-                began.append((time.monotonic(), row["step"])) if not began else None
-                text = _progress(row, *began[0])
+                if not first:
+                    first, began = row["step"], now
+                text = _progress(row, first, now - began)
                 step(text, row["step"] / row["steps"])
-                if not common.errors.is_terminal and (not told or time.monotonic() - told[-1] > SECONDS):
+                if not common.errors.is_terminal and now - told > SECONDS:
                     common.tell(text)
-                    told.append(time.monotonic())
+                    told = now
             elif "validation" in row:
                 found = ", ".join(f"{name} {value:.4g}" for name, value in row["validation"].items())
                 common.tell(f"epoch {row['epoch']}: {found}")
             for broken in row.get("broken", ()):
                 common.tell(f"warning: {broken['path']} cannot be read: {broken['error']}", style="yellow")
             numbers = row | {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
-            if tensorboard and not boards:  # only now: a run that is refused leaves nothing behind
-                boards.append(SummaryWriter(str(out / "tensorboard"), purge_step=row["step"]))
+            if tensorboard and board is None:  # only now: a run that is refused leaves nothing behind
+                board = SummaryWriter(str(out / "tensorboard"), purge_step=row["step"])
             for name, value in numbers.items():
-                if boards and isinstance(value, int | float):
-                    boards[0].add_scalar(name, value, row["step"])
+                if board is not None and isinstance(value, int | float):
+                    board.add_scalar(name, value, row["step"])
 
         try:
             yield on_row
         finally:
-            for board in boards:
+            if board is not None:
                 board.close()
 
 
-def _progress(row: dict[str, Any], began: float, first: int) -> str:
-    done = row["step"] - first
-    left = (row["steps"] - row["step"]) * (time.monotonic() - began) / done if done else None
-    parts = [f"step {row['step']} of {row['steps']}, loss {row['loss']:.3f}"]
-    if "accuracy" in row:
-        parts.append(f"accuracy {row['accuracy']:.0%}")
+def _progress(row: dict[str, Any], first: int, seconds: float) -> str:
+    """The row of a step in words; ``seconds`` after that of the step ``first``."""
+    accuracy = f", accuracy {row['accuracy']:.0%}" if "accuracy" in row else ""
     bound = "waits for data" if row["waiting"] > 0.5 else "data is ahead"
-    parts += [
-        f"lr {row['lr']:.2e}",
-        f"{row['clips_per_second']:.1f} clips/s",
-        f"{row['waiting']:.0%} waiting ({bound})",
-    ]
-    if left is not None:
-        parts.append(f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left")
-    return ", ".join(parts)
+    text = (
+        f"step {row['step']} of {row['steps']}, loss {row['loss']:.3f}{accuracy}, lr {row['lr']:.2e}, "
+        f"{row['clips_per_second']:.1f} clips/s, {row['waiting']:.0%} waiting ({bound})"
+    )
+    if row["step"] == first:
+        return text
+    left = int((row["steps"] - row["step"]) * seconds / (row["step"] - first))
+    return f"{text}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
 
 def _test(recipe: "Recipe", samples: "Sequence[Sample]", out: Path, world: "World", workers: int) -> None:

@@ -7,7 +7,7 @@ import torch
 import typer
 
 from .. import MAR, files, machine, named_config
-from ..data import sample_clip
+from ..data import read_clip, sample_clip
 from ..eval import frame_plot, reconstruct
 from ..eval.mask_settings import MaskKind, draw
 from ..kernels import checks
@@ -26,14 +26,10 @@ def visualize(
     checkpoint: options.OptionalCheckpoint = None,
     kind: Annotated[MaskKind, typer.Option(help="How visible patches are chosen.")] = MaskKind.running,
     ratio: Annotated[float, typer.Option(help="Share of masked patches, in [0, 1).")] = 0.5,
-    train: Annotated[
-        bool, typer.Option("--train", help="running: random phase and temporal shuffle, as in training.")
-    ] = False,
+    train: Annotated[bool, typer.Option("--train", help="running: its training form: random phase, shuffled.")] = False,
     seed: options.Seed = 0,
     stride: options.Stride = 4,
-    frames: Annotated[
-        int | None, typer.Option(help="Columns of the picture, evenly chosen. Default: one for each tubelet.")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Columns, evenly chosen. Default: one for each tubelet.")] = None,
     ground_truth_statistics: Annotated[
         bool,
         typer.Option(
@@ -45,9 +41,7 @@ def visualize(
     position: options.Position = None,
     model_key: options.ModelKey = None,
     dtype: Annotated[options.Precision | None, typer.Option(help="With --checkpoint. Default: fp32.")] = None,
-    device: Annotated[
-        common.Device | None, typer.Option(help="With --checkpoint. Default: the GPU, if there is one.")
-    ] = None,
+    device: Annotated[common.Device | None, typer.Option(help="With --checkpoint. Default: the GPU, if any.")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("visualize.png"),
     force: options.Force = False,
     as_json: options.Json = False,
@@ -79,7 +73,7 @@ def visualize(
     path = clip if clip is not None else sample_clip()
     with common.progress() as step:
         step(f"reading {path.name}", 0.1)
-        video = options.clip_for(path, config, stride)
+        video = read_clip(path, config.num_frames, size=config.image_size, stride=stride)
         mask = draw(kind, video[None], config, ratio, torch.Generator().manual_seed(seed), train=train)
         masked = mask.bool_masked()[0]
         visible = int((~masked).sum())

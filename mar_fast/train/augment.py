@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.framing import Image
-from ..kernels import checks
 from .rand_augment import Box, RandAugment, corners
 from .recipe import Augment
 
@@ -28,12 +27,10 @@ class ClipAugment:
         mean: Mean colour in [0, 1], for ``augment.fill = "mean"``.
 
     Raises:
-        ValueError: the augmentation does not fit.
+        ValueError: RandAugment's policy is in another notation.
     """
 
     def __init__(self, augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> None:
-        if augment.crop == "random_resized" and not (len(augment.scale) == 2 and augment.scale[0] <= augment.scale[1]):
-            raise checks.bad("augment.scale", augment.scale, "least and greatest area, for crop = 'random_resized'")
         self.augment, self.size = augment, size
         fill = GRAY if augment.fill == "gray" else [round(255 * value) for value in mean]
         policy = augment.rand_augment
@@ -90,17 +87,10 @@ class ClipAugment:
 def random_resized_crop(
     height: int, width: int, scale: Sequence[float], aspect: Sequence[float], rng: np.random.Generator
 ) -> Box:
-    """A crop of random area and aspect, anywhere in the picture (Inception, arXiv 1409.4842).
+    """A crop of random area and aspect, anywhere in a picture (Inception, arXiv 1409.4842).
 
-    Args:
-        height: Of the picture.
-        width: Of the picture.
-        scale: Least and greatest share of the area.
-        aspect: Least and greatest width / height, even on a logarithmic scale.
-        rng: Source of all draws.
-
-    Returns:
-        The crop; where none of 10 fits in the picture, the largest one in the middle that has an aspect allowed.
+    ``scale`` has the least and the greatest share of the area, ``aspect`` the least and the greatest width / height,
+    even on a logarithmic scale. Where none of 10 crops fits, it is the largest in the middle with an aspect allowed.
     """
     for _ in range(CROP_TRIES):
         area = rng.uniform(scale[0], scale[1]) * height * width
@@ -115,14 +105,9 @@ def random_resized_crop(
 def multi_scale_crop(
     height: int, width: int, size: tuple[int, int], scales: Sequence[float], rng: np.random.Generator
 ) -> Box:
-    """A crop whose sides are neighbouring shares of the picture's short side, at one of 13 positions (TSN).
+    """A crop whose sides are shares of a picture's short side, at one of 13 positions (TSN, arXiv 1608.00859).
 
-    Args:
-        height: Of the picture.
-        width: Of the picture.
-        size: (H, W) of the clip.
-        scales: Shares of the short side, in order; height and width take the same or neighbouring ones.
-        rng: Source of all draws.
+    ``size`` is (H, W) of the clip. Of ``scales``, in order, height and width take the same or neighbouring ones.
     """
     short = min(height, width)
     sides = [max(1, int(short * scale)) for scale in scales]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..data.annotations import Sample, check_samples
 from ..data.framing import Image, picture, pictures
 from ..data.torchcodec_video import import_decoder
-from ..data.video import Decoder, Film, Sampling, open_film
+from ..data.video import Decoder, Sampling, open_film
 from ..kernels import checks
 from .augment import Box, ClipAugment
 from .recipe import Recipe
@@ -35,43 +35,25 @@ class Broken(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Clips of one video.
+    """Clips of one video."""
 
-    Attributes:
-        video: (repeats, T, H, W, C) uint8.
-        label: Of the list.
-        video_index: Of the video read, in the order of the list.
-        boxes: (repeats, 4), what is erased.
-        counts: Whether it is to be counted in a validation.
-        broken: Videos that should have been read, and could not be.
-    """
-
-    video: Image
+    video: Image  # (repeats, T, H, W, C) uint8
     label: int
-    video_index: int
-    boxes: list[Box]
-    counts: bool
-    broken: list[Broken]
+    video_index: int  # of the video read, in the order of the list
+    boxes: list[Box]  # one for each clip: what is erased
+    counts: bool  # whether it is to be counted in a validation
+    broken: list[Broken]  # videos that should have been read, and could not be
 
 
 class Batch(NamedTuple):
-    """Items joined, the clips of a video side by side; B = videos x repeats.
+    """Items joined, the clips of a video side by side; B = videos x repeats."""
 
-    Attributes:
-        video: (B, C, T, H, W) uint8, a view of channels-last memory.
-        labels: (B,) int64.
-        video_index: (B,) int64, those of the videos read.
-        boxes: (B, 4) int64: top, left, height, width; `Mixing` erases them.
-        counts: (B,) bool.
-        broken: Of all items.
-    """
-
-    video: Tensor
-    labels: Tensor
-    video_index: Tensor
-    boxes: Tensor
-    counts: Tensor
-    broken: list[Broken]
+    video: Tensor  # (B, C, T, H, W) uint8, a view of channels-last memory
+    labels: Tensor  # (B,) int64
+    video_index: Tensor  # (B,) int64, those of the videos read
+    boxes: Tensor  # (B, 4) int64: top, left, height, width; `Mixing` erases them
+    counts: Tensor  # (B,) bool
+    broken: list[Broken]  # of all items
 
 
 class Videos(Dataset[Item]):
@@ -128,27 +110,37 @@ class ClipDataset(Videos):
     def __getitem__(self, key: Key) -> Item:
         repeats = self.data.repeats if self.training else 1
         rngs = [np.random.default_rng([self.seed, key.epoch, key.video_index, repeat]) for repeat in range(repeats)]
-        index, broken = key.video_index, list[Broken]()
-        while len(broken) < TRIES:
+        index, counts, broken = key.video_index, key.counts, list[Broken]()
+        while True:
             try:
                 clips = self._read(index, rngs)
+                break
             except (ValueError, OSError) as error:
                 broken.append(Broken(self.paths[index], str(error)))
-            else:
-                return self._item(clips, rngs, index, key.counts, broken)
             if not self.training:
-                black = np.zeros((self.num_frames, *self.size, 3), np.uint8)
-                return self._item([list(black)], rngs, index, False, broken)
+                clips, counts = [list(np.zeros((self.num_frames, *self.size, 3), np.uint8))], False
+                break
+            if len(broken) == TRIES:
+                got = f"{TRIES} unreadable videos one after the other, the last {broken[-1].path} ({broken[-1].error})"
+                raise checks.bad("list", got, "videos that can be read")
             entropy = [self.seed, key.epoch, key.video_index, repeats + len(broken)]
             index = int(np.random.default_rng(entropy).integers(len(self)))
-        got = f"{TRIES} unreadable videos one after the other, the last {broken[-1].path} ({broken[-1].error})"
-        raise checks.bad("list", got, "videos that can be read")
+        augmented = [
+            self.augment(frames, rng) if self.training else (np.stack(frames), NO_BOX)
+            for frames, rng in zip(clips, rngs, strict=True)
+        ]
+        video, boxes = np.stack([clip for clip, _ in augmented]), [box for _, box in augmented]
+        return Item(video, int(self.labels[index]), index, boxes, counts, broken)
 
     def _read(self, index: int, rngs: Sequence[np.random.Generator]) -> list[list[Image]]:
         """The frames of each clip of a video."""
-        resample = self.data.repeat == "resample"
+        data, resample = self.data, self.data.repeat == "resample"
         with open_film(self.paths[index], threads=1, decoder=self.decoder) as film:
-            clips = [self._frames(film, rng if self.training else None) for rng in (rngs if resample else rngs[:1])]
+            step = data.stride * (float(film.rate) / data.fps if data.fps and film.rate else 1.0)
+            clips = [
+                draw_frames(film.total, self.num_frames, data.sampling, step, rng if self.training else None)
+                for rng in (rngs if resample else rngs[:1])
+            ]
             found = {}
             for number, frame in film.frames(sorted({number for clip in clips for number in clip})):
                 if self.training:
@@ -161,27 +153,6 @@ class ClipDataset(Videos):
                 "path", f"{film.name} with pictures of {shapes[0]} and {shapes[-1]}", "pictures of one size"
             )
         return [[found[number] for number in clip] for clip in (clips if resample else clips * len(rngs))]
-
-    def _frames(self, film: Film, rng: np.random.Generator | None) -> list[int]:
-        step = float(self.data.stride)
-        if self.data.fps and film.rate:
-            step *= float(film.rate) / self.data.fps
-        return draw_frames(film.total, self.num_frames, self.data.sampling, step, rng)
-
-    def _item(
-        self,
-        clips: Sequence[Sequence[Image]],
-        rngs: Sequence[np.random.Generator],
-        index: int,
-        counts: bool,
-        broken: list[Broken],
-    ) -> Item:
-        if self.training:
-            pairs = [self.augment(frames, rng) for frames, rng in zip(clips, rngs, strict=True)]
-        else:
-            pairs = [(np.stack(frames), NO_BOX) for frames in clips]
-        video, boxes = np.stack([clip for clip, _ in pairs]), [box for _, box in pairs]
-        return Item(video, int(self.labels[index]), index, boxes, counts, broken)
 
 
 def draw_frames(
@@ -220,14 +191,9 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class BrokenVideos:
-    """The broken videos of a run so far.
+    """The broken videos of a run so far, of ``videos`` in the list; the share ``allowed`` of these may be broken.
 
-    Args:
-        videos: Of the list.
-        allowed: Share of them that may be broken.
-
-    Attributes:
-        errors: From path to error; to be kept in checkpoints.
+    ``errors``, from path to error, is to be kept in checkpoints.
     """
 
     def __init__(self, videos: int, allowed: float) -> None:

@@ -5,6 +5,7 @@ What moves is known, so that a model can learn it from scratch in minutes; what 
 
 import math
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from ..data.framing import pictures
 from .dataset import NO_BOX, Item, Videos, collate
 from .distributed import World
 from .fit import fit
-from .loop import validation_masks
+from .masks import validation_masks
 from .recipe import Recipe, read_recipe
 from .sampler import Key
 
@@ -81,6 +82,7 @@ class Motions(Videos):
         return Item(clip.numpy()[None], label, key.video_index, [NO_BOX], key.counts, [])
 
 
+@cache
 def _frames(path: Path) -> list[Tensor]:
     """(C, H, W) uint8 each, every second frame of a film."""
     if not path.is_file():
@@ -153,8 +155,8 @@ def accuracy(model: MAR, clips: Motions, recipe: Recipe) -> float:
     right, config, device = 0, model.config, next(model.parameters()).device
     for first in range(0, len(clips), 32):
         batch = collate([clips[Key(index)] for index in range(first, min(first + 32, len(clips)))])
-        mask, _ = validation_masks(recipe, config, len(batch.video), first)
+        mask, _ = validation_masks(recipe, config, len(batch.video), first, device)
         with torch.no_grad():
-            logits = model(batch.video.to(device), None if mask is None else mask.to(device)).logits
+            logits = model(batch.video.to(device), mask).logits
         right += int((logits.argmax(1).cpu() == batch.labels).sum())
     return right / len(clips)

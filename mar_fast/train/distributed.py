@@ -3,24 +3,25 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import MAR, machine
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
 # Rank 0 alone runs the multi-view test, and the others wait for it.
 TIMEOUT = timedelta(hours=12)
+# Kept to the end of the process: a gloo group that is freed while one of its threads still frees the last sum waits for
+# that thread, which waits for Python's lock, and so for ever.
+_groups: list[dist.ProcessGroup | None] = []
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def world(device: str = "auto") -> Iterator[World]:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _groups.append(dist.group.WORLD)
     yield World(dist.get_rank(), size, chosen)
     dist.destroy_process_group()  # not after an error: other processes may be waiting within a sum
 
@@ -102,8 +104,6 @@ def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module
     if not shard:
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    from torch.distributed.fsdp import fully_shard
-
     # Blocks give views, which nothing here writes into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (model.encoder, model.decoder, model.classifier):
@@ -118,6 +118,21 @@ def last_only(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Within it gradients are summed over the processes only in the ``last`` micro-batch of a step."""
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if last else model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):
-        cast("FSDPModule", model).set_requires_gradient_sync(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     return nullcontext()
+
+
+def to_host(values: Tensor) -> Callable[[], list[float]]:
+    """A function that waits for ``values`` and returns them; until then the device goes on."""
+    if values.device.type == "cpu":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def wait() -> list[float]:
+        ready.synchronize()
+        return copy.tolist()
+
+    return wait

@@ -13,15 +13,13 @@ from ..data.annotations import Sample
 from ..data.video import open_film
 from ..eval import accuracy
 from ..kernels import checks
-from .curves import draw_curves
 from .dataset import ClipDataset, Videos
 from .distributed import World
+from .log import draw_curves
 from .loop import Result, Run
 from .optim import accumulation
 from .recipe import Recipe
 from .start import start
-
-Say = Callable[[str], None]
 
 
 def fit(
@@ -36,7 +34,7 @@ def fit(
     workers: int = 2,
     resume: bool = False,
     allow_changes: bool = False,
-    say: Say = print,
+    say: Callable[[str], None] = print,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Result:
     """Train a model by a recipe, in this process as one of all.
@@ -61,36 +59,27 @@ def fit(
     """
     if not resume and (out / "checkpoints").exists():
         raise FileExistsError(f"out: got {str(out)!r}, which has a run, expected a new folder (or resume)")
+
+    def tell(text: object) -> None:
+        if world.main:
+            say(str(text))
+
+    def videos(listed: Sequence[Sample] | Videos, training: bool) -> Videos:
+        return listed if isinstance(listed, Videos) else ClipDataset(listed, recipe, training=training)
+
     accumulate = accumulation(recipe, world.size, clips)
-    training: Videos = samples if isinstance(samples, Videos) else ClipDataset(samples, recipe)
-    checking: Videos | None = None
-    if isinstance(validation, Videos):
-        checking = validation
-    elif validation:
-        checking = ClipDataset(validation, recipe, training=False)
+    training, checked = videos(samples, True), videos(validation, False) if validation else None
     model, report, notes = start(recipe, init)
-    if world.main and not resume:
-        for line in (*(() if report is None else (str(report),)), *notes):
-            say(line)
-    if world.main and accumulate > 1:
-        say(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
+    for line in filter(None, (report, *notes)) if not resume else ():
+        tell(line)
+    if accumulate > 1:
+        tell(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
     identity = "" if isinstance(samples, Videos) else accuracy.list_fingerprint(samples)
-    run = Run(
-        recipe,
-        model.to(world.device),
-        training,
-        out,
-        world=world,
-        accumulate=accumulate,
-        validation=checking,
-        workers=workers,
-        settings={"list": identity},
-        on_row=on_row,
-    )
+    how: dict[str, Any] = dict(accumulate=accumulate, workers=workers, settings={"list": identity}, on_row=on_row)
+    run = Run(recipe, model.to(world.device), training, checked, out, world, **how)
     if resume:
         run.resume(allow_changes=allow_changes)
-        if world.main:
-            say(f"{out}: goes on after step {run.done} of {run.steps}")
+        tell(f"{out}: goes on after step {run.done} of {run.steps}")
     try:
         result = run.train()
     except torch.OutOfMemoryError as error:
@@ -100,7 +89,7 @@ def fit(
         try:
             draw_curves(out / "log.jsonl", out / "curves.png")
         except ModuleNotFoundError as error:
-            say(f"no curves.png: {error}")
+            tell(f"no curves.png: {error}")
     return result
 
 
@@ -127,20 +116,17 @@ def multi_view_test(
     """
     model: MAR = from_pretrained(checkpoint).to(world.device).eval()
     data, config, views = recipe.data, model.config, recipe.test
+    how: dict[str, Any] = dict(size=config.image_size, clips=views.clips, crops=views.crops, sampling=data.sampling)
 
     def read(path: Path) -> Tensor:
         stride = data.stride
         if data.fps:
             with open_film(path) as film:
                 stride = max(1, round(stride * float(film.rate or data.fps) / data.fps))
-        how: dict[str, Any] = dict(clips=views.clips, crops=views.crops, sampling=data.sampling, stride=stride)
-        return read_views(path, config.num_frames, size=config.image_size, short="repeat", **how)
+        return read_views(path, config.num_frames, stride=stride, short="repeat", **how)
 
-    settings = {
-        "model": accuracy.fingerprint(model),
-        "list": accuracy.list_fingerprint(samples),
-        "views": f"{views.clips}x{views.crops}",
-    }
+    settings = {"model": accuracy.fingerprint(model), "list": accuracy.list_fingerprint(samples)}
+    settings["views"] = f"{views.clips}x{views.crops}"
     try:
         journal = accuracy.Journal(out, settings)
     except FileExistsError:

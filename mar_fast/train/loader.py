@@ -13,9 +13,7 @@ from .dataset import Batch, Item, Videos, collate
 from .sampler import StepSampler
 
 
-def make_loader(
-    dataset: Videos, sampler: StepSampler, *, workers: int, prefetch: int = 2, pin_memory: bool | None = None
-) -> "DataLoader[Item]":
+def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int, prefetch: int = 2) -> "DataLoader[Item]":
     """A loader of `Batch`es; iterate over it by `batches`.
 
     Args:
@@ -23,14 +21,13 @@ def make_loader(
         sampler: Its `StepSampler.set_epoch` chooses what the next iteration gives.
         workers: Processes, which stay from epoch to epoch; 0 reads in this one.
         prefetch: Batches that each worker reads ahead.
-        pin_memory: For copies to a GPU that do not block; None where there is one.
     """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        pin_memory=torch.cuda.is_available(),  # for copies to it that do not block
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,

@@ -4,31 +4,28 @@ Every random number is drawn from the seed and from what it is for (epoch, step,
 run that was ended at any moment goes on with the same bits.
 """
 
-import hashlib
 import math
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import MAR, MARConfig
+from .. import MAR
 from ..files import remove_leftovers
 from ..kernels import checks
-from ..token_mask import TokenMask
 from .dataset import Batch, Broken, BrokenVideos, Item, Videos
-from .distributed import World, spread
+from .distributed import World, spread, to_host
 from .loader import batches, make_loader
 from .log import Log
-from .masks import draw_mask
+from .masks import draw_mask, seed_of, validation_masks
 from .mixing import Mixing
 from .optim import adamw, learning_rate, peak_lr
 from .recipe import Recipe
@@ -62,19 +59,12 @@ class Result:
 
 
 class Run:
-    """A run in this process, one of ``world.size``.
+    """A run in this process, one of ``world.size``; arguments that are not here are those of `fit`.
 
     Args:
-        recipe: What to do.
         model: On the device of this process; it is trained in place.
-        videos: To train on.
-        out: The run's folder: checkpoints/, log.jsonl, best.safetensors, last.safetensors.
-        world: All processes.
         accumulate: Micro-batches a step.
-        validation: Videos to validate on; None for no validation.
-        workers: Processes that read for this one.
         settings: What else must be the same when the run is resumed, such as a fingerprint of the list.
-        on_row: Told each row of the log, in rank 0.
 
     Raises:
         ValueError: too few videos for a step, or a batch that cannot be shared out.
@@ -85,14 +75,14 @@ class Run:
         recipe: Recipe,
         model: MAR,
         videos: Videos,
+        validation: Videos | None,
         out: Path,
-        *,
         world: World,
-        accumulate: int = 1,
-        validation: Videos | None = None,
-        workers: int = 2,
-        settings: Mapping[str, Any] | None = None,
-        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        *,
+        accumulate: int,
+        workers: int,
+        settings: Mapping[str, Any],
+        on_row: Callable[[dict[str, Any]], None],
     ) -> None:
         self.recipe, self.config, self.world, self.out, self.accumulate = recipe, model.config, world, out, accumulate
         self.videos, self._on_row = videos, on_row
@@ -107,11 +97,11 @@ class Run:
         # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
         torch.ones(8, device=world.device).sqrt()
         called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
-        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe, recipe.data.batch))
+        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
         self.stepper = Stepper(model, called, optimizer, recipe, world)
         self.mixing = Mixing(recipe.augment, self.config)
         common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "processes": world.size}
-        common |= {"accumulate": accumulate, **(settings or {})}
+        common |= {"accumulate": accumulate, **settings}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
         self.broken = BrokenVideos(len(videos), recipe.data.max_broken)
         self.done, self.best = 0, dict[str, float]()
@@ -132,7 +122,7 @@ class Run:
             FileNotFoundError: there is none.
             ValueError: it is one of a run with other settings, or damaged.
         """
-        self.done, extra = self.checkpoints.load(self.stepper.parts, allow_changes=allow_changes)
+        self.done, extra = self.checkpoints.load(self.stepper, allow_changes=allow_changes)
         if self.done > self.steps:
             raise checks.bad("--resume", f"a run after step {self.done}", f"{self.steps} steps or fewer, as asked now")
         self.best, self.broken.errors = extra["best"], extra["broken"]
@@ -153,20 +143,18 @@ class Run:
         with _asked_to_stop() as asked:
             for epoch in range(self.done // per_epoch, recipe.schedule.epochs):
                 self._epoch(epoch, asked)
-                if self.done == (epoch + 1) * per_epoch:  # also if it is to stop: what belongs to an epoch ends it
-                    last = epoch + 1 == recipe.schedule.epochs
-                    if self.validation is not None and ((epoch + 1) % recipe.test.every == 0 or last):
-                        self._validate(epoch)
-                    if (epoch + 1) % recipe.checkpoint_every == 0 or last or self.stopped:
-                        self._save()
-                elif self.stopped:
+                number, last = epoch + 1, epoch + 1 == recipe.schedule.epochs
+                whole = self.done == number * per_epoch  # also if it is to stop: what belongs to an epoch ends it
+                if whole and self.validation is not None and (number % recipe.test.every == 0 or last):
+                    self._validate(number)
+                if self.stopped or (whole and (number % recipe.checkpoint_every == 0 or last)):
                     self._save()
                 if self.stopped:
                     break
             if self.done == self.steps:
                 self.stopped = False
-                with self._weights():
-                    export(self.stepper.parts.model, self.out / "last.safetensors", self.world)
+                with self.stepper.averaged():
+                    export(self.stepper.model, self.out / "last.safetensors", self.world)
         return Result(self.done, self.best, self.broken.errors, self.stopped)
 
     def _epoch(self, epoch: int, asked: list[int]) -> None:
@@ -174,11 +162,13 @@ class Run:
         self.sampler.set_epoch(epoch, self.done - epoch * per_epoch)
         read = batches(self.loader)
         while self.done < (epoch + 1) * per_epoch and not self.stopped:
-            lr = learning_rate(self.recipe, self.done, per_epoch, self.recipe.data.batch)
+            lr = learning_rate(self.recipe, self.done, per_epoch)
             step = _Step(self.done + 1, (self.done + 1) / per_epoch, lr)
             told = self.stepper.step(self._inputs(read, step), self.accumulate, lr)
-            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), self._overdue()])))
-            step.told = _to_host(self.world.sum(told))
+            # Rank 0 says when it is time for a checkpoint within the epoch.
+            due = self.world.main and 0 < 60 * self.recipe.checkpoint_minutes < time.monotonic() - self._saved
+            told = torch.cat((told / self.world.size, told.new_tensor([len(step.broken), len(asked), due])))
+            step.told = to_host(self.world.sum(told))
             self.done += 1
             self._settle()  # the step before, so that the device always has work
             self._pending = step
@@ -188,14 +178,9 @@ class Run:
                 self._save()
         self._settle()
 
-    def _overdue(self) -> bool:
-        """Whether rank 0 wants a checkpoint within the epoch."""
-        minutes = self.recipe.checkpoint_minutes
-        return self.world.main and minutes > 0 and time.monotonic() - self._saved > 60 * minutes
-
     def _inputs(self, read: Iterator[Batch], step: "_Step") -> Iterator[Inputs]:
         """The micro-batches of a step, on the device, masked and mixed."""
-        device, recipe = self.world.device, self.recipe
+        device, recipe, config = self.world.device, self.recipe, self.config
         for number in range(self.accumulate):
             began = time.perf_counter()
             batch = next(read)
@@ -203,13 +188,13 @@ class Run:
             step.clips += len(batch.video)
             step.broken += batch.broken
             step.index += batch.video_index.tolist()
-            seed = _seed(recipe.seed, step.number, self.world.rank, number)
+            seed = seed_of(recipe.seed, step.number, self.world.rank, number)
             torch.manual_seed(seed)  # of dropout and drop path
             generator = torch.Generator().manual_seed(seed)
-            mask, decoder_mask = draw_mask(recipe.mask, len(batch.video), self.config.grid, self.config.cell, generator)
+            masks = draw_mask(recipe.mask, len(batch.video), config.grid, config.cell, generator, device)
             video, labels = (value.to(device, non_blocking=True) for value in (batch.video, batch.labels))
             video, target = self.mixing(video, labels if recipe.task == "finetune" else None, batch.boxes, generator)
-            yield Inputs(video, target, _to(mask, device), _to(decoder_mask, device))
+            yield Inputs(video, target, *masks)
 
     def _settle(self) -> None:
         """Look at the numbers of the step that was taken last, and write them down."""
@@ -240,8 +225,8 @@ class Run:
             row["reconstruction"] = reconstruction
         if self.recipe.optimizer.clip_grad:
             row["norm"] = norm
-        if self.stepper.parts.scaler.is_enabled():
-            row["scale"] = self.stepper.parts.scaler.get_scale()
+        if self.stepper.scaler.is_enabled():
+            row["scale"] = self.stepper.scaler.get_scale()
         row |= {"clips_per_second": step.clips * self.world.size / seconds, "waiting": min(step.waited / seconds, 1.0)}
         self._say(row)
         self.stopped, self.due = asked > 0, due > 0
@@ -251,38 +236,30 @@ class Run:
             self.log.add(row)
             self._on_row(row)
 
-    def _weights(self) -> AbstractContextManager[None]:
-        """The weights that are validated and exported: the moving average, if there is one."""
-        return self.stepper.averaged() if self.stepper.parts.average else nullcontext()
-
     def _validate(self, epoch: int) -> None:
-        with self._weights():
-            found = self.validate()
+        """Validate after ``epoch`` epochs the weights that are exported too, and keep the best ones."""
+        with self.stepper.averaged():
+            found = self._measure()
             score = found.get("top1", -found["loss"])
             if not self.best or score > self.best.get("top1", -self.best["loss"]):
-                self.best = {"epoch": epoch + 1, **found}
-                export(self.stepper.parts.model, self.out / "best.safetensors", self.world)
-        self._say({"step": self.done, "epoch": epoch + 1, "validation": found, "best": self.best})
+                self.best = {"epoch": epoch, **found}
+                export(self.stepper.model, self.out / "best.safetensors", self.world)
+        self._say({"step": self.done, "epoch": epoch, "validation": found, "best": self.best})
 
-    def validate(self) -> dict[str, float]:
+    def _measure(self) -> dict[str, float]:
         """Loss, and in fine-tuning top-1 and top-5, of the videos to validate on; each counts once."""
-        assert self.validation is not None
-        stepper, recipe, device = self.stepper, self.recipe, self.world.device
+        stepper, device, pretrain = self.stepper, self.world.device, self.recipe.task == "pretrain"
         stepper.called.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # videos, loss, first, among the first five
         broken = list[Broken]()
+        assert self.validation is not None
         for number, batch in enumerate(batches(self.validation)):
             broken += batch.broken
-            mask, decoder_mask = validation_masks(recipe, self.config, len(batch.video), number)
+            mask, decoder_mask = validation_masks(self.recipe, self.config, len(batch.video), number, device)
             video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
-                out = stepper.called(
-                    video,
-                    _to(mask, device),
-                    decoder_mask=_to(decoder_mask, device),
-                    reconstruct=recipe.task == "pretrain",
-                )
-            if recipe.task == "pretrain":
+                out = stepper.called(video, mask, decoder_mask=decoder_mask, reconstruct=pretrain)
+            if pretrain:
                 sums[:2] += torch.stack((counts.sum(), out.reconstruction_loss * counts.sum()))
                 continue
             logits = out.logits.float()[counts]
@@ -291,19 +268,15 @@ class Run:
             sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
         if told := [one._asdict() for some in self.world.gather(broken) for one in dict.fromkeys(some)]:
             self._say({"step": self.done, "broken": told})
-        videos, loss, first, five = self.world.sum(sums).tolist()
-        found = {"videos": videos, "loss": loss / max(videos, 1)}
-        return (
-            found
-            if recipe.task == "pretrain"
-            else {**found, "top1": first / max(videos, 1), "top5": five / max(videos, 1)}
-        )
+        videos, *rest = self.world.sum(sums).tolist()
+        means = dict(zip(("loss",) if pretrain else ("loss", "top1", "top5"), rest, strict=False))
+        return {"videos": videos} | {name: value / max(videos, 1) for name, value in means.items()}
 
     def _save(self) -> None:
         self._settle()  # no checkpoint of weights that are not finite
         self._saved, self.due = time.monotonic(), False
         extra = {"best": self.best, "broken": self.broken.errors}
-        self.checkpoints.save(self.done, self.stepper.parts, extra, self.world)
+        self.checkpoints.save(self.done, self.stepper, extra, self.world)
 
 
 @dataclass
@@ -318,41 +291,6 @@ class _Step:
     clips: int = 0
     broken: list[Broken] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
-
-
-def validation_masks(
-    recipe: Recipe, config: MARConfig, batch: int, number: int
-) -> tuple[TokenMask | None, TokenMask | None]:
-    """The masks of batch ``number`` of a validation, the same every time; None for the model's own test form."""
-    generator = torch.Generator().manual_seed(_seed(recipe.seed, number))
-    mask, decoder_mask = draw_mask(recipe.mask, batch, config.grid, config.cell, generator)
-    if recipe.mask.kind == "cell_running" and recipe.mask.ratio == config.mask_ratio:
-        mask = None
-    return mask, decoder_mask
-
-
-def _seed(*numbers: int) -> int:
-    """A seed of its own for each use."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _to(mask: TokenMask | None, device: torch.device) -> TokenMask | None:
-    return None if mask is None else mask.to(device)
-
-
-def _to_host(values: Tensor) -> Callable[[], list[float]]:
-    """A function that waits for ``values`` and returns them; until then the device goes on."""
-    if values.device.type == "cpu":
-        return values.tolist
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-
-    def wait() -> list[float]:
-        ready.synchronize()
-        return copy.tolist()
-
-    return wait
 
 
 @contextmanager

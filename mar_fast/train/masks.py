@@ -1,16 +1,27 @@
-"""The masks of a training batch, as the recipe says: what the encoder sees and what the decoder predicts."""
+"""The masks of a batch, as the recipe says: what the encoder sees and what the decoder predicts."""
+
+import hashlib
+from typing import Any
 
 import torch
 
 from .. import masking
+from ..config import MARConfig
 from ..masking import Grid
 from ..token_mask import TokenMask
-from .recipe import Mask
+from .recipe import Mask, Recipe
+
+Masks = tuple[TokenMask | None, TokenMask | None]
 
 
 def draw_mask(
-    mask: Mask, batch: int, grid: Grid, cell: tuple[int, int, int], generator: torch.Generator
-) -> tuple[TokenMask | None, TokenMask | None]:
+    mask: Mask,
+    batch: int,
+    grid: Grid,
+    cell: tuple[int, int, int],
+    generator: torch.Generator,
+    device: torch.device | None = None,
+) -> Masks:
     """Draw the masks of a batch.
 
     Args:
@@ -18,7 +29,8 @@ def draw_mask(
         batch: Clips.
         grid: (T', H', W') tubelets.
         cell: Of cell running masks.
-        generator: Source of all draws, and the device of the masks.
+        generator: Source of all draws.
+        device: Where the masks go; None for the generator's device.
 
     Returns:
         The tokens that the encoder sees (None: all of them), and a mask whose ``keep_idx`` are the positions that the
@@ -29,18 +41,26 @@ def draw_mask(
     """
     encoder = decoder = None
     if mask.kind == "cell_running":
-        encoder = masking.cell_running(
-            batch,
-            grid,
-            mask.ratio,
-            cell=cell,
-            temporal_shuffle=mask.temporal_shuffle,
-            spatial_repeat=mask.spatial_repeat,
-            generator=generator,
-        )
+        form: dict[str, Any] = dict(temporal_shuffle=mask.temporal_shuffle, spatial_repeat=mask.spatial_repeat)
+        encoder = masking.cell_running(batch, grid, mask.ratio, cell=cell, **form, generator=generator)
     elif mask.kind != "none":
         draw = {"random": masking.random, "tube": masking.tube, "frame": masking.frame}[mask.kind]
         encoder = draw(batch, grid, mask.ratio, generator=generator)
     if mask.decoder == "cell_running":
         decoder = masking.cell_running(batch, grid, mask.decoder_ratio, cell=cell, direction=-1, generator=generator)
-    return encoder, decoder
+    where = device or generator.device
+    return encoder and encoder.to(where), decoder and decoder.to(where)
+
+
+def validation_masks(recipe: Recipe, config: MARConfig, batch: int, number: int, device: torch.device) -> Masks:
+    """The masks of batch ``number`` of a validation, the same every time; None for the model's own test form."""
+    generator = torch.Generator().manual_seed(seed_of(recipe.seed, number))
+    mask, decoder_mask = draw_mask(recipe.mask, batch, config.grid, config.cell, generator, device)
+    if recipe.mask.kind == "cell_running" and recipe.mask.ratio == config.mask_ratio:
+        mask = None
+    return mask, decoder_mask
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for each use, which the numbers tell apart."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1

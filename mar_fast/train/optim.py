@@ -71,11 +71,10 @@ def _span(layers: set[int], depth: int) -> str:
 
 
 def adamw(model: MAR, optimizer: Optimizer, lr: float) -> torch.optim.AdamW:
-    """torch's AdamW on `parameter_groups`, fused where the device has that."""
-    groups = parameter_groups(model, optimizer, lr)
-    fused = all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])
+    """torch's fused AdamW on `parameter_groups`."""
     beta1, beta2 = optimizer.betas
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=optimizer.eps, fused=fused)
+    groups = parameter_groups(model, optimizer, lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=optimizer.eps, fused=True)
 
 
 def set_lr(adamw: torch.optim.Optimizer, lr: float) -> None:
@@ -84,22 +83,20 @@ def set_lr(adamw: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def lr_factor(recipe: Recipe, batch: int) -> float:
-    """What lr, min_lr and warmup_lr are multiplied by: batch / lr_batch, or 1 where lr is absolute.
+def lr_factor(recipe: Recipe) -> float:
+    """What lr, min_lr and warmup_lr are multiplied by: videos a step / lr_batch, or 1 where lr is absolute.
 
-    Args:
-        recipe: With ``optimizer.lr_batch``.
-        batch: Videos a step, over all processes; repeated samples of a video do not count.
+    Repeated samples of a video do not count.
     """
-    return batch / recipe.optimizer.lr_batch if recipe.optimizer.lr_batch else 1.0
+    return recipe.data.batch / recipe.optimizer.lr_batch if recipe.optimizer.lr_batch else 1.0
 
 
-def peak_lr(recipe: Recipe, batch: int) -> float:
-    """The learning rate that `learning_rate` rises to and falls from, of groups with factor 1; arguments as there."""
-    return recipe.optimizer.lr * lr_factor(recipe, batch)
+def peak_lr(recipe: Recipe) -> float:
+    """The learning rate that `learning_rate` rises to and falls from, of groups with factor 1."""
+    return recipe.optimizer.lr * lr_factor(recipe)
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, batch: int) -> float:
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """The learning rate of one step, of groups with factor 1.
 
     Steps are counted from 0 to epochs * steps_per_epoch - 1. Step 0 has warmup_lr, or lr if there is no warm-up; the
@@ -109,15 +106,14 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, batch: int) -
     step W, the first one after it (MAR).
 
     Args:
-        recipe: Rates, epochs and warm-up.
+        recipe: Rates, epochs, warm-up and batch, see `lr_factor`.
         step: The optimizer's step, not the micro-batch.
         steps_per_epoch: Videos // batch: an incomplete last batch is left out.
-        batch: Videos a step, over all processes, see `lr_factor`.
 
     Raises:
         ValueError: there is no such step.
     """
-    schedule, factor = recipe.schedule, lr_factor(recipe, batch)
+    schedule, factor = recipe.schedule, lr_factor(recipe)
     steps = schedule.epochs * steps_per_epoch
     if not 0 <= step < steps:
         raise checks.bad("step", step, f"0 to {steps - 1}: {schedule.epochs} epochs of {steps_per_epoch} steps")
@@ -138,10 +134,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, batch: int) -
 def accumulation(recipe: Recipe, processes: int, clips_per_process: int) -> int:
     """How many micro-batches make a step of the recipe's batch: as few as fit, of equal size, of whole videos.
 
-    Args:
-        recipe: With ``data.batch`` videos a step and ``data.repeats`` clips of each.
-        processes: That share the batch equally.
-        clips_per_process: As many clips as a process takes at a time.
+    ``processes`` share the batch equally, and each takes ``clips_per_process`` clips at a time, at most.
 
     Raises:
         ValueError: the batch cannot be shared equally, or the clips of one video are too many.

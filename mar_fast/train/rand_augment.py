@@ -112,10 +112,8 @@ class RandAugment:
                 return ImageOps.equalize(image)
             case "Invert":
                 return ImageOps.invert(image)
-            case "Posterize":
-                mask = 256 - 2 ** (
-                    8 - int(argument)
-                )  # with no bit left, the picture is black; Pillow's own refuses that
+            case "Posterize":  # with no bit left the picture is black, which Pillow's own refuses
+                mask = 256 - 2 ** (8 - int(argument))
                 return image.point([value & mask for value in range(256)] * 3)
             case "Solarize":
                 return ImageOps.solarize(image, int(argument))
@@ -134,15 +132,11 @@ def corners(box: Box) -> tuple[int, int, int, int]:
 
 def _affine(name: str, argument: float, width: int, height: int) -> tuple[float, float, float, float, float, float]:
     """(a, b, c, d, e, f): the pixel at (x, y) comes from (a x + b y + c, d x + e y + f)."""
-    match name:
-        case "ShearX":
-            return 1, argument, 0, 0, 1, 0
-        case "ShearY":
-            return 1, 0, 0, argument, 1, 0
-        case "TranslateX":
-            return 1, 0, argument * width, 0, 1, 0
-        case "TranslateY":
-            return 1, 0, 0, 0, 1, argument * height
-    # Counter-clockwise around the centre.
     cos, sin, x, y = math.cos(math.radians(argument)), math.sin(math.radians(argument)), width / 2, height / 2
-    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+    return {
+        "ShearX": (1, argument, 0, 0, 1, 0),
+        "ShearY": (1, 0, 0, argument, 1, 0),
+        "TranslateX": (1, 0, argument * width, 0, 1, 0),
+        "TranslateY": (1, 0, 0, 0, 1, argument * height),
+        "Rotate": (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y),  # around the centre
+    }[name]

@@ -4,11 +4,12 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..config import MARConfig, check_cell, masked_slots, named_config
 from ..data.video import Decoder, Sampling
@@ -16,20 +17,33 @@ from ..kernels import checks
 
 FOLDER = Path(__file__).with_name("recipes")
 
+# A type, what is accepted in words, and the check.
+Count = Annotated[int, "a whole number, 1 or more", lambda value: value >= 1]
+Share = Annotated[float, "a number from 0 to 1", lambda value: 0 <= value <= 1]
+PartialShare = Annotated[float, "a number in [0, 1)", lambda value: 0 <= value < 1]
+Factor = Annotated[float, "a number above 0, up to 1", lambda value: 0 < value <= 1]
+Positive = Annotated[float, "a number above 0", lambda value: value > 0]
+NotNegative = Annotated[float, "0 or more", lambda value: value >= 0]
+NotNegativeInt = Annotated[int, "0 or more", lambda value: value >= 0]
+Numbers = tuple[float, ...]
+Pair = Annotated[Numbers, "two numbers above 0, the smaller first", lambda two: len(two) == 2 and 0 < two[0] <= two[1]]
+Shares = Annotated[Numbers, "numbers above 0, up to 1", lambda found: found and 0 < min(found) <= max(found) <= 1]
+Rates = Annotated[Numbers, "two rates in [0, 1)", lambda two: len(two) == 2 and 0 <= min(two) <= max(two) < 1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
     """Which tokens the encoder sees in training, and which positions the decoder predicts."""
 
     kind: Literal["none", "cell_running", "random", "tube", "frame"] = "none"
-    ratio: float = 0.0
+    ratio: PartialShare = 0.0
     temporal_shuffle: bool = True
     """Only for cell_running."""
     spatial_repeat: bool = True
     """Only for cell_running: one phase a clip, not one a cell."""
     decoder: Literal["dropped", "cell_running"] = "dropped"
     """What the decoder predicts: all that was dropped, or a running half of all cells (VideoMAE v2's dual masking)."""
-    decoder_ratio: float = 0.5
+    decoder_ratio: PartialShare = 0.5
     """Share of positions that the decoder does not predict; only with decoder = "cell_running"."""
 
 
@@ -38,16 +52,16 @@ class Data:
     """What a step reads."""
 
     sampling: Sampling = "stride"
-    stride: int = 4
-    fps: float = 0.0
+    stride: Count = 4
+    fps: NotNegative = 0.0
     """Frames a second in which the stride counts; 0 counts the file's own frames."""
-    batch: int = 64
+    batch: Count = 64
     """Videos a step, over all processes."""
-    repeats: int = 1
+    repeats: Count = 1
     """Repeated augmentation: clips of each video in a step."""
     repeat: Literal["resample", "reaugment"] = "resample"
     """Each clip of a video is sampled anew (MAR), or the same frames are augmented again (VideoMAE)."""
-    max_broken: float = 0.02
+    max_broken: Share = 0.02
     """Share of videos that may be unreadable before the run ends."""
     decoder: Decoder = "pyav"
     """Of the videos to train on; those to validate and test on are read by PyAV."""
@@ -64,46 +78,46 @@ class Augment:
     fill: Literal["gray", "mean"] = "gray"
     """What RandAugment's geometric ops move into the picture: 128 (VideoMAE), or the mean colour of the model (MAR)."""
     crop: Literal["random_resized", "multi_scale", "center"] = "random_resized"
-    scale: tuple[float, ...] = (0.08, 1.0)
+    scale: Shares = (0.08, 1.0)
     """Of random_resized: least and greatest area. Of multi_scale: the shares of the short side to choose from."""
-    aspect: tuple[float, ...] = (0.75, 4 / 3)
+    aspect: Pair = (0.75, 4 / 3)
     """Least and greatest width / height; only for random_resized."""
-    flip: float = 0.5
-    erase: float = 0.0
+    flip: Share = 0.5
+    erase: Share = 0.0
     """Probability of random erasing."""
-    erase_area: tuple[float, ...] = (0.02, 1 / 3)
-    erase_aspect: float = 0.3
-    mixup: float = 0.0
+    erase_area: Pair = (0.02, 1 / 3)
+    erase_aspect: Factor = 0.3
+    mixup: NotNegative = 0.0
     """Alpha of mixup's beta distribution."""
-    cutmix: float = 0.0
-    mix: float = 1.0
+    cutmix: NotNegative = 0.0
+    mix: Share = 1.0
     """Probability that a batch is mixed at all."""
-    switch: float = 0.5
+    switch: Share = 0.5
     """Probability of cutmix where both are on."""
-    smoothing: float = 0.0
+    smoothing: Share = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW, its learning rate, and which parameters it treats differently."""
 
-    lr: float = 1e-3
-    lr_batch: int = 0
+    lr: Positive = 1e-3
+    lr_batch: NotNegativeInt = 0
     """0: lr is absolute. Else lr, min_lr and warmup_lr are for this many videos a step and grow with the batch."""
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
+    betas: Rates = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.05
     """Of matrices; 0 for biases, norms and the mask token."""
-    layer_decay: float = 1.0
+    layer_decay: Factor = 1.0
     layer_decay_of: Literal["all", "weights"] = "all"
     """All parameters of a layer (VideoMAE), or the encoder's matrices alone (MAR)."""
-    clip_grad: float = 0.0
+    clip_grad: NotNegative = 0.0
     """Greatest norm of all gradients together; 0 for no limit."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of autocast; fp16 comes with a gradient scaler."""
-    ema: float = 0.0
+    ema: PartialShare = 0.0
     """Decay of the moving average of weights; 0 for none."""
-    head_scale: float = 1.0
+    head_scale: NotNegative = 1.0
     """The new head's first weights are multiplied by it."""
 
 
@@ -111,10 +125,10 @@ class Optimizer:
 class Schedule:
     """Cosine by iteration after a linear warm-up."""
 
-    epochs: int = 100
-    warmup_epochs: float = 5.0
-    warmup_lr: float = 0.0
-    min_lr: float = 1e-6
+    epochs: Count = 100
+    warmup_epochs: NotNegative = 5.0
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 1e-6
     warmup_to: Literal["peak", "cosine"] = "peak"
     """The warm-up ends at lr and the cosine begins there; or the cosine counts from the first step, and the warm-up
     ends at the value that it has by then (MAR)."""
@@ -124,9 +138,9 @@ class Schedule:
 class Test:
     """The validation and the multi-view test, and how often."""
 
-    clips: int = 5
-    crops: int = 3
-    every: int = 1
+    clips: Count = 5
+    crops: Count = 3
+    every: Count = 1
     """Epochs from one validation, on one centre view, to the next."""
 
 
@@ -142,19 +156,19 @@ class Recipe:
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     test: Test = Test()
-    reconstruction_weight: float = 0.0
+    reconstruction_weight: NotNegative = 0.0
     """Of the reconstruction loss beside cross-entropy; pre-training has no other loss."""
-    checkpoint_every: int = 1
+    checkpoint_every: Count = 1
     """Epochs from one checkpoint to the next."""
-    checkpoint_minutes: float = 30.0
+    checkpoint_minutes: NotNegative = 30.0
     """Within an epoch a checkpoint is written after so many minutes; 0 for none but at the ends of epochs."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the newest checkpoints stay, besides the best one."""
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
     """Spread parameters over the processes (FSDP2), for models that are too large for one GPU; else DDP."""
-    seed: int = 0
+    seed: NotNegativeInt = 0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -199,7 +213,7 @@ def read_recipe(recipe: str | Path, changes: Iterable[str] = ()) -> Recipe:
     content = _read(recipe)
     for change in changes:
         _set(content, change)
-    return _build(Recipe, content, "")
+    return Recipe(**_values("", content))
 
 
 def _read(recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -247,59 +261,53 @@ def _set(content: dict[str, Any], change: str) -> None:
     target[name] = parsed["value"]
 
 
-def _build(kind: Any, content: object, section: str) -> Any:
-    """A dataclass of this kind from what a file says, with an error for what it does not know."""
-    if not isinstance(content, dict):
+@cache
+def _keys() -> dict[str, dict[str, Any]]:
+    """The keys of each section and their types; "" has those that are in no section, and the sections."""
+    keys = {"": get_type_hints(Recipe, include_extras=True), "model": {"name": str} | get_type_hints(MARConfig)}
+    del keys["model"]["gradient_checkpointing"]  # a key of the recipe itself
+    sections = {name: kind for name, kind in keys[""].items() if is_dataclass(kind)}
+    return keys | {name: get_type_hints(kind, include_extras=True) for name, kind in sections.items()}
+
+
+def _values(section: str, content: object) -> dict[str, Any]:
+    """What a section says, each value of the type that its key has; "" is the whole recipe."""
+    if not isinstance(content, Mapping):
         raise checks.bad(section, repr(content), "a section")
-    types = get_type_hints(kind)
-    values = {}
+    types, values = _keys()[section], {}
     for key, value in content.items():
         name = f"{section}.{key}".lstrip(".")
         if key not in types:
             raise _unknown(name, key, types)
-        if is_dataclass(types[key]):
-            values[key] = _build(types[key], value, name)
+        if section or key not in _keys():
+            values[key] = _value(name, value, types[key])
         else:
-            values[key] = _model(value) if name == "model" else _value(name, value, types[key])
-    return kind(**values)
-
-
-def _model(content: object) -> dict[str, Any]:
-    """The section [model]: fields of `MARConfig`; TOML has no None, so that is the text "none"."""
-    if not isinstance(content, Mapping):
-        raise checks.bad("model", repr(content), "a section")
-    types = _model_types()
-    for key in content:
-        if key not in types:
-            raise _unknown(f"model.{key}", str(key), types)
-    return {key: _value(f"model.{key}", value, types[key]) for key, value in content.items()}
-
-
-def _model_types() -> dict[str, Any]:
-    types = {"name": str} | get_type_hints(MARConfig)
-    del types["gradient_checkpointing"]  # a key of the recipe itself
-    return types
+            inner = _values(key, value)
+            values[key] = inner if key == "model" else types[key](**inner)
+    return values
 
 
 def _unknown(name: str, key: str, known: Iterable[str]) -> ValueError:
     """The error for a key that is not known here: the same key in another section, or the nearest one in this."""
-    sections = get_type_hints(Recipe)
-    places = [section for section, kind in sections.items() if is_dataclass(kind) and key in get_type_hints(kind)]
-    elsewhere = [key] * (key in sections) + [f"{section}.{key}" for section in places]
-    elsewhere += [f"model.{key}"] * (key in _model_types())
+    elsewhere = [f"{section}.{key}".lstrip(".") for section, types in _keys().items() if key in types]
     if elsewhere:
         return checks.bad(name, "an unknown key", " or ".join(map(repr, elsewhere)))
-    known = list(known)
     close = difflib.get_close_matches(key, known, 1, cutoff=0.3)
     nearest = f"{close[0]!r}, the nearest known key" if close else f"one of {', '.join(known)}"
     return checks.bad(name, "an unknown key", nearest)
 
 
 def _value(name: str, value: Any, wanted: Any) -> Any:
-    """``value`` if it is of the type that a field has; whole numbers count as floats, lists as tuples."""
+    """``value`` if it has the type and range of a key; whole numbers count as floats, lists as tuples."""
     options = get_args(wanted)
+    if get_origin(wanted) is Annotated:
+        kind, accepted, fits = options
+        value = _value(name, value, kind)
+        if not fits(value):
+            raise checks.bad(name, repr(value), accepted)
+        return value
     if NoneType in options:
-        if value is None or value == "none":
+        if value is None or value == "none":  # TOML has no None
             return None
         return _value(name, value, next(option for option in options if option is not NoneType))
     if get_origin(wanted) is Literal:
@@ -321,84 +329,49 @@ def _value(name: str, value: Any, wanted: Any) -> Any:
 
 def _check(recipe: Recipe) -> None:
     """Check types, ranges, and what must fit together."""
+    for name, kind in _keys()[""].items():
+        section = getattr(recipe, name)
+        if is_dataclass(kind) and type(section) is not kind:
+            raise checks.bad(name, repr(section), f"a {kind.__name__}")  # type: ignore[union-attr]
+    _values("", asdict(recipe))
+    mask, augment, schedule, weight = recipe.mask, recipe.augment, recipe.schedule, recipe.reconstruction_weight
+    config = None
 
-    def need(name: str, value: Any, met: bool, accepted: str) -> None:
+    def need(name: str, met: object, accepted: str) -> None:
         if not met:
-            raise checks.bad(name, repr(value), accepted)
+            section, _, key = name.rpartition(".")
+            there = config if section == "model" else getattr(recipe, section) if section else recipe
+            raise checks.bad(name, repr(getattr(there, key)), accepted)
 
-    values: dict[str, Any] = {}
-    for key, kind in get_type_hints(Recipe).items():
-        value = getattr(recipe, key)
-        if is_dataclass(kind):
-            need(key, value, type(value) is kind, f"a {kind.__name__}")  # type: ignore[union-attr]
-            for inner, wanted in get_type_hints(kind).items():
-                name = f"{key}.{inner}"
-                values[name] = _value(name, getattr(value, inner), wanted)
-        elif key != "model":
-            values[key] = _value(key, value, kind)
-    for names, accepted, fits in _RANGES:
-        for name in names.split():
-            need(name, values[name], fits(values[name]), accepted)
-    mask, augment, optimizer, schedule = recipe.mask, recipe.augment, recipe.optimizer, recipe.schedule
-    for name in ("augment.aspect", "augment.erase_area"):
-        pair = values[name]
-        need(name, pair, len(pair) == 2 and 0 < pair[0] <= pair[1], "two numbers above 0, the smaller first")
-    need("augment.erase_area", augment.erase_area, augment.erase_area[1] <= 1, "shares of the picture, up to 1")
-    scale, ordered = augment.scale, "two areas above 0, up to 1, the smaller first"
-    need("augment.scale", scale, bool(scale) and 0 < min(scale) <= max(scale) <= 1, "numbers above 0, up to 1")
+    need("augment.erase_area", augment.erase_area[1] <= 1, "shares of the picture, up to 1")
     if augment.crop == "random_resized":
-        need("augment.scale", scale, len(scale) == 2 and scale[0] <= scale[1], ordered)
-    betas = optimizer.betas
-    need("optimizer.betas", betas, len(betas) == 2 and 0 <= min(betas) <= max(betas) < 1, "two rates in [0, 1)")
-    need("schedule.min_lr", schedule.min_lr, schedule.min_lr <= optimizer.lr, f"{optimizer.lr} (optimizer.lr) or less")
-    last = f"0 to {schedule.epochs}, the epochs of the run"
-    need("schedule.warmup_epochs", schedule.warmup_epochs, schedule.warmup_epochs <= schedule.epochs, last)
-    need("mask.ratio", mask.ratio, (mask.kind == "none") == (mask.ratio == 0), "0 with kind 'none', else above 0")
+        ordered = len(augment.scale) == 2 and augment.scale[0] <= augment.scale[1]
+        need("augment.scale", ordered, "two areas above 0, up to 1, the smaller first")
+    lr, epochs = recipe.optimizer.lr, schedule.epochs
+    need("schedule.min_lr", schedule.min_lr <= lr, f"{lr} (optimizer.lr) or less")
+    need("schedule.warmup_epochs", schedule.warmup_epochs <= epochs, f"0 to {epochs}, the epochs of the run")
+    need("mask.ratio", (mask.kind == "none") == (mask.ratio == 0), "0 with kind 'none', else above 0")
     try:
-        config = recipe.config(**{"mask_ratio": 0.0} | _model(recipe.model))  # mask.ratio is checked below
+        config = recipe.config(mask_ratio=recipe.model.get("mask_ratio", 0.0))  # mask.ratio is checked below
         if "cell_running" in (mask.kind, mask.decoder):
             check_cell(config.cell, config.grid)
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if str(error).startswith("model") else f"model.{error}") from error
-    for name, kind in (("mask.ratio", mask.kind), ("mask.decoder_ratio", mask.decoder)):
-        if kind == "cell_running":
-            masked_slots(name, values[name], config.cell)
-    ratio, decodes = config.mask_ratio, mask.decoder == "dropped" or config.decoder_depth > 0
-    need("model.mask_ratio", ratio, mask.kind != "none" or not ratio, "0 with mask.kind = 'none'")
-    need("mask.decoder", mask.decoder, decodes, "'dropped': this model has no decoder")
+    if mask.kind == "cell_running":
+        masked_slots("mask.ratio", mask.ratio, config.cell)
+    if mask.decoder == "cell_running":
+        masked_slots("mask.decoder_ratio", mask.decoder_ratio, config.cell)
+    decodes, classifies = config.decoder_depth > 0, config.classifier is not None
+    need("model.mask_ratio", mask.kind != "none" or not config.mask_ratio, "0 with mask.kind = 'none'")
+    need("mask.decoder", mask.decoder == "dropped" or decodes, "'dropped': this model has no decoder")
     if recipe.task == "pretrain":
-        need("model.decoder_depth", config.decoder_depth, config.decoder_depth > 0, "1 or more: pre-training decodes")
-        need("model.classifier", config.classifier, config.classifier is None, "'none' in pre-training")
-        need("mask.ratio", mask.ratio, mask.ratio > 0, "above 0: pre-training predicts what is dropped")
-        for name in ("augment.mixup", "augment.cutmix", "augment.smoothing"):
-            need(name, values[name], values[name] == 0, "0 in pre-training, which has no labels")
+        need("model.decoder_depth", decodes, "1 or more: pre-training decodes")
+        need("model.classifier", not classifies, "'none' in pre-training")
+        need("mask.ratio", mask.ratio > 0, "above 0: pre-training predicts what is dropped")
+        for name in ("mixup", "cutmix", "smoothing"):
+            need(f"augment.{name}", not getattr(augment, name), "0 in pre-training, which has no labels")
     else:
-        need("model.classifier", config.classifier, config.classifier is not None, "one, in fine-tuning")
-        need("model.num_classes", config.num_classes, config.num_classes > 0, "1 or more, in fine-tuning")
-        weight = recipe.reconstruction_weight
-        need("reconstruction_weight", weight, not weight or config.decoder_depth > 0, "0: this model has no decoder")
-        need("reconstruction_weight", weight, not weight or mask.ratio > 0, "0: without a mask nothing is predicted")
-
-
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    (
-        "data.stride data.batch data.repeats schedule.epochs test.clips test.crops test.every checkpoint_every keep",
-        "a whole number, 1 or more",
-        lambda value: value >= 1,
-    ),
-    (
-        "augment.flip augment.erase augment.mix augment.switch augment.smoothing data.max_broken",
-        "a number from 0 to 1",
-        lambda value: 0 <= value <= 1,
-    ),
-    ("mask.ratio mask.decoder_ratio optimizer.ema", "a number in [0, 1)", lambda value: 0 <= value < 1),
-    ("optimizer.layer_decay augment.erase_aspect", "a number above 0, up to 1", lambda value: 0 < value <= 1),
-    ("optimizer.lr optimizer.eps", "a number above 0", lambda value: value > 0),
-    (
-        "augment.mixup augment.cutmix data.fps optimizer.weight_decay optimizer.clip_grad optimizer.head_scale "
-        "optimizer.lr_batch schedule.warmup_lr schedule.warmup_epochs schedule.min_lr reconstruction_weight seed "
-        "checkpoint_minutes",
-        "0 or more",
-        lambda value: value >= 0,
-    ),
-)
+        need("model.classifier", classifies, "one, in fine-tuning")
+        need("model.num_classes", config.num_classes > 0, "1 or more, in fine-tuning")
+        need("reconstruction_weight", not weight or decodes, "0: this model has no decoder")
+        need("reconstruction_weight", not weight or mask.ratio > 0, "0: without a mask nothing is predicted")

@@ -10,34 +10,21 @@ from ..kernels import checks
 
 
 class Key(NamedTuple):
-    """What `ClipDataset` takes as an index.
+    """What `ClipDataset` takes as an index."""
 
-    Attributes:
-        video_index: The video, in the order of the list.
-        epoch: Its draws differ from those of other epochs.
-        counts: False for one that only fills the last batch of a validation.
-    """
-
-    video_index: int
-    epoch: int = 0
-    counts: bool = True
+    video_index: int  # the video, in the order of the list
+    epoch: int = 0  # its draws differ from those of other epochs
+    counts: bool = True  # False for one that only fills the last batch of a validation
 
 
 class StepSampler(Sampler[list[Key]]):
-    """Batches of one process.
+    """Batches of one process, the one of ``rank`` among ``world``.
 
     A step takes the next ``batch`` videos of the epoch's order; of those, rank r takes the r-th, the (r + world)-th
     and so on, in ``accumulate`` batches, one after the other.
 
-    Args:
-        videos: How many the list has.
-        batch: Videos a step, over all processes.
-        accumulate: Batches of a process in a step.
-        seed: The order of an epoch follows from it and the epoch.
-        rank: Of this process.
-        world: How many processes there are.
-        training: Shuffle, and leave out the last step if it is incomplete. Else the order is that of the list, and the
-            last step is filled with videos that do not count.
+    In training the order follows from ``seed`` and the epoch, and the last step is left out if it is incomplete. Else
+    it is the order of the list, and the last step is filled with videos that do not count.
 
     Attributes:
         steps: In an epoch.

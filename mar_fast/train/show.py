@@ -1,32 +1,28 @@
 """What a run will do, before it does it: groups, steps, learning rates, memory and time, by arithmetic alone."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .. import masking
+from .. import machine
 from ..config import MARConfig
 from ..cost import Cost, count
 from ..eval.plot import OTHERS, OURS, legend_below, new_figure, save
 from ..kernels import checks
 from ..model import MAR
 from ..timing import interleaved
+from .masks import draw_mask
 from .optim import Group, accumulation, learning_rate, lr_factor, parameter_groups, peak_lr
 from .recipe import Recipe
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def visible_tokens(recipe: Recipe) -> int:
     """Tokens of a clip that the encoder sees in training."""
-    config, mask = recipe.config(), recipe.mask
-    if mask.kind == "none":
-        return config.num_tokens
-    if mask.kind == "cell_running":
-        return masking.cell_running(1, config.grid, mask.ratio, cell=config.cell).num_visible
-    draw = {"random": masking.random, "tube": masking.tube, "frame": masking.frame}[mask.kind]
-    return draw(1, config.grid, mask.ratio).num_visible
+    config = recipe.config()
+    mask, _ = draw_mask(recipe.mask, 1, config.grid, config.cell, torch.Generator())
+    return config.num_tokens if mask is None else mask.num_visible
 
 
 def decodes(recipe: Recipe) -> bool:
@@ -46,7 +42,7 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     keep one of the two hidden activations: a fifth less.
     """
     config, visible = recipe.config(), visible_tokens(recipe)
-    value = DTYPES[recipe.optimizer.precision].itemsize
+    value = machine.DTYPES[recipe.optimizer.precision].itemsize
     stacks = [(visible, config.embed_dim, config.mlp_ratio, config.depth)]
     if config.classifier == "bridging":
         stacks.append((visible, config.bridge_embed_dim, config.bridge_mlp_ratio, config.bridge_depth))
@@ -97,13 +93,7 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> fl
 
 
 def describe(
-    recipe: Recipe,
-    videos: int,
-    processes: int = 1,
-    clips_per_process: int = 8,
-    *,
-    shards: int = 1,
-    flops: float | None = None,
+    recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float | None = None
 ) -> str:
     """What a run will do, as text: model, mask, data, learning rates, groups, memory and time.
 
@@ -112,19 +102,19 @@ def describe(
         videos: In the list to train on.
         processes: Of the run.
         clips_per_process: As many as a process takes at a time, see `accumulation`.
-        shards: See `memory`.
         flops: FLOP/s of one process, given or by `product_rate`; None leaves the time out.
 
     Raises:
         ValueError: fewer videos than a batch, or the batch cannot be shared, see `accumulation`.
     """
-    data, config = recipe.data, recipe.config()
+    data, optimizer = recipe.data, recipe.optimizer
     micro_batches = accumulation(recipe, processes, clips_per_process)
     per_epoch = steps_per_epoch(recipe, videos)
     clips = data.batch * data.repeats // processes // micro_batches
     steps = per_epoch * recipe.schedule.epochs
-    model = _shapes(config)
-    groups = parameter_groups(model, recipe.optimizer, peak_lr(recipe, data.batch))
+    model = _shapes(recipe.config())
+    kept = memory(recipe, clips, shards=processes if recipe.shard else 1)
+    work = 2 * cost_of_step(recipe).multiply_adds
     rows = [
         ("task", {"finetune": "fine-tuning", "pretrain": "pre-training"}[recipe.task] + _losses(recipe)),
         ("model", f"{recipe.model.get('name', 'mar_vit_base')}: {_parameters(model)}"),
@@ -134,12 +124,22 @@ def describe(
          f"{micro_batches} (micro-batches) x {clips} (clips)"),
         ("run", f"epochs {recipe.schedule.epochs}, steps {steps}, clips {steps * data.batch * data.repeats}"),
         ("learning rate", _rates(recipe, per_epoch)),
-        ("AdamW", f"betas {recipe.optimizer.betas}, eps {recipe.optimizer.eps:g}, gradients "
-         + (f"clipped to norm {recipe.optimizer.clip_grad:g}" if recipe.optimizer.clip_grad else "not clipped")),
-        *_groups(groups),
-        *_memory(recipe, clips, shards),
-        *_time(recipe, steps, processes, flops),
+        ("AdamW", f"betas {optimizer.betas}, eps {optimizer.eps:g}, gradients "
+         + (f"clipped to norm {optimizer.clip_grad:g}" if optimizer.clip_grad else "not clipped")),
+        *_groups(parameter_groups(model, optimizer, peak_lr(recipe))),
+        ("memory", f"about {sum(kept.values()) / 1e9:.2f} GB a process, by arithmetic; "
+         "the activations are an estimate"),
+        ("", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kept.items())),
+        ("work", f"{work / 1e12:.3g} TFLOP a step, {work * steps / 1e18:.3g} EFLOP in all"),
     ]  # fmt: skip
+    if flops is not None:
+        checks.positive("flops", flops)
+        seconds = work / flops / processes
+        hours = seconds * steps / 3600
+        rows += [
+            ("time", f"at least {seconds:.3g} s a step, {hours:.3g} hours in all, at {flops:.3g} FLOP/s"),
+            ("", "a process: a floor, without loading, communication, validation and what is no matrix product"),
+        ]
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in rows)
 
@@ -158,11 +158,6 @@ def steps_per_epoch(recipe: Recipe, videos: int) -> int:
 def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
     """A PNG of the learning rates of the run: of the head, of a block in the middle and of the patch embedding.
 
-    Args:
-        recipe: With its own batch.
-        videos: In the list to train on.
-        path: The file.
-
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
@@ -171,7 +166,7 @@ def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
     steps = schedule.epochs * per_epoch
     # All steps of a short run; of a long one enough for a smooth curve.
     shown = sorted({*range(0, steps, max(1, steps // 2000)), steps - 1})
-    rates = [learning_rate(recipe, step, per_epoch, recipe.data.batch) for step in shown]
+    rates = [learning_rate(recipe, step, per_epoch) for step in shown]
     epochs = [step / per_epoch for step in shown]
     of = "matrices of " if optimizer.layer_decay_of == "weights" else ""
     layers = {depth + 1: "head, biases and norms" if of else "head"}
@@ -209,11 +204,10 @@ def _losses(recipe: Recipe) -> str:
 
 
 def _parameters(model: MAR) -> str:
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
-        part = part if part in ("encoder", "classifier") else "decoder"
-        sizes[part] = sizes.get(part, 0) + parameter.numel()
+        sizes[part if part in ("encoder", "classifier") else "decoder"] += parameter.numel()
     parts = ", ".join(f"{part} {size / 1e6:.2f}" for part, size in sizes.items())
     return f"{sum(sizes.values()) / 1e6:.2f} M parameters ({parts})"
 
@@ -227,13 +221,13 @@ def _mask(recipe: Recipe) -> str:
 
 
 def _rates(recipe: Recipe, per_epoch: int) -> str:
-    batch, schedule, factor = recipe.data.batch, recipe.schedule, lr_factor(recipe, recipe.data.batch)
+    batch, schedule, factor = recipe.data.batch, recipe.schedule, lr_factor(recipe)
     steps = schedule.epochs * per_epoch
     warmup = min(int(schedule.warmup_epochs * per_epoch), steps - 1)
     of = f"{recipe.optimizer.lr:g} x {batch} / {recipe.optimizer.lr_batch}" if factor != 1 else "absolute"
     points = dict.fromkeys((0, warmup, (warmup + steps) // 2, steps - 1))
-    told = ", ".join(f"{learning_rate(recipe, step, per_epoch, batch):.3g} at step {step}" for step in points)
-    return f"{peak_lr(recipe, batch):.4g} ({of}), cosine by iteration: {told}"
+    told = ", ".join(f"{learning_rate(recipe, step, per_epoch):.3g} at step {step}" for step in points)
+    return f"{peak_lr(recipe):.4g} ({of}), cosine by iteration: {told}"
 
 
 def _groups(groups: list[Group]) -> Iterator[tuple[str, str]]:
@@ -247,25 +241,3 @@ def _groups(groups: list[Group]) -> Iterator[tuple[str, str]]:
             told += f"{kind} {size:.3f} M, weight decay {group['weight_decay']:g}".lstrip()
             before = span
         yield ("" if number else "groups"), f"lr {same[0]['lr']:.3g} (x {scale:.3g}): {told}"
-
-
-def _memory(recipe: Recipe, clips: int, shards: int) -> Iterator[tuple[str, str]]:
-    parts = memory(recipe, clips, shards)
-    yield (
-        "memory",
-        f"about {sum(parts.values()) / 1e9:.2f} GB a process, by arithmetic; the activations are an estimate",
-    )
-    yield "", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-
-
-def _time(recipe: Recipe, steps: int, processes: int, flops: float | None) -> Iterator[tuple[str, str]]:
-    work = 2 * cost_of_step(recipe).multiply_adds
-    yield "work", f"{work / 1e12:.3g} TFLOP a step, {work * steps / 1e18:.3g} EFLOP in all"
-    if flops is not None:
-        checks.positive("flops", flops)
-        seconds = work / flops / processes
-        yield (
-            "time",
-            f"at least {seconds:.3g} s a step, {seconds * steps / 3600:.3g} hours in all, at {flops:.3g} FLOP/s",
-        )
-        yield "", "a process: a floor, without loading, communication, validation and what is no matrix product"

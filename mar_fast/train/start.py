@@ -1,10 +1,8 @@
 """The model that a run starts from: random, or with the encoder of a checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from .. import MAR, LoadReport, MARConfig, from_pretrained
 from ..kernels import checks
@@ -12,6 +10,8 @@ from .recipe import Recipe
 
 # What a checkpoint knows better than a recipe that does not say it.
 _OF_THE_FILE = ("mean", "std", "position_grid", "encoder_eps")
+# What a recipe may ask for, and the checkpoint's positions are then interpolated to.
+_OF_A_CLIP = ("num_frames", "image_size", "position_grid")
 
 
 def start(recipe: Recipe, init: str | Path | None = None) -> tuple[MAR, LoadReport | None, list[str]]:
@@ -30,36 +30,33 @@ def start(recipe: Recipe, init: str | Path | None = None) -> tuple[MAR, LoadRepo
         ValueError: the checkpoint's encoder is of another size than the recipe's; what `from_pretrained` raises.
     """
     torch.manual_seed(recipe.seed)
-    if init is None:
-        model = MAR(recipe.config())
-        _scale_head(model, recipe)
-        return model, None, ["all weights are new"]
-    loaded = from_pretrained(init, classifier=None, **_clip_size(recipe))
-    known = {name: getattr(loaded.config, name) for name in _OF_THE_FILE if name not in recipe.model}
-    config = recipe.config(**known)
-    _check_sizes(config, loaded.config)
+    config, loaded = recipe.config(), None
+    if init is not None:
+        sizes = {name: recipe.model[name] for name in _OF_A_CLIP if name in recipe.model}
+        loaded = from_pretrained(init, classifier=None, **sizes)
+        config = recipe.config(**{n: getattr(loaded.config, n) for n in _OF_THE_FILE if n not in recipe.model})
+        _check_sizes(config, loaded.config)
     model = MAR(config)
-    _scale_head(model, recipe)
+    if model.classifier is not None:
+        with torch.no_grad():
+            for value in model.classifier.head.parameters():
+                value.mul_(recipe.optimizer.head_scale)
+    if loaded is None:
+        return model, None, ["all weights are new"]
     new = []
     for name, part in model.named_children():
-        if not any(True for _ in part.parameters()):
-            continue
         found = getattr(loaded, name, None)
-        if name == "encoder":
-            new += _take_encoder(model, loaded)
-        elif name == "classifier" or not isinstance(found, nn.Module) or not _same_shapes(part, found):
+        ours, theirs = part.state_dict(), {} if found is None else found.state_dict()
+        if name == "encoder":  # all of it but its last norm, which not all models have
+            part.load_state_dict(ours | {key: value for key, value in theirs.items() if key in ours})
+            new += ["encoder.norm"] if ours.keys() - theirs.keys() else []
+        elif name == "classifier" or _shapes(ours) != _shapes(theirs):
             new.append(name)
         else:
-            part.load_state_dict(found.state_dict())
+            part.load_state_dict(theirs)
             if name == "decoder":
                 model.mask_token.data.copy_(loaded.mask_token)
     return model, loaded.load_report, [f"new: {', '.join(new)}"] if new else []
-
-
-def _clip_size(recipe: Recipe) -> dict[str, Any]:
-    """Sizes of clips that the recipe asks for, and which the checkpoint's positions are then interpolated to."""
-    names = ("num_frames", "image_size", "position_grid")
-    return {name: recipe.model[name] for name in names if name in recipe.model}
 
 
 def _check_sizes(config: MARConfig, loaded: MARConfig) -> None:
@@ -69,20 +66,5 @@ def _check_sizes(config: MARConfig, loaded: MARConfig) -> None:
             raise checks.bad("--init", f"a checkpoint of {name} {theirs}", f"{ours}, as the recipe's model.{name}")
 
 
-def _take_encoder(model: MAR, loaded: MAR) -> list[str]:
-    """Every weight of the encoder but its last norm, which not all models have; returns what is new."""
-    ours, theirs = model.encoder.state_dict(), loaded.encoder.state_dict()
-    model.encoder.load_state_dict({**ours, **{name: value for name, value in theirs.items() if name in ours}})
-    return ["encoder.norm"] if set(ours) - set(theirs) else []
-
-
-def _same_shapes(part: nn.Module, found: nn.Module) -> bool:
-    ours, theirs = ({name: value.shape for name, value in one.state_dict().items()} for one in (part, found))
-    return ours == theirs
-
-
-def _scale_head(model: MAR, recipe: Recipe) -> None:
-    if model.classifier is not None:
-        with torch.no_grad():
-            for value in model.classifier.head.parameters():
-                value.mul_(recipe.optimizer.head_scale)
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

@@ -10,18 +10,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from .. import MAR, save_checkpoint
 from ..files import write_whole
 from ..kernels import checks
 from .distributed import World
+from .step import Stepper
 
 FORMAT = 1
 
@@ -31,16 +27,11 @@ class Checkpoints:
     """The checkpoints of a run in its folder.
 
     They have no states of random numbers: each draw is made from the seed, the step, the rank and the micro-batch.
-
-    Attributes:
-        folder: Where they are.
-        keep: How many of the newest stay.
-        settings: What a run must have in common with one that it continues.
     """
 
     folder: Path
-    keep: int
-    settings: Mapping[str, Any]
+    keep: int  # how many of the newest stay
+    settings: Mapping[str, Any]  # what a run must have in common with one that it continues
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
@@ -50,36 +41,32 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
 
-    def save(self, step: int, parts: "Parts", extra: Mapping[str, Any], world: World) -> None:
+    def save(self, step: int, stepper: Stepper, extra: Mapping[str, Any], world: World) -> None:
         """Write a checkpoint, then remove those that are too old.
 
         Args:
             step: How many steps are done.
-            parts: Model, optimizer, scaler and moving average.
+            stepper: Its model, optimizer, scaler and moving average.
             extra: What else goes on: best accuracy, unreadable videos.
             world: All processes. Rank 0 writes; where parameters are spread (FSDP2), each process writes its share.
 
         Raises:
             OSError: it cannot be written; older checkpoints are untouched.
         """
-        plain = {
-            "format": FORMAT,
-            "settings": dict(self.settings),
-            "extra": dict(extra),
-            "scaler": parts.scaler_state(),
-        }
-        if parts.sharded:
+        plain = {"format": FORMAT, "settings": dict(self.settings), "extra": dict(extra)}
+        plain["scaler"] = stepper.scaler.state_dict()
+        if stepper.sharded:
             # The shares first, in a folder of their own; the small file that names it makes the checkpoint whole.
             shares = self.folder / f"shares-{step:08d}"
             if world.main:
                 shutil.rmtree(shares, ignore_errors=True)
             world.barrier()
             try:
-                dcp.save(parts.state(), checkpoint_id=shares)
+                dcp.save(stepper.state(), checkpoint_id=shares)
             except CheckpointException as error:
                 raise OSError(f"{shares}: cannot be written ({_first(error)})") from error
         else:
-            plain |= parts.state()
+            plain |= stepper.state()
         if world.main:
             try:
                 write_whole(self._path(step), lambda file: torch.save(plain, file))
@@ -99,8 +86,8 @@ class Checkpoints:
             if shares.name not in kept:
                 shutil.rmtree(shares, ignore_errors=True)
 
-    def load(self, parts: "Parts", *, allow_changes: bool = False) -> tuple[int, dict[str, Any]]:
-        """Put the newest checkpoint into model and optimizer.
+    def load(self, stepper: Stepper, *, allow_changes: bool = False) -> tuple[int, dict[str, Any]]:
+        """Put the newest checkpoint into model, optimizer, scaler and moving average.
 
         Returns:
             Its step and what ``extra`` was.
@@ -120,15 +107,15 @@ class Checkpoints:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise checks.bad("--resume", f"{str(path)!r} of another format", "a checkpoint of mar-fast train")
         self._compare(content["settings"], allow_changes)
-        if parts.sharded == ("model" in content):
+        if stepper.sharded == ("model" in content):
             got = "whole weights" if "model" in content else "weights that are spread over processes"
             raise checks.bad("--resume", f"{str(path)!r} with {got}", "the same shard= and kind of run")
         state = content
         try:
-            if parts.sharded:
-                state = parts.state()
+            if stepper.sharded:
+                state = stepper.state()
                 dcp.load(state, checkpoint_id=self.folder / f"shares-{steps[-1]:08d}")
-            parts.load(state, content["scaler"])
+            stepper.load(state, content["scaler"])
         except (CheckpointException, KeyError, RuntimeError) as error:
             raise checks.bad("--resume", f"{str(path)!r} ({_first(error)})", "a checkpoint that fits") from error
         return steps[-1], content["extra"]
@@ -160,54 +147,6 @@ def _first(error: BaseException) -> str:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-@dataclass
-class Parts:
-    """What changes in a step.
-
-    Attributes:
-        model: Without wrappers; with FSDP2 its parameters are spread.
-        optimizer: Of its parameters.
-        scaler: Of gradients; does nothing but for fp16.
-        average: The moving average of each parameter, empty where there is none.
-    """
-
-    model: MAR
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: dict[str, torch.Tensor]
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are spread over the processes."""
-        return isinstance(next(self.model.parameters()), DTensor)
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def state(self) -> dict[str, Any]:
-        """Everything but the scaler, by names."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "average": dict(self.average)}
-
-    def scaler_state(self) -> dict[str, Any]:
-        """The scaler's numbers."""
-        return self.scaler.state_dict()
-
-    def load(self, state: Mapping[str, Any], scaler: dict[str, Any]) -> None:
-        """Put a state back; a moving average that it does not have begins with the weights."""
-        rates = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        for group, own in zip(self._groups, rates, strict=True):
-            group.update(own)  # those of the recipe, which may be another one
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.average:
-                    self.average[name].copy_(state["average"].get(name, parameter))
-        if scaler:
-            self.scaler.load_state_dict(scaler)
 
 
 def export(model: MAR, path: Path, world: World) -> None:

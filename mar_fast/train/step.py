@@ -1,21 +1,21 @@
 """One step of training: forward, loss, backward, update; nothing here is random but dropout and drop path."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
-from .. import MAR, TokenMask
+from .. import MAR, TokenMask, machine
 from ..model import MAROutput, mar_loss
 from .distributed import World, last_only
 from .master_weights import MasterWeights
 from .optim import set_lr
 from .recipe import Recipe
-from .state import Parts
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,31 @@ class Inputs:
 
 
 class Stepper:
-    """Takes steps with a model.
+    """Takes steps with a model, and has all that changes in them.
 
     Args:
-        model: On its device.
+        model: On its device; with FSDP2 its parameters are spread.
         called: What `distributed.spread` makes of it.
         optimizer: Of its parameters, see `optim.adamw`.
         recipe: Precision, clipping, moving average, weight of the reconstruction.
         world: All processes.
+
+    Attributes:
+        scaler: Of gradients; does nothing but for fp16.
+        average: The moving average of each parameter by name, empty where there is none.
     """
 
     def __init__(
         self, model: MAR, called: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World
     ) -> None:
-        self.called, self.recipe, self.world = called, recipe, world
+        self.model, self.called, self.optimizer, self.recipe, self.world = model, called, optimizer, recipe, world
         precision = recipe.optimizer.precision
-        scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         named = dict(model.named_parameters())
-        average = {name: p.detach().clone() for name, p in named.items()} if recipe.optimizer.ema else {}
-        self.parts = Parts(model, optimizer, scaler, average)
-        self._parameters: list[Tensor] = [named[name] for name in average]
+        self.average = {name: p.detach().clone() for name, p in named.items()} if recipe.optimizer.ema else {}
+        self._averaged: list[Tensor] = [named[name] for name in self.average]
         self._trained = [p for p in named.values() if p.requires_grad]
-        self._autocast = DTYPES.get(precision)
+        self._autocast = None if precision == "fp32" else machine.DTYPES[precision]
         self._weights = MasterWeights(model, self._autocast)
 
     def step(self, inputs: Iterator[Inputs], count: int, lr: float) -> Tensor:
@@ -67,7 +70,7 @@ class Stepper:
             (5,) float32 on the device, of this process: the loss, its classification and its reconstruction part, the
             share of clips classified rightly (by their heaviest target), the norm of the gradients if they are clipped.
         """
-        parts, optimizer = self.parts, self.parts.optimizer
+        scaler, optimizer = self.scaler, self.optimizer
         self.called.train()
         set_lr(optimizer, lr)
         told = torch.zeros(5, device=self.world.device)
@@ -78,17 +81,17 @@ class Stepper:
                 with self.autocast():
                     out = self._weights.call(self.called, batch.video, batch.mask, decoder_mask=batch.decoder_mask)
                     loss = objective(out, batch.target, self.recipe)
-                parts.scaler.scale(loss / count).backward()
+                scaler.scale(loss / count).backward()
             told[:4] += torch.stack(_numbers(out, batch.target, loss, self.recipe.reconstruction_weight)) / count
         if self.recipe.optimizer.clip_grad:
-            parts.scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(self._trained, self.recipe.optimizer.clip_grad)
             told[4] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        parts.scaler.step(optimizer)
-        parts.scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if parts.average:
-            torch._foreach_lerp_(list(parts.average.values()), self._parameters, 1 - self.recipe.optimizer.ema)
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), self._averaged, 1 - self.recipe.optimizer.ema)
         return told
 
     def autocast(self) -> torch.autocast:
@@ -98,17 +101,43 @@ class Stepper:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the model has the moving average of its weights, if there is one."""
-        average = list(self.parts.average.values())
-        own = [p.detach().clone() for p in self._parameters]
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, average, strict=True):
-                parameter.copy_(value)
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, own, strict=True):
-                    parameter.copy_(value)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange weights and their moving average."""
+        for parameter, value in zip(self._averaged, self.average.values(), strict=True):
+            own = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(own)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over the processes."""
+        return isinstance(next(self.model.parameters()), DTensor)
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the scaler, by names."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "average": dict(self.average)}
+
+    def load(self, state: Mapping[str, Any], scaler: dict[str, Any]) -> None:
+        """Put a state back; a moving average that it does not have begins with the weights."""
+        groups = self.optimizer.param_groups
+        rates = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(own)  # those of the recipe, which may be another one
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.average:
+                    self.average[name].copy_(state["average"].get(name, parameter))
+        if scaler:
+            self.scaler.load_state_dict(scaler)
 
 
 def objective(out: MAROutput, target: Tensor | None, recipe: Recipe) -> Tensor:

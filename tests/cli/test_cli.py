@@ -1,5 +1,6 @@
 """The command mar-fast, in process: what it prints, what it writes, its exit codes, and bad input."""
 
+import gc
 import json
 import re
 import sys
@@ -25,6 +26,7 @@ QUICK = ("--model", "small", "--seconds", "0.1")
 @pytest.fixture
 def small(monkeypatch):
     """Models of one layer, 96 wide, on clips of the usual size."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # it looks at all of torch, for a second each time
     made = {
         case: replace(
             savings.model_config("small", case),
@@ -64,14 +66,20 @@ def test_demo_table_and_files(run, small, tmp_path):
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["results.json", "results.png"]
 
 
-def test_demo_json_is_all_of_stdout(run, small):
+@pytest.fixture
+def known_rates(monkeypatch):
+    """The machine's matrix-product rates, which take seconds to measure."""
+    monkeypatch.setattr(machine, "matmul_rates", lambda device, dtypes: dict.fromkeys(dtypes, 1e11))
+
+
+def test_demo_json_is_all_of_stdout(run, small, known_rates):
     code, out, _ = run("demo", *QUICK, "--json", "--dtype", "fp32", "--batch", "2")
     content = json.loads(out)
     assert code == 0 and content["dtype"] == "fp32" and content["batch"] == 2
     assert content["rows"][0]["multiply_adds"] == 2 * savings.cost.count(small["dense"]).multiply_adds
 
 
-def test_wrong_model_withholds_speeds(run, small, monkeypatch, tmp_path):
+def test_wrong_model_withholds_speeds(run, small, known_rates, monkeypatch, tmp_path):
     """A fast model that is another function than the reference gets no speed, and the exit code says so."""
     module = sys.modules["mar_fast.kernels.attention"]
     right = module.eager_attention

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, replace
 from typing import get_args
 
@@ -328,9 +327,9 @@ def test_checkpoint_without_a_classifier(mar, monkeypatch):
 
 
 def test_names_of_formats_agree():
-    from mar_fast.cli import evaluate, options
+    from mar_fast.cli import options
     from mar_fast.data.annotations import FORMATS
     from mar_fast.machine import DTYPES
 
-    assert get_args(sys.modules[evaluate.__module__].Format) == ("auto", *FORMATS)
+    assert get_args(options.Format) == ("auto", *FORMATS)
     assert get_args(options.Precision) == tuple(DTYPES)

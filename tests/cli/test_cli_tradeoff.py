@@ -1,5 +1,6 @@
 """mar-fast tradeoff as a command: its table and files, exit codes, bad input."""
 
+import gc
 import importlib
 import json
 import sys
@@ -24,6 +25,12 @@ def checkpoint(tmp_path_factory):
 
 NAMES = [f"class of <{number}> [b]" for number in range(11)]
 QUICK = ("--dtype", "fp32", "--seconds", "0.01", "--views", "2x1", "--batch", "2")
+
+
+@pytest.fixture(autouse=True)
+def uncollected(monkeypatch):
+    """A collection of garbage looks at all of torch, for a second at each measurement of memory."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture

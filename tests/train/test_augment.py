@@ -227,8 +227,3 @@ def test_boxes_to_erase():
 def test_other_policies(policy):
     with pytest.raises(ValueError, match=r"augment.rand_augment: got '.*', expected timm's notation with m, n, mstd"):
         ClipAugment(Augment(rand_augment=policy), (32, 32), MEAN)
-
-
-def test_scales_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"augment.scale: got .*, expected least and greatest area"):
-        ClipAugment(Augment(scale=(1.0, 0.875, 0.75)), (32, 32), MEAN)

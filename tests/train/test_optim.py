@@ -64,9 +64,8 @@ VIDEOMAE_RATES = {
 }
 
 
-def rates(recipe, batch=None):
-    steps = recipe.schedule.epochs * STEPS
-    return np.array([learning_rate(recipe, step, STEPS, batch or recipe.data.batch) for step in range(steps)])
+def rates(recipe):
+    return np.array([learning_rate(recipe, step, STEPS) for step in range(recipe.schedule.epochs * STEPS)])
 
 
 @pytest.mark.parametrize("name", [*MAR_RATES, *VIDEOMAE_RATES])
@@ -81,30 +80,31 @@ def test_learning_rate_of_every_step(name):
 def test_other_warmups_and_batches(rule, warmup):
     changes = [f"schedule.warmup_epochs={warmup}", f"schedule.warmup_to={rule}", "schedule.epochs=4"]
     changes += ["schedule.warmup_lr=1e-5", "optimizer.lr_batch=256", "schedule.min_lr=1e-6", "optimizer.lr=2e-4"]
+    changes += ["data.batch=384"]
     recipe = read_recipe("mar_k400_base", changes)
     if rule == "cosine":
         curve = 1.5 * mar_curve(2e-4, 1e-6, 1e-5, 4, warmup)
     else:
         curve = videomae_curve(2e-4, 1e-6, 1e-5, 4, warmup, 384)
-    np.testing.assert_allclose(rates(recipe, batch=384), curve, rtol=1e-12)
+    np.testing.assert_allclose(rates(recipe), curve, rtol=1e-12)
 
 
 def test_first_and_last_steps():
     """What the docstring says of them."""
     mar, videomae = read_recipe("mar_k400_base"), read_recipe("videomae_k400_huge")
-    assert learning_rate(mar, 0, STEPS, 64) == 1e-6
-    assert 1e-6 < learning_rate(mar, 100 * STEPS - 1, STEPS, 64) < 1.01e-6
-    assert learning_rate(videomae, 0, STEPS, 512) == 0
-    assert [learning_rate(videomae, 5 * STEPS - 1 + step, STEPS, 512) for step in (0, 1)] == [2e-3, 2e-3]
-    assert 2e-5 < learning_rate(videomae, 50 * STEPS - 1, STEPS, 512) < 2.01e-5
+    assert learning_rate(mar, 0, STEPS) == 1e-6
+    assert 1e-6 < learning_rate(mar, 100 * STEPS - 1, STEPS) < 1.01e-6
+    assert learning_rate(videomae, 0, STEPS) == 0
+    assert [learning_rate(videomae, 5 * STEPS - 1 + step, STEPS) for step in (0, 1)] == [2e-3, 2e-3]
+    assert 2e-5 < learning_rate(videomae, 50 * STEPS - 1, STEPS) < 2.01e-5
     constant = read_recipe("videomae_k400_huge", ["schedule.warmup_epochs=0"])
-    assert learning_rate(constant, 0, STEPS, 512) == 2e-3
+    assert learning_rate(constant, 0, STEPS) == 2e-3
 
 
 @pytest.mark.parametrize("step", [-1, 700, 10**6])
 def test_no_such_step(step):
     with pytest.raises(ValueError, match=f"step: got {step}, expected 0 to 699: 100 epochs of 7 steps"):
-        learning_rate(read_recipe("mar_k400_base"), step, STEPS, 64)
+        learning_rate(read_recipe("mar_k400_base"), step, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_no_such_step(step):
     ],
 )
 def test_peak(name, batch, peak):
-    assert math.isclose(peak_lr(read_recipe(name), batch), peak, rel_tol=1e-12)
+    assert math.isclose(peak_lr(read_recipe(name, [f"data.batch={batch}"])), peak, rel_tol=1e-12)
 
 
 def layer_of(name, depth):
@@ -176,7 +176,7 @@ def test_groups_of_every_recipe(name):
     depth, decay = recipe.config().depth, recipe.optimizer.layer_decay
     with torch.device("meta"):
         model = MAR(recipe.config())
-    lr = peak_lr(recipe, recipe.data.batch)
+    lr = peak_lr(recipe)
     found = rates_of(model, parameter_groups(model, recipe.optimizer, lr))
     assert set(found) == {parameter for parameter, _ in model.named_parameters()}
     for parameter, value in model.named_parameters():

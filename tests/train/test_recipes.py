@@ -175,6 +175,7 @@ BAD = {
     "augment.flip=-0.5": "augment.flip: got -0.5, expected a number from 0 to 1",
     "augment.scale=[]": "augment.scale: got (), expected numbers above 0, up to 1",
     "augment.scale=[1, 0.1]": "augment.scale: got (1.0, 0.1), expected two areas",
+    "augment.scale=[0.5, 0.7, 1]": "augment.scale: got (0.5, 0.7, 1.0), expected two areas",
     'augment.aspect=["a", 1]': "augment.aspect: got 'a', expected a finite number",
     "augment.aspect=[2, 1]": "augment.aspect: got (2.0, 1.0), expected two numbers above 0, the smaller first",
     "augment.erase_area=[0.1, 2]": "augment.erase_area: got (0.1, 2.0), expected shares of the picture",

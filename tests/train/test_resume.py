@@ -61,23 +61,22 @@ def here(*words, code=0):
     assert (stop.value.code or 0) == code
 
 
-def command(*words, script="from mar_fast.cli import main; main()"):
+def started(*words):
+    """Python with these words, in a group of processes of its own."""
     environment = os.environ | {"PYTHONPATH": str(Path(mar_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", script, *map(str, words), "--workers", "1"],
+        [sys.executable, "-P", *map(str, words)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def command(*words, script="from mar_fast.cli import main; main()"):
+    return started("-c", script, *words, "--workers", 1)
 
 
 def processes(*words):
     """The command in two processes."""
-    paths = [str(Path(mar_fast.__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
-        [*run, "-m", "mar_fast.cli", *map(str, words)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    return started("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mar_fast.cli", *words)
 
 
 def finish(process, code=0):

@@ -183,13 +183,13 @@ def test_low_precision(precision):
     inputs = Inputs(inputs.video.float(), inputs.target.float(), inputs.mask)
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     stepper = Stepper(ours, ours, adamw(ours, recipe.optimizer, LR), recipe, ALONE)
-    assert stepper.parts.scaler.is_enabled() == (precision == "fp16")
+    assert stepper.scaler.is_enabled() == (precision == "fp16")
     if precision == "fp16":
-        stepper.parts.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+        stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
         stepper.step(iter([inputs]), 1, LR)
         assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
-        assert stepper.parts.scaler.get_scale() == 2.0**59
-        stepper.parts.scaler = torch.amp.GradScaler("cpu")
+        assert stepper.scaler.get_scale() == 2.0**59
+        stepper.scaler = torch.amp.GradScaler("cpu")
     told = stepper.step(iter([inputs]), 1, LR)
     loss, _ = plain_step(plain, inputs, recipe)
     assert float(told[0]) == pytest.approx(loss, rel=1e-2)
@@ -213,12 +213,12 @@ def test_states_put_back_with_another_recipe():
     old, new = recipe_of("MAR"), recipe_of("MAR", "optimizer.weight_decay=0.2", "optimizer.ema=0.9")
     first, second = (Stepper(m, m, adamw(m, r.optimizer, LR), r, ALONE) for r in (old, new) for m in [start(r)[0]])
     with torch.no_grad():
-        for parameter in first.parts.model.parameters():
+        for parameter in first.model.parameters():
             parameter.add_(1.0)
-    second.parts.load(first.parts.state(), {})
-    assert {group["weight_decay"] for group in second.parts.optimizer.param_groups} == {0.0, 0.2}
-    for name, parameter in first.parts.model.named_parameters():
-        assert torch.equal(second.parts.average[name], parameter)
+    second.load(first.state(), {})
+    assert {group["weight_decay"] for group in second.optimizer.param_groups} == {0.0, 0.2}
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(second.average[name], parameter)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
