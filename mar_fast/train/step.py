@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import MAR, TokenMask
-from ..model import MAROutput, mar_loss
+from ..loss import mar_loss
+from ..model import MAROutput
 from .distributed import World, last_only
 from .master_weights import MasterWeights
 from .optim import set_lr
