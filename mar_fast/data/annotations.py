@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,15 +86,17 @@ def read_annotations(
         format = "hmdb51" if path.is_dir() or _HMDB51_FILE.fullmatch(path.name) else _detect(text)
     if path.is_dir() and format != "hmdb51":
         raise checks.bad("list", f"{str(path)!r}, a folder", f"a file, for the format {format}")
-    base = root if root is not None else folder
+    base, files = root if root is not None else folder, list[tuple[str, Path]]()
     if format == "hmdb51":
         files = _hmdb51_files(path, split)
         labels = labels or [action for action, _ in files]
-        samples = list(_hmdb51([file for file in files if path in (folder, file[1])], base, labels))
+    elif format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
+        labels = read_labels(folder / "classInd.txt")
+    numbers = {} if format in ("list", "paths") else _numbers(format, labels)
+    if format == "hmdb51":
+        samples = list(_hmdb51([file for file in files if path in (folder, file[1])], base, numbers))
     else:
-        if format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
-            labels = read_labels(folder / "classInd.txt")
-        samples = list(_READERS[format](path, text, base, labels))
+        samples = list(_READERS[format](path, text, base, numbers))
     if not samples:
         raise ValueError(f"{path}: got no video, expected {FORMATS[format]}")
     seen: dict[str, str] = {}
@@ -226,7 +228,16 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.strip()
 
 
-def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+def _matches(path: Path, text: str, form: re.Pattern[str], accepted: str) -> Iterator[tuple[str, re.Match[str]]]:
+    """The same lines, each as it matches a form."""
+    for where, line in _lines(path, text):
+        found = form.fullmatch(line)
+        if found is None:
+            raise checks.bad(where, repr(line[:80]), accepted)
+        yield where, found
+
+
+def _list(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     lines = list(_lines(path, text))
     separator = next((character for character in ",;\t" if lines and character in lines[0][1]), " ")
     rows = list(csv.reader([line for _, line in lines], delimiter=separator, skipinitialspace=True))
@@ -240,30 +251,24 @@ def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
                 raise checks.bad(where, repr(line[:80]), f"{len(header)} columns as in line 1, a whole {columns[1]}")
             yield Sample(row[at], root / row[at], int(found[1]), where)
         return
-    for where, line in lines:
-        found = _LIST_LINE.fullmatch(line)
-        if found is None:
-            raise checks.bad(where, repr(line[:80]), "a path and a label number from 0")
+    for where, found in _matches(path, text, _LIST_LINE, "a path and a label number from 0"):
         name, counted = _unquoted(found[1]), _COUNTED_PATH.fullmatch(found[1])
         if counted is not None and not (root / name).exists():  # "folder frames label"
             name = _unquoted(counted[1])
         yield Sample(name, root / name, int(found[2]), where)
 
 
-def _paths(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+def _paths(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     for where, line in _lines(path, text):
         yield Sample(_unquoted(line), root / _unquoted(line), -1, where)
 
 
-def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+def _kinetics(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     """Files are named by YouTube id and times, in the root, a folder of the class or one of the split."""
-    numbers = _numbers("kinetics", labels)
     rows = csv.DictReader(text.splitlines())
     for column in ("label", "youtube_id", "time_start", "time_end"):
         if column not in (rows.fieldnames or ()):
-            raise ValueError(
-                f"{path}, line 1: got no column {column}, expected label, youtube_id, time_start, time_end"
-            )
+            raise checks.bad(f"{path}, line 1", f"no column {column}", "label, youtube_id, time_start, time_end")
     for row in rows:
         where = f"{path}, line {rows.line_num}"
         times = [_NUMBER.fullmatch(row[column] or "") for column in ("time_start", "time_end")]
@@ -275,8 +280,7 @@ def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -
         yield Sample(name, found, _number(numbers, row["label"], where), where)
 
 
-def _ssv2(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
-    numbers = _numbers("ssv2", labels)
+def _ssv2(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     content = _json(path, text)
     for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
         where = f"{path}, entry {number}"
@@ -289,17 +293,11 @@ def _ssv2(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
         yield Sample(name, _find(root, [name]), _number(numbers, label, where), where)
 
 
-def _ucf101(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
-    numbers = _numbers("ucf101", labels)
-    for where, line in _lines(path, text):
-        found = _UCF101_LINE.fullmatch(line)
-        if found is None:
-            raise checks.bad(where, repr(line[:80]), "Class/file.avi, with or without a number from 1")
+def _ucf101(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
+    for where, found in _matches(path, text, _UCF101_LINE, "Class/file.avi, with or without a number from 1"):
         label = _number(numbers, found[1], where)
         if found[3] is not None and int(found[3]) != label + 1:
-            raise ValueError(
-                f"{where}: got number {found[3]}, expected {label + 1}, that of {found[1]}, counted from 1"
-            )
+            raise checks.bad(where, f"number {found[3]}", f"{label + 1}, that of {found[1]}, counted from 1")
         name = f"{found[1]}/{found[2]}"
         yield Sample(name, root / name, label, where)
 
@@ -319,19 +317,15 @@ def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
     return files
 
 
-def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]) -> Iterator[Sample]:
-    numbers = _numbers("hmdb51", labels)
+def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     for action, file in files:
-        for where, line in _lines(file, _text(file)):
-            row = _HMDB51_LINE.fullmatch(line)
-            if row is None:
-                raise checks.bad(where, repr(line[:80]), "name.avi and 0, 1 or 2")
-            if row[2] == "2":
-                name = f"{action}/{row[1]}"
+        for where, found in _matches(file, _text(file), _HMDB51_LINE, "name.avi and 0, 1 or 2"):
+            if found[2] == "2":
+                name = f"{action}/{found[1]}"
                 yield Sample(name, root / name, _number(numbers, action, where), where)
 
 
-_READERS: dict[str, Callable[[Path, str, Path, Sequence[str] | None], Iterator[Sample]]] = {
+_READERS: dict[str, Callable[[Path, str, Path, Mapping[str, int]], Iterator[Sample]]] = {
     "list": _list,
     "paths": _paths,
     "kinetics": _kinetics,
@@ -347,14 +341,13 @@ def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for number, name in enumerate(labels):
         if name in numbers:
-            raise checks.bad(
-                "labels", f"{name!r} for classes {numbers[name]} and {number}", "a name for one class each"
-            )
+            got = f"{name!r} for classes {numbers[name]} and {number}"
+            raise checks.bad("labels", got, "a name for one class each")
         numbers[name] = number
     return numbers
 
 
-def _number(numbers: dict[str, int], label: str | None, where: str) -> int:
+def _number(numbers: Mapping[str, int], label: str | None, where: str) -> int:
     if label is not None and label not in numbers:
         label = label.replace("_", " ") if label.replace("_", " ") in numbers else label  # as folders are called
     if label not in numbers:

@@ -68,8 +68,8 @@ def open_video(source: Source, threads: int = 0) -> Iterator["Video"]:
         source = io.BytesIO(source)
     elif isinstance(source, io.TextIOBase) or not getattr(source, "seekable", bool)():
         raise checks.bad_type("path", type(source).__name__, "a path, bytes, or a binary file that can be sought in")
-    with _errors(source), Video(source, threads) as video:
-        yield video
+    with _errors(source), ExitStack() as files:
+        yield Video(source, threads, files)
 
 
 def open_picture(path: Path) -> "VideoFrame":
@@ -105,7 +105,7 @@ def name_of(source: Source) -> str:
 
 
 class Video:
-    """An open video stream and the index of its frames.
+    """An open video stream and the index of its frames; ``files`` closes it.
 
     Attributes:
         total: How many frames there are.
@@ -113,37 +113,29 @@ class Video:
         rate: Frames a second on average; None where the file does not say.
     """
 
-    def __init__(self, source: Source, threads: int = 0) -> None:
+    def __init__(self, source: Source, threads: int, files: ExitStack) -> None:
         self.name = name_of(source)
-        self._source, self._threads = source, threads
-        self._files = ExitStack()
-
-    def __enter__(self) -> "Video":
-        with ExitStack() as on_error:
-            on_error.enter_context(self._files)
+        self._source, self._threads, self._files = source, threads, files
+        self._open()
+        self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
+        self.rate = self._stream.average_rate
+        self._index = _index(self.name, self._container, self._stream)
+        if self._index.late:
             self._open()
-            self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
-            self.rate = self._stream.average_rate
-            self._index = _index(self.name, self._container, self._stream)
-            if self._index.late:
-                self._open()
-                self._index.begin(frame.pts for frame in _decoded(_packets(self._container, self._stream)))
-            if self._index.counted:
-                self._open()
-                self.total = sum(1 for _ in _decoded(_packets(self._container, self._stream)))
-            else:
-                self.total = len(self._index.stamps)
-            self._keys = self._index.keys
-            on_error.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
+            self._index.begin(frame.pts for frame in self._decoded())
+        self.total = len(self._index.stamps)
+        if self._index.counted:
+            self._open()
+            self.total = sum(1 for _ in self._decoded())
+        self._keys = self._index.keys
 
     def _open(self) -> None:
         """Open the file, again if it is open."""
         self._files.close()
         self._container, self._stream = self._files.enter_context(_opened(self._source, self._threads))
+
+    def _decoded(self) -> Iterator["VideoFrame"]:
+        return _decoded(_packets(self._container, self._stream))
 
     def time(self, number: int) -> Fraction | None:
         """Seconds from the first frame to this one; None if the file does not say.
@@ -191,7 +183,7 @@ class Video:
         if before > 1:  # an mp4 that an editor trimmed may have no key frame at its beginning
             self._keys = array("q", [0])
         self._open()
-        frames = _decoded(_packets(self._container, self._stream))
+        frames = self._decoded()
         return enumerate(frames) if self._index.counted else self._numbered(frames)
 
     def _sought(self, key: int, wanted: int) -> Iterator[tuple[int, "VideoFrame"]]:

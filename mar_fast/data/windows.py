@@ -14,7 +14,7 @@ from functools import partial
 from itertools import groupby
 from queue import Full, Queue
 from threading import Event
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from ..kernels import checks
 from .decoding import Source
 from .framing import Image, pictures
 from .video import Film, open_film
-
-if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
 
 Tail = Literal["repeat", "drop"]
 MOST_FPS = 1000
@@ -55,9 +52,7 @@ class Sliding:
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "stride", "frame_stride"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise checks.bad(name, repr(value), "a whole number, 1 or more")
+            checks.whole(name, getattr(self, name))
         if self.fps is not None and not (isinstance(self.fps, int | float) and 0 < self.fps <= MOST_FPS):
             raise checks.bad("fps", repr(self.fps), f"frames a second, above 0, up to {MOST_FPS}, or None")
         if self.tail not in ("repeat", "drop"):
@@ -152,16 +147,13 @@ def _timed(item: Any) -> tuple[Fraction | None, Any]:
 def _picture(frame: Any, aspect: Fraction, size: tuple[int, int]) -> Image:
     """(H, W, 3) uint8."""
     if not hasattr(frame, "to_ndarray"):
-        frame = _video_frame(np.asarray(frame))
+        import av  # only here: a machine without PyAV can run everything but this
+
+        image = np.asarray(frame)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise checks.bad("frames", f"{image.dtype} of shape {image.shape}", "frames (H, W, 3) uint8, RGB")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     return pictures(frame, aspect, size)[0]
-
-
-def _video_frame(image: Image) -> "VideoFrame":
-    import av  # only here: a machine without PyAV can run everything but this
-
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise checks.bad("frames", f"{image.dtype} of shape {image.shape}", "frames (H, W, 3) uint8, RGB")
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
 
 
 def _resampled(shots: Iterable[_Shot], fps: float) -> Iterator[tuple[int, _Shot]]:

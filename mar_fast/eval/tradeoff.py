@@ -192,7 +192,7 @@ def _answer(
     runs: Mapping[MaskSetting, tuple[torch.Generator, Tally]],
     on_step: OnStep,
 ) -> Answer:
-    """Run all settings, the dense one first, on the views of a video; values for the fields of `Point` go to tallies."""
+    """Run all settings, the dense one first, on the views of a video; values for fields of `Point` go to tallies."""
     config, weight = model.config, next(model.parameters())
     best = dict[str, Best]()
     dense = torch.empty(0)
