@@ -6,7 +6,7 @@ multiply-add is two FLOPs. The method "visible" counts what `mar_fast.MAR` compu
 decoder's last block and head on every token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,24 +39,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The parts of a model and their sums."""
+    """The parts of a model, and their sums for the whole batch; the pixel decoder is one only with ``reconstruct``."""
 
     parts: tuple[Part, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Trainable values in the counted parts: the pixel decoder only with ``reconstruct``."""
-        return sum(part.parameters for part in self.parts)
-
-    @property
-    def multiply_adds(self) -> int:
-        """Of the whole batch."""
-        return sum(part.multiply_adds for part in self.parts)
-
-    @property
-    def bytes_moved(self) -> int:
-        """Of the whole batch."""
-        return sum(part.bytes_moved for part in self.parts)
+    parameters: int
+    multiply_adds: int
+    bytes_moved: int
 
     def floor_seconds(self, peak_flops: float, bandwidth: float) -> float:
         """The shortest time possible for the parts one after the other: peak in FLOP/s, bandwidth in bytes/s.
@@ -107,9 +95,9 @@ def count(
         raise checks.bad("mask_ratio and visible", f"{mask_ratio} and {visible}", "one of them")
     elif not isinstance(visible, int) or not 1 <= visible <= config.num_tokens:
         raise checks.bad("visible", repr(visible), f"a whole number from 1 to {config.num_tokens}")
-    for name, value in (("batch", batch), ("bytes_per_value", bytes_per_value), ("bytes_per_pixel", bytes_per_pixel)):
-        if not isinstance(value, int) or value < (0 if name == "batch" else 1):
-            raise checks.bad(name, repr(value), "a whole number")
+    checks.whole("batch", batch, 0)
+    checks.whole("bytes_per_value", bytes_per_value)
+    checks.whole("bytes_per_pixel", bytes_per_pixel)
     if method not in ("visible", "original"):
         raise checks.bad("method", repr(method), "'visible' or 'original'")
     if reconstruct and not config.decoder_depth:
@@ -120,7 +108,8 @@ def count(
         parts += counter.decoder(config)
     if training:
         parts = [_with_backward(part) for part in parts]
-    return Cost(tuple(part for part in parts if part.parameters or part.bytes_moved))
+    found = tuple(part for part in parts if part.parameters or part.bytes_moved)
+    return Cost(found, *_sums(found))
 
 
 def _with_backward(part: Part) -> Part:
@@ -171,10 +160,9 @@ class _Counter:
         hidden = round(dim * mlp_ratio)
         groups = [(layers, tokens)] if last_rows is None else [(layers - 1, tokens), (1, last_rows)]
         for depth, rows in groups:
-            query = self.linear("", rows, dim, dim, layers=depth)
-            key = self.linear("", tokens, dim, dim, bias=key_bias, layers=depth)
-            value = self.linear("", tokens, dim, dim, layers=depth)
-            yield _sum(f"{name}.qkv", query, key, value)
+            yield self.linear(f"{name}.qkv", rows, dim, dim, layers=depth)
+            yield self.linear(f"{name}.qkv", tokens, dim, dim, bias=key_bias, layers=depth)
+            yield self.linear(f"{name}.qkv", tokens, dim, dim, layers=depth)
             yield self.attention(f"{name}.attention", rows, tokens, dim, heads, depth)
             yield self.linear(f"{name}.proj", rows, dim, dim, layers=depth)
             yield self.linear(f"{name}.mlp", rows, dim, hidden, layers=depth)
@@ -221,16 +209,12 @@ class _Counter:
         return _merge(parts)
 
 
-def _sum(name: str, *parts: Part) -> Part:
-    return Part(
-        name,
-        sum(part.parameters for part in parts),
-        sum(part.multiply_adds for part in parts),
-        sum(part.bytes_moved for part in parts),
-    )
+def _sums(parts: Sequence[Part]) -> Iterator[int]:
+    """Parameters, multiply-adds and bytes of all parts."""
+    return (sum(getattr(part, name) for part in parts) for name in ("parameters", "multiply_adds", "bytes_moved"))
 
 
 def _merge(parts: list[Part]) -> list[Part]:
     """Parts with the same name added up, in the order of their first appearance."""
-    names = list(dict.fromkeys(part.name for part in parts))
-    return [_sum(name, *(part for part in parts if part.name == name)) for name in names]
+    names = dict.fromkeys(part.name for part in parts)
+    return [Part(name, *_sums([part for part in parts if part.name == name])) for name in names]
