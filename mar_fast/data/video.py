@@ -74,15 +74,13 @@ def read_views(
     (Something-Something v2). A frame is decoded once, however many views it is in.
 
     Args:
-        path: The file, or a folder of pictures in the natural order of their names; or bytes, or an open binary file.
+        path, sampling, stride: As in `read_clip`.
         num_frames: T, frames of each clip.
         clips: With "stride" they are spread evenly: the first clip starts the video and the last one ends it. With
             "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A single clip is
             from the middle, as in `read_clip`.
         crops: The short side is resized to ``size``; crops are spread evenly along the longer one. 3 are left, centre
             and right, or top, centre and bottom; 1 is the centre.
-        sampling: "stride" or "uniform", see `read_clip`.
-        stride: Frames from one to the next; only for "stride".
         size: (H, W) of the views.
         short: For a video with fewer frames than a clip needs: "error", or "repeat", which repeats its last frame
             ("stride") or takes frames more than once ("uniform").

@@ -20,9 +20,7 @@ class WindowFeatures(NamedTuple):
     """What a window gives.
 
     Attributes:
-        number: That of the window, from 0.
-        frames: Numbers of its first and its last frame in the film or stream.
-        seconds: When these are shown, from the first frame on; None where there are no times.
+        number, frames, seconds: As in `Window`.
         layers: By the number of the block, (D,) or (N, D), on the CPU.
     """
 
@@ -162,10 +160,7 @@ def extract(
             while the model runs. Or a stream: an iterable of frames (H, W, 3) uint8 RGB, arrays, tensors or PyAV's, or
             of (seconds, frame). A stream is asked for a frame when it is needed; windows come out in batches, so that
             ``batch=1`` delays them least.
-        stride: Frames from the start of a window to that of the next.
-        frame_stride: Frames from one to the next within a window.
-        fps: Count frames at this constant rate and not those of the film, so that strides are times.
-        tail: A film's end, or a film, that is no whole window: "repeat" its last frame, or "drop" it.
+        stride, frame_stride, fps, tail: Which windows, as in `mar_fast.data.windows.Sliding`.
         layers, keep, complementary, pooled, batch: As in `Extractor`.
 
     Yields:
