@@ -111,18 +111,15 @@ class Encoder(Fused):
         stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         return total(stream) if self.norm is None else norm(self.fallbacks, self.norm, stream)[0]
 
-    def layers(
-        self, video: Tensor, keep_idx: Tensor, numbers: Collection[int], segments: Segments | None = None
-    ) -> dict[int, Tensor]:
+    def layers(self, video: Tensor, keep_idx: Tensor, numbers: Collection[int]) -> dict[int, Tensor]:
         """The residual stream after some blocks, numbered from 1; after the last one it is the encoder's output.
 
-        (B, C, T, H, W), (B, N) -> (B, N, D) for each, or packed (total,) -> (total, D). Blocks that no number needs are
-        not run.
+        (B, C, T, H, W), (B, N) -> (B, N, D) for each. Blocks that no number needs are not run.
         """
-        stream = Stream(self.patch_embed(video, keep_idx, self.pos_embed.value, segments))
+        stream = Stream(self.patch_embed(video, keep_idx, self.pos_embed.value))
         found = {}
         for number, block in enumerate(self.blocks[: max(numbers)], 1):
-            stream = block(stream, None, segments)
+            stream = block(stream)
             if number == len(self.blocks) and self.norm is not None:
                 found[number] = norm(self.fallbacks, self.norm, stream)[0]
             elif number in numbers:

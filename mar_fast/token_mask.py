@@ -91,7 +91,7 @@ class TokenMask:
                 raise checks.bad("cu_seqlens", f"no visible token in clip {lengths.index(0)}", "at least one")
             longest = max(lengths, default=0)
         if not isinstance(self.max_seqlen, int) or not longest <= self.max_seqlen <= self.num_tokens:
-            accepted = f"a whole number from {longest} to {self.num_tokens}, at least that of the clip that has most"
+            accepted = f"a whole number from {longest} to {self.num_tokens}, and no less than the longest clip has"
             raise checks.bad("max_seqlen", repr(self.max_seqlen), accepted)
 
     def _rows(self, index: Tensor, clip_idx: Tensor | None) -> Tensor:
@@ -122,13 +122,13 @@ class TokenMask:
         if num_visible is None:
             check_may_count()
         if num_visible is None or checks.may_read(flat):
-            counts = (~flat).sum(1).unique().tolist()
+            counts = (~flat).sum(1).unique().tolist() or [tokens]
             if len(counts) > 1:
                 accepted = "the same number in every clip (TokenMask.ragged takes others)"
                 raise checks.bad("masked", f"clips with {counts} visible tokens", accepted)
             if num_visible is None:
-                num_visible = counts[0] if counts else tokens
-            elif counts and counts[0] != num_visible:
+                num_visible = counts[0]
+            elif num_visible != counts[0]:
                 raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
         if not isinstance(num_visible, int) or not 0 <= num_visible <= tokens:
             raise checks.bad("num_visible", repr(num_visible), f"a whole number from 0 to {tokens}")

@@ -99,12 +99,11 @@ def read_annotations(
         samples = list(_READERS[format](path, text, base, numbers))
     if not samples:
         raise ValueError(f"{path}: got no video, expected {FORMATS[format]}")
-    seen: dict[str, str] = {}
+    seen: dict[str, Sample] = {}
     for sample in samples:
-        if sample.name in seen:
-            first = seen[sample.name]
-            raise ValueError(f"{sample.location}: got {sample.name!r} again, after {first}, expected it once")
-        seen[sample.name] = sample.location
+        first = seen.setdefault(sample.name, sample)
+        if first is not sample:
+            raise checks.bad(sample.location, f"{sample.name!r} again, after {first.location}", "it once")
     return Annotations(format, tuple(samples), None if labels is None else len(labels))
 
 
@@ -120,9 +119,8 @@ def check_samples(samples: Sequence[Sample], classes: int | None) -> None:
     """
     for sample in samples:
         if classes is not None and not 0 <= sample.label < classes:
-            where, label = sample.location, sample.label
-            got = f"label {label}" if label >= 0 else "no label"
-            raise ValueError(f"{where}: got {got}, expected 0 to {classes - 1}, as the model has")
+            got = f"label {sample.label}" if sample.label >= 0 else "no label"
+            raise checks.bad(sample.location, got, f"0 to {classes - 1}, as the model has")
     if not any(sample.path.exists() for sample in samples):
         first = f"the first would be {str(samples[0].path)!r}"
         raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
@@ -151,8 +149,8 @@ def read_labels(path: Path) -> list[str]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise ValueError(f"{path}, line {number}: got an empty line, expected the name of a class")
-        pairs = _two_columns(lines) if lines else None
-        names = _numbered([line.strip() for line in lines]) if pairs is None else _by_number(path, pairs)
+        columns = _two_columns(lines) if lines else None
+        names = _numbered([line.strip() for line in lines]) if columns is None else _by_number(path, columns)
     names = [_unquoted(name) for name in names]
     if not names:
         raise ValueError(f"{path}: got no class, expected a name in each line or JSON")
@@ -162,9 +160,8 @@ def read_labels(path: Path) -> list[str]:
 def _numbered(lines: list[str]) -> list[str]:
     """Take away numbers that count the lines."""
     for first in (0, 1):
-        prefixes = [f"{number} " for number in range(first, first + len(lines))]
-        if all(line.startswith(prefix) for line, prefix in zip(lines, prefixes, strict=True)):
-            return [line.removeprefix(prefix) for line, prefix in zip(lines, prefixes, strict=True)]
+        if all(line.startswith(f"{number} ") for number, line in enumerate(lines, first)):
+            return [line.removeprefix(f"{number} ") for number, line in enumerate(lines, first)]
     return lines
 
 

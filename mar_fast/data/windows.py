@@ -219,7 +219,7 @@ def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callab
 Report = int | Window | Exception | None
 
 
-class _Stopped(Exception):  # noqa: N818
+class _Stopped(BaseException):
     """Nobody waits for the windows any more."""
 
 
@@ -256,8 +256,6 @@ def read_ahead(
                     put(number, count)
                     for window in windows:
                         put(number, window)
-            except _Stopped:
-                return
             except Exception as error:
                 end = error
             put(number, end)

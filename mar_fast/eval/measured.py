@@ -108,10 +108,9 @@ def time_all(
     budget: float,
     on_step: OnStep,
 ) -> list[M]:
-    """Time the calls in turn, for ``budget`` seconds, and measure their memory.
+    """Time the calls, of ``clips`` clips each, in turn for ``budget`` seconds, and measure their memory.
 
-    ``ways`` says what is known of each call so far, and ``clips`` how many clips a call is given. Returned are the ways
-    with latency, clips per second, peak memory and speed-up over the first.
+    Returns ``ways``, what is known of each so far, with latency, clips per second, memory, and speed-up over the first.
     """
     gc.collect()
     on_step("timing, in turn", 0.0)

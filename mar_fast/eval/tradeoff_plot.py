@@ -21,12 +21,7 @@ Value = Callable[[Point], float]
 
 
 def draw(tradeoff: Tradeoff, path: Path) -> None:
-    """A PNG: top-1 agreement and KL against multiply-adds and latency; a line for each kind of mask.
-
-    Args:
-        tradeoff: With every setting measured.
-        path: The file.
-    """
+    """A PNG: top-1 agreement and KL against multiply-adds and latency; a line for each kind of mask."""
     points = tradeoff.points
     figure = new_figure(figsize=(11, 8.4))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
