@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,23 +80,20 @@ def read_annotations(
         raise checks.bad("format", repr(format), "auto, " + ", ".join(FORMATS))
     if not path.exists():
         raise FileNotFoundError(f"list: got {str(path)!r}, expected an existing list of videos")
-    folder = path if path.is_dir() else path.parent
-    text = "" if path.is_dir() else _text(path)
+    folder, files = path if path.is_dir() else path.parent, [path]
     if format == "auto":
-        format = "hmdb51" if path.is_dir() or _HMDB51_FILE.fullmatch(path.name) else _detect(text)
+        format = "hmdb51" if path.is_dir() or _HMDB51_FILE.fullmatch(path.name) else _detect(_text(path))
     if path.is_dir() and format != "hmdb51":
         raise checks.bad("list", f"{str(path)!r}, a folder", f"a file, for the format {format}")
-    base, files = root if root is not None else folder, list[tuple[str, Path]]()
     if format == "hmdb51":
-        files = _hmdb51_files(path, split)
-        labels = labels or [action for action, _ in files]
+        every = _hmdb51_files(path, split)
+        labels = labels or list(every)
+        files = [file for file in every.values() if path in (folder, file)]
     elif format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
         labels = read_labels(folder / "classInd.txt")
     numbers = {} if format in ("list", "paths") else _numbers(format, labels)
-    if format == "hmdb51":
-        samples = list(_hmdb51([file for file in files if path in (folder, file[1])], base, numbers))
-    else:
-        samples = list(_READERS[format](path, text, base, numbers))
+    base = folder if root is None else root
+    samples = [sample for file in files for sample in _READERS[format](file, _text(file), base, numbers)]
     if not samples:
         raise ValueError(f"{path}: got no video, expected {FORMATS[format]}")
     seen: dict[str, Sample] = {}
@@ -143,7 +140,7 @@ def read_labels(path: Path) -> list[str]:
         raise FileNotFoundError(f"labels: got {str(path)!r}, expected an existing file of class names")
     text = _text(path)
     if text.lstrip()[:1] in ("{", "["):
-        names = _json_labels(path, _json(path, text))
+        names = _by_number(path, _json_labels(_json(path, text)))
     else:
         lines = text.rstrip().splitlines()
         for number, line in enumerate(lines, 1):
@@ -184,13 +181,14 @@ def _unquoted(text: str) -> str:
     return text[1:-1].replace('""', '"') if quoted else text
 
 
-def _json_labels(path: Path, content: object) -> list[str]:
+def _json_labels(content: object) -> list[tuple[object, object]]:
+    """Numbers and names."""
     if isinstance(content, list):
-        return _by_number(path, list(enumerate(content)))
+        return list(enumerate(content))
     assert isinstance(content, dict)
     content = content["id2label"] if isinstance(content.get("id2label"), dict) else content
     by_number = all(key.isdecimal() for key in content)
-    return _by_number(path, [(key, value) if by_number else (value, key) for key, value in content.items()])
+    return [(key, value) if by_number else (value, key) for key, value in content.items()]
 
 
 def _by_number(path: Path, pairs: Sequence[tuple[object, object]]) -> list[str]:
@@ -200,9 +198,9 @@ def _by_number(path: Path, pairs: Sequence[tuple[object, object]]) -> list[str]:
             got = f"number {number!r} for {name!r}"
             raise checks.bad(str(path), got, "a name for each number, or a number of its own for each name")
         names[int(str(number))] = name
-    if sorted(names) != list(range(len(names))):
-        missing = next(number for number in range(len(names)) if number not in names)
-        raise ValueError(f"{path}: got {len(names)} classes without number {missing}, expected numbers from 0, no gaps")
+    for number in range(len(names)):
+        if number not in names:
+            raise checks.bad(str(path), f"{len(names)} classes without number {number}", "numbers from 0, no gaps")
     return [names[number] for number in range(len(names))]
 
 
@@ -299,8 +297,8 @@ def _ucf101(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> It
         yield Sample(name, root / name, label, where)
 
 
-def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
-    """The classes of HMDB51 in alphabetical order, each with its file; ``path`` is the folder or one of the files."""
+def _hmdb51_files(path: Path, split: int) -> dict[str, Path]:
+    """The file of each class of HMDB51, in alphabetical order; ``path`` is the folder or one of the files."""
     folder = path
     if path.is_file():
         found = _HMDB51_FILE.fullmatch(path.name)
@@ -308,27 +306,21 @@ def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
             raise checks.bad("list", repr(path.name), "<class>_test_split<number>.txt, or a folder of such files")
         folder, split = path.parent, int(found[2])
     ending = f"_test_split{split}.txt"
-    files = sorted((file.name.removesuffix(ending), file) for file in folder.glob(f"*{ending}"))
+    files = {file.name.removesuffix(ending): file for file in folder.glob(f"*{ending}")}
     if not files:
         raise FileNotFoundError(f"list: got {str(folder)!r} without files *{ending}, expected HMDB51's split files")
-    return files
+    return dict(sorted(files.items()))
 
 
-def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
-    for action, file in files:
-        for where, found in _matches(file, _text(file), _HMDB51_LINE, "name.avi and 0, 1 or 2"):
-            if found[2] == "2":
-                name = f"{action}/{found[1]}"
-                yield Sample(name, root / name, _number(numbers, action, where), where)
+def _hmdb51(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
+    action = path.name.rpartition("_test_split")[0]
+    for where, found in _matches(path, text, _HMDB51_LINE, "name.avi and 0, 1 or 2"):
+        if found[2] == "2":
+            name = f"{action}/{found[1]}"
+            yield Sample(name, root / name, _number(numbers, action, where), where)
 
 
-_READERS: dict[str, Callable[[Path, str, Path, Mapping[str, int]], Iterator[Sample]]] = {
-    "list": _list,
-    "paths": _paths,
-    "kinetics": _kinetics,
-    "ssv2": _ssv2,
-    "ucf101": _ucf101,
-}
+_READERS = dict(list=_list, paths=_paths, kinetics=_kinetics, ssv2=_ssv2, ucf101=_ucf101, hmdb51=_hmdb51)
 
 
 def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:

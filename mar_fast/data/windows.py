@@ -197,8 +197,9 @@ def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callab
         numbers = (index * stride + i * sliding.frame_stride for i in range(sliding.num_frames))
         shown = [held[min(number, last)] for number in numbers]
         first, final = shown[0], shown[-1]
-        timed = first.seconds is not None and final.seconds is not None
-        seconds = (float(first.seconds or 0), float(final.seconds or 0)) if timed else None
+        seconds = None
+        if first.seconds is not None and final.seconds is not None:
+            seconds = float(first.seconds), float(final.seconds)
         return Window(index, (first.number, final.number), seconds, [one.frame for one in shown])
 
     for sample, next_shot in shots:
@@ -209,18 +210,13 @@ def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callab
         while index * stride + sliding.span - 1 <= sample:
             yield window(sample)
             index += 1
-            for passed in [number for number in held if number < index * stride]:
-                del held[passed]
+            held = {number: kept for number, kept in held.items() if number >= index * stride}
     if shot is not None and index < sliding.count(sample + 1):
         held[sample] = resized or shot._replace(frame=picture(shot.frame))
         yield window(sample)
 
 
 Report = int | Window | Exception | None
-
-
-class _Stopped(BaseException):
-    """Nobody waits for the windows any more."""
 
 
 def read_ahead(
@@ -239,26 +235,16 @@ def read_ahead(
         depth: Windows that are read before they are asked for.
     """
     ready: Queue[tuple[int, Report]] = Queue(depth)
-    stop = Event()
-
-    def put(number: int, event: Report) -> None:
-        while not stop.is_set():
-            with suppress(Full):
-                return ready.put((number, event), timeout=0.1)
-        raise _Stopped
+    stop = Event()  # nobody waits for the windows any more
 
     def read(number: int) -> None:
-        end: Exception | None = None
-        with suppress(_Stopped):
-            try:
-                with open_film(films[number]) as film:
-                    count, windows = film_windows(film, sliding, size)
-                    put(number, count)
-                    for window in windows:
-                        put(number, window)
-            except Exception as error:
-                end = error
-            put(number, end)
+        for report in _reports(films[number], sliding, size):
+            while not stop.is_set():
+                with suppress(Full):
+                    ready.put((number, report), timeout=0.1)
+                    break
+            else:
+                return
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -274,3 +260,15 @@ def read_ahead(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _reports(source: Source, sliding: Sliding, size: tuple[int, int]) -> Iterator[Report]:
+    """Of one film what `read_ahead` tells, and any other error too."""
+    try:
+        with open_film(source) as film:
+            count, windows = film_windows(film, sliding, size)
+            yield count
+            yield from windows
+        yield None
+    except Exception as error:
+        yield error
