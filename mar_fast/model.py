@@ -313,8 +313,7 @@ class MAR(nn.Module):
         if decoder_mask is None:
             return masked_patch_loss(pixels, video, mask.drop_idx, mask.drop_clip_idx, **sizes)
         # How many positions count depends on the masks; weights of 0 and 1 keep every shape fixed.
-        dropped = torch.ones(mask.batch, mask.num_tokens, device=video.device)
-        counts = dropped.scatter(1, mask.keep_idx.long(), 0.0).gather(1, decoder_mask.keep_idx.long())  # (B, K)
+        counts = mask.bool_masked().gather(1, decoder_mask.keep_idx.long()).float()  # (B, K)
         target = patch_targets(video, decoder_mask.keep_idx, dtype=pixels.dtype, **sizes)
         error = (pixels.to(target.dtype) - target).square().mean(-1)  # (B, K)
         return (error * counts).sum() / counts.sum().clamp(min=1)
