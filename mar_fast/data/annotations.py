@@ -337,11 +337,11 @@ def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
 
 
 def _number(numbers: Mapping[str, int], label: str | None, where: str) -> int:
-    if label is not None and label not in numbers:
-        label = label.replace("_", " ") if label.replace("_", " ") in numbers else label  # as folders are called
-    if label not in numbers:
-        raise ValueError(f"{where}: got class {label!r}, expected one of the {len(numbers)} names of the labels")
-    return numbers[label]
+    name = label or ""
+    name = name if name in numbers else name.replace("_", " ")  # as folders are called
+    if name not in numbers:
+        raise checks.bad(where, f"class {label!r}", f"one of the {len(numbers)} names of the labels")
+    return numbers[name]
 
 
 def _find(root: Path, names: list[str]) -> Path:

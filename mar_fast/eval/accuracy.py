@@ -18,7 +18,8 @@ from ..files import may_write, write_whole
 from ..kernels import checks
 from .scores import classify
 
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Result = dict[str, Any]  # the line of a video: its name, its label, and the classes found or an error
 TOP = 5
 
