@@ -150,12 +150,13 @@ class PixelDecoder(Fused):
         table, drop_clip_idx = self.pos_embed.value, mask.drop_clip_idx
         if decoder_mask is None:
             x = scatter_tokens(visible, mask.keep_idx, mask_token, table, mask.cu_seqlens)  # (B, L, D)
-            # Where clips drop different numbers the last block runs on all tokens.
+            # Of the last block only dropped tokens are needed; where clips drop different numbers it runs on all.
             last_rows = mask.drop_idx if drop_clip_idx is None else None
         else:
             index = decoder_mask.keep_idx.long()
-            x = torch.cat((visible + table[mask.keep_idx.long()], mask_token + table[index]), 1).to(visible.dtype)
-            last_rows = torch.arange(visible.shape[1], x.shape[1], device=x.device).expand_as(index)  # of (B, N + K, D)
+            tokens = torch.cat((visible + table[mask.keep_idx.long()], mask_token + table[index]), 1)  # (B, N + K, D)
+            x = tokens.to(visible.dtype)
+            last_rows = torch.arange(visible.shape[1], x.shape[1], device=x.device).expand_as(index)  # the last K
         stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows)  # (B, M, D)
         if drop_clip_idx is not None:
             assert stream.residual is not None

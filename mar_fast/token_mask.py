@@ -95,7 +95,7 @@ class TokenMask:
             raise checks.bad("max_seqlen", repr(self.max_seqlen), accepted)
 
     def _rows(self, index: Tensor, clip_idx: Tensor | None) -> Tensor:
-        """Where tokens of the clips are among the B * L of all clips."""
+        """Indices (B, N), or packed ones with the clip of each -> (total,) rows among the B * L tokens of all clips."""
         clip = torch.arange(self.batch, device=index.device)[:, None] if clip_idx is None else clip_idx.long()
         return (clip * self.num_tokens + index).flatten()
 
