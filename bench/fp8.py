@@ -8,7 +8,6 @@ nothing is timed.
 import argparse
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,6 @@ from mar_fast.timing import interleaved
 from mar_fast.train.demo import FILMS
 
 
-@dataclass(frozen=True)
-class Change:
-    """What one precision changes: relative errors, and the share of clips whose first class stays the first."""
-
-    features: float
-    logits: float
-    same_first: float
-
-
 @torch.inference_mode()
 def results(model: MAR, clips: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
     """Features and logits of all clips, in float32 on the CPU."""
@@ -45,22 +35,16 @@ def results(model: MAR, clips: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
     return features.float().cpu(), logits.float().cpu()
 
 
-def change(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> Change:
-    """From one precision's features and logits to another's."""
-    same = (got[1].argmax(1) == want[1].argmax(1)).float().mean()
-    return Change(relative(got[0], want[0]), relative(got[1], want[1]), float(same))
-
-
-def in_bfloat16(model: MAR, keep: Sequence[str] = ()) -> tuple[MAR, MAR]:
-    """A float32 model in bfloat16, and the same with products in fp8."""
-    quantised = quantize(model, "fp8", keep=keep, emulate=not has_fp8(next(model.parameters())))
-    return copy.deepcopy(model).bfloat16(), quantised.bfloat16()
-
-
-def changes(model: MAR, low: MAR, quantised: MAR, clips: Tensor) -> tuple[Change, Change]:
-    """Of a float32 classifier: bfloat16 against float32, and fp8 against bfloat16."""
+def changes(model: MAR, clips: Tensor, keep: Sequence[str] = ()) -> str:
+    """A float32 classifier in bfloat16 against itself, then with products in fp8 against that, as columns."""
+    quantised = quantize(model, "fp8", keep=keep, emulate=not has_fp8(next(model.parameters()))).bfloat16()
+    low = copy.deepcopy(model).bfloat16()
     single, half, eighth = (results(one, clips) for one in (model, low, quantised))
-    return change(half, single), change(eighth, half)
+    features, logits = (relative(got, want) for got, want in zip(half, single, strict=True))
+    features8, logits8 = (relative(got, want) for got, want in zip(eighth, half, strict=True))
+    same_first = float((eighth[1].argmax(1) == half[1].argmax(1)).float().mean())
+    columns = f"{features:14.4f} {logits:8.4f}  {features8:13.4f} {logits8:8.4f} {same_first:10.0%}"
+    return columns + speedup(low, quantised, clips)
 
 
 @torch.inference_mode()
@@ -105,14 +89,8 @@ def main(arguments: Sequence[str]) -> int:
             config = model.config
             read = (read_views(film, config.num_frames, clips=options.views, size=config.image_size) for film in films)
             clips = torch.cat([*read])
-            low, quantised = in_bfloat16(model.to(device), options.keep)
-            half, eighth = changes(model, low, quantised, clips)
-            faster = speedup(low, quantised, clips)
-            print(
-                f"{name[-40:]:40} {1 - config.mask_ratio:7.0%}  {half.features:14.4f} {half.logits:8.4f}  "
-                f"{eighth.features:13.4f} {eighth.logits:8.4f} {eighth.same_first:10.0%}{faster}",
-                flush=True,
-            )
+            columns = changes(model.to(device), clips, options.keep)
+            print(f"{name[-40:]:40} {1 - config.mask_ratio:7.0%}  {columns}", flush=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0

@@ -17,14 +17,13 @@ from .case import Case
 from .op_cases import PART
 from .records import Record
 
-# Peers of the short run: the plainest good one, the fastest known, and each of them once more in a CUDA graph.
-PEERS = (
-    "PyTorch SDPA", "PyTorch SDPA, CUDA graph", "SDPA cuDNN", "SDPA flash", "PyTorch", "PyTorch, compiled",
-    "reshape + index + linear", "reshape + index + linear, compiled", PART,
-)  # fmt: skip
+# Providers of the short run: ours, the plainest good peer, the fastest known, and whole models also in a CUDA graph.
+PROVIDERS = {
+    "mar_fast", "mar_fast, CUDA graph", "PyTorch SDPA", "PyTorch SDPA, CUDA graph", "SDPA cuDNN", "SDPA flash",
+    "PyTorch", "PyTorch, compiled", "reshape + index + linear", "reshape + index + linear, compiled", PART,
+}  # fmt: skip
+COMPILED = {"PyTorch SDPA, compiled"}  # a minute each: where it decides
 GRAPH = ", CUDA graph"
-OURS = ("mar_fast", "mar_fast, CUDA graph")
-COMPILED = "PyTorch SDPA, compiled"  # a minute each: where it decides
 SUITES = ("kernels", "encoder", "training")
 FULL = ("kernels", "encoder", "training", "waterfall", "scaling")
 
@@ -63,9 +62,7 @@ def short(case: Case) -> Case | None:
         return None
     if case.suite == "kernels" and case.x == 1568 and not case.name.startswith("attention"):
         return None
-    wanted = {*PEERS, *OURS}
-    if case.suite in ("encoder", "training") and case.clips == 32 and case.x == 0.5:
-        wanted.add(COMPILED)
+    wanted = PROVIDERS | COMPILED if case.clips == 32 and case.x == 0.5 else PROVIDERS
     return replace(case, providers=tuple(one for one in case.providers if one.name in wanted))
 
 
@@ -81,19 +78,13 @@ def table(found: Iterable[Record]) -> str:
     """A line for each of our times. A CUDA graph's peers are CUDA graphs."""
     lines = [f"{'what':78} {'ours':>9} {'best peer':>9} {'ratio':>6} {'target':>7} {'floor':>5}  peer"]
     for group in records.grouped(found, lambda record: record.workload).values():
-        times = [record for record in group if record.metric == "time"]
+        times = [record for record in group if record.metric == "time" and record.provider != PART]
         floor = next((record.p50 for record in group if record.metric == "floor"), None)
-        for own in times:
-            if not own.ours:
-                continue
+        for own in (one for one in times if one.ours):
             graph = own.provider.endswith(GRAPH)
-            peers = [
-                other
-                for other in times
-                if not other.ours and other.provider.endswith(GRAPH) == graph and other.provider != PART
-            ]
+            peers = (one for one in times if not one.ours and one.provider.endswith(GRAPH) == graph)
             best = min(peers, key=lambda other: other.p50, default=None)
-            what = f"{own.suite}: {own.case}, {own.mode}, {own.x:g}{', CUDA graph' if graph else ''}"
+            what = f"{own.suite}: {own.case}, {own.mode}, {own.x:g}{GRAPH if graph else ''}"
             theirs, ratio = (best.words, f"{best.p50 / own.p50:.2f}x") if best else ("-", "-")
             share = f"{floor / own.p50:.0%}" if floor else ""
             peer = best.provider if best else ""
@@ -125,13 +116,6 @@ def main(arguments: list[str]) -> int:
     chosen, _, rates = harness.options_for(device="cuda", dtype="bf16", **short_run)
     everything: list[Record] = []
     for name in names:
-        everything += harness.run(
-            [name],
-            chosen,
-            rates,
-            out=paths[name],
-            say=lambda text: print(text, flush=True),
-            chosen=(lambda case: case) if options.full else short,
-        )
+        everything += harness.run([name], chosen, rates, out=paths[name], chosen=None if options.full else short)
     print(table(everything), flush=True)
     return int(harness.failures(everything) > 0)

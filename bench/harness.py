@@ -22,12 +22,12 @@ from .case import Case, Prepared, RunOptions
 from .records import FLOOR, NO_TIME, Record, in_words
 from .suites import SUITES
 
-# Quick runs take the small model: all of them together take minutes.
-CPU_SIZES, GPU_SIZES, QUICK_SIZES = ("base",), ("base", "large"), ("small",)
-CPU_BATCHES, GPU_BATCHES, QUICK_BATCHES = (1, 4), (1, 8, 32), (1,)
+# Usual sizes, and clips a call. Quick runs take the small model: all of them together take minutes.
+USUAL = {"cpu": (("base",), (1, 4)), "cuda": (("base", "large"), (1, 8, 32)), "quick": (("small",), (1,))}
 # Others may differ from float64 by twice as much as the baseline, and by this more.
 SLACK = 1e-3
 
+PRINT = functools.partial(print, flush=True)
 Step = Callable[[str, float], None]
 
 
@@ -74,14 +74,8 @@ def options_for(
 ) -> tuple[RunOptions, str, dict[str, float]]:
     """The options of a run, why it has its dtype, and the ceilings of the machine, which are measured for it.
 
-    Args:
-        device: "cpu", "cuda" or "auto".
-        dtype: "bf16", "fp16", "fp32", or "auto": bf16 where its products are clearly faster here.
-        sizes: Encoders; none means base, and on a GPU large too, or small for a quick run.
-        batches: Clips a call; none means 1 and 4, on a GPU 1, 8 and 32, or 1 for a quick run.
-        quick: Few and small cases.
-        seconds: For the timed rounds of a case; None is 12, or 1 for a quick run.
-        clip: A video file for the pipeline.
+    The arguments are the fields of `RunOptions`, by name; dtype "auto" is bf16 where its products are clearly faster
+    here. No sizes or batches means the `USUAL` ones, no seconds 12, or 1 for a quick run.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -98,16 +92,15 @@ def options_for(
     reason = "asked for"
     if dtype == "auto":
         dtype, reason = machine.choose_dtype(where, rates)
-    usual = (GPU_SIZES, GPU_BATCHES) if where.type == "cuda" else (CPU_SIZES, CPU_BATCHES)
-    default_sizes, default_batches = (QUICK_SIZES, QUICK_BATCHES) if quick else usual
+    usual_sizes, usual_batches = USUAL["quick" if quick else where.type]
     options = RunOptions(
         device=where,
         dtype=machine.DTYPES[dtype],
-        sizes=tuple(sizes) or default_sizes,
-        batches=tuple(batches) or default_batches,
+        sizes=tuple(sizes) or usual_sizes,
+        batches=tuple(batches) or usual_batches,
         quick=quick,
-        seconds=seconds if seconds is not None else (1.0 if quick else 12.0),
-        clip=str(clip) if clip else None,
+        seconds=seconds or (1.0 if quick else 12.0),
+        clip=clip,
     )
     return options, reason, rates
 
@@ -118,10 +111,10 @@ def run(
     rates: Mapping[str, float],
     *,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = PRINT,
     on_step: Step = quiet,
     into: list[Record] | None = None,
-    chosen: Callable[[Case], Case | None] = lambda case: case,
+    chosen: Callable[[Case], Case | None] | None = None,
 ) -> list[Record]:
     """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
 
@@ -133,7 +126,7 @@ def run(
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
         into: Takes the records as they are made, so that they are there after an interruption; None makes a new list.
-        chosen: Gives the case that is measured in place of a suite's, or None to leave that out.
+        chosen: Gives the case that is measured in place of a suite's, or None to leave that out; None changes nothing.
     """
     found = into if into is not None else []
     environment = machine.environment(options.device)
@@ -149,7 +142,7 @@ def run(
         # Not as a list: a case holds its models and operands once it has been measured.
         total = sum(1 for _ in suite.cases(options))
         for number, offered in enumerate(suite.cases(options)):
-            case = chosen(offered)
+            case = chosen(offered) if chosen else offered
             if case is None:
                 continue
             made = measure(case, options, rates, environment, _within(on_step, name, number, total))
@@ -200,23 +193,14 @@ def measure(
     torch.compiler.reset()  # a function is compiled for a few shapes only, all cases together
     found: dict[str, list[Record]] = {name: [] for name in (*(provider.name for provider in case.providers), FLOOR)}
     positions = {provider.name: provider.x for provider in case.providers if provider.x is not None}
+    of_case = dict(suite=case.suite, case=case.name, mode=case.mode, dtype=case.dtype_name, baseline=case.baseline)
 
     def keep(name: str, metric: str, value: Spread | float, unit: str = "1", *, note: str = "") -> None:
-        record = Record.of(
-            environment,
-            value,
-            suite=case.suite,
-            case=case.name,
-            provider=name,
-            mode=case.mode,
-            metric=metric,
-            unit=unit,
-            x=positions.get(name, case.x),
-            dtype=case.dtype_name,
-            note=note,
-            baseline=case.baseline,
-        )
-        found[name].append(record)
+        names = dict(provider=name, metric=metric, unit=unit, x=positions.get(name, case.x), note=note)
+        found[name].append(Record.of(environment, value, **of_case, **names))
+
+    def lose(name: str, metric: str, note: str) -> None:
+        keep(name, metric, Spread(0, 0, 0, 0), note=note)
 
     expected = functools.cache(lambda outputs: outputs())
     ready: dict[str, Prepared] = {}
@@ -231,7 +215,7 @@ def measure(
             prepared = provider.prepare()
             error = difference(prepared.outputs(), want) if provider.checked else None
         except Exception as failure:  # a peer that cannot run here is unavailable, whatever it raises
-            keep(provider.name, "unavailable", Spread(0, 0, 0, 0), note=reason(failure))
+            lose(provider.name, "unavailable", reason(failure))
             continue
         if prepared.compile_seconds is not None:
             keep(provider.name, "compile time", prepared.compile_seconds, "s")
@@ -242,7 +226,7 @@ def measure(
             allowed = case.tolerance if provider.expected else limit
             if error > allowed:
                 note = f"wrong: differs from float64 by {error:.1e}, {allowed:.1e} is allowed"
-                keep(provider.name, "withheld", Spread(0, 0, 0, 0), note=note)
+                lose(provider.name, "withheld", note)
                 continue
             if provider.name == case.baseline:
                 limit = min(limit, 2 * error + SLACK)
@@ -252,7 +236,7 @@ def measure(
         try:
             ready[name].run()
         except Exception as failure:
-            keep(name, "unavailable", Spread(0, 0, 0, 0), note=reason(failure))
+            lose(name, "unavailable", reason(failure))
             del ready[name]
     runs = {name: ready[name].run for name in found if name in ready}
     if runs:
@@ -278,7 +262,7 @@ def measure(
         keep(FLOOR, "multiply-adds", case.floor.multiply_adds)
         keep(FLOOR, "bytes moved", case.floor.bytes_moved, "B")
         if case.dtype_name in rates:
-            keep(FLOOR, "floor", case.floor.at(rates[case.dtype_name], rates["copy"]), "s")
+            keep(FLOOR, "floor", case.floor.floor_seconds(rates[case.dtype_name], rates["copy"]), "s")
     runs, ready = {}, {}
     gc.collect()
     if options.on_gpu:

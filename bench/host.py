@@ -26,6 +26,7 @@ from mar_fast.timing import Spread
 from . import records
 from .plain import PlainMAR
 from .records import Record
+from .suites.kernels import listed
 
 Call = Callable[[], object]
 # What a call of an op may cost, in units, and its backward in times F.layer_norm's own forward and backward.
@@ -42,7 +43,6 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
         return torch.randn(*shape, device=device)
 
     index = torch.arange(8, dtype=torch.int32, device=device)[None]
-    video = random(1, 3, 4, 32, 32)
     # Small, for what PyTorch does in the backward pass is not stubbed.
     clip = random(1, 3, 4, 4, 4)
     raw = torch.randint(256, (1, 4, 4, 4, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
@@ -50,31 +50,20 @@ def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[s
     embedding = dict(keep_idx=index[:, :4], **weights)
     statistics = dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     offsets = torch.tensor([0, 9, 17], dtype=torch.int32, device=device)
+    norm = dict(x=random(1, 17, 96), residual=random(1, 17, 96), weight=random(96), bias=random(96))
+    ragged = dict(qkv=random(17, 3, 3, 32), cu_seqlens=offsets, max_seqlen=9)
+    tokens = dict(visible=random(1, 8, 96), keep_idx=index, mask_token=random(96), pos_embed=random(17, 96))
+    patches = dict(video=random(1, 3, 4, 32, 32), drop_idx=index[:, :4], patch_size=(2, 16, 16))
     return {
         "attention": (kernels.attention, dict(qkv=random(1, 17, 3, 3, 32))),
-        "attention_varlen": (
-            kernels.attention_varlen,
-            dict(qkv=random(17, 3, 3, 32), cu_seqlens=offsets, max_seqlen=9),
-        ),
-        "attention_kvpacked": (
-            kernels.attention_kvpacked,
-            dict(q=random(1, 9, 3, 32), kv=random(1, 17, 2, 3, 32)),
-        ),
-        "add_layer_norm": (
-            kernels.add_layer_norm,
-            dict(x=random(1, 17, 96), residual=random(1, 17, 96), weight=random(96), bias=random(96)),
-        ),
+        "attention_varlen": (kernels.attention_varlen, ragged),
+        "attention_kvpacked": (kernels.attention_kvpacked, dict(q=random(1, 9, 3, 32), kv=random(1, 17, 2, 3, 32))),
+        "add_layer_norm": (kernels.add_layer_norm, norm),
         "bias_gelu": (kernels.bias_gelu, dict(x=random(1, 17, 96), bias=random(96))),
         "gather_patch_embed": (kernels.gather_patch_embed, dict(video=clip, **embedding)),
         "gather_patch_embed of uint8": (kernels.gather_patch_embed, dict(video=raw, **embedding, **statistics)),
-        "scatter_tokens": (
-            kernels.scatter_tokens,
-            dict(visible=random(1, 8, 96), keep_idx=index, mask_token=random(96), pos_embed=random(17, 96)),
-        ),
-        "masked_patch_loss": (
-            kernels.masked_patch_loss,
-            dict(pixels=random(1, 4, 1536), video=video, drop_idx=index[:, :4], patch_size=(2, 16, 16)),
-        ),
+        "scatter_tokens": (kernels.scatter_tokens, tokens),
+        "masked_patch_loss": (kernels.masked_patch_loss, dict(pixels=random(1, 4, 1536), **patches)),
     }
 
 
@@ -84,85 +73,52 @@ WITH_GRADIENTS = ("with gradients", "forward and backward", "unit of both")
 NO_GRADIENT = ("video", "pos_embed")
 
 
-def through_engine(outputs: Any, leaves: list[Tensor], seeds: list[Tensor]) -> object:
-    """``torch.autograd.grad`` without what it checks in Python, which goes by the number of outputs."""
+def modes(op: Callable[..., Any], operands: Mapping[str, Any]) -> dict[str, Call]:
+    """{mode: call}: without gradients, with them, and the backward pass through the engine after a forward."""
+    leaves = {
+        key: value.detach().requires_grad_(value.is_floating_point() and key not in NO_GRADIENT)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in operands.items()
+    }
+    wanted = tuple(leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad)
+    seeds = tuple(torch.ones_like(out) for out in listed(op(**leaves)))
     engine: Any = torch.autograd.Variable._execution_engine
-    return engine.run_backward(
-        tuple(outputs), tuple(seeds), False, False, tuple(leaves), allow_unreachable=False, accumulate_grad=False
-    )
-
-
-def calls(device: torch.device) -> dict[str, dict[str, Call]]:
-    """{op: {mode: call}}: without gradients, with them, and the backward pass through the engine after a forward."""
-    made: dict[str, dict[str, Call]] = {}
-    for name, (op, arguments) in operands(device).items():
-        leaves = {
-            key: value.detach().requires_grad_(value.is_floating_point() and key not in NO_GRADIENT)
-            if isinstance(value, Tensor)
-            else value
-            for key, value in arguments.items()
-        }
-        wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
-        outputs = op(**leaves)
-        seeds = [torch.ones_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
-
-        def plain(op: Any = op, arguments: Any = arguments) -> object:
-            return op(**arguments)
-
-        def training(op: Any = op, leaves: Any = leaves) -> object:
-            return op(**leaves)
-
-        def both(op: Any = op, leaves: Any = leaves, wanted: Any = wanted, seeds: Any = seeds) -> object:
-            outputs = op(**leaves)
-            return through_engine(outputs if isinstance(outputs, tuple) else (outputs,), wanted, seeds)
-
-        made[name] = {"no gradients": plain, "with gradients": training, "forward and backward": both}
-    return made
-
-
-def layer_norm(device: torch.device) -> tuple[Call, Call]:
-    """F.layer_norm of (1, 17, 96): without gradients, and forward and backward."""
-    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((1, 17, 96), (96,), (96,)))
-    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
-    seed = torch.randn(1, 17, 96, device=device)
-
-    def plain() -> object:
-        return F.layer_norm(x, (96,), weight, bias, 1e-6)
 
     def both() -> object:
-        out = F.layer_norm(leaves[0], (96,), leaves[1], leaves[2], 1e-6)
-        return through_engine((out,), leaves, [seed])
+        """``torch.autograd.grad`` without what it checks in Python, which goes by the number of outputs."""
+        outputs = tuple(listed(op(**leaves)))
+        return engine.run_backward(outputs, seeds, False, False, wanted, allow_unreachable=False, accumulate_grad=False)
 
-    return plain, both
+    return {
+        "no gradients": partial(op, **operands),
+        "with gradients": partial(op, **leaves),
+        "forward and backward": both,
+    }
 
 
-def small_model() -> MAR:
-    """ViT-B's depth and nothing else of it: width 32, one head, 4 tokens."""
+def layer_norm(device: torch.device) -> dict[str, Call]:
+    """F.layer_norm of (1, 17, 96)."""
+    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((1, 17, 96), (96,), (96,)))
+    return modes(F.layer_norm, dict(input=x, normalized_shape=(96,), weight=weight, bias=bias, eps=1e-6))
+
+
+def models(device: torch.device) -> dict[str, Call]:
+    """The model through the kernels, and in plain PyTorch on the same ops and as `PlainMAR` writes them.
+
+    ViT-B's depth and nothing else of it: width 32, one head, 4 tokens.
+    """
     config = MARConfig(
         embed_dim=32, num_heads=1, bridge_embed_dim=32, bridge_num_heads=1, num_frames=2, image_size=(32, 32),
         mask_ratio=0.0, decoder_depth=0, num_classes=10,
     )  # fmt: skip
-    return MAR(config).eval()
-
-
-def models(device: torch.device) -> dict[str, Call]:
-    """The model through the kernels, and in plain PyTorch on the same ops and as `PlainMAR` writes them."""
-    model = small_model().to(device)
-    plain = PlainMAR(model.config).eval().to(device)
-    clip = torch.randn(1, 3, 2, 32, 32, device=device)
-    every = torch.arange(4, device=device)[None]
-
-    def ours() -> object:
-        return model(clip)
-
-    def eager() -> object:
-        with use_backend("eager"):
-            return model(clip)
-
-    def other() -> object:
-        return plain(clip, every)
-
-    return {"mar_fast": ours, "mar_fast, eager backend": eager, "PyTorch SDPA": other}
+    model, plain = MAR(config).eval().to(device), PlainMAR(config).eval().to(device)
+    clip, every = torch.randn(1, 3, 2, 32, 32, device=device), torch.arange(4, device=device)[None]
+    return {
+        "mar_fast": partial(model, clip),
+        "mar_fast, eager backend": use_backend("eager")(partial(model, clip)),
+        "PyTorch SDPA": partial(plain, clip, every),
+    }
 
 
 def interleaved(found: Mapping[str, Call], device: torch.device, rounds: int, repeat: int) -> dict[str, list[float]]:
@@ -198,21 +154,22 @@ def measure(device: torch.device, *, quick: bool = False) -> Figures:
     """
     rounds, repeat = (15, 30) if quick else (60, 60)
     found: Figures = {}
-    cpu = torch.device("cpu")
     on_gpu = device.type == "cuda"
     context: AbstractContextManager[object] = nullcontext() if on_gpu else stubbed()
     with machine.threads(1), context:
-        unit, unit_both = layer_norm(cpu)
-        for name, modes in calls(device).items():
-            times = interleaved(modes | {"unit": unit, "unit of both": unit_both}, device, rounds, repeat)
+        norm = layer_norm(torch.device("cpu"))
+        units = {"unit": norm["no gradients"], "unit of both": norm["forward and backward"]}
+        for name, (op, arguments) in operands(device).items():
+            times = interleaved(modes(op, arguments) | units, device, rounds, repeat)
             both, training = times.pop("forward and backward"), times["with gradients"]
             times["backward"] = [whole - part for whole, part in zip(both, training, strict=True)]
             for mode in LIMITS:
                 base = times["unit of both" if mode == "backward" else "unit"]
                 found[name, mode] = Spread.of(times[mode]), _ratio(times[mode], base)
         if on_gpu:
-            for mode, call in zip(("no gradients", "forward and backward"), layer_norm(device), strict=True):
-                times = interleaved({mode: call, "unit": unit}, device, rounds, repeat)
+            there = layer_norm(device)
+            for mode in ("no gradients", "forward and backward"):
+                times = interleaved({mode: there[mode], "unit": units["unit"]}, device, rounds, repeat)
                 found["F.layer_norm: PyTorch", mode] = Spread.of(times[mode]), _ratio(times[mode], times["unit"])
         times = interleaved(models(device), device, rounds, 4)
         base_name = "PyTorch SDPA" if on_gpu else "mar_fast, eager backend"
@@ -254,12 +211,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         device = machine.device(options.device)
-        if options.out is not None:
-            files.may_write([options.out], options.force)
+        files.may_write([options.out] if options.out else [], options.force)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     figures = measure(device, quick=options.quick)
     print(table(figures, device))
-    if options.out is not None:
+    if options.out:
         records.write(options.out, rows(figures, device))
     return 0

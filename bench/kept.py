@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -37,24 +37,13 @@ def kept(config: MARConfig, clips: int) -> Kept:
     with torch.device("meta"):
         model = MAR(config).train()
     with stubbed(), FakeTensorMode(allow_non_fake_inputs=True):
-        _materialise(model)
+        model.to_empty(device="cpu")  # fake tensors on a CPU, whose kernels can be stubbed
         storages.update(value.untyped_storage()._cdata for value in model.parameters())
         fake = TokenMask(torch.empty_like(mask.keep_idx), torch.empty_like(mask.drop_idx), config.grid)
         video = torch.empty(clips, config.channels, config.num_frames, *config.image_size, dtype=torch.uint8)
         with saved_tensors_hooks(keep, lambda value: value), torch.autocast("cpu", torch.bfloat16):
             model(video, fake)
     return found
-
-
-def _materialise(model: nn.Module) -> None:
-    """Fake tensors on a CPU, whose kernels can be stubbed, in place of those on the meta device."""
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=value.dtype))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _caller() -> str:

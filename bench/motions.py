@@ -8,9 +8,8 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from mar_fast.timing import interleaved
 from mar_fast.train import World, fit, read_recipe
 from mar_fast.train.dataset import collate
 from mar_fast.train.demo import CHECKED, CLIPS, Motions, Split, accuracy
+from mar_fast.train.loop import Result
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import Mixing
 from mar_fast.train.optim import adamw
+from mar_fast.train.recipe import Recipe
 from mar_fast.train.sampler import StepSampler
 from mar_fast.train.step import Inputs, Stepper
 
@@ -45,18 +46,21 @@ SPLITS: tuple[Split, ...] = ("same films", "other film")
 
 
 def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
-    """One run, in a process of its own; its row."""
+    """One run, in a process of its own; its row. One that was killed goes on from its newest checkpoint."""
     torch.set_num_threads(1)
     alone = World(0, 1, torch.device("cpu"))
     common = [f"schedule.epochs={epochs}", f"seed={seed}", f"test.every={epochs}"]
     videos, init = Motions("train", CLIPS, seed=seed), None
-    silent: dict[str, Any] = dict(clips=32, workers=0, say=lambda text: None)
+
+    def stage(recipe: Recipe, out: Path, init: Path | None) -> Result:
+        silent: dict[str, Any] = dict(clips=32, workers=0, say=lambda text: None)
+        return fit(recipe, videos, (), out, alone, init=init, resume=(out / "checkpoints").exists(), **silent)
+
     if name == "pre-trained start":
-        start = read_recipe("motions_pretrain", [f"seed={seed}"])
-        fit(start, videos, (), folder / "pretrain", alone, **silent)
         init = folder / "pretrain" / "last.safetensors"
+        stage(read_recipe("motions_pretrain", [f"seed={seed}"]), init.parent, None)
     recipe = read_recipe(NAME, [*VARIANTS[name], *common])
-    result = fit(recipe, videos, (), folder / "finetune", alone, init=init, **silent)
+    result = stage(recipe, folder / "finetune", init)
     model = from_pretrained(folder / "finetune" / "last.safetensors").eval()
     found: dict[str, float] = {split: accuracy(model, Motions(split, CHECKED), recipe) for split in SPLITS}
     return {"variant": name, "seed": seed, "steps": result.step, **found}
@@ -105,18 +109,14 @@ def throughput(seconds: float) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean, least and greatest accuracy of each variant, in Markdown."""
     lines = [
-        "| | " + " | ".join(f"{split}: mean (least to greatest)" for split in SPLITS) + " | seeds |",
+        f"| | {' | '.join(f'{split}: mean (least to greatest)' for split in SPLITS)} | seeds |",
         "|---|---|---|---|",
     ]
     for name in VARIANTS:
-        mine = [row for row in rows if row["variant"] == name]
-        if not mine:
-            continue
-        cells = []
-        for split in SPLITS:
-            values = [row[split] for row in mine]
-            cells.append(f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(mine)} |")
+        if mine := [row for row in rows if row["variant"] == name]:
+            accuracies = [[row[split] for row in mine] for split in SPLITS]
+            cells = (f"{statistics.mean(own):.1%} ({min(own):.1%} to {max(own):.1%})" for own in accuracies)
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(mine)} |")
     return "\n".join(lines)
 
 
@@ -139,15 +139,12 @@ def main(arguments: list[str]) -> int:
     wanted = [(name, seed) for seed in range(options.seeds) for name in VARIANTS if (name, seed) not in done]
     with ProcessPoolExecutor(options.processes) as pool, results.open("a") as file:
         folders = [options.out / f"{list(VARIANTS).index(name)}-{seed}" for name, seed in wanted]
-        jobs = [(*job, options.epochs, folder) for job, folder in zip(wanted, folders, strict=True)]
-        for row in pool.map(train, *zip(*jobs, strict=True)) if jobs else ():
+        jobs = [pool.submit(train, *job, options.epochs, folder) for job, folder in zip(wanted, folders, strict=True)]
+        for job in as_completed(jobs):
+            row = job.result()
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(json.dumps(row), flush=True)
     print(table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,11 @@
-"""The ops and their peers: for one op and shape, every way to compute it that is present on this machine.
-
-An op's operands, and its providers: functions of the operands that give the same output, ours and its peers.
-"""
+"""The ops and their peers: for one op and shape its operands, and every way to the same output on this machine."""
 
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +22,9 @@ from mar_fast.kernels.scatter_tokens import eager_scatter_tokens
 
 Operands = dict[str, Any]
 Function = Callable[..., Any]
-GRID, PATCH, CHANNELS = (8, 14, 14), (2, 16, 16), 3
+PATCH, CHANNELS = (2, 16, 16), 3
 TOKENS = 1568
-PART = "cuBLAS on gathered patches"  # does a part of the work, on a GPU
+PART = "cuBLAS on gathered patches"  # a peer that does a part of the forward pass: its results are not checked
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,11 @@ class OpCase:
         operands: Makes a set of operands.
         ours: The op.
         peers: Other functions of the operands with the same output; the first one that is measured is the baseline.
-        eager: The peer that is what our op runs on a CPU: there it is not measured against itself.
+            On a CPU the first one is what our op runs there.
         differentiated: Operands that get gradients.
         flops, bytes: The least that the forward pass must compute and move.
         backward: How many times as much of each the backward pass must do at least: it reads the gradients of the
             outputs and what it recomputes from, and writes those of the differentiated operands.
-        part: A peer of the forward pass on a GPU that does only a part of the work: its results are not checked.
-        small: Whether launches cost the host more than the device; on a GPU it is then timed in a CUDA graph.
     """
 
     op: str
@@ -57,13 +53,10 @@ class OpCase:
     operands: Callable[[], Operands]
     ours: Function
     peers: Mapping[str, Function]
-    eager: str
     differentiated: tuple[str, ...]
-    flops: float
     bytes: float
     backward: tuple[float, float]
-    part: Mapping[str, Function] = field(default_factory=dict)
-    small: bool = False
+    flops: float = 0.0
 
 
 def random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -71,9 +64,23 @@ def random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype)
 
 
+def randoms(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]) -> Operands:
+    """An operand of each shape; with these weights a product's output is about as large as its input."""
+    made = {name: random(device, dtype, *shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if name.endswith("weight") and len(shape) > 1:
+            made[name] /= math.prod(shape[1:]) ** 0.5
+    return made
+
+
 def index(device: torch.device, batch: int, count: int) -> Tensor:
     """(B, N) int32, sorted, another choice in each clip."""
     return torch.rand(batch, TOKENS, device=device).argsort(1)[:, :count].sort(1).values.int()
+
+
+def uint8_clips(device: torch.device, batch: int) -> Tensor:
+    """(B, 3, 16, 224, 224), channels last as decoders give them."""
+    return torch.randint(256, (batch, 16, 224, 224, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
 
 
 def compiled(function: Function) -> Function:
@@ -81,97 +88,70 @@ def compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def sdpa(qkv: Tensor) -> Tensor:
-    """Attention on packed qkv by the backend that PyTorch chooses, without a copy where it takes strides."""
-    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+def scores_written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(B, H, N, d) each: the whole matrix of scores, as the original does it."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return scores.softmax(-1) @ value
 
 
-def with_sdpa(backend: SDPBackend) -> Function:
-    """The same by one of its backends."""
+def on_packed(attend: Function) -> Function:
+    """A function of query, key and value (B, H, N, d) as one of packed qkv (B, N, 3, H, d), without a copy."""
 
-    def attend(qkv: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(qkv)
+    def attention(qkv: Tensor) -> Tensor:
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        return attend(query, key, value).transpose(1, 2).flatten(2)
 
-    return attend
-
-
-def naive_attention(qkv: Tensor) -> Tensor:
-    """The whole matrix of scores, as the original does it."""
-    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-    scores = (query * qkv.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    return attention
 
 
 def attention_peers(device: torch.device) -> dict[str, Function]:
-    """Every other attention that this machine has."""
+    """Every other attention that this machine has; plain "SDPA" is the backend that PyTorch chooses."""
+    sdpa = F.scaled_dot_product_attention
+    flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
     backends = {
-        "cuDNN": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "SDPA flash": SDPBackend.FLASH_ATTENTION,
+        "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     }
     backends = backends if device.type == "cuda" else {}
-    flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
-
-    def flex_attention(qkv: Tensor) -> Tensor:
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-        return flex(query, key, value).transpose(1, 2).flatten(2)
-
-    def on_backend(backend: str, qkv: Tensor) -> Tensor:
-        with kernels.use_backend(backend):
-            return kernels.attention(qkv)
-
     return {
-        **{f"SDPA {name}": with_sdpa(backend) for name, backend in backends.items()},
-        "SDPA": sdpa,
-        "scores written out": naive_attention,
-        "flex_attention": flex_attention,
-        **{name: functools.partial(on_backend, name) for name in ("xformers", "flash_attn")},
+        **{name: on_packed(sdpa_kernel(backend)(sdpa)) for name, backend in backends.items()},
+        "SDPA": on_packed(sdpa),
+        "scores written out": on_packed(scores_written_out),
+        "flex_attention": on_packed(flex),
+        **{name: kernels.use_backend(name)(kernels.attention) for name in ("xformers", "flash_attn")},
     }
 
 
 def attention(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, heads: int, size: int = 64) -> OpCase:
     """Attention over visible tokens."""
-    flops = 4.0 * batch * heads * tokens**2 * size
     return OpCase(
         op="attention",
         label=f"{batch} clips, {tokens} tokens, {heads} heads of {size}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(qkv=random(device, dtype, batch, tokens, 3, heads, size)),
+        operands=lambda: randoms(device, dtype, qkv=(batch, tokens, 3, heads, size)),
         ours=kernels.attention,
         peers=attention_peers(device),
-        eager="SDPA",
         differentiated=("qkv",),
-        flops=flops,
+        flops=4.0 * batch * heads * tokens**2 * size,
         bytes=4.0 * batch * tokens * heads * size * dtype.itemsize,
         backward=(2.5, 2.0),
     )
 
 
-def sdpa_kvpacked(q: Tensor, kv: Tensor) -> Tensor:
-    """The same as `sdpa` for queries apart from keys and values."""
-    query, key, value = (part.transpose(1, 2) for part in (q, *kv.unbind(2)))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
 def attention_kvpacked(
     device: torch.device, dtype: torch.dtype, batch: int, queries: int, tokens: int, heads: int, size: int = 64
 ) -> OpCase:
-    """Attention of some tokens to all, as in the last decoder block."""
+    """Attention of some tokens to all, as in the last decoder block; it has no peers and is in no suite."""
     return OpCase(
         op="attention_kvpacked",
         label=f"{batch} clips, {queries} of {tokens} tokens, {heads} heads of {size}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(
-            q=random(device, dtype, batch, queries, heads, size),
-            kv=random(device, dtype, batch, tokens, 2, heads, size),
-        ),
+        operands=lambda: randoms(device, dtype, q=(batch, queries, heads, size), kv=(batch, tokens, 2, heads, size)),
         ours=kernels.attention_kvpacked,
-        peers={"SDPA": sdpa_kvpacked},
-        eager="SDPA",
+        peers={},
         differentiated=("q", "kv"),
         flops=4.0 * batch * heads * queries * tokens * size,
         bytes=2.0 * batch * (queries + tokens) * heads * size * dtype.itemsize,
@@ -185,37 +165,14 @@ def gather_patch_embed(
     """Embedding of visible tubelets from a planar floating-point clip, or from a channels-last uint8 one."""
     raw = pixels == torch.uint8
     normalise: Operands = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) if raw else {}
-
-    def operands() -> Operands:
-        if raw:
-            clip = torch.randint(256, (batch, 16, 224, 224, 3), dtype=pixels, device=device).permute(0, 4, 1, 2, 3)
-        else:
-            clip = random(device, pixels, batch, 3, 16, 224, 224)
-        return dict(
-            video=clip,
-            keep_idx=index(device, batch, tokens),
-            weight=random(device, dtype, width, 3, *PATCH) / 40,
-            bias=random(device, dtype, width),
-            pos_embed=random(device, torch.float32, TOKENS, width),
-        )
-
-    def floating(video: Tensor, weight: Tensor) -> Tensor:
-        if not raw:
-            return video.to(weight.dtype)
-        mean, std = (per_channel(values, video.device).view(3, 1, 1, 1) for values in normalise.values())
-        return ((video.float() / 255 - mean) / std).to(weight.dtype)
-
-    def reshape_index_linear(
-        video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
-    ) -> Tensor:
-        return eager_gather_patch_embed(
-            video, keep_idx, weight, bias, pos_embed, **(normalise or dict(mean=None, std=None))
-        )
+    plain = functools.partial(eager_gather_patch_embed, **normalise)
 
     def conv_then_index(video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor) -> Tensor:
-        every = F.conv3d(floating(video, weight), weight, bias, stride=PATCH).flatten(2).transpose(1, 2) + pos_embed
-        chosen = every.gather(1, keep_idx.long()[..., None].expand(-1, -1, every.shape[2]))
-        return chosen.to(weight.dtype)
+        if raw:
+            mean, std = (per_channel(values, video.device).view(3, 1, 1, 1) for values in normalise.values())
+            video = (video.float() / 255 - mean) / std
+        every = F.conv3d(video.to(weight.dtype), weight, bias, stride=PATCH).flatten(2).transpose(1, 2) + pos_embed
+        return every.gather(1, keep_idx.long()[..., None].expand(-1, -1, every.shape[2])).to(weight.dtype)
 
     values = CHANNELS * PATCH[0] * PATCH[1] * PATCH[2]
     gathered = functools.cache(lambda: random(device, dtype, batch, tokens, values))
@@ -229,47 +186,42 @@ def gather_patch_embed(
         label=f"{batch} clips, {tokens} of 1568 tubelets, width {width}, {str(pixels)[6:]} clip",
         tokens=tokens,
         dtype=dtype,
-        operands=operands,
+        operands=lambda: dict(
+            video=uint8_clips(device, batch) if raw else random(device, pixels, batch, CHANNELS, 16, 224, 224),
+            keep_idx=index(device, batch, tokens),
+            pos_embed=random(device, torch.float32, TOKENS, width),
+            **randoms(device, dtype, weight=(width, CHANNELS, *PATCH), bias=(width,)),
+        ),
         ours=functools.partial(kernels.gather_patch_embed, **normalise),
         peers={
-            "reshape + index + linear": reshape_index_linear,
-            "reshape + index + linear, compiled": compiled(reshape_index_linear),
+            "reshape + index + linear": plain,
+            "reshape + index + linear, compiled": compiled(plain),
             "Conv3d of all, then index": conv_then_index,
+            PART: linear_of_gathered,
         },
-        eager="reshape + index + linear",
         differentiated=("weight", "bias"),
         flops=2.0 * batch * tokens * values * width,
         bytes=float(moved),
         backward=(1.0, 1.0),
-        part={PART: linear_of_gathered},
     )
-
-
-def memory_bound(plain: Function, others: Mapping[str, Function] | None = None, **fields: Any) -> OpCase:
-    """An op that computes next to nothing, beside its definition in PyTorch, which is also compiled."""
-    peers = {"PyTorch": plain, **(others or {}), "PyTorch, compiled": compiled(plain)}
-    return OpCase(peers=peers, eager="PyTorch", flops=0.0, small=True, **fields)
 
 
 def add_layer_norm(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
     """Residual add and LayerNorm."""
 
-    def operands() -> Operands:
-        x, residual = (random(device, dtype, batch, tokens, width) for _ in range(2))
-        return dict(x=x, residual=residual, weight=random(device, dtype, width), bias=random(device, dtype, width))
-
     def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         residual = residual + x
         return F.layer_norm(residual, weight.shape, weight, bias, 1e-6), residual
 
-    return memory_bound(
-        plain,
+    rows = batch, tokens, width
+    return OpCase(
         op="add_layer_norm",
         label=f"{batch} clips, {tokens} tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
-        operands=operands,
+        operands=lambda: randoms(device, dtype, x=rows, residual=rows, weight=(width,), bias=(width,)),
         ours=kernels.add_layer_norm,
+        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
         differentiated=("x", "residual", "weight", "bias"),
         bytes=4.0 * batch * tokens * width * dtype.itemsize,
         backward=(0.0, 1.0),
@@ -282,14 +234,14 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
     def plain(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias)
 
-    return memory_bound(
-        plain,
+    return OpCase(
         op="bias_gelu",
         label=f"{batch} clips, {tokens} tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
-        operands=lambda: dict(x=random(device, dtype, batch, tokens, width), bias=random(device, dtype, width)),
+        operands=lambda: randoms(device, dtype, x=(batch, tokens, width), bias=(width,)),
         ours=kernels.bias_gelu,
+        peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
         differentiated=("x", "bias"),
         bytes=2.0 * batch * tokens * width * dtype.itemsize,
         backward=(0.0, 1.5),
@@ -298,10 +250,6 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int,
 
 def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, hidden: int) -> OpCase:
     """First half of the MLP."""
-
-    def operands() -> Operands:
-        x, bias = random(device, dtype, batch, tokens, width), random(device, dtype, hidden)
-        return dict(x=x, weight=random(device, dtype, hidden, width) / width**0.5, bias=bias)
 
     def product_then_bias_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return kernels.bias_gelu(F.linear(x, weight), bias)
@@ -312,14 +260,13 @@ def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: in
         label=f"{batch} clips, {tokens} tokens, width {width} to {hidden}",
         tokens=tokens,
         dtype=dtype,
-        operands=operands,
+        operands=lambda: randoms(device, dtype, x=(batch, tokens, width), weight=(hidden, width), bias=(hidden,)),
         ours=kernels.linear_gelu,
         peers={
             "PyTorch": eager_linear_gelu,
             "PyTorch, compiled": compiled(eager_linear_gelu),
             "linear, then bias_gelu": product_then_bias_gelu,
         },
-        eager="PyTorch",
         differentiated=("x", "weight", "bias"),
         flops=2.0 * rows * width * hidden,
         bytes=float((rows * (width + hidden) + width * hidden) * dtype.itemsize),
@@ -330,26 +277,19 @@ def linear_gelu(device: torch.device, dtype: torch.dtype, batch: int, tokens: in
 def mlp(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int, hidden: int) -> OpCase:
     """The whole MLP, without the bias of its second layer, as a block calls it in training."""
 
-    def operands() -> Operands:
-        first, second = (
-            random(device, dtype, *shape) / shape[1] ** 0.5 for shape in ((hidden, width), (width, hidden))
-        )
-        x, bias = random(device, dtype, batch, tokens, width), random(device, dtype, hidden)
-        return dict(x=x, fc1_weight=first, fc1_bias=bias, fc2_weight=second)
-
     def plain(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> Tensor:
         return F.linear(eager_linear_gelu(x, fc1_weight, fc1_bias), fc2_weight)
 
+    weights = dict(fc1_weight=(hidden, width), fc1_bias=(hidden,), fc2_weight=(width, hidden))
     rows = batch * tokens
     return OpCase(
         op="mlp",
         label=f"{batch} clips, {tokens} tokens, width {width}, hidden {hidden}",
         tokens=tokens,
         dtype=dtype,
-        operands=operands,
+        operands=lambda: randoms(device, dtype, x=(batch, tokens, width), **weights),
         ours=kernels.mlp,
         peers={"PyTorch": plain, "PyTorch, compiled": compiled(plain)},
-        eager="PyTorch",
         differentiated=("x", "fc1_weight", "fc1_bias", "fc2_weight"),
         flops=4.0 * rows * width * hidden,
         bytes=2.0 * (rows + hidden) * width * dtype.itemsize,
@@ -359,23 +299,18 @@ def mlp(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width
 
 def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> OpCase:
     """The decoder's input."""
-
-    def operands() -> Operands:
-        return dict(
-            visible=random(device, dtype, batch, tokens, width),
-            keep_idx=index(device, batch, tokens),
-            mask_token=random(device, dtype, width),
-            pos_embed=random(device, torch.float32, TOKENS, width),
-        )
-
-    return memory_bound(
-        eager_scatter_tokens,
+    return OpCase(
         op="scatter_tokens",
         label=f"{batch} clips, {tokens} of 1568 tokens, width {width}",
         tokens=tokens,
         dtype=dtype,
-        operands=operands,
+        operands=lambda: dict(
+            keep_idx=index(device, batch, tokens),
+            pos_embed=random(device, torch.float32, TOKENS, width),
+            **randoms(device, dtype, visible=(batch, tokens, width), mask_token=(width,)),
+        ),
         ours=kernels.scatter_tokens,
+        peers={"PyTorch": eager_scatter_tokens, "PyTorch, compiled": compiled(eager_scatter_tokens)},
         differentiated=("visible", "mask_token"),
         bytes=float(batch * (tokens + TOKENS) * width * dtype.itemsize),
         backward=(0.0, 1.0),
@@ -385,11 +320,7 @@ def scatter_tokens(device: torch.device, dtype: torch.dtype, batch: int, tokens:
 def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, tokens: int) -> OpCase:
     """The reconstruction loss from a uint8 clip as a decoder gives it; ``tokens`` are the dropped ones."""
     options: Operands = dict(patch_size=PATCH, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalize=True)
-
-    def operands() -> Operands:
-        clip = torch.randint(256, (batch, 16, 224, 224, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
-        pixels = random(device, dtype, batch, tokens, 1536)
-        return dict(pixels=pixels, video=clip, drop_idx=index(device, batch, tokens))
+    plain = functools.partial(eager_masked_patch_loss, **options)
 
     def all_then_index(pixels: Tensor, video: Tensor, drop_idx: Tensor) -> Tensor:
         """As the original does it: normalise every patch of the clip, then take the dropped ones."""
@@ -399,16 +330,22 @@ def masked_patch_loss(device: torch.device, dtype: torch.dtype, batch: int, toke
         chosen = cells.flatten(2).gather(1, drop_idx.long()[..., None].expand(-1, -1, pixels.shape[2]))
         return F.mse_loss(pixels.float(), chosen)
 
-    plain = functools.partial(eager_masked_patch_loss, **options)
-    return memory_bound(
-        plain,
+    return OpCase(
         op="masked_patch_loss",
         label=f"{batch} clips, {tokens} of 1568 tubelets dropped",
         tokens=tokens,
         dtype=dtype,
-        operands=operands,
+        operands=lambda: dict(
+            pixels=random(device, dtype, batch, tokens, 1536),
+            video=uint8_clips(device, batch),
+            drop_idx=index(device, batch, tokens),
+        ),
         ours=functools.partial(kernels.masked_patch_loss, **options),
-        others={"all patches, then index": all_then_index},
+        peers={
+            "PyTorch": plain,
+            "all patches, then index": all_then_index,
+            "PyTorch, compiled": compiled(plain),
+        },
         differentiated=("pixels",),
         bytes=float(batch * tokens * 1536 * (1 + dtype.itemsize)),
         backward=(0.0, 2 * dtype.itemsize / (1 + dtype.itemsize)),

@@ -5,11 +5,11 @@ weights under autocast, AdamW). All start from the same weights, the reference's
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mar_fast
@@ -19,54 +19,45 @@ from mar_fast.inference import Backend
 from .case import Prepared, Provider
 from .plain import PlainMAR, patch_loss
 from .transformers_peers import hugging_face
-from .workloads import (
-    WEIGHT,
-    Workload,
-    classifier,
-    first_call_timed,
-    frozen,
-    learner,
-    materialise,
-    original_loss,
-    sum_of_losses,
-)
+from .workloads import WEIGHT, Workload, built, first_call_timed, frozen, original_loss, ready
 
 REFERENCE, BASELINE = "reference, autocast", "PyTorch SDPA"
 Prepare = Callable[[Workload], Prepared]
 
 
-def _built(workload: Workload, kind: Callable[..., Any], *, autocast: bool = False) -> Any:
-    """A model with the workload's weights, in inference in its dtype unless that comes by autocast."""
-    model = kind(workload.config).to(workload.device).train(workload.training)
-    model.load_state_dict(workload.weights)
-    return model if autocast or workload.training else model.to(workload.dtype)
+def as_it_is(function: Any) -> Any:
+    """What is not compiled."""
+    return function
 
 
-def ours(workload: Workload) -> Prepared:
+def one_graph(function: Any, mode: str | None = None) -> Any:
+    """Under torch.compile, of fixed shapes."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def ours(workload: Workload, how: Callable[[Any], Any] = as_it_is) -> Prepared:
     """mar_fast.MAR; in training its loss straight from the clip."""
-    model = _built(workload, mar_fast.MAR)
-    if workload.training:
-        return learner(workload, model, partial(_our_loss, model))
-    return classifier(workload, lambda workload: model(workload.clips).logits)
+    model = built(workload, mar_fast.MAR)
+    run = how(model)
+
+    def call(workload: Workload) -> Tensor:
+        if not workload.training:
+            return run(workload.clips).logits
+        return mar_fast.mar_loss(run(workload.clips, workload.mask), workload.target, reconstruction_weight=WEIGHT)
+
+    return ready(workload, model, call)
 
 
 def ours_compiled(workload: Workload, backend: Backend = "inductor") -> Prepared:
     """The same through compile_for_inference, in training under torch.compile."""
-    model = _built(workload, mar_fast.MAR)
     if workload.training:
-        compiled = torch.compile(model, fullgraph=True, dynamic=False)
-        return first_call_timed(learner(workload, model, partial(_our_loss, compiled)))
-    materialise(workload)
-    return frozen(model, (workload.clips,), lambda out: out.logits, backend)
-
-
-def _our_loss(model: Any, workload: Workload) -> Tensor:
-    return mar_fast.mar_loss(model(workload.clips, workload.mask), workload.target, reconstruction_weight=WEIGHT)
+        return first_call_timed(ours(workload, one_graph))
+    return frozen(built(workload, mar_fast.MAR), (workload.clips,), lambda out: out.logits, backend)
 
 
 def ours_plain_loss(workload: Workload) -> Prepared:
     """Training of our model with the reconstruction's target written out: the step before the fused loss."""
-    model = _built(workload, mar_fast.MAR)
+    model = built(workload, mar_fast.MAR)
 
     def loss(workload: Workload) -> Tensor:
         mask = workload.mask
@@ -77,51 +68,41 @@ def ours_plain_loss(workload: Workload) -> Prepared:
         reconstruction = patch_loss(pixels, workload.clips, mask.drop_idx.long(), workload.config)
         return sum_of_losses(logits, reconstruction, workload.target)
 
-    return learner(workload, model, loss)
+    return ready(workload, model, loss)
 
 
 def original(workload: Workload) -> Prepared:
     """reference.MAR as the original runs it: all tubelets embedded, attention written out, float32 under autocast."""
-    model = _built(workload, reference.MAR, autocast=True)
-    if workload.training:
-        return learner(workload, model, lambda work: original_loss(model(work.clips, work.mask), work))
+    model = built(workload, reference.MAR, torch.float32)
 
-    def logits(workload: Workload) -> Tensor:
-        with workload.autocast():
-            return model(workload.clips, workload.mask).logits
+    def call(workload: Workload) -> Tensor:
+        out = model(workload.clips, workload.mask)
+        return original_loss(out, workload) if workload.training else out.logits
 
-    return classifier(workload, logits)
+    return ready(workload, model, call, autocast=True)
 
 
-def plain(workload: Workload, *, sdpa: bool = True, autocast: bool = False) -> Prepared:
-    """PlainMAR; in inference its weights in the workload's dtype, or float32 under autocast."""
-    model = _built(workload, partial(PlainMAR, sdpa=sdpa), autocast=autocast)
-    if workload.training:
-        return learner(workload, model, lambda workload: plain_loss(model, *_operands(workload)))
+def plain(
+    workload: Workload, *, sdpa: bool = True, autocast: bool = False, how: Callable[[Any], Any] = as_it_is
+) -> Prepared:
+    """PlainMAR, in training with its losses; in inference its weights in the workload's dtype, or under autocast."""
+    model = built(workload, partial(PlainMAR, sdpa=sdpa), torch.float32 if autocast else None)
+    run, operands = how(plain_loss if workload.training else model), _operands(workload)
 
-    operands = _operands(workload)[:2]
+    def call(workload: Workload) -> Tensor:
+        return run(model, *_operands(workload)) if workload.training else run(*operands[:2])[0]
 
-    def logits(workload: Workload) -> Tensor:
-        with workload.autocast() if autocast else nullcontext():
-            return model(*operands)[0]
-
-    return classifier(workload, logits)
+    return ready(workload, model, call, autocast=autocast)
 
 
 def plain_compiled(workload: Workload, mode: str | None = None) -> Prepared:
-    """PlainMAR, in training with its losses, under torch.compile: one graph of fixed shapes."""
-    model = _built(workload, PlainMAR)
-    what: Any = plain_loss if workload.training else model
-    run = torch.compile(what, fullgraph=True, dynamic=False, mode=mode)
-    if workload.training:
-        return first_call_timed(learner(workload, model, lambda workload: run(model, *_operands(workload))))
-    operands = _operands(workload)[:2]
-    return first_call_timed(classifier(workload, lambda workload: run(*operands)[0]))
+    """The same under torch.compile."""
+    return first_call_timed(plain(workload, how=partial(one_graph, mode=mode)))
 
 
 def plain_frozen(workload: Workload, backend: Backend = "inductor") -> Prepared:
     """PlainMAR through compile_for_inference: what is left between this and ours is the model."""
-    return frozen(_built(workload, PlainMAR), _operands(workload)[:2], lambda out: out[0], backend)
+    return frozen(built(workload, PlainMAR), _operands(workload)[:2], lambda out: out[0], backend)
 
 
 def _operands(workload: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,6 +114,11 @@ def plain_loss(model: PlainMAR, clips: Tensor, keep_idx: Tensor, drop_idx: Tenso
     logits, features = model(clips, keep_idx)
     pixels = model.pixels(features, keep_idx, drop_idx)
     return sum_of_losses(logits, patch_loss(pixels, clips, drop_idx, model.config), target)
+
+
+def sum_of_losses(logits: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Of classification, and of reconstruction by its weight."""
+    return F.cross_entropy(logits.float(), target) + WEIGHT * reconstruction
 
 
 def providers(workload: Workload, *, compiled: bool = True) -> tuple[Provider, ...]:

@@ -5,6 +5,7 @@ visible tubelets before it embeds them, attends by ``scaled_dot_product_attentio
 tubelets only. No op of mar_fast.kernels is used.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mar_fast import MARConfig, reference
+from mar_fast.layers import Constant
 
 
 class SdpaAttention(reference.Attention):
@@ -63,26 +65,16 @@ class PlainMAR(nn.Module):
     def __init__(self, config: MARConfig, *, sdpa: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.table: Tensor
-        self.decoder_table: Tensor
         whole = reference.MAR(config)
-        if sdpa:
-            for module in whole.modules():
-                if isinstance(module, reference.Attention):
-                    module.__class__ = SdpaAttention
+        for module in whole.modules():
+            if sdpa and isinstance(module, reference.Attention):
+                module.__class__ = SdpaAttention
         for name, child in whole.named_children():
             self.add_module(name, child)
-        self.register_buffer("table", whole.encoder.table, persistent=False)
+        self.table = Constant(partial(reference.resized_table, config, config.embed_dim))
         if whole.decoder is not None:
-            self.register_buffer("decoder_table", whole.decoder.table, persistent=False)
+            self.decoder_table = Constant(partial(reference.resized_table, config, config.decoder_embed_dim))
             self.mask_token = whole.mask_token
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PlainMAR":
-        tables = {name: getattr(self, name) for name in ("table", "decoder_table") if hasattr(self, name)}
-        super()._apply(fn, recurse)
-        for name, table in tables.items():  # .bfloat16() must not round them
-            setattr(self, name, table.to(getattr(self, name).device))
-        return self
 
     def forward(self, clip: Tensor, keep_idx: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised (B, C, T, H, W), (B, N) int64 -> logits (B, classes), features (B, N, D)."""
@@ -90,7 +82,7 @@ class PlainMAR(nn.Module):
         proj = encoder.patch_embed["proj"]
         patches = tubelets(clip.to(proj.weight.dtype), keep_idx, self.config.patch_size, channels_last=False)
         x = F.linear(patches, proj.weight.flatten(1), proj.bias)
-        x = (x + self.table[keep_idx]).to(proj.weight.dtype)
+        x = (x + self.table.value[keep_idx]).to(proj.weight.dtype)
         for block in encoder.blocks:
             x = block(x)
         features = encoder.norm(x)
@@ -104,7 +96,7 @@ class PlainMAR(nn.Module):
         batch, _, width = visible.shape
         x = self.mask_token.to(visible.dtype).expand(batch, self.config.num_tokens, width)
         x = x.scatter(1, keep_idx[..., None].expand(-1, -1, width), visible)
-        x = x + self.decoder_table
+        x = x + self.decoder_table.value
         decoder: Any = self.decoder
         for block in decoder.blocks:
             x = block(x)

@@ -6,6 +6,7 @@ All models of a workload have the same random weights, by transformers' own init
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mar_fast
+from mar_fast.checkpoint.config_json import for_transformers
 
 from .case import Prepared, Provider
-from .workloads import Workload, classifier, first_call_timed, frozen, learner, loss_and_gradients
+from .workloads import Workload, first_call_timed, frozen, loss_and_gradients, ready
 
 CLASSIFICATION, PRE_TRAINING = "VideoMAEForVideoClassification", "VideoMAEForPreTraining"
 BASELINE, BY_HAND = "transformers", "transformers, masked by hand"
@@ -34,36 +36,12 @@ def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
         ValueError: transformers has no such model.
     """
     transformers = importlib.import_module("transformers")
-    config = workload.config
+    config = replace(workload.config, final_norm=False)
     if config.patch_size[1] != config.patch_size[2]:
         raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch_size[1:]}")
-    decoder = {}
-    if kind == PRE_TRAINING:
-        decoder = dict(
-            decoder_num_hidden_layers=config.decoder_depth,
-            decoder_hidden_size=config.decoder_embed_dim,
-            decoder_num_attention_heads=config.decoder_num_heads,
-            decoder_intermediate_size=4 * config.decoder_embed_dim,
-        )
     torch.manual_seed(0)
-    model = getattr(transformers, kind)(
-        transformers.VideoMAEConfig(
-            image_size=config.image_size,
-            num_frames=config.num_frames,
-            patch_size=config.patch_size[1],
-            tubelet_size=config.patch_size[0],
-            num_channels=config.channels,
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            intermediate_size=round(config.embed_dim * config.mlp_ratio),
-            num_labels=config.num_classes,
-            layer_norm_eps=config.encoder_eps,
-            attn_implementation="sdpa",
-            **decoder,
-        )
-    )
-    return model.to(workload.device).train(workload.training)
+    theirs = transformers.VideoMAEConfig(**for_transformers(config, "float32"), attn_implementation="sdpa")
+    return getattr(transformers, kind)(theirs).to(workload.device).train(workload.training)
 
 
 def dense_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
@@ -115,8 +93,7 @@ def accelerated(model: Any, **options: Any) -> Any:
 def eager(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
     """Without a compiler; ``change`` is done to the model first."""
     model = _built(workload, kind, change)
-    make = partial(learner, workload, model) if workload.training else partial(classifier, workload)
-    return make(lambda workload: call(*operands(model, workload)))
+    return ready(workload, model, lambda workload: call(*operands(model, workload)))
 
 
 def compiled(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
@@ -141,40 +118,3 @@ def hugging_face(workload: Workload) -> Provider:
     call = classification_loss if workload.training else dense_logits
     prepare = partial(eager, workload, call)
     return Provider("Hugging Face VideoMAE, dense", prepare, expected=partial(expected, workload, call))
-
-
-def inference_providers(workload: Workload, *, with_compiled: bool) -> tuple[Provider, ...]:
-    """A classifier's logits: transformers' own ways to them, and ours.
-
-    With a mask transformers' own call is of another function, the dense one: its logits from visible tokens take calls
-    of the model's parts.
-    """
-    keep = 1 - workload.config.mask_ratio
-    ours = partial(accelerated, keep=keep)
-    dense = None if keep == 1 else partial(expected, workload, dense_logits)
-    name, call = (BASELINE, dense_logits) if keep == 1 else (BY_HAND, masked_logits)
-    every = [
-        (BASELINE, partial(eager, workload, dense_logits), True),
-        (BY_HAND, partial(eager, workload, masked_logits), keep < 1),
-        (f"{name}, compiled", partial(compiled, workload, call), with_compiled),
-        ("mar_fast", partial(eager, workload, dense_logits, change=ours), True),
-        ("mar_fast, compiled", partial(accelerated_and_compiled, workload, ours), with_compiled),
-    ]
-    return tuple(
-        Provider(name, prepare, expected=dense if name == BASELINE else None)
-        for name, prepare, wanted in every
-        if wanted
-    )
-
-
-def step_providers(workload: Workload, kind: str, *, with_compiled: bool) -> tuple[Provider, ...]:
-    """A training step of a dense classifier or of pre-training: transformers' own, and the same model accelerated."""
-    call, ours = classification_loss, accelerated
-    if kind == PRE_TRAINING:
-        call, ours = reconstruction_loss, partial(accelerated, num_visible=workload.mask.num_visible)
-    ways = [("", eager)] + ([(", compiled", compiled)] if with_compiled else [])
-    return tuple(
-        Provider(name + how, partial(way, workload, call, kind, change))
-        for name, change in ((BASELINE, None), ("mar_fast", ours))
-        for how, way in ways
-    )

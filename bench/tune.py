@@ -1,6 +1,6 @@
 """``python -m mar_fast.bench tune``: faster launch choices for the GPU at hand.
 
-For every kernel, dtype and shape of `kernel_calls`: one thing is changed at a time, then again from the winner, until
+For every kernel, dtype and shape of `matrix`: one thing is changed at a time, then again from the winner, until
 nothing wins. A candidate is run only if it compiles clean, timed only if its results are those of the choice in force,
 and wins only beyond the spread. Choices that beat the one in force go to a file of your own ($MAR_FAST_CONFIGS, or
 mar_fast/overrides.json in your configuration folder), each as soon as it is known: Ctrl-C keeps what has been measured.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mar_fast import files, machine, timing
 from mar_fast.kernels import device, use_backend
@@ -27,13 +28,13 @@ from mar_fast.kernels.jit.compile_check import Code, check_all, code
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
 from mar_fast.timing import Spread
 
-from .kernel_calls import PASSES, calls, launched, launches
+from .matrix import PASSES, calls, launched, launches
 from .op_cases import Operands
 from .suites import kernels as suite
 
 ROUNDS = 40
-# Two results agree if they differ by no more than this share of the value, and of the largest value.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Two results agree if they differ by no more than this share of the value, and of the largest value; 8 bits not at all.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float8_e4m3fn: 0.0}
 Times = dict[LaunchConfig, list[Spread]]  # for each call
 
 
@@ -44,15 +45,15 @@ def _operands(call: str) -> Operands:
 
 def results(call: str, kernel: str, config: LaunchConfig) -> list[Tensor]:
     """Outputs and gradients of a call; what a kernel leaves unwritten is NaN, not what was there before."""
-    before, case = torch.are_deterministic_algorithms_enabled(), calls("cuda")[call]
+    case = calls("cuda")[call]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
     try:
         with use_backend("triton"), forced({kernel: config}):
             found = [suite.results(case.ours, _operands(call), case.differentiated, mode) for mode in PASSES]
             torch.cuda.synchronize()
-            return [*found[0], *found[1]]
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
+    return [result for result in tree_leaves(found) if isinstance(result, Tensor)]
 
 
 def seconds(call: str, backward: bool, kernel: str, config: LaunchConfig) -> float:
@@ -75,8 +76,7 @@ def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
                 changes += [{block: other}, {block: other, "num_warps": config.num_warps * other // size}]
     if config.num_stages > 1 or config.block_k:
         changes += [{"num_stages": stages} for stages in range(1, 6)]
-    switches = ("resident", "tma", "fused", "cudnn")
-    changes += [{switch: not getattr(config, switch)} for switch in switches]
+    changes += [{switch: not getattr(config, switch)} for switch in ("resident", "tma", "fused", "cudnn")]
     found = dict.fromkeys(replace(config, **change) for change in changes)
     # Neither threads without work nor more values than a thread has registers for; whole rows are of any length.
     return [
@@ -105,7 +105,7 @@ class Unit:
                     code(*one, self.architecture) for call in self.calls for one in launches(call, self.architecture)
                 ]
                 codes.setdefault(tuple(one for one in made if one.kernel == self.choice.kernel), config)
-        reports = check_all([one for told in codes for one in told], os.cpu_count() or 1)
+        reports = check_all([one for told in codes for one in told], os.cpu_count() or 0)
         bad = {one.code.config for one in reports if one.faults and (one.code.config != in_force or not one.figures)}
         return [config for config in codes.values() if config not in bad]
 
@@ -115,7 +115,7 @@ class Unit:
         try:
             for call in self.calls:
                 for mine, theirs in zip(results(call, kernel, config), results(call, kernel, in_force), strict=True):
-                    share, largest = TOLERANCE[theirs.dtype], float(theirs.abs().max())
+                    share, largest = TOLERANCE[theirs.dtype], float(theirs.float().abs().max())
                     assert math.isfinite(largest)
                     torch.testing.assert_close(mine, theirs, rtol=share, atol=share * largest)
         except Exception:  # the driver may also refuse what the compiler took

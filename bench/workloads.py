@@ -85,15 +85,19 @@ class Workload:
         return smaller
 
 
+def built(workload: Workload, kind: Callable[[MARConfig], nn.Module], dtype: torch.dtype | None = None) -> Any:
+    """A model with the workload's weights; None is float32 in training, else the workload's dtype."""
+    model = kind(workload.config).to(workload.device).train(workload.training)
+    model.load_state_dict(workload.weights)
+    return model.to(dtype or (torch.float32 if workload.training else workload.dtype))
+
+
 def expected(workload: Workload) -> list[Tensor]:
     """The reference in float64: logits, or with training the loss and all gradients in one."""
-    few = workload.few()
-    model = reference.MAR(workload.config).double().to(workload.device).train(workload.training)
-    model.load_state_dict(workload.weights)
-    if not workload.training:
-        with torch.inference_mode():
-            return [model(few.clips.double(), few.mask).logits]
-    return loss_and_gradients(original_loss(model(few.clips.double(), few.mask), few), model)
+    few, model = workload.few(), built(workload, reference.MAR, torch.float64)
+    with torch.inference_mode(not workload.training):
+        out = model(few.clips.double(), few.mask)
+    return loss_and_gradients(original_loss(out, few), model) if workload.training else [out.logits]
 
 
 def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
@@ -103,50 +107,41 @@ def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return [loss.detach(), torch.cat([gradient.double().flatten() for gradient in gradients])]
 
 
-def classifier(workload: Workload, logits: Callable[[Workload], Tensor]) -> Prepared:
-    """Inference: ``logits`` calls a model with what a workload has."""
+def ready(
+    workload: Workload, model: nn.Module, call: Callable[[Workload], Tensor], *, autocast: bool = False
+) -> Prepared:
+    """A model whose ``call`` with what a workload has gives logits, or in training, always under autocast, the loss."""
+    # Made now, and not by the first call.
+    assert len(workload.clips) == len(workload.target) == workload.mask.batch
+
+    def result(workload: Workload) -> Tensor:
+        with workload.autocast() if autocast or workload.training else nullcontext():
+            return call(workload)
 
     @torch.inference_mode()
-    def run() -> Tensor:
-        return logits(workload)
+    def logits() -> Tensor:
+        return result(workload)
 
-    materialise(workload)
-    return Prepared(run, lambda: [run()[:CHECKED_CLIPS]])
+    if not workload.training:
+        return Prepared(logits, lambda: [logits()[:CHECKED_CLIPS]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        result(workload).backward()
+        optimizer.step()
+
+    return Prepared(step, lambda: loss_and_gradients(result(workload.few()), model))
 
 
 def frozen(model: nn.Module, operands: tuple[Any, ...], logits: Callable[[Any], Tensor], backend: Backend) -> Prepared:
     """Inference through `mar_fast.compile_for_inference`; ``logits`` takes them from the model's output."""
     compiled = mar_fast.compile_for_inference(model, operands, backend=backend)
-    return Prepared(
-        lambda: logits(compiled(*operands)),
-        lambda: [logits(compiled(*operands))[:CHECKED_CLIPS]],
-        compiled.compile_seconds,
-    )
 
+    def run() -> Tensor:
+        return logits(compiled(*operands))
 
-def learner(workload: Workload, model: nn.Module, loss: Callable[[Workload], Tensor]) -> Prepared:
-    """Training steps: ``loss`` calls a model with what a workload has."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with workload.autocast():
-            value = loss(workload)
-        value.backward()
-        optimizer.step()
-
-    def outputs() -> list[Tensor]:
-        with workload.autocast():
-            value = loss(workload.few())
-        return loss_and_gradients(value, model)
-
-    materialise(workload)
-    return Prepared(step, outputs)
-
-
-def materialise(workload: Workload) -> None:
-    """Make clips, mask and target now: a call does not make them."""
-    assert len(workload.clips) == len(workload.target) == workload.mask.batch
+    return Prepared(run, lambda: [run()[:CHECKED_CLIPS]], compiled.compile_seconds)
 
 
 def first_call_timed(prepared: Prepared) -> Prepared:
@@ -161,8 +156,3 @@ def original_loss(out: Any, workload: Workload) -> Tensor:
     if not workload.config.mask_ratio:
         return F.cross_entropy(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), workload.target)
     return reference.loss(out, workload.target, WEIGHT)
-
-
-def sum_of_losses(logits: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Of classification, and of reconstruction by its weight."""
-    return F.cross_entropy(logits.float(), target) + WEIGHT * reconstruction

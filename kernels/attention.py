@@ -66,7 +66,7 @@ def attention(
             out = eager_attention(qkv, factor)
             return (out, eager_attention_lse(qkv, factor)) if return_lse else out
         if backend != "triton":
-            return backends.ATTENTION[backend](_biased(qkv, bias), factor, return_lse)
+            return backends.ATTENTION[backend](_biased(qkv, bias).to(dtype), factor, return_lse)
         run = _plans.keep(key, _in(dtype, qkv, jit.attention.plan(qkv.to(dtype), bias, factor, return_lse)))
     out, lse = run(qkv, bias)
     if not return_lse:
@@ -120,7 +120,7 @@ def attention_varlen(
                 return qkv.flatten(2)[:, 0].to(dtype)
             return eager_attention_varlen(qkv, cu_seqlens, max_seqlen, factor)
         if backend != "triton":
-            return backends.VARLEN[backend](_biased(qkv, bias), cu_seqlens, max_seqlen, factor)
+            return backends.VARLEN[backend](_biased(qkv, bias).to(dtype), cu_seqlens, max_seqlen, factor)
         plan = jit.attention_varlen.plan(qkv.to(dtype), cu_seqlens, bias, max_seqlen, factor, False)
         run = _varlen_plans.keep(key, _in(dtype, qkv, plan))
     out: Tensor = run(qkv, cu_seqlens, bias)[0]

@@ -1,7 +1,7 @@
 """attention by other packages, flash-attn and xformers, for comparison and for machines where one of them is faster.
 
 Chosen by ``use_backend("flash_attn" | "xformers")``, and imported only then. Arguments and results are those of
-`mar_fast.kernels.attention` and `attention_varlen`, which check them; qkv is on a GPU.
+`mar_fast.kernels.attention` and `attention_varlen`, which check them; qkv is on a GPU, in the dtype to work in.
 
 flash-attn is called by version 2's documented interface and tested with a stand-in: it is built from source for a GPU
 and has not run here. xformers has no CPU path; of it only the interface (0.0.35) was checked.
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .device import working_dtype
 
 
 class _NoGradient(torch.autograd.Function):
@@ -31,7 +29,6 @@ class _NoGradient(torch.autograd.Function):
 
 def flash_attn_attention(qkv: Tensor, scale: float, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` by flash-attn, deterministic in backward too. The log-sum-exp has no gradient."""
-    qkv = _in_working_dtype(qkv)
     if qkv.numel() == 0:
         return _empty(qkv, return_lse)
     run = importlib.import_module("flash_attn").flash_attn_qkvpacked_func
@@ -44,7 +41,6 @@ def flash_attn_attention(qkv: Tensor, scale: float, return_lse: bool = False) ->
 
 def flash_attn_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """`attention_varlen` by flash-attn, deterministic in backward too."""
-    qkv = _in_working_dtype(qkv)
     if qkv.numel() == 0:
         return qkv[:, 0].flatten(1)
     run = importlib.import_module("flash_attn").flash_attn_varlen_qkvpacked_func
@@ -58,7 +54,6 @@ def xformers_attention(qkv: Tensor, scale: float, return_lse: bool = False) -> T
     Raises:
         RuntimeError: ``return_lse`` where qkv needs a gradient.
     """
-    qkv = _in_working_dtype(qkv)
     if return_lse and torch.is_grad_enabled() and qkv.requires_grad:
         raise RuntimeError(
             "backend 'xformers' gives the log-sum-exp only without gradients: got return_lse=True for a qkv that "
@@ -80,7 +75,6 @@ def xformers_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: flo
 
     The mask needs lengths on the host, so each call **waits for the device** and cannot be captured in a CUDA graph.
     """
-    qkv = _in_working_dtype(qkv)
     if qkv.numel() == 0:
         return qkv[:, 0].flatten(1)
     package = importlib.import_module("xformers.ops")
@@ -89,10 +83,6 @@ def xformers_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: flo
     query, key, value = _unit_stride(qkv)[None].unbind(2)  # (1, total, H, d) each, views
     out = package.memory_efficient_attention(query, key, value, attn_bias=mask, scale=scale)
     return out[0].flatten(1)
-
-
-def _in_working_dtype(qkv: Tensor) -> Tensor:
-    return qkv.to(working_dtype(qkv, qkv.dtype))
 
 
 def _unit_stride(qkv: Tensor) -> Tensor:

@@ -86,21 +86,12 @@ def masked_patch_loss(
 
 
 def eager_masked_patch_loss(
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    clip_idx: Tensor | None = None,
-    *,
-    patch_size: tuple[int, int, int],
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    normalize: bool,
+    pixels: Tensor, video: Tensor, drop_idx: Tensor, clip_idx: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """What `masked_patch_loss` means, in plain PyTorch."""
+    """What `masked_patch_loss` means, in plain PyTorch; all its options are given."""
     if pixels.numel() == 0:
         return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).sum()  # 0, still connected to pixels
-    sizes: dict[str, Any] = dict(patch_size=patch_size, mean=mean, std=std, normalize=normalize)
-    target = patch_targets(video, drop_idx, clip_idx, dtype=pixels.dtype, **sizes)
+    target = patch_targets(video, drop_idx, clip_idx, dtype=pixels.dtype, **options)
     return F.mse_loss(pixels.to(target.dtype), target)
 
 

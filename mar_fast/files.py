@@ -4,8 +4,8 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -45,6 +45,33 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole_files(paths: Sequence[Path], write: Callable[[Path], object]) -> None:
+    """`write_whole` for files of one folder, of which the last one reads the others.
+
+    ``write`` fills a temporary folder beside them with files of these names. The last file is out of the way while the
+    others are replaced, so that it never reads the wrong ones. Where this process is killed just then it is missing,
+    and the old files are in the temporary folder.
+    """
+    paths[-1].parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=paths[-1].parent, prefix=f".{paths[-1].name}-"))
+    old = temporary / "old"
+    try:
+        write(temporary)
+        old.mkdir()
+        with ExitStack() as on_error:
+            for path in reversed(paths):
+                if path.exists():
+                    path.rename(old / path.name)
+                    on_error.callback((old / path.name).rename, path)
+            for path in paths:
+                (temporary / path.name).chmod(0o666 & ~_umask())
+                (temporary / path.name).rename(path)
+                on_error.callback(path.unlink)
+            on_error.pop_all()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(path: Path) -> None:

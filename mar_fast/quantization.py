@@ -8,7 +8,8 @@ attention, norms, embedding and heads stay as they are.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal
 
 from torch import nn
@@ -52,12 +53,17 @@ def quantize(model: MAR, kind: Kind, *, keep: str | Sequence[str] = (), emulate:
         raise checks.bad("kind", repr(kind), "'fp8'")
     if keep and any(scaled_layers(model)):
         raise checks.bad("keep", repr(keep), "none, for a model that is quantised already")
-    kept = _kept(model, (keep,) if isinstance(keep, str) else keep)
+    kept = {keep} if isinstance(keep, str) else set(keep)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
+    parts = {part: list(its) for part, its in groupby(blocks, _part)}
+    for name in sorted(kept.difference(parts, blocks)):
+        known = "; ".join(f"{part}, {its[0]} to {its[-1]}" for part, its in parts.items())
+        raise checks.bad("keep", repr(name), f"parts and blocks of this model: {known}")
     if not emulate:
         need_fp8("model", next(model.parameters()))
     quantised = copy.deepcopy(model).eval().requires_grad_(False)
     if not any(scaled_layers(model)):
-        for block in [name for name, _ in _blocks(model) if name not in kept]:
+        for block in (block for block in blocks if kept.isdisjoint((block, _part(block)))):
             for layer in (f"{block}.{path}" for path in LAYERS):
                 quantised.set_submodule(layer, _scaled(layer, quantised.get_submodule(layer)))
     for _, scaled in scaled_layers(quantised):
@@ -65,20 +71,9 @@ def quantize(model: MAR, kind: Kind, *, keep: str | Sequence[str] = (), emulate:
     return quantised
 
 
-def _blocks(model: MAR) -> Iterator[tuple[str, Block]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Block))
-
-
-def _kept(model: MAR, keep: Sequence[str]) -> set[str]:
-    """The blocks that ``keep`` names, or that are in parts that it names."""
-    parts: dict[str, list[str]] = {}
-    for name, _ in _blocks(model):
-        parts.setdefault(name.partition(".")[0], []).append(name)
-    for name in keep:
-        if name not in parts and not any(name in blocks for blocks in parts.values()):
-            known = "; ".join(f"{part}, {blocks[0]} to {blocks[-1]}" for part, blocks in parts.items())
-            raise checks.bad("keep", repr(name), f"parts and blocks of this model: {known}")
-    return {name for part, blocks in parts.items() for name in blocks if part in keep or name in keep}
+def _part(block: str) -> str:
+    """The "encoder" of "encoder.blocks.0"."""
+    return block.partition(".")[0]
 
 
 def _scaled(name: str, layer: nn.Module) -> ScaledLinear:

@@ -11,17 +11,27 @@ SMALL = dict(num_frames=FRAMES, image_size=SIZE)
 TOLD = dict(num_heads=3, position="formula", **SMALL)
 LINEAR = dict(classifier="linear", final_norm=False, decoder_depth=0, mask_ratio=0.0)
 PRETRAINING = dict(classifier=None, mask_ratio=0.0)
+# A model that each layout can express.
+LAYOUTS = {
+    "mar_fast": {},
+    "mar": {},
+    "videomae": PRETRAINING,
+    "videomae, fine-tuned": LINEAR,
+    "videomae2": {**LINEAR, "num_classes": 0},
+    "hf": {**LINEAR, "classifier_norm_eps": 1e-5},
+}
 
 
-def random_weights(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(model, seed=1, scores=1, dtype=torch.float32):
+    """Every parameter at random by a seed or a generator; those of query and key ``scores`` times as large."""
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
             if "norm" in name and name.endswith("weight"):
                 noise = 1 + 0.3 * noise
             elif parameter.ndim > 1 and name != "mask_token":
-                noise = noise / parameter[0].numel() ** 0.5
+                noise = noise * (scores if "query" in name or "key" in name else 1) / parameter[0].numel() ** 0.5
             else:
                 noise = 0.5 * noise
             parameter.copy_(noise)

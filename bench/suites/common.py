@@ -1,16 +1,19 @@
 """Shared by the suites: keep ratios, names, models, tolerances, the least work."""
 
-from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mar_fast
 from mar_fast import MARConfig, cost
+from mar_fast.cost import Cost, Part
+from mar_fast.data import sample_clip
 
 from .. import peers, workloads
-from ..case import Case, Floor, Provider
+from ..case import Case, Provider, RunOptions
 from ..workloads import Workload
 
 KEPT = (0.5, 0.25, 1.0)
@@ -29,45 +32,39 @@ def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
     return mar_fast.named_config(f"mar_vit_{size}", num_classes=CLASSES, mask_ratio=1 - keep, **without)
 
 
+def film(options: RunOptions) -> Path:
+    """The video file of a run."""
+    return options.clip or sample_clip()
+
+
+def normalised(clips: Tensor, config: MARConfig, dtype: torch.dtype) -> Tensor:
+    """(B, C, T, H, W) uint8 -> as models take them, in plain arithmetic of ``dtype``."""
+    mean, std = (torch.tensor(value, dtype=dtype).view(-1, 1, 1, 1) for value in (config.mean, config.std))
+    return (clips.to(dtype) / 255 - mean) / std
+
+
 def case_name(size: str, batch: int) -> str:
     """ "ViT-B, batch 1"."""
     return f"ViT-{LETTERS[size]}, batch {batch}"
 
 
-def model_case(
-    suite: str,
-    name: str,
-    workload: Workload,
-    providers: tuple[Provider, ...],
-    *,
-    expected: Callable[[], list[Tensor]] | None = None,
-    baseline: str = peers.BASELINE,
-    x: float | None = None,
-    floor: Floor | None = None,
-    share: float = 1.0,
-) -> Case:
-    """A case of a whole model. By default the reference gives what is expected, and ``x`` is the keep ratio."""
-    return Case(
-        suite=suite,
-        name=name,
+def model_case(suite: str, name: str, workload: Workload, providers: tuple[Provider, ...], **more: Any) -> Case:
+    """A case of a whole model; ``more`` are fields of `Case` that are not as usual for one."""
+    usual: dict[str, Any] = dict(
         mode="training step" if workload.training else "inference",
-        x=1 - workload.config.mask_ratio if x is None else x,
+        x=1 - workload.config.mask_ratio,
         dtype=workload.dtype,
         clips=workload.batch,
-        providers=providers,
-        expected=expected or partial(workloads.expected, workload),
+        expected=partial(workloads.expected, workload),
         tolerance=TOLERANCE[workload.dtype],
-        baseline=baseline,
-        floor=floor or least_work(workload),
-        share=share,
+        baseline=peers.BASELINE,
+        floor=least_work(workload),
     )
+    return Case(suite=suite, name=name, providers=providers, **(usual | more))
 
 
-def least_work(workload: Workload) -> Floor:
-    """The least work of a forward pass over float32 clips, or of a training step.
-
-    The optimizer of a step reads and writes gradient, weight and two moments in float32.
-    """
+def least_work(workload: Workload) -> Cost:
+    """The least work of a forward pass over float32 clips, or of a training step."""
     training = workload.training
     count = cost.count(
         workload.config,
@@ -77,9 +74,7 @@ def least_work(workload: Workload) -> Floor:
         bytes_per_value=workload.dtype.itemsize,
         bytes_per_pixel=4,
     )
-    optimizer = 7 * 4 * count.parameters if training else 0
-    return Floor(
-        count.multiply_adds,
-        count.bytes_moved + optimizer,
-        lambda flops, bandwidth: count.floor_seconds(flops, bandwidth) + optimizer / bandwidth,
-    )
+    if not training:
+        return count
+    # Gradient, weight and two moments in float32 are read, and all but the gradient are written.
+    return Cost((*count.parts, Part("optimizer", 0, 0, 7 * 4 * count.parameters)))

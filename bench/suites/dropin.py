@@ -4,19 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from ..case import Case, RunOptions
-from ..transformers_peers import (
-    BASELINE,
-    CLASSIFICATION,
-    PRE_TRAINING,
-    classification_loss,
-    dense_logits,
-    expected,
-    inference_providers,
-    masked_logits,
-    reconstruction_loss,
-    step_providers,
-)
+from .. import transformers_peers as theirs
+from ..case import Case, Provider, RunOptions
+from ..records import OURS
 from ..workloads import Workload
 from .common import case_name, least_work, model_case, model_config
 
@@ -34,16 +24,30 @@ def cases(options: RunOptions) -> Iterator[Case]:
 
 
 def inference_case(options: RunOptions, size: str, batch: int, keep: float, with_compiled: bool) -> Case:
-    """A classifier's logits, from all tokens or from those that ``mar_fast.accelerate(..., keep=...)`` keeps."""
+    """A classifier's logits, from all tokens or from those that ``mar_fast.accelerate(..., keep=...)`` keeps.
+
+    With a mask transformers' own call is of another function, the dense one: its logits from visible tokens take calls
+    of the model's parts.
+    """
     config = replace(model_config(size, 1.0), mask_ratio=1 - keep)
     workload = Workload(config, batch, options.device, options.dtype)
+    dense, masked, ours = theirs.dense_logits, theirs.masked_logits, partial(theirs.accelerated, keep=keep)
+    name, call = (theirs.BASELINE, dense) if keep == 1 else (theirs.BY_HAND, masked)
+    of_dense = None if keep == 1 else partial(theirs.expected, workload, dense)
+    every = [
+        (Provider(theirs.BASELINE, partial(theirs.eager, workload, dense), expected=of_dense), True),
+        (Provider(theirs.BY_HAND, partial(theirs.eager, workload, masked)), keep < 1),
+        (Provider(f"{name}, compiled", partial(theirs.compiled, workload, call)), with_compiled),
+        (Provider(OURS, partial(theirs.eager, workload, dense, change=ours)), True),
+        (Provider(f"{OURS}, compiled", partial(theirs.accelerated_and_compiled, workload, ours)), with_compiled),
+    ]
     return model_case(
         "dropin",
         f"classifier, {case_name(size, batch)}",
         workload,
-        inference_providers(workload, with_compiled=with_compiled),
-        expected=partial(expected, workload, dense_logits if keep == 1 else masked_logits),
-        baseline=BASELINE,
+        tuple(provider for provider, wanted in every if wanted),
+        expected=partial(theirs.expected, workload, call),
+        baseline=theirs.BASELINE,
     )
 
 
@@ -51,15 +55,21 @@ def step_case(options: RunOptions, size: str, batch: int, keep: float, with_comp
     """Forward, backward, AdamW: fine-tuning on all tokens, or pre-training where some are masked."""
     config = model_config(size, keep, decoder=keep < 1)
     workload = Workload(config, batch, options.device, options.dtype, training=True)
-    kind, what, call, trained = CLASSIFICATION, "fine-tuning", classification_loss, config
+    what, kind, call, ours = "fine-tuning", theirs.CLASSIFICATION, theirs.classification_loss, theirs.accelerated
     if keep < 1:
-        kind, what, call, trained = PRE_TRAINING, "pre-training", reconstruction_loss, replace(config, classifier=None)
+        what, kind, call = "pre-training", theirs.PRE_TRAINING, theirs.reconstruction_loss
+        ours, config = partial(ours, num_visible=workload.mask.num_visible), replace(config, classifier=None)
+    ways = {"": theirs.eager, ", compiled": theirs.compiled} if with_compiled else {"": theirs.eager}
     return model_case(
         "dropin",
         f"{what}, {case_name(size, batch)}",
         workload,
-        step_providers(workload, kind, with_compiled=with_compiled),
-        expected=partial(expected, workload, call, kind),
-        baseline=BASELINE,
-        floor=least_work(replace(workload, config=trained)),
+        tuple(
+            Provider(name + how, partial(way, workload, call, kind, change))
+            for name, change in ((theirs.BASELINE, None), (OURS, ours))
+            for how, way in ways.items()
+        ),
+        expected=partial(theirs.expected, workload, call, kind),
+        baseline=theirs.BASELINE,
+        floor=least_work(replace(workload, config=config)),
     )

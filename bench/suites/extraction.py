@@ -5,7 +5,7 @@ loop with the same model and mask, and the loop as it is copied from examples, d
 compute the features of one batch in each dtype, without reading.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mar_fast
 from mar_fast import machine, reference
-from mar_fast.data import read_clip, sample_clip
+from mar_fast.data import read_clip
 from mar_fast.data.video import open_film
 from mar_fast.data.windows import Sliding, Window, film_windows
 from mar_fast.eval import extract
@@ -26,8 +26,8 @@ from mar_fast.eval.extraction import Extractor
 
 from .. import transformers_peers
 from ..case import Case, Prepared, Provider, RunOptions
-from ..workloads import Workload
-from .common import LETTERS, TOLERANCE, model_config
+from ..workloads import Workload, built
+from .common import LETTERS, TOLERANCE, film, model_case, model_config, normalised
 
 OURS, LOOP, COPIED = "mar_fast", "each window anew", "each window anew, transformers, dense"
 STRIDE = FRAME_STRIDE = 4
@@ -40,16 +40,27 @@ def cases(options: RunOptions) -> Iterator[Case]:
     size = options.sizes[0]
     yield reading_case(options, size)
     kept = (0.5,) if options.quick else (0.5, 1.0)
-    for keep in kept:
-        yield features_case(options, size, keep)
-    for keep in kept:
-        yield dtype_case(options, size, keep)
+    for make in (features_case, dtype_case):
+        for keep in kept:
+            yield make(options, size, keep)
+
+
+def _workload(options: RunOptions, size: str, keep: float, dtype: torch.dtype) -> Workload:
+    return Workload(replace(model_config(size, 1.0), mask_ratio=1 - keep), WINDOWS, options.device, dtype)
+
+
+@torch.inference_mode()
+def _expected(workload: Workload, windows: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    """Pooled features of windows (C, T, H, W) uint8, by the reference in float64."""
+    model = built(workload, reference.MAR, torch.float64)
+    clips = (normalised(window[None], workload.config, torch.float64).to(workload.device) for window in windows())
+    return [torch.cat([model(clip).features.mean(1) for clip in clips]).cpu()]
 
 
 def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
     """Pooled features of one batch of windows, in float32 and in 16 bits."""
-    config = replace(model_config(size, 1.0), mask_ratio=1 - keep)
-    workload = Workload(config, WINDOWS, options.device, torch.float32)
+    workload = _workload(options, size, keep, torch.float32)
+    config = workload.config
     shape = (WINDOWS, config.num_frames, *config.image_size, config.channels)
 
     @cache
@@ -57,51 +68,31 @@ def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
         return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def prepared(dtype: torch.dtype) -> Prepared:
-        model = mar_fast.MAR(config).eval().to(options.device)
-        model.load_state_dict(workload.weights)
-        take = Extractor(model.to(dtype), batch=WINDOWS)
+        take = Extractor(built(workload, mar_fast.MAR, dtype), batch=WINDOWS)
         windows = [Window(number, (0, 0), None, list(clip)) for number, clip in enumerate(pixels().numpy())]
         return Prepared(lambda: take(windows), lambda: [take(windows)[config.depth][:1]])
 
-    @torch.inference_mode()
-    def exact() -> list[Tensor]:
-        plain = reference.MAR(config).double().eval().to(options.device)
-        plain.load_state_dict(workload.weights)
-        mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1, 1) for value in (config.mean, config.std))
-        clips = (pixels()[:1].permute(0, 4, 1, 2, 3).double() / 255 - mean) / std
-        return [plain(clips.to(options.device)).features.mean(1).cpu()]
+    exact = partial(_expected, workload, lambda: pixels()[:1].permute(0, 4, 1, 2, 3))
 
-    return Case(
-        suite="extraction",
-        name=f"ViT-{LETTERS[size]}, {WINDOWS} windows, by dtype",
-        mode="inference",
-        x=keep,
-        dtype=torch.float32,
-        clips=WINDOWS,
-        providers=tuple(
-            Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact)
-            for name, dtype in machine.DTYPES.items()
-        ),
-        expected=exact,
-        tolerance=TOLERANCE[torch.bfloat16],
-        baseline=f"{OURS}, fp32",
+    # Each with outputs of its own to expect: 16 bits may be further off than twice the error of float32.
+    providers = tuple(
+        Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact) for name, dtype in machine.DTYPES.items()
     )
-
-
-def _film(options: RunOptions) -> Path:
-    return Path(options.clip) if options.clip else sample_clip()
+    more: dict[str, Any] = dict(tolerance=TOLERANCE[torch.bfloat16], baseline=f"{OURS}, fp32", floor=None)
+    name = f"ViT-{LETTERS[size]}, {WINDOWS} windows, by dtype"
+    return model_case("extraction", name, workload, providers, expected=exact, **more)
 
 
 def reading_case(options: RunOptions, size: str) -> Case:
     """Windows of a film, as a model would get them."""
-    path, config = _film(options), model_config(size, 1.0)
+    path, config = film(options), model_config(size, 1.0)
     sliding = Sliding(config.num_frames, STRIDE, FRAME_STRIDE, tail="drop")
-    with open_film(path) as film:
-        count = min(READ, sliding.count(film.total))
+    with open_film(path) as opened:
+        count = min(READ, sliding.count(opened.total))
 
     def ours() -> Iterator[Tensor]:
-        with open_film(path) as film:
-            for window in islice(film_windows(film, sliding, config.image_size)[1], count):
+        with open_film(path) as opened:
+            for window in islice(film_windows(opened, sliding, config.image_size)[1], count):
                 yield torch.from_numpy(np.stack(window.pictures)).permute(3, 0, 1, 2)
 
     def prepared(windows: Callable[[], Iterator[Tensor]]) -> Prepared:
@@ -115,7 +106,7 @@ def reading_case(options: RunOptions, size: str) -> Case:
         x=0.0,
         dtype=options.dtype,
         clips=count,
-        providers=(Provider(LOOP, lambda: prepared(loop)), Provider(OURS, lambda: prepared(ours))),
+        providers=(Provider(LOOP, partial(prepared, loop)), Provider(OURS, partial(prepared, ours))),
         expected=lambda: [torch.stack(list(loop()))],
         tolerance=0.0,
         baseline=LOOP,
@@ -130,71 +121,39 @@ def _anew(path: Path, config: mar_fast.MARConfig, numbers: range) -> Iterator[Te
 
 
 def features_case(options: RunOptions, size: str, keep: float) -> Case:
-    """Pooled features of a few windows, from the film on."""
-    path, config = _film(options), replace(model_config(size, 1.0), mask_ratio=1 - keep)
-    workload = Workload(config, 1, options.device, options.dtype)
-
-    @cache
-    def model() -> mar_fast.MAR:
-        fast = mar_fast.MAR(config).eval().to(options.device)
-        fast.load_state_dict(workload.weights)
-        return fast.to(options.dtype)
-
-    @cache
-    def peer() -> Any:
-        built: Any = transformers_peers.build(workload).to(options.dtype)
-        return built.videomae
-
+    """Pooled features of a few windows on the CPU, from the film on."""
+    path, workload = film(options), _workload(options, size, keep, options.dtype)
+    config = workload.config
     windows = partial(_anew, path, config, range(WINDOWS))
 
-    @torch.inference_mode()
-    def loop() -> Tensor:
-        found = [model()(window[None].to(options.device), reconstruct=False).features for window in windows()]
-        return torch.cat([tokens.float().mean(1) for tokens in found])
+    model = partial(built, workload, mar_fast.MAR)
 
-    def ours() -> Tensor:
-        found = extract(model(), path, stride=STRIDE, frame_stride=FRAME_STRIDE, batch=WINDOWS, tail="drop")
+    def peer(dtype: torch.dtype = options.dtype) -> Any:
+        return transformers_peers.build(workload).to(dtype).videomae
+
+    @torch.inference_mode()
+    def loop(model: Any) -> Tensor:
+        found = [model(window[None].to(options.device), reconstruct=False).features for window in windows()]
+        return torch.cat([tokens.float().mean(1) for tokens in found]).cpu()
+
+    def ours(model: Any) -> Tensor:
+        found = extract(model, path, stride=STRIDE, frame_stride=FRAME_STRIDE, batch=WINDOWS, tail="drop")
         return torch.stack([window.layers[config.depth] for window in islice(found, WINDOWS)])
 
-    def normalised(window: Tensor, dtype: torch.dtype) -> Tensor:
-        """(1, T, C, H, W), as transformers takes it."""
-        mean, std = (torch.tensor(value, dtype=dtype).view(3, 1, 1, 1) for value in (config.mean, config.std))
-        return ((window.to(dtype) / 255 - mean) / std)[None].transpose(1, 2).to(options.device)
-
     @torch.inference_mode()
-    def copied(model: Any, dtype: torch.dtype) -> Tensor:
-        found = [model(normalised(window, dtype)).last_hidden_state for window in windows()]
-        return torch.cat([tokens.mean(1) for tokens in found])
+    def copied(model: Any) -> Tensor:
+        clips = (normalised(window[None], config, model.dtype).transpose(1, 2) for window in windows())
+        found = [model(clip.to(options.device)).last_hidden_state for clip in clips]
+        return torch.cat([tokens.mean(1) for tokens in found]).cpu()
 
-    @torch.inference_mode()
-    def exact() -> list[Tensor]:
-        plain = reference.MAR(config).double().eval().to(options.device)
-        plain.load_state_dict(workload.weights)
-        clips = (normalised(window, torch.float64).transpose(1, 2) for window in windows())
-        return [torch.cat([plain(clip).features.mean(1) for clip in clips])]
+    def prepared(run: Callable[[Any], Tensor], make: Callable[[], Any]) -> Prepared:
+        made = make()
+        return Prepared(lambda: run(made), lambda: [run(made)])
 
-    def prepared(run: Callable[[], Tensor], *needed: Callable[[], object]) -> Prepared:
-        for make in needed:
-            make()
-        return Prepared(run, lambda: [run()])
-
-    return Case(
-        suite="extraction",
-        name=f"ViT-{LETTERS[size]}, {path.name}",
-        mode="inference",
-        x=keep,
-        dtype=options.dtype,
-        clips=WINDOWS,
-        providers=(
-            Provider(LOOP, lambda: prepared(loop, model)),
-            Provider(OURS, lambda: prepared(ours, model)),
-            Provider(
-                COPIED,
-                lambda: prepared(lambda: copied(peer(), options.dtype), peer),
-                expected=lambda: [copied(transformers_peers.build(workload).double().videomae, torch.float64)],
-            ),
-        ),
-        expected=exact,
-        tolerance=TOLERANCE[options.dtype],
-        baseline=LOOP,
+    providers = (
+        Provider(LOOP, partial(prepared, loop, model)),
+        Provider(OURS, partial(prepared, ours, model)),
+        Provider(COPIED, partial(prepared, copied, peer), expected=lambda: [copied(peer(torch.float64))]),
     )
+    name, expected = f"ViT-{LETTERS[size]}, {path.name}", partial(_expected, workload, windows)
+    return model_case("extraction", name, workload, providers, expected=expected, baseline=LOOP, floor=None)

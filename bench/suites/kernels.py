@@ -14,11 +14,12 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from mar_fast.cost import Cost, Part
 from mar_fast.inference import captured
 from mar_fast.kernels import cpu_attention
 
-from ..case import Case, Floor, Prepared, Provider, RunOptions
-from ..op_cases import Function, OpCase, Operands, op_cases
+from ..case import Case, Prepared, Provider, RunOptions
+from ..op_cases import PART, Function, OpCase, Operands, op_cases
 from ..records import OURS
 
 # How far a provider's result may be from float64: a few roundings of the dtype. TF32 passes for float32. On a CPU
@@ -51,26 +52,28 @@ def every_op_case(options: RunOptions) -> Iterator[OpCase]:
 
 
 def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool) -> Case:
-    """One op, shape and pass as a case of the suite."""
+    """One op, shape and pass as a case of the suite: the pass alone is timed, another set of operands in each call."""
 
     @functools.cache
     def sets() -> list[Operands]:
         return [op_case.operands() for _ in range(SETS)]
 
-    def provider(name: str, function: Function, checked: bool = True) -> Provider:
-        prepare = functools.partial(prepared, function, op_case, mode, sets, graph=on_gpu and op_case.small)
-        return Provider(name, prepare, checked=checked)
+    def prepared(function: Function) -> Prepared:
+        if mode == "forward":
+            calls = [forward_of(function, operands) for operands in sets()]
+            # Launching an op that computes next to nothing costs the host more than it costs the device.
+            calls = [captured(call) for call in calls] if on_gpu and not op_case.flops else calls
+        else:
+            calls = [backward_of(function, operands, op_case.differentiated) for operands in sets()]
+        turns = itertools.cycle(calls)  # no operand is still in a cache
+        return Prepared(lambda: next(turns)(), lambda: results(function, few(sets()[0]), op_case.differentiated, mode))
 
     def expected() -> list[Tensor]:
         """The op itself in float64, where it is plain PyTorch."""
         return results(op_case.ours, double(few(sets()[0])), op_case.differentiated, mode)
 
-    peers = op_case.peers if on_gpu else peers_on_a_cpu(op_case, mode)
-    found = [provider(OURS, op_case.ours), *(provider(name, function) for name, function in peers.items())]
-    if mode == "forward" and on_gpu:
-        found += [provider(name, function, checked=False) for name, function in op_case.part.items()]
+    peers = measured_peers(op_case, mode, on_gpu)
     flops, moved = (1.0, 1.0) if mode == "forward" else op_case.backward
-    floor = Floor(flops * op_case.flops / 2, moved * op_case.bytes)
     return Case(
         suite="kernels",
         name=f"{op_case.op}: {op_case.label}",
@@ -78,34 +81,25 @@ def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool) -> Case:
         x=op_case.tokens,
         dtype=op_case.dtype,
         clips=0,
-        providers=tuple(found),
+        providers=tuple(
+            Provider(name, functools.partial(prepared, function), checked=name != PART)
+            for name, function in {OURS: op_case.ours, **peers}.items()
+        ),
         expected=expected,
         tolerance=TOLERANCE[op_case.dtype],
         baseline=next(iter(peers)),
-        floor=floor,
+        floor=Cost((Part(op_case.op, 0, round(flops * op_case.flops / 2), round(moved * op_case.bytes)),)),
         share=0.4,
     )
 
 
-def peers_on_a_cpu(op_case: OpCase, mode: str) -> dict[str, Function]:
-    """The peers, without the one that our op runs on a CPU; attention in blocks of scores is ours alone."""
+def measured_peers(op_case: OpCase, mode: str, on_gpu: bool) -> dict[str, Function]:
+    """On a CPU not the first one, which our op runs there; but attention in blocks of scores is ours alone."""
+    left_out = set() if on_gpu and mode == "forward" else {PART}
     in_blocks = op_case.op == "attention" and mode == "forward" and op_case.dtype == torch.bfloat16
-    left_out = None if in_blocks and cpu_attention.PREFERRED else op_case.eager
-    return {name: function for name, function in op_case.peers.items() if name != left_out}
-
-
-def prepared(
-    function: Function, op_case: OpCase, mode: str, sets: Callable[[], list[Operands]], *, graph: bool
-) -> Prepared:
-    """A provider with operands: the pass alone, another set of operands in each call."""
-    if mode == "forward":
-        calls = [forward_of(function, operands) for operands in sets()]
-    else:
-        calls = [backward_of(function, operands, op_case.differentiated) for operands in sets()]
-    if graph and mode == "forward":
-        calls = [captured(call) for call in calls]
-    turns = itertools.cycle(calls)  # no operand is still in a cache
-    return Prepared(lambda: next(turns)(), lambda: results(function, few(sets()[0]), op_case.differentiated, mode))
+    if not on_gpu and not (in_blocks and cpu_attention.PREFERRED):
+        left_out.add(next(iter(op_case.peers)))
+    return {name: function for name, function in op_case.peers.items() if name not in left_out}
 
 
 def few(operands: Operands, clips: int = 2) -> Operands:

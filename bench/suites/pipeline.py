@@ -7,19 +7,19 @@ model works on this one runs at the pace of the slower of the two, which the ver
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import mar_fast
-from mar_fast.data import sample_clip, video
+from mar_fast.data import read_clip
 
 from .. import records
 from ..case import Case, Prepared, Provider, RunOptions
 from ..records import Record
-from ..workloads import Workload, expected
-from .common import LETTERS, TOLERANCE, model_config
+from ..workloads import Workload, built, expected
+from .common import LETTERS, film, model_case, model_config, normalised
 
 DECODE, MODEL, BOTH = "decode", "mar_fast", "mar_fast, decode and model"
 
@@ -33,54 +33,35 @@ def cases(options: RunOptions) -> Iterator[Case]:
 
 def pipeline_case(options: RunOptions, size: str, keep: float) -> Case:
     """One keep ratio: decoding, the model on the decoded uint8 clip, and both."""
-    path = Path(options.clip) if options.clip else sample_clip()
-    config = model_config(size, keep)
+    path, config = film(options), model_config(size, keep)
     workload = Workload(config, 1, options.device, options.dtype)
 
     def read() -> Tensor:
-        return video.read_clip(path, config.num_frames, size=config.image_size)
+        return read_clip(path, config.num_frames, size=config.image_size)[None]
 
-    @functools.cache
-    def decoded() -> Tensor:
-        return read()[None].to(options.device)
-
-    @functools.cache
-    def model() -> torch.nn.Module:
-        fast = mar_fast.MAR(config).eval().to(options.device)
-        fast.load_state_dict(workload.weights)
-        return fast.to(options.dtype)
+    model = functools.cache(partial(built, workload, mar_fast.MAR))
+    decoded = functools.cache(lambda: read().to(options.device))
 
     @torch.inference_mode()
-    def classify(clip: Tensor) -> Tensor:
-        return model()(clip.to(options.device)).logits
+    def classify(clip: Callable[[], Tensor]) -> Tensor:
+        return model()(clip().to(options.device)).logits
 
     def exact() -> list[Tensor]:
-        mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in (config.mean, config.std))
         with_clip = workload.few()
-        vars(with_clip)["clips"] = ((read()[None].double() / 255 - mean) / std).to(options.device)
+        vars(with_clip)["clips"] = normalised(read(), config, torch.float64).to(options.device)
         return expected(with_clip)
 
-    def prepared(run: Callable[[], Tensor]) -> Prepared:
-        model(), decoded()
-        return Prepared(run, lambda: [run()])
+    def prepared(clip: Callable[[], Tensor]) -> Prepared:
+        model(), decoded()  # outside of inference mode
+        return Prepared(lambda: classify(clip), lambda: [classify(clip)])
 
-    return Case(
-        suite="pipeline",
-        name=f"ViT-{LETTERS[size]}, {path.name}",
-        mode="inference",
-        x=keep,
-        dtype=options.dtype,
-        clips=1,
-        providers=(
-            Provider(DECODE, lambda: Prepared(read, list), checked=False),
-            Provider(MODEL, lambda: prepared(lambda: classify(decoded()))),
-            Provider(BOTH, lambda: prepared(lambda: classify(read()[None]))),
-        ),
-        expected=exact,
-        tolerance=TOLERANCE[options.dtype],
-        baseline=DECODE,
-        share=0.5,
+    providers = (
+        Provider(DECODE, lambda: Prepared(read, list), checked=False),
+        Provider(MODEL, partial(prepared, decoded)),
+        Provider(BOTH, partial(prepared, read)),
     )
+    name = f"ViT-{LETTERS[size]}, {path.name}"
+    return model_case("pipeline", name, workload, providers, expected=exact, baseline=DECODE, floor=None, share=0.5)
 
 
 def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:

@@ -3,9 +3,10 @@
 Each axis is a few configurations that differ in it alone. The exponent is the slope of log time over log x.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -36,48 +37,35 @@ def cases(options: RunOptions) -> Iterator[Case]:
         for x in positions[:: len(positions) - 1] if options.quick else positions:
             config, batch = configuration(size, axis, x)
             workload = Workload(config, batch, options.device, options.dtype)
-            found = (
-                Provider(REFERENCE, functools.partial(original, workload)),
-                Provider(OURS, functools.partial(ours, workload)),
-            )
+            found = (Provider(REFERENCE, partial(original, workload)), Provider(OURS, partial(ours, workload)))
             yield model_case("scaling", axis, workload, found, baseline=REFERENCE, x=x, share=0.5)
 
 
 def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
     """The model and batch at position ``x``: ViT of a size at 50 %, 16 frames, 224 x 224, batch 1, but for the axis."""
-    config = model_config(size, 0.5)
-    if axis == "keep ratio":
-        # MAR even at 1: another classifier would be a step in the curve.
-        return replace(config, mask_ratio=1 - x), 1
-    if axis == "batch":
-        return config, int(x)
-    if axis == "frames":
-        return replace(config, num_frames=int(x)), 1
-    return replace(config, image_size=(int(x), int(x))), 1
+    changes: dict[str, dict[str, Any]] = {
+        "keep ratio": dict(mask_ratio=1 - x),  # MAR even at 1: another classifier would be a step in the curve
+        "batch": {},
+        "frames": dict(num_frames=int(x)),
+        "resolution": dict(image_size=(int(x), int(x))),
+    }
+    return replace(model_config(size, 0.5), **changes[axis]), int(x) if axis == "batch" else 1
 
 
 def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
     """An exponent for each axis and provider, and one for visible tokens, from all axes but batch."""
     size = options.sizes[0]
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for record in found:
-        if record.metric != "time":
-            continue
-        axis, provider, x = record.case, record.provider, record.x
-        points.setdefault((axis, provider), []).append((x, record.p50))
-        if axis != "batch":
-            tokens = configuration(size, axis, x)[0].num_visible
-            points.setdefault(("tokens", provider), []).append((tokens, record.p50))
-    common = dict(suite="scaling", metric="exponent", mode="inference", dtype=short_name(options.dtype))
+    for one in found:
+        if one.metric == "time":
+            points.setdefault((one.case, one.provider), []).append((one.x, one.p50))
+            if one.case != "batch":
+                tokens = configuration(size, one.case, one.x)[0].num_visible
+                points.setdefault(("tokens", one.provider), []).append((tokens, one.p50))
+    where = dict(suite="scaling", metric="exponent", mode="inference", dtype=short_name(options.dtype))
+    note = f"time of ViT-{LETTERS[size]}, fitted over {{}} points"
     return [
-        Record.of(
-            environment,
-            exponent(own),
-            case=axis,
-            provider=provider,
-            note=f"time of ViT-{LETTERS[size]}, fitted over {len(own)} points",
-            **common,
-        )
+        Record.of(environment, exponent(own), case=axis, provider=provider, note=note.format(len(own)), **where)
         for (axis, provider), own in points.items()
         if len({x for x, _ in own}) > 1
     ]

@@ -218,15 +218,14 @@ def config(
 ) -> LaunchConfig:
     """By the tables, but for some cases. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf,
     198 us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
+    # float32: with a bias, or for ragged clips, tiles that are loaded anew would spill.
+    single = dtype == torch.float32
+    if single and bias and arch == "sm_90" and head_dim > 64:
+        return LaunchConfig(64, 16, 32, 4, 1)
+    head_dim = max(head_dim, 64) if single and ragged else head_dim
     chosen = by_shape(FORWARD, arch, dtype, head_dim=head_dim, tokens=tokens, ragged=ragged, tma=tma)
     if chosen == LaunchConfig(64, 64, 64, 4, 3) and not ragged and not bias and tokens % 128 <= 16:
         return LaunchConfig(128, 128, 64, 4, 3)
-    # float32: with a bias, or for ragged clips, tiles that are loaded anew would spill.
-    anew = (LaunchConfig(size, step, 32, warps, 1, resident=False) for size, step, warps in ((64, 16, 4), (128, 32, 8)))
-    if bias and chosen in anew:
-        return LaunchConfig(64, 16, 32, 4, 1)
-    if ragged and chosen == LaunchConfig(64, 64, 32, 8, 1, resident=False):
-        return LaunchConfig(64, 32, 32, 4, 1)
     return chosen
 
 

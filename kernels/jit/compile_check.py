@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -25,34 +24,34 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..device import INTERPRETING, assumed_architecture
-from .launch import TUNED, Launch, LaunchConfig, recording
+from .launch import TUNED, Launch, LaunchConfig, Recorded, recording
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities).
-SHARED_LIMIT = {"sm_80": 166912, "sm_87": 166912, "gfx942": 65536}
-SHARED_LIMIT |= dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 232448)
+SHARED_LIMIT = dict(sm_80=166912, sm_87=166912, sm_90=232448, sm_100=232448, sm_103=232448, sm_110=232448, gfx942=65536)
 TARGETS = (*TUNED, "sm_120", "gfx942")
 STRICT = TUNED
 TRITON = triton.__version__
 # Kernels whose loads need not be wide: it reads a weight, once for many calls, in another order.
 COLD = ("fold_weight",)
 
+# What is looked for in PTX, machine code and its resources. Numbers are added up, anything else is counted.
+FIGURES = {
+    "registers": r"(?:REG:|\.vgpr_count:\s+)(\d+)",
+    # Spilled values live in local memory, which is LOCAL, or on the stack, by version of the assembler.
+    "local": r"(?:LOCAL:|STACK:|\.private_segment_fixed_size:\s+)(\d+)",
+    "tensor core": r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma",
+    # LDG.E.128, LDGSTS.E.BYPASS.LTC128B.128 (LTC128B is about the cache), LDG.E.ENL2.256; TMA; AMD's.
+    "wide loads": r"\b(?:LDG|LDGSTS)\.E\S*\.(?:128|256)\b|cp\.async\.bulk(?:\.tensor\.\dd)?\.shared"
+    r"|(?:global|buffer)_load_dwordx4",
+    "TMA": r"\bUTMA(?:LDG|STG)\b",
+}
+# So laid out float32 was wrong on an H200 (Triton 3.6) by the size of one TF32 product; all three are there.
+WRONG_LAYOUT = "wgmma.mma_async.sync.aligned.m64n8k8."
 # A product of float32 in Triton's own stages: its precision, rows, summed values and columns.
-_FLOAT32_DOT = re.compile(
+FLOAT32_PRODUCT = re.compile(
     r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) (?:[^\n]*inputPrecision = (\w+))?"
     r"[^\n]* : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)xf32[^\n]*?<\d+x(\d+)xf32"
 )
-# What is looked for in PTX, machine code and its figures.
-_REGISTERS = re.compile(r"(?:REG:|\.vgpr_count:\s+)(\d+)")
-# Spilled values live in local memory, which is LOCAL, or on the stack, by version of the assembler.
-_LOCAL = re.compile(r"(?:LOCAL:|STACK:|\.private_segment_fixed_size:\s+)(\d+)")
-_TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
-# LDG.E.128, LDGSTS.E.BYPASS.LTC128B.128 (LTC128B is about the cache), LDG.E.ENL2.256; TMA; AMD's.
-_WIDE_LOAD = re.compile(
-    r"\b(?:LDG|LDGSTS)\.E\S*\.(?:128|256)\b|cp\.async\.bulk(?:\.tensor\.\dd)?\.shared|(?:global|buffer)_load_dwordx4"
-)
-_TMA = re.compile(r"\bUTMA(?:LDG|STG)\b")
-# So laid out float32 was wrong on an H200 (Triton 3.6) by the size of one TF32 product; all three are there.
-_WRONG_LAYOUT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n8k8\.")
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ class Code:
 
     kernel: str
     target: str
-    function: str  # module:name
-    signature: dict[str, Any]
-    constants: dict[str, Any]
-    hints: dict[tuple[int], list[list[Any]]]
+    source: tuple[str, dict[str, Any], dict[str, Any], dict[Any, Any]]  # module:name, and what else `ASTSource` takes
     options: dict[str, Any]
     config: LaunchConfig = field(compare=False, repr=False)
 
@@ -86,7 +82,7 @@ class Report:
         return not self.figures or (self.code.target in STRICT and bool(self.faults))
 
 
-def recorded(run: Callable[[], object], target: str) -> list[tuple[Launch, tuple[Tensor | None, ...]]]:
+def recorded(run: Callable[[], object], target: str) -> list[Recorded]:
     """What ``run``, calls of ops on tensors on the meta device, would launch on ``target``."""
     if INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, and cannot be compiled")
@@ -103,13 +99,11 @@ def code(launch: Launch, tensors: Sequence[Tensor | None], target: str) -> Code:
     for i, block in launch.blocks.items():
         signature[names[i]] = f"tensordesc<{signature[names[i]][1:]}{list(block.block)}>"
     constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
-    skipped = {*constants, *(names[i] for i in launch.blocks)}
-    multiples = [i for i, name in enumerate(names) if name not in skipped and _divisible(values[name])]
+    plain = [i for i, name in enumerate(names) if name not in constants and i not in launch.blocks]
+    hints = {(i,): [["tt.divisibility", 16]] for i in plain if _divisible(values[names[i]])}
+    source = (f"{function.__module__}:{function.__qualname__}", signature, constants, hints)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return Code(
-        launch.choice.kernel, target, f"{function.__module__}:{function.__qualname__}", signature, constants,
-        {(i,): [["tt.divisibility", 16]] for i in multiples}, options, config,
-    )  # fmt: skip
+    return Code(launch.choice.kernel, target, source, options, config)
 
 
 def _kind(value: Any) -> Any:
@@ -134,58 +128,53 @@ def check(code: Code) -> Report:
     """Compile, and read the result."""
     nvidia = code.target.startswith("sm_")
     target = GPUTarget("cuda", int(code.target[3:]), 32) if nvidia else GPUTarget("hip", code.target, 64)
-    source = ASTSource(pkgutil.resolve_name(code.function), code.signature, code.constants, code.hints)
+    name, signature, *others = code.source
     try:
+        source = ASTSource(pkgutil.resolve_name(name), signature, *others)
         compiled = triton.compile(source, target, code.options)
-        text = _disassembled(compiled) if nvidia else compiled.asm["amdgcn"]
+        text = _disassembled(compiled.asm) if nvidia else compiled.asm["amdgcn"]
     except Exception as failure:  # whatever the compiler raises is the finding
         return Report(code, [f"does not compile: {type(failure).__name__}: {str(failure).strip()[-300:]}"])
-    figures = {
-        "registers": sum(map(int, _REGISTERS.findall(text))),
-        "local": (local := sum(map(int, _LOCAL.findall(text)))),
-        "shared": (shared := compiled.metadata.shared),
-        "tensor core": (tensor_core := len(_TENSOR_CORE.findall(text))),
-        "wide loads": (wide := len(_WIDE_LOAD.findall(text))),
-        "TMA": (tma := len(_TMA.findall(text))),
-    }
-    described = any(str(kind).startswith("tensordesc") for kind in code.signature.values())
-    limit, wrong = SHARED_LIMIT.get(code.target, 101376), len(_WRONG_LAYOUT.findall(text))
-    single, products = _products(compiled.asm["ttir"], compiled.asm["ttgir"])
+    shared, limit = compiled.metadata.shared, SHARED_LIMIT.get(code.target, 101376)
+    figures = {name: count(pattern, text) for name, pattern in FIGURES.items()} | {"shared": shared}
+    described = any(str(kind).startswith("tensordesc") for kind in signature.values())
+    (precisions, wanted), (_, made) = (_float32_products(compiled.asm[stage]) for stage in ("ttir", "ttgir"))
+    single, products = precisions.count("tf32"), made / wanted if "tf32x3" in precisions else 3.0
+    wrong, local, wide = text.count(WRONG_LAYOUT), figures["local"], figures["wide loads"]
     faults = {
         f"{local} bytes of spills and stack": local > 0,
         f"{shared} bytes of shared memory, {limit} is the limit": shared > limit,
-        "no tensor core instruction": "tt.dot " in compiled.asm["ttir"] and not tensor_core,
+        "no tensor core instruction": "tt.dot " in compiled.asm["ttir"] and not figures["tensor core"],
         f"{single} float32 products by one of TF32, three are needed": single > 0,
         f"float32 products by {products:.2f} of TF32, three are needed": products != 3 and not single,
         f"{wrong} m64n8k8 wgmma, which are wrong for float32": wrong > 0,
-        "no TMA instruction": described and not tma,
+        "no TMA instruction": described and not figures["TMA"],
         "no global load of 16 bytes": not wide and code.target in STRICT and code.kernel not in COLD,
     }
     return Report(code, [text for text, is_so in faults.items() if is_so], figures)
 
 
-def _products(source: str, made: str) -> tuple[int, float]:
-    """How many products of float32 are of one TF32, and of how many the compiler makes the others.
+def count(pattern: str, text: str) -> int:
+    """The sum of the numbers that a pattern finds, or how often it finds anything else."""
+    return sum(int(found) if found.isdigit() else 1 for found in re.findall(pattern, text))
 
-    It says so just before instructions: by multiply-adds, as it may cut a product into several. 3 where there is none.
+
+def _float32_products(stage: str) -> tuple[list[str], int]:
+    """Precisions of the products of float32 in one of Triton's stages, and their multiply-adds.
+
+    These are compared, not the numbers of products: the compiler may cut one into several.
     """
-    dots = _FLOAT32_DOT.findall(source)
-    before, after = (
-        sum(math.prod(map(int, sizes)) for _, *sizes in some) for some in (dots, _FLOAT32_DOT.findall(made))
-    )
-    precisions = [precision for precision, *_ in dots]
-    return precisions.count("tf32"), after / before if "tf32x3" in precisions else 3.0
+    found = FLOAT32_PRODUCT.findall(stage)
+    return [precision for precision, *_ in found], sum(math.prod(map(int, sizes)) for _, *sizes in found)
 
 
-def _disassembled(compiled: Any) -> str:
-    """PTX, machine code and its figures; by the cuobjdump that Triton ships."""
-    tool, told = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", [compiled.asm["ptx"]]
+def _disassembled(stages: Any) -> str:
+    """PTX, machine code and its resources."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(stages["cubin"])
         file.flush()
-        for option in ("--dump-resource-usage", "-sass"):
-            told.append(subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout)
-    return "\n".join(told)
+        tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", file.name]
+        return str(stages["ptx"] + subprocess.run(tool, capture_output=True, text=True, check=True).stdout)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import flops
 from ..derived import Derived, Slot
-from .gather_patch_embed_backward import backward, gradients
+from .gather_patch_embed_backward import backward, config_video, gradients
 from .gather_tubelets import gather_tubelets
 from .launch import (
     DENSE,
@@ -139,13 +139,10 @@ def config(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int, column
     """``block_m`` tubelets by ``block_n`` columns, ``block_k`` values at a time. ``dtype`` is the product's; ``tma``
     says whether TMA is possible.
 
-    Compiled clean, not measured, where nothing else is said. With ``tma`` the weight of a fused kernel comes by it: on
-    sm_90 186 registers instead of 206 for 128 x 256 x 64, and a third of the load instructions.
+    Compiled clean, not measured, where nothing else is said.
     """
-    if arch not in TUNED:
-        return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
-    if dtype == torch.float32:  # at most 218 registers
-        return LaunchConfig(128, 64 if arch == "sm_80" else 128, 32, num_warps=8, num_stages=3)
+    if arch not in TUNED or dtype == torch.float32:
+        return config_video(arch, dtype, pixel_bytes=pixel_bytes, rows=rows)
     if arch == "sm_90" and pixel_bytes == 1 and rows >= 4096:
         # H200, Triton 3.6, 25088 and 12544 rows of 768 columns. Fused 170 and 98 us (663e046). Prototypes (bc236cf):
         # gathering 53 and 31, then cuBLAS with bias 101 and 50; this product, of twice the columns and half the values

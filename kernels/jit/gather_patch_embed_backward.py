@@ -80,7 +80,7 @@ def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) 
     """
     if arch not in TUNED:
         return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # at most 218 registers, forward too
         return LaunchConfig(128, 64 if arch == "sm_80" else 128, 32, num_warps=8, num_stages=3)
     # At most 254 registers; pixels of 32 bits leave none for wide tiles.
     return LaunchConfig(128, 256 if rows > 4096 and pixel_bytes <= 2 else 128, 64, num_warps=8, num_stages=3)

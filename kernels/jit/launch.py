@@ -177,11 +177,12 @@ def choose(
 
 # Launches.
 
-_recorded: "list[tuple[Launch, tuple[Tensor | None, ...]]] | None" = None
+Recorded = tuple["Launch", tuple[Tensor | None, ...]]
+_recorded: list[Recorded] | None = None
 
 
 @contextmanager
-def recording() -> "Iterator[list[tuple[Launch, tuple[Tensor | None, ...]]]]":
+def recording() -> Iterator[list[Recorded]]:
     """Within this context nothing runs: launches are appended to the list that it yields, with their tensors."""
     global _recorded
     before, _recorded = _recorded, []
@@ -334,10 +335,11 @@ def _hooked() -> bool:
 # What launchers share.
 
 
-def row_stride(x: Tensor) -> int | None:
-    """Values from one row of (..., D) to the next if rows are evenly spaced; None if x must be copied."""
-    if x.shape[-1] != 1 and x.stride(-1) != 1:
-        return None
+def rows(x: Tensor) -> tuple[int, bool]:
+    """(stride, copied): values from one row of (..., D) to the next, and whether x must be copied to be so even."""
+    columns = x.shape[-1]
+    if columns != 1 and x.stride(-1) != 1:
+        return columns, True
     stride, below = None, 0
     for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:
@@ -345,15 +347,9 @@ def row_stride(x: Tensor) -> int | None:
         if stride is None:
             stride = step
         elif step != below:
-            return None
+            return columns, True
         below = step * size
-    return x.shape[-1] if stride is None else stride
-
-
-def rows(x: Tensor) -> tuple[int, bool]:
-    """(stride, copied): the row stride that a kernel sees, and whether x must be copied for it."""
-    stride = row_stride(x)
-    return (x.shape[-1], True) if stride is None else (stride, False)
+    return columns if stride is None else stride, False
 
 
 def takes_tma(x: Tensor, stride: int) -> bool:
@@ -395,6 +391,6 @@ def precision(operand: Tensor) -> str:
     return "ieee" if architecture(operand).startswith("gfx") else "tf32x3"
 
 
-def block(extent: int, least: int = 1) -> int:
-    """The power of two that holds ``extent``, at least ``least``."""
-    return max(least, triton.next_power_of_2(extent))
+def block(extent: int) -> int:
+    """The power of two that holds ``extent``."""
+    return max(1, triton.next_power_of_2(extent))

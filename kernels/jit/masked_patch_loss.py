@@ -209,7 +209,7 @@ def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, channe
     if arch == "interpreter":
         return LaunchConfig(16)  # fewer programs, one after the other
     # sm_100: by fewer warps some calls have 8 to 32 bytes of stack.
-    warps = block(triton.cdiv(values, 2048)) * (4 if arch == "sm_100" else 1)
+    warps = block(triton.cdiv(values, 2048)) * (8 if arch == "sm_100" else 1)
     return LaunchConfig(1, num_warps=min(8, warps))
 
 

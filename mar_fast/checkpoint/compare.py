@@ -1,12 +1,11 @@
 """How far apart two models are, layer by layer, on the same random clip."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..kernels import checks
 from ..layers import Block
@@ -70,11 +69,8 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
     video = torch.randn(1, config.channels, config.num_frames, *config.image_size, generator=generator)
     mask = random(1, config.grid, ratio, generator=generator)
     left, right = (_layers(model, video, mask) for model in (first, second))
-    layers = tuple(
-        LayerDifference(name, _relative(right[name], value)) for name, value in left.items() if name in right
-    )
     return Comparison(
-        layers,
+        tuple(LayerDifference(name, _relative(right[name], left[name])) for name in left if name in right),
         tuple(name for name in left if name not in right),
         tuple(name for name in right if name not in left),
     )
@@ -90,36 +86,23 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 def _layers(model: MAR, video: Tensor, mask: Any) -> dict[str, Tensor]:
     """Name -> what the layer gives, in the order of computation."""
-    training = model.training
     seen: dict[str, Tensor] = {}
-    try:
-        with _watched(model.eval(), seen):
-            out = model(video.to(next(model.parameters()).dtype), mask, reconstruct=model.decoder is not None)
-    finally:
-        model.train(training)
-    order = ("encoder.", "features", "classifier.", "logits", "encoder_to_decoder", "decoder.", "pixels")
-    for name, value in (("features", out.features), ("logits", out.logits), ("pixels", out.pixels)):
-        if value is not None:
-            seen[name] = value
-    return {name: seen[name] for begin in order for name in seen if name.startswith(begin)}
 
-
-@contextmanager
-def _watched(model: MAR, seen: dict[str, Tensor]) -> Iterator[None]:
-    def note(name: str) -> Any:
+    def watch(name: str, module: nn.Module) -> RemovableHandle:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             # A block leaves the sum with its residual to the next norm.
             seen[name] = output[0] + output[1] if isinstance(module, Block) else output
 
-        return hook
+        return module.register_forward_hook(hook)
 
-    hooks = [
-        module.register_forward_hook(note(name))
-        for name, module in model.named_modules()
-        if isinstance(module, Block) or name == "encoder_to_decoder"
-    ]
+    watched = [it for it in model.named_modules() if isinstance(it[1], Block) or it[0] == "encoder_to_decoder"]
+    hooks, training = [watch(*it) for it in watched], model.training
     try:
-        yield
+        out = model.eval()(video.to(next(model.parameters()).dtype), mask, reconstruct=model.decoder is not None)
     finally:
+        model.train(training)
         for hook in hooks:
             hook.remove()
+    seen |= {name: value for name in ("features", "logits", "pixels") if (value := getattr(out, name)) is not None}
+    order = ("encoder.", "features", "classifier.", "logits", "encoder_to_decoder", "decoder.", "pixels")
+    return {name: seen[name] for begin in order for name in seen if name.startswith(begin)}

@@ -5,15 +5,40 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import write_whole_folder
 from ..kernels import checks
 from ..model import MAR
 from ..scaled_linear import scaled_layers
 from .read import hub, is_hub_id
 from .report import by_reason
-from .write import FILES, LayoutName, check_folder, check_labels, layout_for, write_files
+from .write import CARD, LayoutName, check_folder, layout_for, write
 
-CARD = "README.md"
+_CARD = """---
+library_name: mar_fast
+{front}
+---
+
+# Video transformer of mar_fast
+
+{parts}: {parameters:.2f} M parameters. Clips are {frames} frames of {height} x {width}. {seen}
+
+```python
+import mar_fast
+
+model = mar_fast.from_pretrained("owner/name")  # this repository, or the folder
+out = model(clips)  # (B, {channels}, {frames}, {height}, {width}), uint8 or normalised
+```
+
+## Weights
+
+{weights}
+
+Training that came after is not recorded here.
+{classes}
+## Licence
+
+None is stated. It depends on the weights and the data that this model was made from: name it here, and as \
+`license:` above, before others use the model.
+"""
 
 
 def save_pretrained(
@@ -30,36 +55,25 @@ def save_pretrained(
 
     Args:
         model: The model.
-        save_directory: The folder. A card that is there stays as it is.
+        save_directory: The folder, which is returned. A card that is there stays as it is.
         layout: The names of the weights, as for `save_checkpoint`.
         labels: The names of the classes; None for those that the model's checkpoint had.
         force: Replace a model that is there; other files in the folder are an error all the same.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the layout cannot express the model.
         FileExistsError, NotADirectoryError: something stands in the way.
         TypeError: not a `mar_fast.MAR`.
     """
-    if not isinstance(model, MAR):
-        raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
-    labels = _labels(model) if labels is None else labels
-    if labels is not None:
-        check_labels(labels, model.config)
-    layout_for(model.config, layout)
+    layout_for(model, layout)
+    if labels is None and model.load_report is not None:
+        its = model.load_report.labels
+        labels = its if its and len(its) == model.config.num_classes else None
     folder = Path(save_directory).expanduser()
     card = folder / CARD
-    kept = card.read_bytes() if card.is_file() else None
-    check_folder(folder, FILES, force, beside=(CARD,))
-
-    def write(new: Path) -> None:
-        write_files(model, new, layout, labels)
-        (new / CARD).write_bytes(model_card(model, labels).encode() if kept is None else kept)
-
-    write_whole_folder(folder, write)
-    return folder
+    check_folder(folder, force, beside=(CARD,))
+    text = card.read_bytes() if card.is_file() else model_card(model, labels).encode()
+    return write(model, folder, layout, labels, True, text)
 
 
 def push_to_hub(
@@ -86,8 +100,7 @@ def push_to_hub(
         token: None for the one that you are logged in with.
         branch: Where the commit goes; None for the main one.
         create_pr: Make a pull request of it.
-        layout: As for `save_pretrained`.
-        labels: As for `save_pretrained`.
+        layout, labels: As for `save_pretrained`.
 
     Returns:
         The address of the commit.
@@ -103,17 +116,16 @@ def push_to_hub(
         try:
             repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
             has_card = api.file_exists(repo_id, CARD, revision=branch)
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id,
-                    repo_type="model",
-                    folder_path=folder,
-                    commit_message=commit_message,
-                    revision=branch,
-                    create_pr=create_pr,
-                    ignore_patterns=[CARD] if has_card else None,
-                )
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                repo_type="model",
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+                ignore_patterns=[CARD] if has_card else None,
             )
+            return str(commit)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             got = f"{repo_id!r}, which the hub does not take ({reason})"
@@ -121,16 +133,11 @@ def push_to_hub(
 
 
 def model_card(model: MAR, labels: Sequence[str] | None = None) -> str:
-    """The text of README.md, from the model and its `LoadReport`: what it is, what was read into it, what is new.
+    """The text of README.md, from the model, its `LoadReport` and the names of its classes.
 
-    It states no licence, since the files that a model is made of do not say theirs.
-
-    Args:
-        model: The model.
-        labels: The names of its classes.
+    It says what the model is, what was read into it and what is new; no licence, since files do not say theirs.
     """
     config, report = model.config, model.load_report
-    frames, (height, width) = config.num_frames, config.image_size
     classes = config.num_classes if config.classifier else 0
     parts = [f"An encoder {config.embed_dim} wide with {config.depth} blocks and {config.num_heads} heads"]
     if classes:
@@ -141,61 +148,32 @@ def model_card(model: MAR, labels: Sequence[str] | None = None) -> str:
         parts.append(f"a pixel decoder {config.decoder_embed_dim} wide with {config.decoder_depth} blocks")
     if any(scaled_layers(model)):
         parts.append("large products in fp8 (e4m3), for inference")
-    parameters = sum(value.numel() for value in model.state_dict().values())
+    front = [*(["pipeline_tag: video-classification"] if classes else []), "tags:", "- videomae"]
+    front += ["- mar"] if config.classifier == "bridging" else []
     seen = f"It sees {1 - config.mask_ratio:.0%} of each clip's patches (cell running masking)."
-    lines = [
-        "---",
-        "library_name: mar_fast",
-        *(["pipeline_tag: video-classification"] if classes else []),
-        "tags:",
-        "- videomae",
-        *(["- mar"] if config.classifier == "bridging" else []),
-        "---",
-        "",
-        "# Video transformer of mar_fast",
-        "",
-        f"{', '.join(parts)}: {parameters / 1e6:.2f} M parameters. Clips are {frames} frames of {height} x {width}. "
-        + (seen if config.mask_ratio else "It sees every patch."),
-        "",
-        "```python",
-        "import mar_fast",
-        "",
-        'model = mar_fast.from_pretrained("owner/name")  # this repository, or the folder',
-        f"out = model(clips)  # (B, {config.channels}, {frames}, {height}, {width}), uint8 or normalised",
-        "```",
-        "",
-        "## Weights",
-        "",
-    ]
-    if report is None:
-        lines.append("No checkpoint was read into this model: it began at random.")
-    else:
-        count = len(report.read)
-        lines.append(f"Read from {_shown(report.source)} ({report.layout} layout): {count} tensors.")
-        for title, notes in (
-            ("New when it was loaded", report.initial),
-            ("In that checkpoint and not read", report.ignored),
+    weights = ["No checkpoint was read into this model: it began at random."]
+    if report is not None:
+        weights = [f"Read from {_shown(report.source)} ({report.layout} layout): {len(report.read)} tensors."]
+        for title, lines in (
+            ("New when it was loaded", by_reason(report.initial, 6)),
+            ("In that checkpoint and not read", by_reason(report.ignored, 6)),
+            ("Warnings", report.warnings),
         ):
-            if notes:
-                lines += ["", f"{title}:", "", *(f"- {_shown(line)}" for line in by_reason(notes, 6))]
-        if report.warnings:
-            lines += ["", "Warnings:", "", *(f"- {_shown(warning)}" for warning in report.warnings)]
-    lines += ["", "Training that came after is not recorded here."]
-    if labels:
-        lines += ["", "## Classes", "", ", ".join(labels)]
-    lines += [
-        "",
-        "## Licence",
-        "",
-        "None is stated. It depends on the weights and the data that this model was made from: name it here, and as "
-        "`license:` above, before others use the model.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _labels(model: MAR) -> tuple[str, ...] | None:
-    labels = model.load_report.labels if model.load_report is not None else None
-    return labels if labels and len(labels) == model.config.num_classes else None
+            if lines:
+                weights += ["", f"{title}:", "", *(f"- {_shown(line)}" for line in lines)]
+    height, width = config.image_size
+    return _CARD.format(
+        front="\n".join(front),
+        parts=", ".join(parts),
+        parameters=sum(value.numel() for value in model.state_dict().values()) / 1e6,
+        frames=config.num_frames,
+        height=height,
+        width=width,
+        channels=config.channels,
+        seen=seen if config.mask_ratio else "It sees every patch.",
+        weights="\n".join(weights),
+        classes=f"\n## Classes\n\n{', '.join(labels)}\n" if labels else "",
+    )
 
 
 def _shown(text: str) -> str:

@@ -1,9 +1,13 @@
-"""What each checkpoint layout calls our parameters: one table for each, read both ways."""
+"""What each checkpoint layout calls our parameters: one table for each, read both ways; and a checkpoint in one."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from ..config import MARConfig
+from .report import Said
 
 BIASES = ("attn.q_bias", "attn.v_bias")
 EPS = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "decoder_eps", "decoder_norm_eps")
@@ -11,20 +15,14 @@ EPS = ("encoder_eps", "final_norm_eps", "classifier_norm_eps", "bridge_eps", "de
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the parameters of `mar_fast.MAR`.
+    """One way to name the parameters of `mar_fast.MAR`."""
 
-    Attributes:
-        title: For people.
-        table: How names begin: (ours, theirs). The first row that fits counts, N is a block's number, and a name that
-            no row fits is the same in both.
-        split_qkv: Query, key and value are three weights.
-        joint_bias: The biases of query, key and value are one, in encoder and pixel decoder too, as timm has them.
-    """
-
-    title: str
+    title: str  # for people
+    # How names begin: (ours, theirs). The first row that fits counts, N is a block's number, and a name that no row
+    # fits is the same in both.
     table: tuple[tuple[str, str], ...] = ()
-    split_qkv: bool = False
-    joint_bias: bool = False
+    split_qkv: bool = False  # query, key and value are three weights
+    joint_bias: bool = False  # their biases are one, in encoder and pixel decoder too, as timm has them
 
     def theirs(self, ours: str) -> tuple[str, ...]:
         """The layout's name of one of our parameters; three where query, key and value make up ours, in this order."""
@@ -73,28 +71,23 @@ def matters(config: MARConfig, field: str) -> bool:
 
 OURS = Layout("mar_fast")
 PRETRAINING = Layout("VideoMAE pre-training")
-FINE_TUNED = Layout(
-    "VideoMAE fine-tuned",
-    (
-        ("classifier.norm.", "fc_norm."),
-        ("classifier.head.", "head."),
+
+
+def fine_tuned(title: str, root: str = "") -> Layout:
+    """VideoMAE's fine-tuned names, which v2's folders have under a root of theirs."""
+    table = (
+        ("classifier.norm.", f"{root}fc_norm."),
+        ("classifier.head.", f"{root}head."),
         ("decoder.", "decoder."),
         ("mask_token", "mask_token"),
         ("encoder_to_decoder.", "encoder_to_decoder."),
-        ("encoder.", ""),
-    ),
-)
-VIDEOMAE2 = Layout(
-    "VideoMAE v2 hub",
-    (
-        ("classifier.norm.", "model.fc_norm."),
-        ("classifier.head.", "model.head."),
-        ("decoder.", "decoder."),
-        ("mask_token", "mask_token"),
-        ("encoder_to_decoder.", "encoder_to_decoder."),
-        ("encoder.", "model."),
-    ),
-)
+        ("encoder.", root),
+    )
+    return Layout(title, table)
+
+
+FINE_TUNED = fine_tuned("VideoMAE fine-tuned")
+VIDEOMAE2 = fine_tuned("VideoMAE v2 hub", "model.")
 MAR_LAYOUT = Layout(
     "MAR",
     (
@@ -111,12 +104,7 @@ MAR_LAYOUT = Layout(
 
 
 def hugging_face(kind: str, linear_biases: bool = False) -> Layout:
-    """The layout of a transformers class.
-
-    Args:
-        kind: "VideoMAEModel", "VideoMAEForPreTraining" or "VideoMAEForVideoClassification".
-        linear_biases: Biases are called query.bias and value.bias, not q_bias and v_bias as in the files of the hub.
-    """
+    """The layout of a transformers class; its biases are called q_bias, as in the files of the hub, or query.bias."""
     root = "" if kind == "VideoMAEModel" else "videomae."
     query, value = ("query.bias", "value.bias") if linear_biases else ("q_bias", "v_bias")
     block = (
@@ -140,3 +128,34 @@ def hugging_face(kind: str, linear_biases: bool = False) -> Layout:
         ("classifier.head.", "classifier."),
     )
     return Layout(f"Hugging Face {kind}", table, split_qkv=True)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """What a source holds: as it is, and then, by `sources.convert`, in our vocabulary."""
+
+    where: str  # the source, for messages
+    entries: dict[str, Tensor]  # by the source's names, without prefixes
+    groups: tuple[str, ...]  # keys under which more tensors lie, as model_key takes them
+    # If there: "config.json" and those of processors, "mar_fast" of a file of ours, "args" of VideoMAE's own.
+    configs: dict[str, dict[str, Any]]
+    unknown: dict[str, str]  # the source's names: what is no parameter, and what is wrong with it
+    unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is not needed, and why
+    layout: Layout = OURS  # what the source calls our parameters, for messages
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # a state dict
+    said: Said = field(default_factory=dict)  # on the configuration, shapes apart; empty where `own` is all that counts
+    own: Said = field(default_factory=dict)  # all fields, by mar_fast's own configuration in the file, if it has one
+    absent: dict[str, str] = field(default_factory=dict)  # parameters or parts that are not read, and why
+    position_tokens: int | None = None  # of the position tables in the file
+    labels: tuple[str, ...] | None = None  # names of the classes
+    remarks: list[str]  # what else there is to know: envelope and wrappers' names that were taken off, ...
+    warnings: list[str] = field(default_factory=list)  # what may be wrong
+
+    def has(self, part: str) -> bool:
+        """Whether there is anything of a part."""
+        return any(part_of(name) == part for name in self.tensors)
+
+    def depth(self, stem: str) -> int:
+        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
+        numbers = [re.match(rf"{stem}\.blocks\.(\d+)\.", name) for name in self.tensors]
+        return max((int(number[1]) + 1 for number in numbers if number), default=0)

@@ -1,7 +1,6 @@
 """from_pretrained: a checkpoint of any layout into a `mar_fast.MAR`, strictly, with a report."""
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,12 +13,12 @@ from ..kernels import checks
 from ..kernels.quantize_rows import E4M3
 from ..model import MAR
 from ..scaled_linear import ScaledLinear
-from .layouts import BIASES, part_of
-from .plan import Plan, Position, plan
+from .layouts import BIASES, Checkpoint, part_of
+from .plan import Position, plan
 from .read import read
 from .repair import put_back, verdict
 from .report import LoadReport, Note, some
-from .sources import NORMALISATION, Checkpoint, convert, is_finite
+from .sources import NORMALISATION, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
 
@@ -79,25 +78,27 @@ def from_pretrained(
         ModuleNotFoundError: a hub id without huggingface_hub.
     """
     allowed = {
-        "allow_missing": _patterns("allow_missing", allow_missing),
-        "allow_unknown": _patterns("allow_unknown", allow_unknown),
-        "allow_mismatched": _patterns("allow_mismatched", allow_mismatched),
-        "allow_nonfinite": _patterns("allow_nonfinite", allow_nonfinite),
+        "allow_missing": allow_missing,
+        "allow_unknown": allow_unknown,
+        "allow_mismatched": allow_mismatched,
+        "allow_nonfinite": allow_nonfinite,
     }
+    for argument, patterns in allowed.items():
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise checks.bad_type(argument, repr(patterns), "a shell pattern or a sequence of them")
     checkpoint = convert(read(source, model_key, revision), given=overrides)
     original = None if biases_from is None else convert(read(biases_from), given=NORMALISATION)
     if original is not None:
         repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
     head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))
-    chosen = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
-    config = chosen.config
-    if config.classifier and "num_classes" not in chosen.origins and _matches(head, allowed["allow_missing"]):
+    config, origins = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
+    if config.classifier and "num_classes" not in origins and _matches(head, allowed["allow_missing"]):
         raise checks.bad("num_classes", "none: the file has no head that says", "num_classes=, where it may be missing")
     with torch.device("meta"):
         model = MAR(config)
     scaled = _put_scaled(model, checkpoint)
-    values, initial, ignored, warnings = _fit(checkpoint, chosen, model, allowed)
-    remarks = [*checkpoint.remarks, *chosen.remarks]
+    values, initial, ignored, warnings = _fit(checkpoint, model, allowed)
+    remarks = checkpoint.remarks
     if scaled:
         remarks.append(f"{len(scaled) // 2} layers in fp8 (e4m3), for inference")
     if original is not None:
@@ -107,20 +108,19 @@ def from_pretrained(
     for dtype in sorted({checkpoint.tensors[name].dtype for name in values} - {torch.float32}, key=str):
         how = "rounded to" if dtype == torch.float64 else "widened to"
         remarks.append(f"{str(dtype).removeprefix('torch.')} {how} float32")
-    labels = checkpoint.labels
-    has_labels = labels and config.classifier and len(labels) == config.num_classes
+    labels = checkpoint.labels if "classifier.head.weight" in values else None
     model.load_report = LoadReport(
         source=checkpoint.where,
         layout=checkpoint.layout.title,
         config=config,
-        parameters=sum(math.prod(value.shape) for value in model.state_dict().values()),
+        parameters=sum(value.numel() for value in model.state_dict().values()),
         read=tuple(dict.fromkeys(name for ours in (*values, *scaled) for name in checkpoint.layout.theirs(ours))),
         initial=tuple(Note(*item) for item in initial.items()),
         ignored=tuple(Note(*item) for item in ignored.items()),
-        origins=tuple(Note(*item) for item in chosen.origins.items()),
+        origins=tuple(Note(*item) for item in origins.items()),
         remarks=tuple(remarks),
         warnings=tuple(warnings),
-        labels=labels if has_labels and "classifier.head.weight" in values else None,
+        labels=labels if labels and len(labels) == config.num_classes else None,
     )
     model.to_empty(device="cpu")
     if initial:
@@ -136,11 +136,7 @@ def from_pretrained(
 
 
 def _put_scaled(model: MAR, checkpoint: Checkpoint) -> list[str]:
-    """Put the checkpoint's layers in fp8 into a model on the meta device; the names of the tensors that they took.
-
-    Raises:
-        ValueError: one of these tensors has another shape or dtype, or is not finite.
-    """
+    """Put the checkpoint's layers in fp8 into a model on the meta device; the names of the tensors that they took."""
     tensors, modules, taken = checkpoint.tensors, dict(model.named_modules()), list[str]()
     for stem in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
         layer, names = modules.get(stem), (f"{stem}.weight", f"{stem}.weight_scale")
@@ -157,24 +153,17 @@ def _put_scaled(model: MAR, checkpoint: Checkpoint) -> list[str]:
     return taken
 
 
-def _patterns(argument: str, given: Patterns) -> tuple[str, ...]:
-    patterns = (given,) if isinstance(given, str) else given
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise checks.bad_type(argument, repr(given), "a shell pattern or a sequence of them")
-    return tuple(patterns)
-
-
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+def _matches(names: Iterable[str], patterns: Patterns) -> bool:
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _fit(
-    checkpoint: Checkpoint, chosen: Plan, model: MAR, allowed: Mapping[str, Sequence[str]]
+    checkpoint: Checkpoint, model: MAR, allowed: Mapping[str, Patterns]
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], list[str]]:
     """Check every parameter and every entry; the error names all faults at once.
 
-    Returns:
-        Values of parameters; parameters that stay initial, and why; entries that are not read, and why; warnings.
+    Gives values of parameters; parameters that stay initial, and why; entries that are not read, and why; warnings.
     """
     values: dict[str, Tensor] = {}
     initial: dict[str, str] = {}
@@ -188,14 +177,12 @@ def _fit(
         faults.setdefault(argument, []).append(fault)
         return False
 
-    wanted = {name for name, _ in model.named_parameters() if part_of(name) not in chosen.fresh}
+    wanted = {name for name, _ in model.named_parameters() if part_of(name) not in checkpoint.absent}
     for ours, parameter in model.named_parameters():
         tensor, names = checkpoint.tensors.get(ours), checkpoint.layout.theirs(ours)
         title = ", ".join(names)
-        if ours not in wanted:
-            initial[ours] = chosen.fresh[str(part_of(ours))]
-        elif tensor is None and ours in checkpoint.absent:
-            initial[ours] = checkpoint.absent[ours]
+        if ours not in wanted or (tensor is None and ours in checkpoint.absent):
+            initial[ours] = checkpoint.absent[ours if ours in wanted else str(part_of(ours))]
         elif tensor is None:
             missing = [name for name in names if name not in checkpoint.unused]
             if all([allows("allow_missing", (ours, name), name) for name in missing]):
@@ -211,7 +198,7 @@ def _fit(
     unknown = dict(checkpoint.unknown)
     for ours in checkpoint.tensors:
         for name in () if ours in wanted else checkpoint.layout.theirs(ours):
-            if reason := checkpoint.unused.get(name) or chosen.dropped.get(str(part_of(ours))):
+            if reason := checkpoint.unused.get(name):
                 ignored[name] = reason
                 unknown.pop(name, None)
             else:

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
 from ..kernels import checks
-from .layouts import matters, part_of
-from .sources import FIELDS, PATCH_EMBED, TOKEN_0, Checkpoint, Said, say
+from .layouts import Checkpoint, matters, part_of
+from .report import Said, say
+from .sources import FIELDS, PATCH_EMBED, TOKEN_0
 
 Position = Literal["formula", "interpolate"]
 
@@ -17,33 +17,13 @@ _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_siz
 _BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The model to build.
+def plan(
+    checkpoint: Checkpoint, position: Position | None, new_head: bool, overrides: Mapping[str, Any]
+) -> tuple[MARConfig, dict[str, str]]:
+    """The configuration, and where the value of each field came from that was not left at its default.
 
-    Attributes:
-        config: Its configuration.
-        origins: Field -> where its value came from, for those that were not left at the default.
-        fresh: Part -> why it is made anew and not read from the checkpoint.
-        dropped: Part -> why it is not read although the checkpoint has it.
-        remarks: On position tables.
-    """
-
-    config: MARConfig
-    origins: dict[str, str]
-    fresh: dict[str, str]
-    dropped: dict[str, str]
-    remarks: tuple[str, ...]
-
-
-def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, overrides: Mapping[str, Any]) -> Plan:
-    """Decide on every field.
-
-    Args:
-        checkpoint: The tensors and what their source says.
-        position: As in `from_pretrained`.
-        new_head: The caller allows a last layer of another size.
-        overrides: Fields of `MARConfig` given by the caller.
+    The checkpoint gets a remark on its position table, and what is made anew or not read by the caller's wish;
+    ``new_head`` says that a last layer of another size is allowed.
 
     Raises:
         ValueError, TypeError: overrides that contradict the checkpoint, or something that cannot be known without.
@@ -54,8 +34,19 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
     overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
-    said, guessed = _said(checkpoint, overrides)
+    said = dict(checkpoint.own)
+    if checkpoint.said:
+        shapes = _sizes(checkpoint, overrides)
+        for name, (value, origin) in checkpoint.said.items():
+            known, shape = shapes.get(name, (value, ""))
+            if value != known:
+                raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
+        said |= say("entries in the file", final_norm=checkpoint.has("final_norm")) | checkpoint.said | shapes
     fresh, dropped = _parts(checkpoint, said, overrides)
+    checkpoint.absent |= fresh
+    for ours in checkpoint.tensors:
+        if reason := dropped.get(part_of(ours) or ""):
+            checkpoint.unused = dict.fromkeys(checkpoint.layout.theirs(ours), reason) | checkpoint.unused
     unread = fresh.keys() | dropped.keys()
     # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
     said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
@@ -67,29 +58,33 @@ def plan(checkpoint: Checkpoint, position: Position | None, new_head: bool, over
     usual_values = {"num_frames": 16, "image_size": (224, 224), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     for name, usual in usual_values.items():
         said.setdefault(name, (usual, "assumed: the file does not say"))
-    grid, remarks = _position(checkpoint, said, grid_said, position, overrides)
-    said["position_grid"] = grid, "the checkpoint's grid"
+    said["position_grid"] = _position(checkpoint, said, grid_said, position, overrides), "the checkpoint's grid"
 
     for name, value in overrides.items():
+        known, origin = said.get(name, (value, ""))
         # Where the file has no head, 0, a new one is made.
-        may_differ = name in guessed or (name == "num_classes" and (new_head or said.get(name, (1, ""))[0] == 0))
-        if name in said and name.endswith(_SIZES) and not may_differ and not _agree(value, said[name][0]):
+        new = name == "num_classes" and (new_head or known == 0)
+        if name in said and name.endswith(_SIZES) and not new and not _agree(value, known):
             more = "; allow_mismatched='classifier.head.*' makes a new head" if name == "num_classes" else ""
-            raise checks.bad(name, value, f"{said[name][0]} ({said[name][1]}){more}")
+            raise checks.bad(name, value, f"{known} ({origin}){more}")
         said[name] = value, "given"
     ratio = 0.5 if said["classifier"][0] == "bridging" else 0.0
     said.setdefault("mask_ratio", (ratio, "default: 0.5 with a bridging classifier, else 0, the dense model"))
     values = {name: value for name, (value, _) in said.items()}
     for part, prefix in (("encoder", ""), ("decoder", "decoder_"), ("classifier", "bridge_")):
-        heads, depth = f"{prefix}num_heads", values.get(f"{prefix}depth")
-        if part not in unread and depth and heads not in values:
-            deep = f" and {depth} deep" if part == "encoder" else ""
-            wide = f"{values[f'{prefix}embed_dim']} wide{deep}"
-            got = f"none for {checkpoint.where}: it does not say, and no known model is {wide}"
-            raise checks.bad(heads, got, f"{heads}=, the number of attention heads of the {part}")
+        field, depth = f"{prefix}num_heads", values.get(f"{prefix}depth")
+        if part in unread or not depth or field in values:
+            continue
+        width = values[f"{prefix}embed_dim"]
+        sizes = f"{width} wide and {depth} deep" if part == "encoder" else f"{width} wide"
+        known = {"decoder": known_decoder_heads(width), "classifier": _BRIDGE_HEADS.get(width)}
+        values[field] = known_heads(width, depth) if part == "encoder" else known[part]
+        said[field] = values[field], f"the known {part} that is {sizes}"
+        if not values[field]:
+            got = f"none for {checkpoint.where}: it does not say, and no known model is {sizes}"
+            raise checks.bad(field, got, f"{field}=, the number of attention heads of the {part}")
     config = MARConfig(**values)
-    origins = {name: origin for name, (_, origin) in said.items() if matters(config, name)}
-    return Plan(config, origins, fresh, dropped, remarks)
+    return config, {name: origin for name, (_, origin) in said.items() if matters(config, name)}
 
 
 def _agree(given: object, known: object) -> bool:
@@ -98,25 +93,8 @@ def _agree(given: object, known: object) -> bool:
     return (tuple(given) if isinstance(given, list) else given) == known
 
 
-def _said(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, set[str]]:
-    """All that is known, and which of it goes by known models and not by the checkpoint: the caller may know better.
-
-    A part that ``overrides`` leave out is not looked at.
-    """
-    if not checkpoint.said:
-        return dict(checkpoint.own), set()
-    shapes, heads = _sizes(checkpoint, overrides)
-    for name in [name for name in checkpoint.said if name in shapes]:
-        (value, origin), (known, shape) = checkpoint.said[name], shapes[name]
-        if value != known:
-            raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
-    final_norm = say("entries in the file", final_norm=checkpoint.has("final_norm"))
-    said = heads | checkpoint.own | final_norm | checkpoint.said | shapes
-    return said, {name for name in heads if said[name] == heads[name]}
-
-
-def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, Said]:
-    """The fields that shapes and numbers of blocks give; and numbers of heads, by the known models of these sizes."""
+def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
+    """The fields that shapes and numbers of blocks give."""
     tensors, theirs, layout = checkpoint.tensors, checkpoint.layout.theirs, checkpoint.layout.title
 
     def shape(ours: str, ndim: int = 2) -> tuple[int, ...]:
@@ -142,7 +120,6 @@ def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, 
         stacks["decoder"] = ("decoder_", "encoder_to_decoder.weight")
     else:
         sizes |= say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
-    heads: Said = {}
     for stem, (prefix, weight) in stacks.items():
         width = shape(weight, 5 if weight == PATCH_EMBED else 2)[0]
         depth = checkpoint.depth(stem)
@@ -153,14 +130,7 @@ def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Said, 
         ratio = shape(next((name for name in fc1 if name in tensors), fc1[0]))[0] / width
         sizes |= say(f"shape of {theirs(weight)[0]}", **{f"{prefix}embed_dim": width})
         sizes |= say("blocks in the file", **{f"{prefix}depth": depth, f"{prefix}mlp_ratio": ratio})
-        known, model = {
-            "encoder": (known_heads(width, depth), f"the known model that is {width} wide and {depth} deep"),
-            "classifier": (_BRIDGE_HEADS.get(width), "the bridging classifier of the paper"),
-            "decoder": (known_decoder_heads(width), f"the known decoder that is {width} wide"),
-        }[stem]
-        if known:
-            heads |= say(model, **{f"{prefix}num_heads": known})
-    return sizes, heads
+    return sizes
 
 
 def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
@@ -198,13 +168,15 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
 
 def _position(
     checkpoint: Checkpoint, said: Said, grid_said: bool, position: Position | None, overrides: Mapping[str, Any]
-) -> tuple[Any, tuple[str, ...]]:
-    """The grid that position tables are made for, None for the model's own, and what there is to say about it."""
+) -> Any:
+    """The grid that position tables are made for, None for the model's own; the checkpoint gets a remark on it."""
     if "position_grid" in overrides:
         if position is not None:
             raise checks.bad("position", repr(position), "None where position_grid is given")
-        return None, ("position table: interpolated from the position_grid given",)
+        checkpoint.remarks.append("position table: interpolated from the position_grid given")
+        return None
     (frames, _), (size, _), (patch, _) = said["num_frames"], said["image_size"], said["patch_size"]
+    clips = f"{frames} frames of {size[0]} x {size[1]}"
     own = said.get("position_grid", (None, ""))[0]
     new_frames, new_size = overrides.get("num_frames", frames), overrides.get("image_size", size)
     same = new_frames == frames and _agree(new_size, size)
@@ -214,32 +186,32 @@ def _position(
         confirmed = tokens == math.prod(base)
         if not confirmed and (grid_said or (not same and tokens != (new and math.prod(new)))):
             got = f"a position table of {tokens} tokens"
-            raise checks.bad(checkpoint.where, got, f"{math.prod(base)}, for {frames} frames of {size[0]} x {size[1]}")
+            raise checks.bad(checkpoint.where, got, f"{math.prod(base)}, for {clips}")
         if not confirmed and same:
             got = f"none for {checkpoint.where}, whose position table has {tokens} tokens"
             raise checks.bad("num_frames and image_size", got, "the size of clip that it was trained on")
         # The table confirms the usual size or, where it does not, the one that the caller gives.
         base, grid_said = base if confirmed else new, True
-    if same:
-        return own, ()
-    if new is None or new == base:
-        return None, ()
+    if same or new is None or new == base:
+        return own if same else None
     if position is None and not grid_said:
         accepted = (
-            f"'formula' if the checkpoint was trained on clips of this size, or 'interpolate' from {frames} frames of "
-            f"{size[0]} x {size[1]}, the usual ones: the file does not say"
+            "'formula' if the checkpoint was trained on clips of this size, or 'interpolate' from "
+            f"{clips}, the usual ones: the file does not say"
         )
         raise checks.bad("position", f"none, with clips of another size than {frames} x {size}", accepted)
     if position == "formula":
         its = f"; the checkpoint's grid is {base}" if grid_said else ""
-        return None, (f"position table: by the formula for the grid {new}{its}",)
+        checkpoint.remarks.append(f"position table: by the formula for the grid {new}{its}")
+        return None
     if base is None:
-        got = f"none, and clips of {frames} frames of {size[0]} x {size[1]} do not fit the patch {patch}"
+        got = f"none, and clips of {clips} do not fit the patch {patch}"
         raise checks.bad("position_grid", got, "the grid that the checkpoint was trained with")
     how = "as asked for" if position else "the default where the size of clips differs; position='formula' is the other"
     if not grid_said:
         how += "; the checkpoint's size is assumed, since the file does not say"
-    return base, (f"position table: interpolated from the checkpoint's grid {base} to {new}: {how}",)
+    checkpoint.remarks.append(f"position table: interpolated from the checkpoint's grid {base} to {new}: {how}")
+    return base
 
 
 def _grid(frames: Any, size: Any, patch: tuple[int, int, int]) -> tuple[int, int, int] | None:

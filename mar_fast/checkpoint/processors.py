@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import MARConfig
 from ..kernels import checks
+from .report import Said, say
 
 # Has an object for each kind of processor, which goes before the file that is for this kind alone.
 NESTED = "processor_config.json"
@@ -33,15 +34,7 @@ _WAY_OUT = "; or give mean= and std=, for pixels in [0, 1]"
 
 
 def found(where: str, configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """File -> settings that it gives, of the image and of the video processor, as transformers looks for them.
-
-    Args:
-        where: The folder, for messages.
-        configs: What is in its files.
-
-    Raises:
-        ValueError: no object where there should be one.
-    """
+    """File -> settings that it gives, of the image and of the video processor, as transformers looks for them."""
     files: dict[str, dict[str, Any]] = {}
     for kind, names in _KINDS.items():
         settings, name = configs.get(NESTED, {}).get(kind), f"{NESTED}, {kind}"
@@ -55,67 +48,51 @@ def found(where: str, configs: dict[str, dict[str, Any]]) -> dict[str, dict[str,
     return files
 
 
-def normalisation(
-    where: str, files: dict[str, dict[str, Any]], channels: int
-) -> dict[str, tuple[tuple[float, ...], str]]:
-    """Mean and std of pixels in [0, 1], with what says them; empty where there is no file.
+def normalisation(where: str, files: dict[str, dict[str, Any]], channels: int) -> Said:
+    """Mean and std of pixels in [0, 1] for each channel, by the settings that `found` gives; none without files.
 
     A processor makes (value * rescale_factor - image_mean) / image_std of values in 0 to 255, or leaves out one of the
     steps: with mean and std of another scale, that is (value / 255 - mean) / std.
 
-    Args:
-        where: The folder, for messages.
-        files: The settings, as `found` gives them.
-        channels: Values of a pixel.
-
     Raises:
         ValueError: a setting that is no good or that mean and std cannot express, or two files that do not agree.
     """
-    said = {name: _mean_std(f"{where}, {name}", settings, channels) for name, settings in files.items()}
-    if len({(mean, std) for mean, std, _ in said.values()}) > 1:
-        got = " but ".join(f"mean {mean} and std {std} by {name}" for name, (mean, std, _) in said.items())
+    given = {name: _mean_std(f"{where}, {name}", settings, channels) for name, settings in files.items()}
+    if len({(mean, std) for mean, std, _ in given.values()}) > 1:
+        got = " but ".join(f"mean {mean} and std {std} by {name}" for name, (mean, std, _) in given.items())
         raise checks.bad(f"{where}, image_mean and image_std", got, f"the same{_WAY_OUT}")
-    for name, (mean, std, odd) in said.items():
-        origin = f"{name}, {', '.join(odd)}" if odd else name
-        return {"mean": (mean, origin), "std": (std, origin)}
+    for name, (mean, std, odd) in given.items():
+        return say(", ".join([name, *odd]), mean=mean, std=std)
     return {}
 
 
-def _mean_std(
-    where: str, given: dict[str, Any], channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
+def _mean_std(where: str, given: dict[str, Any], channels: int) -> tuple[Any, Any, list[str]]:
     """Mean, std, and what is unusual about them."""
     kinds = ("image_processor_type", "video_processor_type", "feature_extractor_type")
     kind = str(next((given[key] for key in kinds if given.get(key)), "VideoMAE"))
-    settings = {**_DEFAULTS, **given}
-    if kind.startswith("VideoMAE"):
-        settings = {**_VIDEOMAE, **settings}
-    else:
-        # Vivit's moves pixels to [-1, 1] where its file does not say.
-        settings.setdefault("offset", kind.startswith("Vivit"))
+    # Vivit's moves pixels to [-1, 1] where its file does not say.
+    more = _VIDEOMAE if kind.startswith("VideoMAE") else {"offset": kind.startswith("Vivit")}
+    settings = {**_DEFAULTS, **more, **given}
+    if more is not _VIDEOMAE:
         for name in sorted(settings):
             if settings[name] and (name == "offset" or (name.startswith("do_") and name not in _HARMLESS)):
                 raise checks.bad(f"{where}, {name}", settings[name], f"false, for a {kind}{_WAY_OUT}")
+    for name in ("do_rescale", "do_normalize"):
+        if settings[name] not in (True, False, None):
+            raise checks.bad(f"{where}, {name}", repr(settings[name]), f"true or false{_WAY_OUT}")
     odd, scale, mean, std = [], 255.0, (0.0,) * channels, (1.0,) * channels
-    if _switch(where, settings, "do_rescale"):
+    if settings["do_rescale"]:  # null is false, for transformers too
         (factor,) = _numbers(where, settings, "rescale_factor", 1)
         scale *= factor
         odd += [f"rescale_factor {factor}"] if factor != 1 / 255 else []
     else:
         odd.append("do_rescale false")
-    if _switch(where, settings, "do_normalize"):
+    if settings["do_normalize"]:
         mean, std = (_numbers(where, settings, name, channels) for name in ("image_mean", "image_std"))
         odd += [f"{name} by default" for name in ("image_mean", "image_std") if name not in given]
     else:
         odd.append("do_normalize false")
     return tuple(value / scale for value in mean), tuple(value / scale for value in std), odd
-
-
-def _switch(where: str, settings: dict[str, Any], name: str) -> bool:
-    value = settings[name]
-    if value not in (True, False, None):
-        raise checks.bad(f"{where}, {name}", repr(value), f"true or false{_WAY_OUT}")
-    return bool(value)  # null is false, for transformers too
 
 
 def _numbers(where: str, settings: dict[str, Any], name: str, count: int) -> tuple[float, ...]:
@@ -130,12 +107,7 @@ def _numbers(where: str, settings: dict[str, Any], name: str, count: int) -> tup
 
 
 def other_frames(files: dict[str, dict[str, Any]], image_size: tuple[int, int]) -> list[str]:
-    """Remarks on settings that make other pictures of a film than mar_fast's reader of videos does.
-
-    Args:
-        files: The settings, as `found` gives them.
-        image_size: (H, W) of the model's clips.
-    """
+    """Remarks on settings that make other pictures of a film than mar_fast's reader of videos does."""
     ours = {**_geometry(image_size), "resample": 2, "do_pad": False, "do_sample_frames": False}
     ways = {"size": lambda side: {"shortest_edge": side}, "crop_size": lambda side: {"height": side, "width": side}}
     height, width = image_size

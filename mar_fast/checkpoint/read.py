@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import checks
 from . import processors
+from .layouts import Checkpoint
 from .report import some
 
 SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar", ".safetensors")
@@ -23,6 +23,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".pkl", ".pth.tar", ".tar",
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _CONFIGS = ("config.json", *processors.FILES)
+Configs = dict[str, dict[str, Any]]
 METADATA_KEY = "mar_fast.config"
 """In a safetensors file: the `MARConfig` as JSON, which makes a file of ours complete."""
 # The keys under which trainers put the weights, in the order in which they are looked for.
@@ -49,36 +50,8 @@ for _module in ("pathlib", "pathlib._local"):
     _PLAIN += [(PurePosixPath, f"{_module}.PosixPath"), (PureWindowsPath, f"{_module}.WindowsPath")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """What a source holds, as it is.
-
-    Attributes:
-        where: The source, for messages.
-        tensors: By name, without prefixes.
-        non_tensors: Entries beside them, and their types.
-        groups: Keys under which more tensors lie, as ``model_key`` takes them.
-        remarks: Envelope and wrappers' names that were taken off.
-        configs: "config.json" and those of processors in a Hugging Face folder, "mar_fast" of a file of ours, "args" of
-            VideoMAE's own; only those that are there.
-    """
-
-    where: str
-    tensors: dict[str, Tensor]
-    non_tensors: dict[str, str]
-    groups: tuple[str, ...]
-    remarks: tuple[str, ...]
-    configs: dict[str, dict[str, Any]]
-
-
-def read(source: object, model_key: str | None = None, revision: str | None = None) -> File:
-    """Read a file, a Hugging Face folder, a hub id or a state dict.
-
-    Args:
-        source: As `from_pretrained` takes it.
-        model_key: The envelope to open, where a file has several or one that is not known: "ema", "weights.student".
-            What the names of a model inside another begin with counts as one.
-        revision: Of a hub id.
+def read(source: object, model_key: str | None = None, revision: str | None = None) -> Checkpoint:
+    """Read a file, a Hugging Face folder, a hub id or a state dict; the arguments are those of `from_pretrained`.
 
     Raises:
         ValueError, TypeError, OSError: it cannot be read; the message names it.
@@ -105,17 +78,15 @@ def read(source: object, model_key: str | None = None, revision: str | None = No
         path = found[0]
     content, configs = _read_file(path)
     if path.name in names:
-        configs = {**_json_configs(path.parent), **configs}
+        beside = {name: _read_json(path.with_name(name)) for name in _CONFIGS if path.with_name(name).is_file()}
+        if "mar_fast" in (config := beside.get("config.json", {})):
+            beside["mar_fast"] = config["mar_fast"]
+        configs = beside | configs
     return _unwrap(where, content, model_key, configs)
 
 
 def _fetch(hub_id: str, revision: str | None = None) -> Path:
-    """The local folder of a model of the hub: its configuration, and its weights once, safetensors where there are.
-
-    Raises:
-        ModuleNotFoundError: huggingface_hub is not installed.
-        ValueError: the hub does not give it; the message says why.
-    """
+    """The local folder of a model of the hub: its configuration, and its weights once, safetensors where there are."""
     snapshot_download = hub(f"source: got the hub id {hub_id!r}").snapshot_download
     try:
         for weights in ((*_SAFETENSORS, "model-*-of-*.safetensors"), (*_PICKLED, "pytorch_model-*-of-*.bin")):
@@ -130,23 +101,12 @@ def _fetch(hub_id: str, revision: str | None = None) -> Path:
 
 
 def hub(what: str) -> Any:
-    """huggingface_hub, for ``what`` needs it.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """huggingface_hub; the error where it is not installed says ``what`` needs it."""
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{what}, for which huggingface_hub is needed: pip install 'mar-fast[hf]'") from error
     return huggingface_hub
-
-
-def _json_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    configs = {name: _read_json(folder / name) for name in _CONFIGS if (folder / name).is_file()}
-    if "mar_fast" in configs.get("config.json", {}):
-        configs["mar_fast"] = configs["config.json"]["mar_fast"]
-    return configs
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -159,15 +119,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], Configs]:
     """Content, and the configurations inside the file."""
     if path.name.endswith(".index.json"):
         return _read_shards(path), {}
-    if not _named(path, *SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise checks.bad("source", repr(str(path)), f"a file that ends with {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise checks.bad(str(path), "an empty file", "a checkpoint")
-    if _named(path, ".safetensors"):
+    if path.name.lower().endswith(".safetensors"):
         return _read_safetensors(path)
     content = _read_pickled(path)
     if not isinstance(content, Mapping):
@@ -179,11 +139,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 def is_hub_id(source: str) -> bool:
     """Whether this may be owner/name, and does not end like a file."""
     found = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
-    return found is not None and not _named(Path(source), *SUFFIXES)
-
-
-def _named(path: Path, *suffixes: str) -> bool:
-    return path.name.lower().endswith(suffixes)
+    return found is not None and not source.lower().endswith(SUFFIXES)
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -204,7 +160,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Configs]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -240,7 +196,7 @@ def _read_pickled(path: Path) -> object:
         raise checks.bad(str(path), f"a damaged file ({first})", "a whole checkpoint of torch.save") from error
 
 
-def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs: dict[str, dict[str, Any]]) -> File:
+def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs: Configs) -> Checkpoint:
     """Open envelopes and take wrappers' names off."""
     groups, path = dict(_groups(content)), ""
     accepted = f"one of {some([repr(key) for key in groups], 6) or 'none: the tensors stand bare'}"
@@ -253,8 +209,7 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
         groups = dict(_groups(content))
         if key == model_key:
             model_key = None
-    tensors: dict[str, Tensor] = {}
-    non_tensors: dict[str, str] = {}
+    entries: dict[str, object] = {}
     taken_off: set[str] = set()
     for entry, value in content.items():
         name = _WRAPPERS.sub("", str(entry))
@@ -262,12 +217,10 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
             continue
         name = name.removeprefix(f"{model_key}.")
         taken_off.update(_WRAPPERS.findall(str(entry)))
-        if name in tensors or name in non_tensors:
+        if name in entries:
             raise checks.bad(where, f"{name} twice, with and without wrappers' names", "every name once")
-        if isinstance(value, Tensor):
-            tensors[name] = value.detach()
-        else:
-            non_tensors[name] = type(value).__name__
+        entries[name] = value
+    tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     if model_key is not None:
         if not tensors:
             raise checks.bad("model_key", repr(model_key), accepted)
@@ -275,13 +228,14 @@ def _unwrap(where: str, content: dict[str, Any], model_key: str | None, configs:
     remarks += [f"{wrapper + '.'!r} taken off names" for wrapper in sorted(taken_off)]
     if tensors.pop("n_averaged", None) is not None:
         remarks.append("weights averaged by torch.optim.swa_utils.AveragedModel")
-    return File(
+    kinds = {name: type(value).__name__ for name, value in entries.items() if not isinstance(value, Tensor)}
+    return Checkpoint(
         where=where,
-        tensors=tensors,
-        non_tensors=non_tensors,
+        entries=tensors,
         groups=tuple(path + key for key in groups),
-        remarks=tuple(remarks),
         configs=configs,
+        unknown={name: f"a {kind} and no tensor" for name, kind in kinds.items()},
+        remarks=remarks,
     )
 
 

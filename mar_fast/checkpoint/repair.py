@@ -8,27 +8,22 @@ import re
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from ..kernels import checks
-from .layouts import BIASES
+from .layouts import BIASES, Checkpoint
 from .report import some
-from .sources import Checkpoint
 
 
 def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> str:
     """Put the biases of another checkpoint in place of those that this one has lost; gives a remark on what was done.
 
-    Args:
-        checkpoint: In which they are missing or zero.
-        original: What still has them, from any source.
-        decoder: Whether the pixel decoder is read, where the checkpoint has one.
+    Those of the pixel decoder too, where ``decoder`` says that it is read.
 
     Raises:
         ValueError: the checkpoint has biases of its own, or those of the original do not fit or are lost as well.
     """
     where = checkpoint.where
-    if checkpoint.absent:
+    if any(name.endswith(BIASES) for name in checkpoint.absent):
         raise checks.bad(f"{where}, config.json", "a model without biases of query and value", "one that has lost them")
     names = []
     for stem in ("encoder", "decoder") if decoder and checkpoint.has("decoder") else ("encoder",):
@@ -65,14 +60,7 @@ def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> 
 
 
 def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
-    """The remark of `put_back`, and a warning where other weights are not the original's.
-
-    Args:
-        remark: What was done.
-        checkpoint: The one that was repaired.
-        original: Where its biases are from.
-        names: Parameters that are read from the checkpoint.
-    """
+    """The remark of `put_back`, and a warning if the other weights that are read, by ``names``, have changed since."""
     shared = [name for name in names if name in original.tensors and not name.endswith(BIASES)]
     changed, apart, size = 0, 0.0, 0.0
     for name in shared:
@@ -80,8 +68,8 @@ def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: It
         same_shape = value.shape == before.shape
         # As the checkpoint keeps it: a copy in half precision has rounded what it had.
         changed += not (same_shape and torch.equal(value, before.to(value.dtype)))
-        apart += _energy(value.double() - before.double() if same_shape else value)
-        size += _energy(before)
+        apart += float((value.double() - before.double() if same_shape else value.double()).square().sum())
+        size += float(before.double().square().sum())
     if not changed:
         return (f"{remark}; the other {len(shared)} weights that both have are the same",)
     distance = (apart / size) ** 0.5 if size else float("inf")
@@ -89,7 +77,3 @@ def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: It
     what = trained if distance < 1 else "this looks like another model than the original"
     differ = f"{changed} of {len(shared)} weights that both have differ from {original.where}"
     return remark, f"{differ} (relative difference of all together {distance:.1e}): {what}"
-
-
-def _energy(value: Tensor) -> float:
-    return float(value.double().square().sum())

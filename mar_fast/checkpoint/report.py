@@ -7,6 +7,14 @@ from typing import Any, NamedTuple
 
 from ..config import MARConfig
 
+Said = dict[str, tuple[Any, str]]
+"""Field of `MARConfig` -> (value, where it is said)."""
+
+
+def say(origin: str, **values: Any) -> Said:
+    """Fields that one origin gives."""
+    return {name: (value, origin) for name, value in values.items()}
+
 
 class Note(NamedTuple):
     """A name, and what there is to say about it."""

@@ -3,10 +3,10 @@
 What comes after this knows our names only; theirs are kept for messages.
 """
 
+import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import torch
@@ -15,74 +15,17 @@ from torch import Tensor
 from ..config import MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
-from . import huggingface, processors, videomae2
-from .layouts import (
-    BIASES,
-    EPS,
-    FINE_TUNED,
-    MAR_LAYOUT,
-    OURS,
-    PRETRAINING,
-    VIDEOMAE2,
-    Layout,
-    hugging_face,
-    part_of,
-)
-from .read import File
-from .report import some
+from . import config_json, layouts, processors
+from .layouts import BIASES, EPS, Checkpoint, Layout, part_of
+from .report import Said, say, some
 
 FIELDS = tuple(item.name for item in fields(MARConfig))
 NORMALISATION = ("mean", "std")
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 TOKEN_0 = "token 0"
 """A linear classifier that reads token 0 after the last norm (no mean pooling), which no `MARConfig` expresses."""
-Said = dict[str, tuple[Any, str]]
-"""Field of `MARConfig` -> (value, where it is said)."""
-
 # Position tables are not learned in any layout, but MAR and some trainers save them, by these names.
 _TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed", "model.pos_embed")
-
-
-@dataclass(kw_only=True)
-class Checkpoint:
-    """A checkpoint in our vocabulary.
-
-    Attributes:
-        where: The source, for messages.
-        layout: What the source calls our parameters, for messages.
-        tensors: A state dict by our names.
-        said: What the source says about the configuration, shapes apart; empty where ``own`` is all that counts.
-        own: All fields, by mar_fast's own configuration in the file; empty where it has none.
-        unused: Entries, by the source's names, that are not needed, and why.
-        unknown: Entries, by the source's names, that are no parameters, and what is wrong with them.
-        absent: Parameters, by our names, that may be missing, and what that means.
-        position_tokens: Tokens of the position tables in the file; None where there are none.
-        labels: Names of the classes.
-        remarks: What else there is to know.
-        warnings: What may be wrong.
-    """
-
-    where: str
-    layout: Layout
-    tensors: dict[str, Tensor]
-    said: Said
-    own: Said = field(default_factory=dict)
-    unused: dict[str, str]
-    unknown: dict[str, str]
-    absent: dict[str, str] = field(default_factory=dict)
-    position_tokens: int | None
-    labels: tuple[str, ...] | None = None
-    remarks: list[str]
-    warnings: list[str] = field(default_factory=list)
-
-    def has(self, part: str) -> bool:
-        """Whether there is anything of a part."""
-        return any(part_of(name) == part for name in self.tensors)
-
-    def depth(self, stem: str) -> int:
-        """Blocks under ``stem``, "encoder" for example: one more than the highest number."""
-        numbers = [re.match(rf"{stem}\.blocks\.(\d+)\.", name) for name in self.tensors]
-        return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
 # The patch embedding's weight, of which each model has one, and what its names begin with inside another model.
@@ -91,58 +34,56 @@ _INSIDE = re.compile(
 )
 
 
-def convert(file: File, given: Collection[str] = ()) -> Checkpoint:
-    """Recognise the source by its names, and convert.
-
-    Args:
-        file: As it was read.
-        given: Fields of `MARConfig` that the caller gives: with mean and std it does not matter what the file says.
+def convert(checkpoint: Checkpoint, given: Collection[str] = ()) -> Checkpoint:
+    """Recognise the source by its names, and convert; what it says of fields that are ``given`` does not matter.
 
     Raises:
         ValueError: no source that is known, or entries that contradict each other.
     """
 
     def has(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in file.tensors)
+        return any(re.match(pattern, name) for name in checkpoint.entries)
 
-    own, config = _own_config(file), file.configs.get("config.json", {})
+    config = checkpoint.configs.get("config.json", {})
     hugging_face = has(r"(videomae\.)?(embeddings\.patch_embeddings|encoder\.layer)\.")
-    v2 = videomae2.KEY in config and has(r"(model\.)?(patch_embed|blocks)\.")
+    v2 = config_json.V2_KEY in config and has(r"(model\.)?(patch_embed|blocks)\.")
     if hugging_face:
-        checkpoint = _from_hugging_face(file)
+        _from_hugging_face(checkpoint)
     elif v2:
-        checkpoint = _from_videomae2(file)
+        _from_videomae2(checkpoint)
     elif has(r"backbone\.(patch_embed|blocks)\."):
-        checkpoint = _from_mar(file)
+        _from_mar(checkpoint)
     elif has(r"encoder\.(patch_embed|blocks)\."):
-        checkpoint = _from_ours(file) if has(r"classifier\.") else _from_pretraining(file)
+        (_from_ours if has(r"classifier\.") else _from_pretraining)(checkpoint)
     elif has(r"(patch_embed|blocks)\."):
-        checkpoint = _from_fine_tuned(file)
+        _from_fine_tuned(checkpoint)
     else:
         # A module of Lightning, for example, has its model as an attribute, and may have other things beside it.
-        inside = [found[1] for name in file.tensors if (found := _INSIDE.fullmatch(name))]
+        inside = [found[1] for name in checkpoint.entries if (found := _INSIDE.fullmatch(name))]
         if len(inside) == 1:
-            tensors = {name.removeprefix(f"{inside[0]}."): tensor for name, tensor in file.tensors.items()}
-            remarks = (*file.remarks, f"'{inside[0]}.' taken off names")
-            return convert(replace(file, tensors=tensors, remarks=remarks), given)
-        first = ", ".join(sorted(file.tensors)[:5]) or "no tensors"
+            stem = f"{inside[0]}."
+            checkpoint.entries = {name.removeprefix(stem): tensor for name, tensor in checkpoint.entries.items()}
+            checkpoint.remarks.append(f"'{stem}' taken off names")
+            return convert(checkpoint, given)
+        first = ", ".join(sorted(checkpoint.entries)[:5]) or "no tensors"
         known = "the names of MAR, VideoMAE (pre-training or fine-tuned), Hugging Face VideoMAE, or mar_fast itself"
-        if keys := [repr(key) for key in (*inside, *file.groups)]:
+        if keys := [repr(key) for key in (*inside, *checkpoint.groups)]:
             known += f"; model_key= opens one of {some(keys, 6)}"
-        raise checks.bad(file.where, f"entries such as {first}", known)
-    checkpoint.own, checkpoint.labels = own, huggingface.labels(config)
-    if (own | checkpoint.said).get("num_classes", (None, ""))[0] == 0:
+        raise checks.bad(checkpoint.where, f"entries such as {first}", known)
+    checkpoint.entries = {}  # in `tensors` now; where these are copies, they need not stay in memory twice
+    checkpoint.own, checkpoint.labels = _own_config(checkpoint), config_json.labels(config)
+    said = checkpoint.own | checkpoint.said
+    if said.get("num_classes", (None, ""))[0] == 0:
         reason = "new: the file has no head (num_classes 0)"
         checkpoint.absent |= {f"classifier.head.{end}": reason for end in ("weight", "bias")}
     # Another program's config.json must agree with the weights even beside our own.
-    if own and not (hugging_face or v2):
+    if checkpoint.own and not (hugging_face or v2):
         checkpoint.said = {}
         return checkpoint
-    files = processors.found(file.where, file.configs)
+    files = processors.found(checkpoint.where, checkpoint.configs)
     if not set(NORMALISATION) <= {*given, *checkpoint.said}:
-        checkpoint.said = processors.normalisation(file.where, files, _channels(checkpoint)) | checkpoint.said
-    image_size, _ = (own | checkpoint.said).get("image_size", ((224, 224), ""))
-    checkpoint.remarks += processors.other_frames(files, image_size)
+        checkpoint.said = processors.normalisation(checkpoint.where, files, _channels(checkpoint)) | checkpoint.said
+    checkpoint.remarks += processors.other_frames(files, said.get("image_size", ((224, 224), ""))[0])
     return checkpoint
 
 
@@ -151,109 +92,104 @@ def _channels(checkpoint: Checkpoint) -> int:
     return patch.shape[1] if patch is not None and patch.ndim == 5 else 3
 
 
-def _from_ours(file: File) -> Checkpoint:
-    checkpoint = _renamed(file, OURS)
-    checkpoint.said |= say("entries in the file", classifier="linear")
+def _from_ours(checkpoint: Checkpoint) -> None:
+    _rename(checkpoint, layouts.OURS)
     if any(name.startswith(("classifier.proj.", "classifier.blocks.")) for name in checkpoint.tensors):
         checkpoint.said |= say("mar_fast: always there", classifier="bridging", final_norm=True)
-    return checkpoint
+    else:
+        checkpoint.said |= say("entries in the file", classifier="linear")
 
 
-def _from_pretraining(file: File) -> Checkpoint:
+def _from_pretraining(checkpoint: Checkpoint) -> None:
     """VideoMAE's encoder and pixel decoder; an encoder alone is read too, with a warning."""
-    checkpoint = _renamed(file, PRETRAINING)
+    _rename(checkpoint, layouts.PRETRAINING)
     checkpoint.said |= say("VideoMAE pre-training: always there", final_norm=True)
     checkpoint.said |= say("entries in the file", classifier=None)
     if not checkpoint.has("decoder"):
         checkpoint.warnings.append("the encoder alone: there is no pixel decoder in the file")
-    return checkpoint
 
 
-def _from_fine_tuned(file: File) -> Checkpoint:
+def _from_fine_tuned(checkpoint: Checkpoint) -> None:
     """VideoMAE's classifiers, v2 too; and its encoders alone, which end with their norm."""
-    checkpoint = _renamed(file, FINE_TUNED)
+    _rename(checkpoint, layouts.FINE_TUNED)
     final_norm = checkpoint.has("final_norm")
     # Where both are lacking the classifier has been lost, and must not pass for one that never was.
-    kind = _linear(checkpoint, final_norm) if checkpoint.has("classifier") or not final_norm else None
-    checkpoint.said |= say("entries in the file", classifier=kind)
-    return checkpoint
+    _say_classifier(checkpoint, checkpoint.has("classifier") or not final_norm, final_norm)
 
 
-def _from_videomae2(file: File) -> Checkpoint:
+def _from_videomae2(checkpoint: Checkpoint) -> None:
     """VideoMAE v2's folders on the hub: fine-tuned names, with or without "model." in front, and a config.json."""
-    content = file.configs["config.json"]
-    prefixed = any(name.startswith("model.") for name in file.tensors)
-    checkpoint = _renamed(file, VIDEOMAE2 if prefixed else replace(FINE_TUNED, title=VIDEOMAE2.title))
-    said, remarks = videomae2.said(file.where, content)
+    content, layout = checkpoint.configs["config.json"], layouts.VIDEOMAE2
+    if not any(name.startswith("model.") for name in checkpoint.entries):
+        layout = layouts.fine_tuned(layout.title)
+    _rename(checkpoint, layout)
+    said, remarks = config_json.said_by_videomae2(checkpoint.where, content)
     checkpoint.said |= said
     checkpoint.remarks += remarks
-    final_norm = checkpoint.said.get("final_norm", (checkpoint.has("final_norm"), ""))[0]
-    headless = checkpoint.said.get("num_classes", (None, ""))[0] == 0
+    final_norm = said.get("final_norm", (checkpoint.has("final_norm"), ""))[0]
     # Without a head these are features: averaged and normalised or, without mean pooling, each token's.
-    kind = None if headless and final_norm else _linear(checkpoint, final_norm)
-    checkpoint.said |= say("entries in the file", classifier=kind)
-    if kind is None:
+    features = final_norm and said.get("num_classes", (None, ""))[0] == 0
+    _say_classifier(checkpoint, not features, final_norm)
+    if features:
         del checkpoint.said["num_classes"]
-    if content[videomae2.KEY].get("qkv_bias") is False:
-        checkpoint.absent = _no_biases(checkpoint)
-    return checkpoint
+    if content[config_json.V2_KEY].get("qkv_bias") is False:
+        _no_biases(checkpoint)
 
 
-def _no_biases(checkpoint: Checkpoint) -> dict[str, str]:
-    """The biases of query and value, by our names, where config.json says that there are none."""
-    blocks = [name.removesuffix("attn.qkv.weight") for name in checkpoint.tensors if name.endswith("qkv.weight")]
-    reason = "zero: config.json says that query and value have no bias"
-    return {block + bias: reason for block in blocks for bias in BIASES}
-
-
-def _from_mar(file: File) -> Checkpoint:
+def _from_mar(checkpoint: Checkpoint) -> None:
     """MAR's original files, which keep mean and std, as constants, with the weights."""
-    checkpoint = _renamed(file, MAR_LAYOUT)
+    _rename(checkpoint, layouts.MAR_LAYOUT)
     checkpoint.said |= say("MAR: always there", classifier="bridging", final_norm=True)
     checkpoint.unused["cls_head.mask_token"] = "nothing in MAR uses it"
     channels = _channels(checkpoint)
     for name in NORMALISATION:
-        if "mar_fast" in file.configs or name not in file.tensors:
+        if "mar_fast" in checkpoint.configs or name not in checkpoint.entries:
             continue
-        tensor = file.tensors[name]
+        tensor = checkpoint.entries[name]
         if tensor.numel() != channels or not tensor.is_floating_point():
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise checks.bad(f"{file.where}, {name}", got, f"{channels} floating-point values")
+            raise checks.bad(f"{checkpoint.where}, {name}", got, f"{channels} floating-point values")
         # The shortest decimal of a float32: 0.485, and not 0.48500001430511475.
         values = tuple(float(str(np.float32(value))) for value in tensor.flatten().tolist())
         if not all(0 <= value <= 1 for value in values):
-            raise checks.bad(f"{file.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
+            raise checks.bad(f"{checkpoint.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
         checkpoint.said |= say(f"{name} in the file", **{name: values})
         checkpoint.unused[name] = "read into the configuration"
-    return checkpoint
 
 
-def _from_hugging_face(file: File) -> Checkpoint:
+def _from_hugging_face(checkpoint: Checkpoint) -> None:
     """The three classes of transformers, under either name that it has had for biases."""
-    names, kind = file.tensors, "VideoMAEModel"
+    names, kind = checkpoint.entries, "VideoMAEModel"
     if any(name.startswith("videomae.") for name in names):
         decoder = any(part_of(name) == "decoder" for name in names)
         kind = "VideoMAEForPreTraining" if decoder else "VideoMAEForVideoClassification"
     linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
-    checkpoint = _renamed(file, hugging_face(kind, linear_biases))
+    _rename(checkpoint, layouts.hugging_face(kind, linear_biases))
     _join_qkv(checkpoint)
     for name, tensor in names.items():
         if name.endswith(".attention.attention.key.bias") and is_finite(tensor):
             checkpoint.unused[name] = "it adds the same to all scores of a query, which softmax takes out"
-    final_norm = checkpoint.has("final_norm")
-    checkpoint.said = huggingface.said(file, kind, final_norm, checkpoint.has("decoder"))
-    classifier = None
-    if kind == "VideoMAEForVideoClassification":
-        classifier = _linear(checkpoint, final_norm or checkpoint.said.get("final_norm", (False,))[0])
-    checkpoint.said |= say("entries in the file", classifier=classifier)
-    config = file.configs.get("config.json", {})
+    checkpoint.said, remarks = config_json.said_by_transformers(checkpoint, kind)
+    checkpoint.remarks += remarks
+    final_norm = checkpoint.has("final_norm") or checkpoint.said.get("final_norm", (False, ""))[0]
+    _say_classifier(checkpoint, kind == "VideoMAEForVideoClassification", final_norm)
+    config = checkpoint.configs.get("config.json", {})
     if not config.get("qv_bias", config.get("qkv_bias", True)):
-        checkpoint.absent = _no_biases(checkpoint)
-    rates = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") if config.get(key)]
-    if rates:
-        dropout = ", ".join(f"{key} {config[key]}" for key in rates)
-        checkpoint.remarks.append(f"not carried over, without effect in evaluation: {dropout}")
-    return checkpoint
+        _no_biases(checkpoint)
+
+
+def _say_classifier(checkpoint: Checkpoint, there: bool, final_norm: bool) -> None:
+    """Say the kind of a classifier without blocks; mean pooling has a norm of its own, and no last norm before it."""
+    pooled = any(name.startswith("classifier.norm.") for name in checkpoint.tensors)
+    kind = None if not there else TOKEN_0 if final_norm and not pooled else "linear"
+    checkpoint.said |= say("entries in the file", classifier=kind)
+
+
+def _no_biases(checkpoint: Checkpoint) -> None:
+    """Let the biases of query and value be absent: config.json says that there are none."""
+    blocks = [name.removesuffix("attn.qkv.weight") for name in checkpoint.tensors if name.endswith("qkv.weight")]
+    reason = "zero: config.json says that query and value have no bias"
+    checkpoint.absent |= {block + bias: reason for block in blocks for bias in BIASES}
 
 
 def _join_qkv(checkpoint: Checkpoint) -> None:
@@ -273,94 +209,70 @@ def _join_qkv(checkpoint: Checkpoint) -> None:
         tensors[f"{stem}.attn.qkv.weight"] = torch.cat([tensors.pop(name) for name in ours])
 
 
-def _linear(checkpoint: Checkpoint, final_norm: bool) -> str:
-    """The kind of a classifier without blocks: mean pooling has a norm of its own, and no last norm before it."""
-    pooled = any(name.startswith("classifier.norm.") for name in checkpoint.tensors)
-    return TOKEN_0 if final_norm and not pooled else "linear"
-
-
-def _renamed(file: File, layout: Layout) -> Checkpoint:
-    """A checkpoint by our names, with what is the same for all sources but transformers."""
-    tensors: dict[str, Tensor] = {}
-    unused: dict[str, str] = {}
-    unknown = {name: f"a {kind} and no tensor" for name, kind in file.non_tensors.items()}
+def _rename(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Make a state dict of our names, and say what is the same for all sources but transformers."""
     joint = re.compile(r"(encoder|decoder)\.blocks\.\d+\.attn\.qkv\.bias")
-    layout = replace(layout, joint_bias=any(joint.fullmatch(layout.ours(name) or "") for name in file.tensors))
-    for name, tensor in file.tensors.items():
-        if (ours := layout.ours(name)) is None:
-            unknown[name] = ""
+    joint_bias = any(joint.fullmatch(layout.ours(name) or "") for name in checkpoint.entries)
+    checkpoint.layout = replace(layout, joint_bias=joint_bias)
+    checkpoint.said |= say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6))
+    for name, tensor in checkpoint.entries.items():
+        if (ours := checkpoint.layout.ours(name)) is None:
+            checkpoint.unknown[name] = ""
         elif joint.fullmatch(ours):
             query, key, value = tensor.tensor_split(3) if tensor.ndim == 1 else (tensor,) * 3
             stem = ours.removesuffix("qkv.bias")
-            tensors |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
+            checkpoint.tensors |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
             if not is_finite(key):
-                unknown[name] = "its part for the key is not finite"
+                checkpoint.unknown[name] = "its part for the key is not finite"
         else:
-            tensors[ours] = tensor
-    tables = {name: file.tensors[name] for name in _TABLES if name in file.tensors}
-    for name, table in tables.items():
-        if fault := _table_fault(table):
-            unknown[name] = fault
-        else:
-            unused[name] = "the position table of the formula, which the model makes itself"
-    tokens = {table.shape[-2] for table in tables.values() if _is_table(table)}
-    said = say(f"{layout.title}: all of its norms", **dict.fromkeys(EPS, 1e-6))
+            checkpoint.tensors[ours] = tensor
+    _recognise_tables(checkpoint)
     # VideoMAE's own files keep the arguments of the run.
-    args = file.configs.get("args", {})
+    args = checkpoint.configs.get("args", {})
     frames, size = args.get("num_frames"), args.get("input_size")
     if isinstance(frames, int) and frames > 0:
-        said |= say("args in the file", num_frames=frames)
+        checkpoint.said |= say("args in the file", num_frames=frames)
     if isinstance(size, int) and size > 0:
-        said |= say("args in the file", image_size=(size, size))
-    return Checkpoint(
-        where=file.where,
-        layout=layout,
-        tensors=tensors,
-        said=said,
-        unused=unused,
-        unknown=unknown,
-        position_tokens=tokens.pop() if len(tokens) == 1 else None,
-        remarks=list(file.remarks),
-    )
+        checkpoint.said |= say("args in the file", image_size=(size, size))
 
 
-def say(origin: str, **values: Any) -> Said:
-    """Fields that one origin gives."""
-    return {name: (value, origin) for name, value in values.items()}
-
-
-def _own_config(file: File) -> Said:
-    if "mar_fast" not in file.configs:
+def _own_config(checkpoint: Checkpoint) -> Said:
+    if "mar_fast" not in checkpoint.configs:
         return {}
-    values = file.configs["mar_fast"]
-    where = f"{file.where}, configuration of mar_fast in it"
+    values = checkpoint.configs["mar_fast"]
+    where = f"{checkpoint.where}, configuration of mar_fast in it"
     if not isinstance(values, dict):
         raise checks.bad(where, type(values).__name__, "an object of MARConfig's fields")
     if unknown := sorted(set(values) - set(FIELDS)):
         accepted = "fields of MARConfig; it may be of a newer mar_fast"
         raise checks.bad(where, f"unknown fields {', '.join(unknown)}", accepted)
-    origin = "mar_fast in config.json" if "config.json" in file.configs else "the file's own configuration"
+    origin = "mar_fast in config.json" if "config.json" in checkpoint.configs else "the file's own configuration"
     try:
         return say(origin, **asdict(MARConfig(**values)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _table_fault(tensor: Tensor) -> str | None:
-    """Why a position table in a file is not the one of the formula; None where it is."""
-    if not _is_table(tensor):
-        return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-    table = sinusoid_table(*tensor.shape[-2:])
-    # Half-precision files have rounded it.
-    bound = max(1e-5, torch.finfo(tensor.dtype).eps)
-    difference = float((tensor.reshape(table.shape).float() - table).abs().max())
-    return None if difference <= bound else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
-
-
-def _is_table(tensor: Tensor) -> bool:
-    if tensor.ndim not in (2, 3) or not tensor.is_floating_point():
-        return False
-    return 0 < tensor.numel() == tensor.shape[-1] * tensor.shape[-2]
+def _recognise_tables(checkpoint: Checkpoint) -> None:
+    """Position tables: those of the formula are not needed, others are unknown; and how many tokens they have."""
+    tokens = set()
+    for name in _TABLES:
+        if (table := checkpoint.entries.get(name)) is None:
+            continue
+        fault = f"{table.dtype} of shape {tuple(table.shape)}"
+        if table.is_floating_point() and table.ndim in (2, 3) and 0 < table.numel() == math.prod(table.shape[-2:]):
+            tokens.add(table.shape[-2])
+            formula = sinusoid_table(*table.shape[-2:])
+            difference = float((table.reshape(formula.shape).float() - formula).abs().max())
+            # Half-precision files have rounded it.
+            same = difference <= max(1e-5, torch.finfo(table.dtype).eps)
+            fault = "" if same else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
+        if fault:
+            checkpoint.unknown[name] = fault
+        else:
+            checkpoint.unused[name] = "the position table of the formula, which the model makes itself"
+    if len(tokens) == 1:
+        (checkpoint.position_tokens,) = tokens
 
 
 def is_finite(tensor: Tensor) -> bool:

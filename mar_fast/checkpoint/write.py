@@ -4,17 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..config import MARConfig
 from ..files import may_write, write_whole, write_whole_folder
 from ..kernels import checks
 from ..model import MAR
 from ..scaled_linear import scaled_layers
-from . import huggingface, processors, videomae2
+from . import config_json, processors
 from .layouts import EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, VIDEOMAE2, Layout, hugging_face, matters
 from .read import METADATA_KEY
 
@@ -22,7 +21,8 @@ LayoutName = Literal["mar_fast", "mar", "videomae", "videomae2", "hf"]
 LAYOUTS = get_args(LayoutName)
 FOLDERS = ("videomae2", "hf")
 """Layouts that are a folder for other programs, with their config.json."""
-FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+CARD = "README.md"
 
 
 def save_checkpoint(
@@ -33,7 +33,7 @@ def save_checkpoint(
     force: bool = False,
     labels: Sequence[str] | None = None,
 ) -> Path:
-    """Write a model's weights as safetensors, whole or not at all.
+    """Write a model's weights as safetensors, whole or not at all; returns the path.
 
     The configuration goes into the file's metadata, or into config.json, where other programs pass over it:
     `from_pretrained` gives the same model back, heads, eps and mask ratio included. Equal models give equal bytes.
@@ -51,107 +51,103 @@ def save_checkpoint(
         labels: For a folder with a classifier: the names of its classes, for config.json. A model that was read from
             such a folder has them in ``load_report.labels``.
 
-    Returns:
-        The path.
-
     Raises:
         ValueError: the layout cannot express the model; the message says what stands in the way.
         FileExistsError: the path is there, and ``force`` is not set.
         OSError: it cannot be written.
         TypeError: not a `mar_fast.MAR`.
     """
-    from safetensors import SafetensorError
+    if labels is not None and layout not in FOLDERS:
+        raise checks.bad("labels", f"some, for layout {layout!r}", "None: only a folder has them")
+    return write(model, check_target(path, layout, force), layout, labels, layout in FOLDERS)
 
-    if not isinstance(model, MAR):
-        raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
-    if labels is not None:
-        if layout not in FOLDERS:
-            raise checks.bad("labels", f"some, for layout {layout!r}", "None: only a folder has them")
-        check_labels(labels, model.config)
-    path = check_target(path, layout, force)
-    names = layout_for(model.config, layout)
-    try:
+
+def write(
+    model: MAR, path: Path, layout: LayoutName, labels: Sequence[str] | None, folder: bool, card: bytes | None = None
+) -> Path:
+    """Write a file, or a folder (in any layout; with a model card, if there is one), and return its path."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    names, config = layout_for(model, layout), model.config
+    if labels is not None and not config.classifier:
+        raise checks.bad("labels", "some, for a model without a classifier", "None")
+    if labels is not None and (isinstance(labels, str) or len(labels) != config.num_classes):
+        raise checks.bad("labels", f"{len(labels)} names", f"{config.num_classes}, one for each class")
+
+    def write_tensors(file: Path) -> None:
+        # One entry: safetensors writes several in a random order, and the same model shall give the same bytes.
+        ours = {METADATA_KEY: json.dumps(asdict(config))}
+        save_file(named_tensors(model, names), file, metadata={"format": "pt"} if layout in FOLDERS else ours)
+
+    def write_files(new: Path) -> None:
+        content: dict[str, Any] = {"library_name": "mar_fast"}
         if layout in FOLDERS:
-            write_whole_folder(path, lambda folder: write_files(model, folder, layout, labels))
+            make = config_json.for_transformers if layout == "hf" else config_json.for_videomae2
+            content = make(config, str(next(model.parameters()).dtype).removeprefix("torch."))
+        if labels:
+            content |= config_json.id2label(labels)
+        for name, its in {
+            "config.json": {**content, "mar_fast": asdict(config)},
+            "preprocessor_config.json": processors.preprocessor_json(config),
+        }.items():
+            (new / name).write_text(json.dumps(its, indent=2) + "\n", encoding="utf-8")
+        write_tensors(new / "model.safetensors")
+        if card is not None:
+            (new / CARD).write_bytes(card)
+
+    try:
+        if folder:
+            write_whole_folder(path, write_files)
         else:
-            write_whole(path, lambda file: _write_tensors(model, names, file, layout))
+            write_whole(path, write_tensors)
     except SafetensorError as error:  # a disk that is full
         raise OSError(f"{path}: cannot be written ({error})") from error
     return path
-
-
-def write_files(model: MAR, folder: Path, layout: LayoutName, labels: Sequence[str] | None) -> None:
-    """Write config.json, model.safetensors and preprocessor_config.json into a folder, in any layout."""
-    config, dtype = model.config, str(next(model.parameters()).dtype).removeprefix("torch.")
-    if layout == "hf":
-        content = huggingface.config_json(config, dtype, labels)
-    elif layout == "videomae2":
-        content = videomae2.config_json(config, dtype, labels)
-    else:
-        content = huggingface.with_labels({"library_name": "mar_fast"}, labels)
-    _write_json(folder / "config.json", {**content, "mar_fast": asdict(config)})
-    _write_json(folder / "preprocessor_config.json", processors.preprocessor_json(config))
-    _write_tensors(model, layout_for(config, layout), folder / "model.safetensors", layout)
-
-
-def _write_tensors(model: MAR, names: Layout, file: Path, layout: LayoutName) -> None:
-    from safetensors.torch import save_file
-
-    # One entry: safetensors writes several in a random order, and the same model shall give the same bytes.
-    metadata = {"format": "pt"} if layout in FOLDERS else {METADATA_KEY: json.dumps(asdict(model.config))}
-    save_file(named_tensors(model, names), file, metadata=metadata)
-
-
-def check_labels(labels: Sequence[str], config: MARConfig) -> None:
-    """Check that there is a name for each class."""
-    if not config.classifier:
-        raise checks.bad("labels", "some, for a model without a classifier", "None")
-    if isinstance(labels, str) or len(labels) != config.num_classes:
-        raise checks.bad("labels", f"{len(labels)} names", f"{config.num_classes}, one for each class")
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_target(path: str | Path, layout: str, force: bool) -> Path:
     """Check, before any work, that a checkpoint of this layout may be written there.
 
     Raises:
-        ValueError: an unknown layout, or a name that does not fit it.
+        ValueError: a name that does not fit the layout.
         FileExistsError, NotADirectoryError: something stands in the way.
     """
-    if layout not in LAYOUTS:
-        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
     path = Path(path).expanduser()
     if layout not in FOLDERS:
         if path.suffix != ".safetensors":
             raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
         may_write([path], force)
     else:
-        check_folder(path, FILES, force)
+        check_folder(path, force)
     return path
 
 
-def check_folder(path: Path, names: Sequence[str], force: bool, beside: Sequence[str] = ()) -> None:
-    """Check that a folder of these files may be written, or replaced with ``force``; only ``beside`` may be there too.
+def check_folder(path: Path, force: bool, beside: Sequence[str] = ()) -> None:
+    """Check that a model's folder may be written, or replaced with ``force``; only ``beside`` may be there too.
 
     Raises:
         FileExistsError, NotADirectoryError: something stands in the way.
     """
     if path.is_file():
         raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
-    may_write([path / name for name in names], force)
-    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*names, *beside})):
+    may_write([path / name for name in _FILES], force)
+    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*_FILES, *beside})):
         raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")
 
 
-def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
-    """The names under which a model of this configuration is written.
+def layout_for(model: MAR, layout: LayoutName) -> Layout:
+    """The names under which a model is written.
 
     Raises:
-        ValueError: the layout cannot express it.
+        ValueError: the layout cannot express it, or is unknown.
+        TypeError: it is no `mar_fast.MAR`.
     """
+    if not isinstance(model, MAR):
+        raise checks.bad_type("model", type(model).__name__, "a mar_fast.MAR")
+    if layout not in LAYOUTS:
+        raise checks.bad("layout", repr(layout), "one of " + ", ".join(map(repr, LAYOUTS)))
+    config = model.config
     if layout == "mar_fast":
         return OURS
     hf, v2, linear = layout == "hf", layout == "videomae2", config.classifier == "linear"
@@ -188,16 +184,14 @@ def layout_for(config: MARConfig, layout: LayoutName) -> Layout:
         if not matters(config, field):
             continue
         eps, why = 1e-6, "the eps of all its norms"
-        if hf and field in huggingface.FIXED_EPS_FIELDS:
-            eps, why = huggingface.FIXED_EPS, "which transformers fixes"
+        if hf and field in config_json.FIXED_EPS_FIELDS:
+            eps, why = config_json.FIXED_EPS, "which transformers fixes"
         elif hf or v2:
             eps, why = config.encoder_eps, "as encoder_eps: config.json has one layer_norm_eps"
         need(field, getattr(config, field) == eps, f"{eps}, {why} (load with {field}={eps} to change it)")
     if hf:
-        return hugging_face(huggingface.kind_for(config))
-    if v2:
-        return VIDEOMAE2
-    return MAR_LAYOUT if layout == "mar" else FINE_TUNED if linear else PRETRAINING
+        return hugging_face(config_json.kind_for(config))
+    return {"mar": MAR_LAYOUT, "videomae2": VIDEOMAE2, "videomae": FINE_TUNED if linear else PRETRAINING}[layout]
 
 
 def named_tensors(model: MAR, layout: Layout) -> dict[str, Tensor]:

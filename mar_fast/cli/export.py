@@ -7,6 +7,7 @@ import typer
 
 from .. import data, export_model, machine
 from ..export.read import Format
+from ..export.write import weights_file
 from ..kernels.gather_patch_embed import per_channel
 from . import common, options
 
@@ -36,7 +37,8 @@ def export(
 
     From a CPU all formats have plain PyTorch's ops. From a GPU pt2 has this package's kernels and needs this package
     where it runs; aoti has the kernels in it and needs torch alone, but runs on that kind of GPU only. aoti needs a C++
-    compiler and takes minutes. onnx has plain ops in float32 and needs: pip install 'mar-fast[export]'.
+    compiler and takes minutes. onnx has plain ops in float32 and needs: pip install 'mar-fast[export]'; weights of
+    more than 2 GB are in a second file, OUT.data.
     """
     model = options.load_masked(checkpoint, keep, given).to(machine.device(device), machine.DTYPES[dtype]).eval()
     names = options.class_names(model, labels) if model.classifier is not None else None
@@ -56,9 +58,11 @@ def export(
         except ArithmeticError as error:
             common.show_error(error)
             raise typer.Exit(common.CHECK_FAILED) from error
-    size = common.megabytes(out.stat().st_size)
+    weights = weights_file(model, out, to)
+    written = [out] if weights is None else [out, weights]
+    size = common.megabytes(sum(file.stat().st_size for file in written))
     shape = (batch or "B", config.channels, config.num_frames, *config.image_size)
     output = "features" if model.classifier is None else "logits"
-    common.show(f"Written: {out} ({to}), {size} MB")
+    common.show(f"Written: {' and '.join(map(str, written))} ({to}), {size} MB")
     common.show(f"{pixels} video ({', '.join(map(str, shape))}) -> {output}, mask ratio {config.mask_ratio:g}")
     common.show(f"differs from the model by {difference:.1e} (relative norm) on {len(example)} clips of {path.name}")

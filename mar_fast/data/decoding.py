@@ -50,12 +50,13 @@ _EMPTY: dict[str, Callable[["Packet"], bool]] = {
 
 
 @contextmanager
-def open_video(source: Source, threads: int = 0) -> Iterator["Video"]:
+def open_video(source: Source, threads: int = 0, kind: "type[Video] | None" = None) -> Iterator["Video"]:
     """Open the video stream of a file, of its bytes or of an open binary file.
 
     Args:
         source: The file.
         threads: Of the decoder; 0 lets FFmpeg choose.
+        kind: Of `Video`, by which frames are decoded; None for that class itself.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -69,7 +70,7 @@ def open_video(source: Source, threads: int = 0) -> Iterator["Video"]:
     elif isinstance(source, io.TextIOBase) or not getattr(source, "seekable", bool)():
         raise checks.bad_type("path", type(source).__name__, "a path, bytes, or a binary file that can be sought in")
     with _errors(source), ExitStack() as files:
-        yield Video(source, threads, files)
+        yield (kind or Video)(source, threads, files)
 
 
 def open_picture(path: Path) -> "VideoFrame":
@@ -102,6 +103,15 @@ def name_of(source: Source) -> str:
     if isinstance(source, str | os.PathLike):
         return repr(os.fspath(source))
     return repr(getattr(source, "name", "an open file"))
+
+
+def for_ffmpeg(source: Source) -> str | IO[bytes]:
+    """A path as FFmpeg takes it, or an open file from its start."""
+    if isinstance(source, str | os.PathLike):
+        return f"file:{os.fspath(source)}"  # else FFmpeg takes what is before a colon for a protocol
+    file = cast("IO[bytes]", source)
+    file.seek(0)
+    return file
 
 
 class Video:
@@ -215,11 +225,7 @@ def _opened(source: Source, threads: int = 0) -> Iterator[tuple["InputContainer"
     import av
 
     name = name_of(source)
-    if isinstance(source, str | os.PathLike):
-        source = f"file:{os.fspath(source)}"  # else FFmpeg takes what is before a colon for a protocol
-    else:
-        cast("IO[bytes]", source).seek(0)
-    with av.open(source, metadata_errors="ignore") as container:
+    with av.open(for_ffmpeg(source), metadata_errors="ignore") as container:
         stream = cast("VideoStream | None", container.streams.best("video"))
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise checks.bad("path", f"{name} without a video stream", "a video file")

@@ -15,10 +15,12 @@ from ..kernels import checks
 from .decoding import Source, Video, open_video
 from .folders import FrameFolder, is_folder
 from .framing import pictures
+from .torchcodec_video import TorchCodecVideo
 
 SAMPLE = "bikes.mp4"
 Sampling = Literal["stride", "uniform"]
 Short = Literal["error", "repeat"]
+Decoder = Literal["pyav", "torchcodec"]
 
 
 def read_clip(
@@ -109,16 +111,20 @@ Film = Video | FrameFolder
 
 
 @contextmanager
-def open_film(source: Source, threads: int = 0) -> Iterator[Film]:
-    """Open a video or a folder of pictures; arguments as in `open_video`.
+def open_film(source: Source, threads: int = 0, decoder: Decoder = "pyav") -> Iterator[Film]:
+    """Open a video or a folder of pictures; other arguments as in `open_video`.
+
+    Args:
+        decoder: What decodes a video: PyAV, or torchcodec (`TorchCodecVideo`). PyAV reads pictures.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see `open_video` and `FrameFolder`.
+        ModuleNotFoundError: torchcodec is asked for and not installed.
     """
     if is_folder(source):
         yield FrameFolder(source)
     else:
-        with open_video(source, threads) as video:
+        with open_video(source, threads, Video if decoder == "pyav" else TorchCodecVideo) as video:
             yield video
 
 

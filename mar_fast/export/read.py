@@ -53,9 +53,8 @@ class ExportInfo:
     def from_json(cls, text: str) -> "ExportInfo":
         """The inverse of `to_json`."""
         content = json.loads(text)
-        labels = content["labels"]
-        config = MARConfig(**content["config"])
-        return cls(**content | {"config": config, "labels": None if labels is None else tuple(labels)})
+        labels = None if content["labels"] is None else tuple(content["labels"])
+        return cls(**content | {"config": MARConfig(**content["config"]), "labels": labels})
 
 
 class ExportedModel:
@@ -73,8 +72,7 @@ class ExportedModel:
     def __call__(self, video: Tensor) -> Tensor:
         """Logits (B, classes) or features (B, N, D), see ``info.output``.
 
-        Args:
-            video: (B, C, T, H, W) of ``info``'s sizes, dtype and device, any strides.
+        The video is (B, C, T, H, W) of ``info``'s sizes, dtype and device, with any strides.
 
         Raises:
             ValueError, TypeError: the video does not fit the file.

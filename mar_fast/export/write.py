@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 import mar_fast
 
-from ..files import may_write, write_whole
+from ..files import may_write, write_whole, write_whole_files
 from ..inference import has_cpp_compiler
 from ..kernels import checks, use_backend
 from ..layers import Constant
@@ -22,7 +22,7 @@ from .read import EXTRA_FILE, KEY, ExportInfo, Format, check_installed, load_exp
 
 SUFFIXES: dict[Format, str] = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 ONNX_PACKAGES = ("onnxscript", "onnxruntime")
-ONNX_LIMIT = 2**31 - 2**24  # bytes of weights: a protobuf message has at most 2 GiB
+ONNX_LIMIT = 2**31 - 2**24  # bytes of weights in an ONNX file: a protobuf message has at most 2 GiB
 
 
 class _TestForm(nn.Module):
@@ -53,7 +53,8 @@ def export_model(
     model's mask_ratio. Before it is put in place it is loaded again and compared with the model on ``example``.
 
     On a CPU the file has plain PyTorch's ops. From a GPU "pt2" calls the ops of this package, which must be installed
-    where it runs; "aoti" has the kernels in it, for that kind of GPU. "onnx" always has plain ops.
+    where it runs; "aoti" has the kernels in it, for that kind of GPU. "onnx" always has plain ops; weights that do not
+    fit into its file are in a second one beside it (`weights_file`), and both are written or none.
 
     Args:
         model: In eval mode, with its final dtype and device; for "onnx" in float32. `from_pretrained` takes another
@@ -64,7 +65,7 @@ def export_model(
         format: "pt2", "aoti" (needs a C++ compiler, takes minutes) or "onnx" (needs the packages of the extra export).
         dynamic_batch: Whether the file takes any number of clips.
         labels: Names of the classes, for the file's metadata. None takes those of the model's load_report.
-        force: Replace a file that exists.
+        force: Replace files that exist.
 
     Returns:
         Norm of the difference between the file's results and the model's, relative to the norm of the model's, for the
@@ -72,7 +73,7 @@ def export_model(
 
     Raises:
         ValueError, TypeError: an argument does not fit, or no C++ compiler is found; the message says.
-        FileExistsError: the file exists, and ``force`` is not set.
+        FileExistsError: one of the files exists, and ``force`` is not set.
         ModuleNotFoundError: "onnx" needs a package that is not installed.
         ArithmeticError: results differ by more than 1e-4 (in 16 bits five units of the last place). Nothing is written.
     """
@@ -84,7 +85,9 @@ def export_model(
     if labels is not None and (config.classifier is None or len(labels) != config.num_classes):
         classes = 0 if config.classifier is None else config.num_classes
         raise checks.bad("labels", f"{len(labels)} names", f"{classes}, as the model has classes")
-    may_write([path], force)
+    weights = weights_file(model, path, format)
+    paths = [path] if weights is None else [weights, path]
+    may_write(paths, force)
     where = next(model.parameters()).device
     with torch.inference_mode(False), torch.no_grad():
         served = _TestForm(_inference_copy(model))
@@ -116,7 +119,7 @@ def export_model(
     differences: list[float] = []
 
     def write(temporary: Path) -> None:
-        _write(program, temporary, info)
+        _write(program, temporary, info, None if weights is None else weights.name)
         run = load_exported(temporary)
         differences.extend(_difference(run(clips), want) for clips, want in zip(batches, expected, strict=True))
         tolerance = max(1e-4, 5 * torch.finfo(weight.dtype).eps)
@@ -126,8 +129,17 @@ def export_model(
                 f"{max(differences):.1e}, expected at most {tolerance:.0e}"
             )
 
-    write_whole(path, write)
+    if weights is None:
+        write_whole(path, write)
+    else:
+        write_whole_files(paths, lambda folder: write(folder / path.name))
     return max(differences)
+
+
+def weights_file(model: MAR, path: Path, format: Format) -> Path | None:
+    """The second file that `export_model` writes: path.onnx.data if ONNX needs one, else None."""
+    large = format == "onnx" and sum(weight.nbytes for weight in _weights(model)) > ONNX_LIMIT
+    return path.with_name(f"{path.name}.data") if large else None
 
 
 def _check(model: MAR, path: Path, example: Tensor, format: Format) -> None:
@@ -148,14 +160,15 @@ def _check(model: MAR, path: Path, example: Tensor, format: Format) -> None:
         _check_onnx(model)
 
 
+def _weights(model: MAR) -> list[nn.Parameter]:
+    """Of what is exported."""
+    return [*model.encoder.parameters(), *(model.classifier.parameters() if model.classifier else ())]
+
+
 def _check_onnx(model: MAR) -> None:
-    weights = [*model.encoder.parameters(), *(model.classifier.parameters() if model.classifier else ())]
-    dtypes, size = {weight.dtype for weight in weights}, sum(weight.nbytes for weight in weights)
+    dtypes = {weight.dtype for weight in _weights(model)}
     if dtypes != {torch.float32}:
         raise checks.bad("model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'")
-    if size > ONNX_LIMIT:
-        accepted = f"at most {ONNX_LIMIT / 1e9:.1f} GB in an ONNX file ('pt2' and 'aoti' take more)"
-        raise checks.bad("model", f"{size / 1e9:.1f} GB of weights", accepted)
     for package in ONNX_PACKAGES:
         check_installed(package)
 
@@ -172,7 +185,7 @@ def _inference_copy(model: MAR) -> MAR:
     return model
 
 
-def _write(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
+def _write(program: ExportedProgram, path: Path, info: ExportInfo, weights: str | None) -> None:
     text = info.to_json()
     if info.format == "pt2":
         with path.open("wb") as file:  # with a path its archive would be named after the temporary file
@@ -186,12 +199,15 @@ def _write(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
             settings["aot_inductor.check_lowerbound"] = False
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     else:
+        import onnx_ir  # which onnxscript stands on
+
         exported = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=["video"], output_names=[info.output]
         )
         assert exported is not None
         exported.model.metadata_props[KEY] = text
-        exported.save(path)
+        # exported.save would have a second file from 1.5 GiB on, whose name would be the temporary one.
+        onnx_ir.save(exported.model, path, external_data=weights)
 
 
 def _difference(got: Tensor, want: Tensor) -> float:

@@ -6,7 +6,7 @@ transformers has them. The forward passes are in `mar_fast.huggingface.forward`.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from threading import Lock
 from typing import Any, TypeVar
@@ -78,7 +78,15 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
     if keep is not None:
-        _check_keep(model, keep)
+        config: Any = model.config
+        if not hasattr(model, "classifier") or not config.use_mean_pooling:
+            accepted = "None: running masking is for VideoMAEForVideoClassification with use_mean_pooling"
+            raise checks.bad("keep", f"{keep!r} for {type(model).__name__}", accepted)
+        _check_keep(keep)
+        _, height, width = grid_of(encoder, config.num_frames)
+        if keep < 1 and (height % 2 or width % 2):
+            accepted = f"None: cells of 2 x 2 patches do not fill a grid of {height} x {width}"
+            raise checks.bad("keep", repr(keep), accepted)
     _warn_of_masking(keep)
     _warn_of_lost_biases(encoder)
     _swap(model, State(None if keep == 1 else keep, num_visible))
@@ -89,8 +97,7 @@ def _accelerate_videomae2(model: Any, keep: float | None, num_visible: int | Non
     """`accelerate` for VideoMAE v2's own class."""
     if num_visible is not None:
         raise checks.bad("num_visible", num_visible, "None: a VideoMAEv2 takes no masks")
-    if isinstance(keep, bool) or keep not in (None, *_KEEP):
-        raise checks.bad("keep", repr(keep), f"None or one of {', '.join(map(str, _KEEP))}")
+    _check_keep(keep)
     if not acceptable(model):
         accepted = "its own: call mar_fast.accelerate first, then what replaces it"
         raise checks.bad("model", f"a {type(model).__name__} with another forward", accepted)
@@ -138,7 +145,7 @@ def restore(model: M) -> M:
 
 _patch_lock = Lock()
 _open_contexts = 0
-_originals: dict[Any, dict[str, Any]] = {}  # of each patched class, the attributes of its own that were replaced
+_undo = ExitStack()  # puts back what _patch replaced
 
 
 @contextmanager
@@ -165,7 +172,7 @@ def patch_transformers() -> Iterator[None]:
         with _patch_lock:
             _open_contexts -= 1
             if not _open_contexts:
-                _unpatch()
+                _undo.close()
 
 
 def _patch(kind: Any) -> None:
@@ -185,20 +192,12 @@ def _patch(kind: Any) -> None:
         _warn_of_lost_biases(_encoder(result[0] if isinstance(result, tuple) else result))
         return result
 
-    replacements = {"__init__": init, "from_pretrained": classmethod(from_pretrained)}
-    _originals[kind] = {name: vars(kind)[name] for name in replacements if name in vars(kind)}
-    for name, value in replacements.items():
+    for name, value in {"__init__": init, "from_pretrained": classmethod(from_pretrained)}.items():
+        if name in vars(kind):
+            _undo.callback(setattr, kind, name, vars(kind)[name])
+        else:
+            _undo.callback(delattr, kind, name)  # it is inherited
         setattr(kind, name, value)
-
-
-def _unpatch() -> None:
-    for kind, originals in _originals.items():
-        for name in ("__init__", "from_pretrained"):
-            if name in originals:
-                setattr(kind, name, originals[name])
-            else:
-                delattr(kind, name)  # it was inherited
-    _originals.clear()
 
 
 def register_attention() -> None:
@@ -280,15 +279,9 @@ def _swap(model: Any, state: State) -> None:
         swap_class(module, state)
 
 
-def _check_keep(model: Any, keep: float) -> None:
-    if not hasattr(model, "classifier") or not model.config.use_mean_pooling:
-        accepted = "None: running masking is for VideoMAEForVideoClassification with use_mean_pooling"
-        raise checks.bad("keep", f"{keep!r} for {type(model).__name__}", accepted)
-    if isinstance(keep, bool) or keep not in _KEEP:
+def _check_keep(keep: float | None) -> None:
+    if isinstance(keep, bool) or keep not in (None, *_KEEP):
         raise checks.bad("keep", repr(keep), f"None or one of {', '.join(map(str, _KEEP))}")
-    _, height, width = grid_of(_encoder(model), model.config.num_frames)
-    if keep < 1 and (height % 2 or width % 2):
-        raise checks.bad("keep", repr(keep), f"None: cells of 2 x 2 patches do not fill a grid of {height} x {width}")
 
 
 def _warn_of_lost_biases(encoder: Any) -> None:

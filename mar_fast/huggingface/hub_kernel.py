@@ -17,6 +17,7 @@ NAME = "mar-fast-kernels"
 """Of the repository; its owner is yours."""
 VARIANTS = {"torch-cpu": "cpu", "torch-cuda": "cuda", "torch-rocm": "rocm", "torch-universal": "cuda"}
 """Variant -> backend."""
+_METADATA = {"name": NAME, "version": 1, "license": "Apache-2.0", "python-depends": []}
 # The folder of the repository's name gives what the variant's own __init__ gives, loaded under that copy's name.
 _INNER = '''"""What the folder above has: for versions of Hugging Face's kernels that look here."""
 
@@ -56,10 +57,11 @@ def build_hub_kernel(folder: str | Path) -> Path:
     def write(new: Path) -> None:
         for variant, backend in VARIANTS.items():
             place, unique = new / "build" / variant, f"_{NAME}_{variant}_{digest}".replace("-", "_")
+            metadata = _METADATA | {"id": unique, "backend": {"type": backend}}
             own = sources | {
                 Path("library.py"): sources[Path("library.py")].replace('"mar_fast"', f'"{unique}"'),
                 Path(NAME.replace("-", "_"), "__init__.py"): _INNER.format(id=unique),
-                Path("metadata.json"): json.dumps(_metadata(unique, backend), indent=2) + "\n",
+                Path("metadata.json"): json.dumps(metadata, indent=2) + "\n",
             }
             for name, text in own.items():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,17 +70,6 @@ def build_hub_kernel(folder: str | Path) -> Path:
 
     write_whole_folder(folder, write)
     return folder
-
-
-def _metadata(unique: str, backend: str) -> dict[str, object]:
-    return {
-        "id": unique,
-        "name": NAME,
-        "version": 1,
-        "license": "Apache-2.0",
-        "python-depends": [],
-        "backend": {"type": backend},
-    }
 
 
 _CARD = f"""---

@@ -4,12 +4,13 @@ That code is not part of transformers nor of this package, so that nobody here c
 name, its configuration and the names of its weights, and then has to prove itself: `same_outputs`.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import videomae2
+from ..checkpoint import config_json
 from ..checkpoint.layouts import VIDEOMAE2
 from ..config import MARConfig
 from ..fallbacks import CHANGED, put_back, unhooked
@@ -19,15 +20,14 @@ from ..model import MAR
 from .layers import State
 
 NAME = "VideoMAEv2"
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_TOLERANCE_16 = 5e-2
+_TOLERANCE, _TOLERANCE_16 = 1e-3, 5e-2
 _DROPOUT = ("drop_rate", "attn_drop_rate", "drop_path_rate", "head_drop_rate")
 _ELSE = "mar_fast.from_pretrained reads its folder"
 
 
 def is_videomae2(model: object) -> bool:
     """Whether this calls itself VideoMAE v2, and has its configuration."""
-    config = getattr(getattr(model, "config", None), videomae2.KEY, None)
+    config = getattr(getattr(model, "config", None), config_json.V2_KEY, None)
     return isinstance(model, nn.Module) and type(model).__name__ == NAME and isinstance(config, dict)
 
 
@@ -60,7 +60,7 @@ class VideoMAE2State(State):
         if kinds_in(model) != self.kinds or not all(map(_plain, inner)):
             return None
         parameters = [parameter for module in inner for parameter in module._parameters.values()]
-        same = len(parameters) == len(self._parameters) and all(map(_is, parameters, self._parameters))
+        same = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
         if self._mar is None or not same:
             self._mar, self._parameters = build(model, self.keep), parameters
         if self._mar.training != model.training:
@@ -77,17 +77,14 @@ def _plain(module: nn.Module) -> bool:
     return unhooked(module) and ("forward" not in vars(module) or put_back(module, type(module)))
 
 
-def _is(first: object, second: object) -> bool:
-    return first is second
-
-
 def build(model: Any, keep: float | None) -> MAR:
     """A `mar_fast.MAR` whose parameters are those of ``model``, the same objects.
 
     Raises:
         ValueError: the model is not what its configuration says, or mar_fast does not compute it.
     """
-    said, _ = videomae2.said("model", {"model_type": NAME, videomae2.KEY: model.config.model_config})
+    content = {"model_type": NAME, config_json.V2_KEY: model.config.model_config}
+    said, _ = config_json.said_by_videomae2("model", content)
     values = {name: value for name, (value, _) in said.items()}
     if values.pop("final_norm", False):
         raise checks.bad("model", f"a {NAME} without mean pooling", f"one with use_mean_pooling; {_ELSE}")
@@ -133,7 +130,7 @@ def same_outputs(model: Any) -> None:
         model.train(training)
     got = mar.eval()(clip).logits
     assert got is not None
-    bound = _TOLERANCE.get(weight.dtype, _TOLERANCE_16)
+    bound = _TOLERANCE_16 if weight.dtype in (torch.float16, torch.bfloat16) else _TOLERANCE
     agrees = isinstance(want, Tensor) and want.shape == got.shape
     difference = float((got - want).float().norm() / want.float().norm()) if agrees else float("nan")
     if not difference <= bound:
@@ -149,10 +146,7 @@ class AcceleratedVideoMAE2(nn.Module):
     def forward(self, pixel_values: Tensor, *arguments: Any, **kwargs: Any) -> Any:
         """VideoMAEv2's forward: (B, C, T, H, W), normalised -> logits (B, classes), or pooled features (B, D).
 
-        Args:
-            pixel_values: The clips.
-            *arguments: Others of the model's own forward, which then runs.
-            **kwargs: Also.
+        With other arguments the model's own forward runs.
         """
         own = super().forward
         state: VideoMAE2State = self._mar_fast

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from ..data.annotations import Sample, check_samples
 from ..data.framing import Image, picture, pictures
-from ..data.video import Film, Sampling, open_film
+from ..data.torchcodec_video import import_decoder
+from ..data.video import Decoder, Film, Sampling, open_film
 from ..kernels import checks
 from .augment import Box, ClipAugment
 from .recipe import Recipe
@@ -100,6 +101,7 @@ class ClipDataset(Videos):
     Raises:
         ValueError: an empty list, a label that the model does not have, a class without a video in a list to train
             on, or none of the videos found.
+        ModuleNotFoundError: ``recipe.data.decoder`` is torchcodec, and it is not installed.
     """
 
     def __init__(self, samples: Sequence[Sample], recipe: Recipe, *, training: bool = True) -> None:
@@ -117,6 +119,9 @@ class ClipDataset(Videos):
         self.paths = [str(sample.path) for sample in samples]
         self.labels = np.array([sample.label for sample in samples])
         self.data, self.seed, self.training = recipe.data, recipe.seed, training
+        self.decoder: Decoder = recipe.data.decoder if training else "pyav"
+        if self.decoder == "torchcodec":
+            import_decoder()  # else each video would be broken for the want of it
         self.num_frames, self.size = config.num_frames, config.image_size
         self.augment = ClipAugment(recipe.augment, self.size, config.mean)
 
@@ -142,7 +147,7 @@ class ClipDataset(Videos):
     def _read(self, index: int, rngs: Sequence[np.random.Generator]) -> list[list[Image]]:
         """The frames of each clip of a video."""
         resample = self.data.repeat == "resample"
-        with open_film(self.paths[index], threads=1) as film:
+        with open_film(self.paths[index], threads=1, decoder=self.decoder) as film:
             clips = [self._frames(film, rng if self.training else None) for rng in (rngs if resample else rngs[:1])]
             found = {}
             for number, frame in film.frames(sorted({number for clip in clips for number in clip})):

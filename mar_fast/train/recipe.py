@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..config import MARConfig, check_cell, masked_slots, named_config
-from ..data.video import Sampling
+from ..data.video import Decoder, Sampling
 from ..kernels import checks
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -49,6 +49,8 @@ class Data:
     """Each clip of a video is sampled anew (MAR), or the same frames are augmented again (VideoMAE)."""
     max_broken: float = 0.02
     """Share of videos that may be unreadable before the run ends."""
+    decoder: Decoder = "pyav"
+    """Of the videos to train on; those to validate and test on are read by PyAV."""
 
 
 @dataclass(frozen=True, kw_only=True)

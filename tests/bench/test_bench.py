@@ -10,7 +10,7 @@ import torch
 from mar_fast import files, kernels, machine
 from mar_fast.bench import gpu, harness, records
 from mar_fast.bench.case import RunOptions
-from mar_fast.bench.op_cases import OpCase
+from mar_fast.bench.op_cases import PART, OpCase
 from mar_fast.bench.suites import SUITES
 from mar_fast.bench.suites.kernels import kernel_case
 from mar_fast.timing import Spread, interleaved
@@ -81,7 +81,7 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
             raise MemoryError("too many clips\nand more")
         return kernels.bias_gelu(x, bias)
 
-    peers = {"silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x}
+    peers = {"silent": silent, "small": small, "wrong": lambda x, bias: 1.1 * x, PART: lambda x, bias: x}
     op_case = OpCase(
         op="bias_gelu",
         label="a case",
@@ -90,24 +90,22 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
         operands=lambda: dict(x=torch.randn(3, 5, 8), bias=torch.randn(8)),
         ours=kernels.bias_gelu,
         peers=peers,
-        eager="",
         differentiated=("x",),
-        flops=0.0,
-        bytes=1.0,
+        flops=1.0,
+        bytes=2.0,
         backward=(0.0, 1.5),
-        part={"a part": lambda x, bias: x},
     )
     options = RunOptions(CPU, torch.float32, ("small",), (1,), seconds=1e-9)
     case = kernel_case(op_case, mode, on_gpu=True)
     measured = harness.measure(case, options, {"fp32": 1e9, "copy": 1e9}, machine.environment(CPU))
     found = {(record.provider, record.metric): record for record in measured}
-    timed = {"mar_fast", "a part"} if mode == "forward" else {"mar_fast"}
+    timed = {"mar_fast", PART} if mode == "forward" else {"mar_fast"}
     for metric in ("time", "peak memory"):
         assert {name for name, what in found if what == metric} == timed
     assert found["silent", "unavailable"].note == "NotImplementedError: no message"
     assert found["small", "unavailable"].note == "MemoryError: too many clips"
     assert found["wrong", "withheld"].note.startswith("wrong: differs from float64 by ")
-    assert found["roofline", "floor"].p50 == pytest.approx(1e-9 if mode == "forward" else 1.5e-9)
+    assert found["roofline", "floor"].p50 == pytest.approx(2e-9 if mode == "forward" else 3e-9)
     assert not harness.failures(measured) and all(record.baseline == "silent" for record in measured)
 
 

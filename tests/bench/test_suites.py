@@ -15,9 +15,11 @@ import mar_fast
 from mar_fast import inference, machine
 from mar_fast.bench import __main__ as module
 from mar_fast.bench import harness, peers, records, workloads
-from mar_fast.bench.case import Case, Floor, Prepared, Provider, RunOptions
+from mar_fast.bench.case import Case, Prepared, Provider, RunOptions
 from mar_fast.bench.records import Record
 from mar_fast.bench.suites import SUITES, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
+from mar_fast.bench.suites.common import least_work
+from mar_fast.cost import Cost, Part
 
 CPU = torch.device("cpu")
 RATES = {"fp32": 1e11, "bf16": 2e11, "copy": 1e10}
@@ -80,12 +82,14 @@ def test_every_classifier_gives_the_logits(dtype, keep):
 
 
 @pytest.mark.compiles
-def test_compiled_classifiers():
-    case = encoder.inference_case(options(), "small", 1, 0.5, compiled=True)
-    compiled = tuple(one for one in case.providers if "compiled" in one.name or "frozen" in one.name)
-    assert [one.name for one in compiled] == ["PyTorch SDPA, compiled", "PyTorch SDPA, frozen", "mar_fast, compiled"]
-    found = measured(replace(case, providers=compiled))
-    for one in compiled:
+@pytest.mark.parametrize("make", [encoder.inference_case, training.training_case])
+def test_compiled(make):
+    case = make(options(), "small", 1, 0.5, compiled=True)
+    chosen = tuple(one for one in case.providers if one.name.endswith((", compiled", ", frozen")))
+    frozen = ["PyTorch SDPA, frozen"] if case.mode == "inference" else []
+    assert [one.name for one in chosen] == ["PyTorch SDPA, compiled", *frozen, "mar_fast, compiled"]
+    found = measured(replace(case, providers=chosen))
+    for one in chosen:
         own = found[one.name]
         assert own["error"].p50 < 1e-5 and own["compile time"].p50 > 0 and own["time"], own
 
@@ -113,16 +117,6 @@ def test_every_training_step_has_the_loss_and_gradients(dtype):
     assert len(case.providers) == 4 and case.mode == "training step"
     for name in names(case):
         assert found[name]["time"] and found[name]["error"].p50 < (1e-5 if dtype == torch.float32 else 5e-2)
-
-
-@pytest.mark.compiles
-def test_compiled_training():
-    case = training.training_case(options(), "small", 1, 0.5, compiled=True)
-    compiled = tuple(one for one in case.providers if one.name.endswith(", compiled"))
-    assert len(compiled) == 2
-    found = measured(replace(case, providers=compiled))
-    for one in compiled:
-        assert found[one.name]["error"].p50 < 1e-5 and found[one.name]["compile time"].p50 > 0
 
 
 def test_steps_of_the_waterfall_are_one_function():
@@ -185,14 +179,14 @@ def test_no_op_is_measured_against_itself_on_a_cpu(monkeypatch):
         assert not set(names(case)) & {*plain, "cuBLAS on gathered patches"} and case.baseline in names(case)
     for op_case in kernels.every_op_case(options()):
         case = kernels.kernel_case(op_case, "forward", on_gpu=True)
-        assert case.baseline in plain and set(op_case.part) <= set(names(case))
+        assert case.baseline in plain and names(case) == ["mar_fast", *op_case.peers]
     monkeypatch.setattr(kernels.cpu_attention, "PREFERRED", True)
     found = [case for case in kernels.cases(options(torch.bfloat16)) if case.name.startswith("attention")]
     assert [case.baseline for case in found] == ["SDPA", "scores written out"]
 
 
 def case_floor(case):
-    return case.floor.at(RATES[case.dtype_name], RATES["copy"])
+    return case.floor.floor_seconds(RATES[case.dtype_name], RATES["copy"])
 
 
 def test_scaling_fits_a_power():
@@ -237,7 +231,7 @@ def test_extraction(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     monkeypatch.setattr(extraction, "WINDOWS", 2)
     film = clips.textured(tmp_path / "a.mkv", 120, (64, 80), codec="ffv1")
-    reading, features, dtypes = (measured(case) for case in extraction.cases(options(clip=str(film))))
+    reading, features, dtypes = (measured(case) for case in extraction.cases(options(clip=film)))
     assert [name for name, own in dtypes.items() if own["time"].p50 > 0] == [
         f"mar_fast, {name}" for name in machine.DTYPES
     ]
@@ -274,7 +268,7 @@ def toy(name="toy", baseline="", **providers):
         Provider(provider, (lambda value=value: Prepared(lambda: None, lambda: [value])))
         for provider, value in providers.items()
     ]
-    floor = Floor(5e10, 1e9)
+    floor = Cost((Part("toy", 0, 50 * 10**9, 10**9),))
     return Case("toys", name, "", 1.0, torch.float32, 0, tuple(made), lambda: [expected], 0.1, baseline, floor)
 
 
@@ -291,7 +285,16 @@ def test_the_baseline_sets_what_others_may_differ_by():
 
 
 def test_floor_is_the_slower_ceiling():
-    assert Floor(5e10, 1e9).at(1e11, 1e10) == 1.0 and Floor(5e10, 1e11).at(1e11, 1e10) == 10.0
+    """At 100 GFLOP/s and 10 GB/s; a step's optimizer moves 28 bytes a parameter after the rest."""
+    for moved, seconds in ((10**9, 1.0), (10**11, 10.0)):
+        case = replace(toy(mar_fast=torch.ones(3)), floor=Cost((Part("toy", 0, 50 * 10**9, moved),)))
+        assert measured(case)["roofline"]["floor"].p50 == seconds
+    work = workloads.Workload(encoder.model_config("small", 0.5, decoder=True), 2, CPU, torch.float32, training=True)
+    step = mar_fast.cost.count(
+        work.config, batch=2, reconstruct=True, training=True, bytes_per_value=4, bytes_per_pixel=4
+    )
+    least = least_work(work).floor_seconds(1e11, 1e10) - step.floor_seconds(1e11, 1e10)
+    assert least == pytest.approx(28 * step.parameters / 1e10)
 
 
 def test_an_interruption_keeps_what_is_done(monkeypatch, tmp_path):

@@ -226,11 +226,6 @@ def test_mean_and_std_of_a_mar_file():
 # What comes out: parts that are there, made anew, or left out.
 
 
-def pretraining_file(folder, **changes):
-    model = small_model(**PRETRAINING)
-    return model, save_checkpoint(model, folder / "pre.safetensors", layout="videomae", **changes)
-
-
 @pytest.mark.parametrize("kind", [None, "bridging", "linear"])
 def test_fine_tuning_a_pretraining_file(tmp_path, kind):
     """The main path: num_classes makes a new classifier, everything else is the checkpoint's."""
@@ -333,7 +328,7 @@ def test_allowed_by_name():
 
 
 def test_report(tmp_path, caplog):
-    _, path = pretraining_file(tmp_path)
+    path = save_checkpoint(small_model(**PRETRAINING), tmp_path / "pre.safetensors", layout="videomae")
     with caplog.at_level(logging.INFO, logger="mar_fast.checkpoint"):
         model = from_pretrained(path, num_classes=3)
     report = model.load_report

@@ -33,7 +33,7 @@ def hf_state():
     from mar_fast.checkpoint.write import layout_for, named_tensors
 
     model = hf_model()
-    return named_tensors(model, layout_for(model.config, "hf"))
+    return named_tensors(model, layout_for(model, "hf"))
 
 
 @pytest.mark.parametrize("layout", STATES)

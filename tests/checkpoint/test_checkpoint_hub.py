@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from checkpoint_cases import LINEAR, PRETRAINING, same_weights, small_model
+from checkpoint_cases import LAYOUTS, LINEAR, PRETRAINING, same_weights, small_model
 from videomae2_cases import v2_folder
 
 import mar_fast
@@ -19,24 +19,16 @@ from mar_fast.checkpoint import model_card, push_to_hub, save_pretrained
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-MODELS = {
-    "mar_fast": {},
-    "mar": {"decoder_depth": 0},
-    "videomae": PRETRAINING,
-    "videomae2": {**LINEAR, "num_classes": 0},
-    "hf": {**LINEAR, "classifier_norm_eps": 1e-5},
-}
-
 
 def front_matter(card):
     yaml = pytest.importorskip("yaml")
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
 
 
-@pytest.mark.parametrize("layout", MODELS)
-def test_a_folder_comes_back(tmp_path, layout):
-    model = small_model(**MODELS[layout])
-    folder = model.save_pretrained(tmp_path / "a", layout=layout)
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_folder_comes_back(tmp_path, case):
+    model = small_model(**LAYOUTS[case])
+    folder = model.save_pretrained(tmp_path / "a", layout=case.split(",")[0])
     names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert {file.name for file in folder.iterdir()} == names
     for back in (MAR.from_pretrained(folder), from_pretrained(str(folder))):

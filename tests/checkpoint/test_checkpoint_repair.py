@@ -7,11 +7,12 @@ import pytest
 pytest.importorskip("safetensors")
 
 import torch
-from checkpoint_cases import LINEAR, PRETRAINING, clip, fine_tuned_names, same_weights, small_model
+from checkpoint_cases import LAYOUTS, LINEAR, clip, fine_tuned_names, same_weights, small_model
 from huggingface_cases import CLASSES, saved, their_model
 from safetensors.torch import load_file, save_file
 
 from mar_fast import from_pretrained, save_checkpoint
+from mar_fast.checkpoint.write import FOLDERS
 
 transformers = pytest.importorskip("transformers")
 
@@ -86,15 +87,6 @@ def test_without_the_original(tmp_path):
         from_pretrained(edit(lost, missing))
 
 
-LAYOUTS = {
-    "mar": dict(),
-    "videomae": PRETRAINING,
-    "videomae, fine-tuned": LINEAR,
-    "hf": {**LINEAR, "classifier_norm_eps": 1e-5},
-    "mar_fast": dict(),
-}
-
-
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_zero_biases_are_told_in_every_layout(tmp_path, case):
     """... and repaired in every one."""
@@ -105,7 +97,7 @@ def test_zero_biases_are_told_in_every_layout(tmp_path, case):
         for name, parameter in model.named_parameters():
             if name.endswith(LOST):
                 parameter.zero_()
-    file = save_checkpoint(model, tmp_path / ("a" if layout == "hf" else "a.safetensors"), layout=layout)
+    file = save_checkpoint(model, tmp_path / ("a" if layout in FOLDERS else "a.safetensors"), layout=layout)
     assert [w for w in from_pretrained(file).load_report.warnings if "are zero, as in a model that was never" in w]
     assert same_weights(from_pretrained(file, biases_from=path), small_model(**LAYOUTS[case]))
 

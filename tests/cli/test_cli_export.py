@@ -1,5 +1,7 @@
 """mar-fast export: what it writes and prints, exit codes, bad input."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("typer")
@@ -43,6 +45,20 @@ def test_file(run, mar, tmp_path):
     got = load_exported("dense.pt2")((views(2) / 255 - mean) / std)
     want = small_model(depth=1, bridge_depth=1, decoder_depth=1, mask_ratio=0.0)(views(2)).features
     assert got.shape == (2, 24, 96) and got.dtype == torch.bfloat16 and relative(got, want) < 2e-2
+
+
+def test_both_files_are_told(run, mar, monkeypatch):
+    """Where weights do not fit into one file; how they are written is tested with `export_model`."""
+
+    def export_model(model, out, example, **options):
+        for file in (out, write.weights_file(model, out, "onnx")):
+            file.write_bytes(bytes(1_500_000))
+        return 1e-7
+
+    monkeypatch.setattr(write, "ONNX_LIMIT", 1000)
+    monkeypatch.setattr(sys.modules["mar_fast.cli.export"], "export_model", export_model)
+    code, out, _ = run("export", mar, "large.onnx", "--format", "onnx")
+    assert code == 0 and "Written: large.onnx and large.onnx.data (onnx), 3" in out
 
 
 def test_bad_input(run, mar, tmp_path, monkeypatch):

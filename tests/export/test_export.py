@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -210,14 +212,12 @@ def test_our_kernels_for_a_gpu(monkeypatch):
             dict(format="onnx", path="a.onnx", model=model_of().half()),
             "model: got weights in float16, expected float32",
         ),
-        (dict(format="onnx", path="a.onnx"), "model: got 0.0 GB of weights, expected at most 0.0 GB in an ONNX file"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "+".join(value),
 )
 def test_bad_arguments(options, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(write, "has_cpp_compiler", lambda: False)
-    monkeypatch.setattr(write, "ONNX_LIMIT", 1000)
     with pytest.raises((ValueError, TypeError), match=error):
         export_model(**dict(model=model_of(), path="a.pt2", example=real_clips()) | options)
     assert not list(tmp_path.iterdir())
@@ -250,6 +250,41 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     assert model.decoder is not None and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in model_of().state_dict().items())
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="needs onnxscript and onnxruntime")
+def test_weights_beyond_an_onnx_file(tmp_path, monkeypatch):
+    """They are in a second file. Both are written or none, both are replaced, and they can be moved together."""
+    monkeypatch.setattr(write, "ONNX_LIMIT", 10_000)
+    path, weights, clips = tmp_path / "a.onnx", tmp_path / "a.onnx.data", real_clips()
+    model = small()
+    weights.write_bytes(b"other")
+    with pytest.raises(FileExistsError, match=r"a.onnx.data: already exists, expected a new file \(or --force"):
+        export_model(model, path, clips, format="onnx")
+    assert not path.exists() and weights.read_bytes() == b"other"
+
+    assert export_model(model, path, clips, format="onnx", force=True) < 1e-5
+    total = sum(parameter.nbytes for parameter in (*model.encoder.parameters(), *model.classifier.parameters()))
+    assert weights.stat().st_size > 0.9 * total and path.stat().st_size < 0.5 * total
+    assert sorted(tmp_path.iterdir()) == [path, weights] and path.stat().st_mode == weights.stat().st_mode
+
+    moved = tmp_path / "other" / "a.onnx"
+    moved.parent.mkdir()
+    for file in (path, weights):
+        shutil.copy(file, moved.parent)
+    assert relative(load_exported(moved)(clips), expected(model, clips)) < 1e-5
+    (moved.parent / "a.onnx.data").unlink()
+    with pytest.raises(ValueError, match=r"path: got .*a.onnx, which onnxruntime does not read .*a.onnx.data"):
+        load_exported(moved)
+
+    before, (soft, hard) = (path.read_bytes(), weights.read_bytes()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large|requested and"):
+            export_model(model_of(), path, clips, format="onnx", dynamic_batch=False, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (path.read_bytes(), weights.read_bytes()) == before and len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["text.pt2", "weights.pt2", "none.pt2", "text.onnx", "foreign.onnx"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import relative
-from test_huggingface import BATCH, FRAMES, MASKED, SIZE, TOKENS, build_theirs, clips
+from test_huggingface import BATCH, FRAMES, MASKED, SIZE, TOKENS, both_dtypes, both_shapes, build_theirs, clips
 
 import mar_fast
 from mar_fast import TokenMask, masking
@@ -33,11 +33,6 @@ CASES = {
 }
 VISIBLE = TOKENS - MASKED
 
-all_sizes = pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [("base", torch.float32), ("large", torch.float32), ("base", torch.float64), ("large", torch.float64)],
-    ids=["base-float32", "large-float32", "base-float64", "large-float64"],
-)
 all_cases = pytest.mark.parametrize("case", CASES)
 all_kinds = pytest.mark.parametrize(
     "case",
@@ -96,7 +91,8 @@ def check_gradients(plain, fast, want, got, tolerance):
         assert relative(got[name], want[name]) <= limit, name  # nan, which fails, if the expected gradient is 0
 
 
-@all_sizes
+@both_dtypes
+@both_shapes
 @all_cases
 def test_values_and_every_gradient(case, shape, dtype):
     plain, fast, arguments = pair(case, shape, dtype)

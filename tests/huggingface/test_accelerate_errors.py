@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from test_accelerate import TOKENS, pair
+from test_accelerate_rules import CLASSIFIER, MODEL, PRETRAINING
 from test_huggingface import BATCH
 from torch import nn
 from torch.nn.utils import parametrize
@@ -13,9 +14,6 @@ from torch.nn.utils import parametrize
 import mar_fast
 
 transformers = pytest.importorskip("transformers")
-
-MODEL, CLASSIFIER = "model, last norm, masked", "classifier, mean pooling, dense"
-PRETRAINING = "pretraining, normalised target"
 
 
 def call(case, **changes):

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
+from checkpoint_cases import random_weights
 from helpers import relative
 from test_accelerate import check_same, pair
 from test_accelerate_rules import MODEL, PRETRAINING, first_attention
-from test_huggingface import CLASSES, randomise
+from test_huggingface import CLASSES
 from torch import nn
 
 import mar_fast
@@ -186,7 +187,7 @@ def test_odd_sizes_go_through_their_convolution():
     size = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.VideoMAEConfig(image_size=(40, 50), num_frames=5, num_labels=CLASSES, **size)
     plain = transformers.VideoMAEForVideoClassification(config)
-    randomise(plain, torch.Generator().manual_seed(0))
+    random_weights(plain)
     fast = mar_fast.accelerate(copy.deepcopy(plain))
     pixels = torch.randn(2, 5, 3, 40, 50)
     with pytest.warns(UserWarning, match="odd sizes"):

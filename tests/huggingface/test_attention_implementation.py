@@ -44,16 +44,8 @@ def test_dropout_is_refused():
 
 def test_padding_is_refused_not_ignored():
     mar_fast.register_attention()
-    model = transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=20,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            attn_implementation="mar_fast",
-        )
-    ).eval()
+    sizes = dict(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation="mar_fast")).eval()
     tokens = torch.randint(20, (2, 5))
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")

@@ -1,10 +1,9 @@
 """The model against transformers' VideoMAE classes: random weights, carried over here by hand, values and gradients."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_cases import random_weights
 from helpers import relative
 
 import mar_fast
@@ -66,20 +65,6 @@ def in_our_layout(tensors):
     return ours
 
 
-def randomise(model, generator):
-    """Make every parameter matter: no bias is 0, no norm is the identity, attention is far from uniform."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "norm" in name and name.endswith("weight"):
-                noise = 1 + 0.3 * noise
-            elif parameter.ndim > 1 and name != "mask_token":
-                noise = noise * (2 if "query" in name or "key" in name else 1) / parameter[0].numel() ** 0.5
-            else:
-                noise = 0.5 * noise
-            parameter.copy_(noise)
-
-
 def build_theirs(kind, shape, dtype, *, final_norm, norm_pix_loss=True, **options):
     """One of their models with random weights, the size of it by our names, and the source of its randomness."""
     size = dict(SHAPES[shape])
@@ -99,7 +84,8 @@ def build_theirs(kind, shape, dtype, *, final_norm, norm_pix_loss=True, **option
             **options,
         )
     ).to(dtype)  # fmt: skip
-    randomise(theirs, generator)
+    # No bias is 0, no norm is the identity, attention is far from uniform: every parameter matters.
+    random_weights(theirs, generator, scores=2, dtype=torch.float64)
     return theirs, size, eps, generator
 
 
@@ -155,59 +141,31 @@ def test_features(shape, dtype, final_norm):
         assert relative(got, want) <= VALUES[dtype]
 
 
-@functools.cache
-def classify(shape, dtype):
-    theirs, ours, video, _ = build(
-        "VideoMAEForVideoClassification", shape, dtype, final_norm=False, classifier="linear"
-    )
-    target = torch.arange(BATCH)
-    want, got = theirs(video.transpose(1, 2)).logits, ours(video).logits
-    for logits in (want, got):
-        F.cross_entropy(logits, target).backward()
-    return theirs, ours, want, got
-
-
 @both_dtypes
 @both_shapes
-def test_logits(shape, dtype):
-    _, _, want, got = classify(shape, dtype)
+def test_logits_and_gradients(shape, dtype):
+    options = dict(final_norm=False, classifier="linear")
+    theirs, ours, video, _ = build("VideoMAEForVideoClassification", shape, dtype, **options)
+    want, got = theirs(video.transpose(1, 2)).logits, ours(video).logits
     assert got.shape == want.shape == (BATCH, CLASSES)
     assert relative(got, want) <= VALUES[dtype]
-
-
-@both_dtypes
-@both_shapes
-def test_classifier_gradients(shape, dtype):
-    theirs, ours, _, _ = classify(shape, dtype)
+    for logits in (want, got):
+        F.cross_entropy(logits, torch.arange(BATCH)).backward()
     check_gradients(theirs, ours, dtype)
 
 
-@functools.cache
-def reconstruct(shape, dtype, norm_pix_loss):
-    theirs, ours, video, masked = build(
-        "VideoMAEForPreTraining", shape, dtype, final_norm=True, norm_pix_loss=norm_pix_loss
-    )
-    want = theirs(video.transpose(1, 2), bool_masked_pos=masked)
-    got = ours.train()(video, TokenMask.from_bool_masked(masked))
-    want.loss.backward()
-    got.reconstruction_loss.backward()
-    return theirs, ours, want, got
-
-
 @both_dtypes
 @both_shapes
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_pixels_and_loss(shape, dtype, norm_pix_loss):
+def test_pixels_loss_and_gradients(shape, dtype, norm_pix_loss):
     """Their decoder sees visible tokens first, then masked ones, ours all in place: without effect on the numbers."""
-    _, _, want, got = reconstruct(shape, dtype, norm_pix_loss)
+    options = dict(final_norm=True, norm_pix_loss=norm_pix_loss)
+    theirs, ours, video, masked = build("VideoMAEForPreTraining", shape, dtype, **options)
+    want = theirs(video.transpose(1, 2), bool_masked_pos=masked)
+    got = ours.train()(video, TokenMask.from_bool_masked(masked))
     assert got.pixels.shape == want.logits.shape == (BATCH, MASKED, 2 * 16 * 16 * 3)
     assert relative(got.pixels, want.logits) <= VALUES[dtype]
     assert relative(got.reconstruction_loss, want.loss) <= VALUES[dtype]
-
-
-@both_dtypes
-@both_shapes
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_pretraining_gradients(shape, dtype, norm_pix_loss):
-    theirs, ours, _, _ = reconstruct(shape, dtype, norm_pix_loss)
+    want.loss.backward()
+    got.reconstruction_loss.backward()
     check_gradients(theirs, ours, dtype)

@@ -206,10 +206,12 @@ def test_nothing(package):
     assert out.shape == (0, 32) and out.dtype == torch.float16 and not calls
 
 
-def test_autocast(package):
+def test_autocast(package, monkeypatch):
     backend, _ = package
+    monkeypatch.setattr(sys.modules["mar_fast.kernels.attention"], "attention_backend", lambda *args: backend)
     with torch.autocast("cpu", torch.bfloat16):
-        assert backends.ATTENTION[backend](attention_operands(torch.float32)["qkv"], SCALE).dtype == torch.bfloat16
+        assert kernels.attention(attention_operands(torch.float32)["qkv"]).dtype == torch.bfloat16
+        assert kernels.attention_varlen(**varlen_operands(torch.float32, (5, 12))).dtype == torch.bfloat16
 
 
 # The choice.

@@ -3,6 +3,7 @@
 The gate compiles a part of the calls; ``make matrix`` all of them, with the pinned Triton and with an older one.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -21,8 +22,8 @@ if device.INTERPRETING:
 import triton
 import triton.language as tl
 
-from mar_fast.bench import __main__, kernel_calls
-from mar_fast.bench.kernel_calls import calls, launched, launches
+from mar_fast.bench import __main__, matrix
+from mar_fast.bench.matrix import calls, launched, launches
 from mar_fast.kernels.jit import attention, attention_backward, compile_check
 from mar_fast.kernels.jit.compile_check import STRICT, TARGETS, check, check_all, code, recorded
 from mar_fast.kernels.jit.launch import Choice, Launch, LaunchConfig, forced
@@ -39,7 +40,7 @@ def test_kernels_compile_without_faults():
     chosen = [told for told, made_by in every.items() if any((call, told.target) in wanted for call in made_by)]
     with forced({"attention_backward_key_value": LaunchConfig(32, 64, 64, 4, 3, fused=True)}):  # no default takes it
         made = [code(*one, "sm_90") for one in launches(first[False, "attention"], "sm_90")]
-        chosen += [one for one in made if one.function.endswith("fused_kernel")]
+        chosen += [one for one in made if one.source[0].endswith("fused_kernel")]
     reports = [*check_all(chosen, jobs=0)]
     assert not [report for report in reports if report.failed]
     assert {report.code.target for report in reports} == set(TARGETS)
@@ -54,9 +55,20 @@ def test_whole_matrix(capsys):
         assert __main__.main(["matrix"]) == 0
 
 
-def test_every_choice_is_reached():
+def test_every_choice_is_reached(monkeypatch):
     """Each line of the launch choices, and each row of their tables, by some call; nothing is compiled for it."""
-    lines, before = {}, sys.gettrace()
+    lines, left, before = {}, {}, sys.gettrace()
+
+    class Row(tuple):
+        def __iter__(self):  # it is taken
+            left.pop(id(self), None)
+            return super().__iter__()
+
+    for table in (*attention.FORWARD, *attention_backward.QUERY, *attention_backward.KEY_VALUE):
+        for arch, rows in table.items():
+            watched = {shape: Row(row) for shape, row in rows.items()}
+            monkeypatch.setitem(table, arch, watched)
+            left |= {id(row): (arch, shape, row) for shape, row in watched.items()}
 
     def trace(frame, event, value):
         if frame.f_code.co_name.startswith("config") and "/jit/" in frame.f_code.co_filename:
@@ -66,23 +78,13 @@ def test_every_choice_is_reached():
 
     sys.settrace(trace)
     try:
-        targets = (*TARGETS, "interpreter")
-        made = [(to, one.choice) for to in targets for call in calls("meta") for one, _ in launches(call, to)]
+        for call, target in itertools.product(calls("meta"), (*TARGETS, "interpreter")):
+            launches(call, target)
     finally:
         sys.settrace(before)
     for function, reached in lines.items():
         never = {line for _, _, line in function.co_lines() if line} - reached - {function.co_firstlineno}
         assert not never, (function.co_filename, sorted(never))
-    passes = dict(forward=attention.FORWARD)
-    passes |= dict(backward_query=attention_backward.QUERY, backward_key_value=attention_backward.KEY_VALUE)
-    tables = {(f"attention_{name}", single): pair[single] for name, pair in passes.items() for single in (False, True)}
-    left = {(*key, arch, row) for key, table in tables.items() for arch, rows in table.items() for row in rows}
-    for target, choice in made:
-        if table := tables.get(key := (choice.kernel, choice.dtype == "float32")):
-            archs = [f"{target} with TMA"] * choice.shape.get("tma", False) + [target if target in table else ""]
-            rows = ((arch, row) for arch in archs for row in table.get(arch, ()))
-            size, tokens = choice.shape["head_dim"], choice.shape["tokens"]
-            left.discard((*key, *next((arch, row) for arch, row in rows if size <= row[0] and tokens <= row[1])))
     assert not left
 
 
@@ -193,7 +195,7 @@ def test_loads_as_disassembled():
     narrow = "LDG.E R2, LDG.E.64, LDG.E.LTC128B.64, LDG.E.U8, LDG.E.S16.CONSTANT, LDGSTS.E.64, LDGSTS.E, STG.E.128"
     wide = "LDG.E.128.CONSTANT, LDG.E.ENL2.256, LDGSTS.E.BYPASS.LTC128B.128, LDGSTS.E.BYPASS.128, LDG.E.128"
     for one in f"{narrow}, {wide}".split(", "):
-        found = compile_check._WIDE_LOAD.search(f"/*0030*/ @!P0 {one} R2, desc[UR4][R2.64] ;")
+        found = compile_check.count(compile_check.FIGURES["wide loads"], f"/*0030*/ @!P0 {one} R2, desc[UR4][R2.64] ;")
         assert bool(found) == (one in wide.split(", ")), one
 
 
@@ -204,14 +206,14 @@ def test_loads_as_disassembled():
 def twins(monkeypatch):
     """Only bias_gelu in bfloat16, twice."""
     name, first = next(iter(calls("meta").items()))
-    monkeypatch.setattr(kernel_calls, "calls", lambda device: {name: first, "its twin": first})
+    monkeypatch.setattr(matrix, "calls", lambda device: {name: first, "its twin": first})
 
 
 def test_command(twins, capsys):
     """A table and its faults, exit code 1; names that are not known. The same launch is compiled once."""
     entries = launched(code, ["sm_90"], ["bias_gelu"])
     assert [told.kernel for told in entries] == ["bias_gelu_forward", "bias_gelu_backward", "sum_parts"]
-    assert all(made_by == [*kernel_calls.calls("meta")] for made_by in entries.values())
+    assert all(made_by == [*matrix.calls("meta")] for made_by in entries.values())
     arguments = ["matrix", "--target", "sm_90", "--kernel", "bias_gelu_forward", "--jobs", "0"]
     assert __main__.main(arguments) == 0
     line = r"bias_gelu_forward +sm_90 +16 x 256, 4 warps, 1 stages +registers .*bias_gelu, 32 clips"
@@ -239,7 +241,7 @@ class EndsItsProcess:
 def test_processes(twins):
     """They give what this one gives; if the compiler ends one, only the code that does it is lost."""
     first, second = launched(code, ["sm_90", "gfx942"], ["bias_gelu_forward"])
-    bad = replace(first, kernel="bad", constants={"BLOCK_M": EndsItsProcess()})
+    bad = replace(first, kernel="bad", source=(EndsItsProcess(),))
     mine, lost, last = check_all([first, bad, second], jobs=2)
     assert lost.failed and lost.faults == ["does not compile: the compiler ended its process"]
     assert [mine, last] == [*check_all([first, second], jobs=0)]
