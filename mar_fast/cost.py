@@ -6,7 +6,7 @@ multiply-add is two FLOPs. The method "visible" counts what `mar_fast.MAR` compu
 decoder's last block and head on every token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,12 +39,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The parts of a model, and their sums for the whole batch; the pixel decoder is one only with ``reconstruct``."""
+    """The parts of a model and their sums, for the whole batch; the pixel decoder is one only with ``reconstruct``."""
 
     parts: tuple[Part, ...]
-    parameters: int
-    multiply_adds: int
-    bytes_moved: int
+
+    @property
+    def parameters(self) -> int:
+        """Trainable values."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of all matrix products."""
+        return sum(part.multiply_adds for part in self.parts)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Of all parts."""
+        return sum(part.bytes_moved for part in self.parts)
 
     def floor_seconds(self, peak_flops: float, bandwidth: float) -> float:
         """The shortest time possible for the parts one after the other: peak in FLOP/s, bandwidth in bytes/s.
@@ -108,8 +120,7 @@ def count(
         parts += counter.decoder(config)
     if training:
         parts = [_with_backward(part) for part in parts]
-    found = tuple(part for part in parts if part.parameters or part.bytes_moved)
-    return Cost(found, *_sums(found))
+    return Cost(tuple(part for part in parts if part.parameters or part.bytes_moved))
 
 
 def _with_backward(part: Part) -> Part:
@@ -209,12 +220,8 @@ class _Counter:
         return _merge(parts)
 
 
-def _sums(parts: Sequence[Part]) -> Iterator[int]:
-    """Parameters, multiply-adds and bytes of all parts."""
-    return (sum(getattr(part, name) for part in parts) for name in ("parameters", "multiply_adds", "bytes_moved"))
-
-
 def _merge(parts: list[Part]) -> list[Part]:
     """Parts with the same name added up, in the order of their first appearance."""
     names = dict.fromkeys(part.name for part in parts)
-    return [Part(name, *_sums([part for part in parts if part.name == name])) for name in names]
+    sums = {name: Cost(tuple(part for part in parts if part.name == name)) for name in names}
+    return [Part(name, own.parameters, own.multiply_adds, own.bytes_moved) for name, own in sums.items()]
