@@ -59,6 +59,12 @@ def positive(argument: str, value: object) -> None:
         raise bad(argument, repr(value), "a number above 0")
 
 
+def whole(argument: str, value: object, least: int = 1) -> None:
+    """Check that ``value`` is a whole number, ``least`` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise bad(argument, repr(value), f"a whole number, {least} or more")
+
+
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
     """Within this context values of indices are checked on a GPU too, which waits for the device at every op.

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .huggingface import accelerate, patch_transformers, register_attention, restore
     from .inference import CompiledModel, compile_for_inference
     from .kernels import debug_checks
+    from .loss import mar_loss
     from .masking import TokenMask
-    from .model import MAR, MAROutput, create_model, mar_loss
+    from .model import MAR, MAROutput, create_model
     from .quantization import quantize
 
 # Imported on first use, so that mar_fast.kernels can be used alone and the command line starts fast.
@@ -25,8 +26,9 @@ _NAMES = {
     "huggingface": ("accelerate", "patch_transformers", "register_attention", "restore"),
     "inference": ("CompiledModel", "compile_for_inference"),
     "kernels": ("debug_checks",),
+    "loss": ("mar_loss",),
     "masking": ("TokenMask",),
-    "model": ("MAR", "MAROutput", "create_model", "mar_loss"),
+    "model": ("MAR", "MAROutput", "create_model"),
     "quantization": ("quantize",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

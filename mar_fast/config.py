@@ -77,15 +77,14 @@ class MARConfig:
     """Recompute each block in backward instead of keeping its activations."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "cell", "mean", "std"):
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
-        sizes = {"image_size": 2, "patch_size": 3, "cell": 3}
-        if self.position_grid is not None:
-            object.__setattr__(self, "position_grid", _as_tuple("position_grid", self.position_grid))
-            sizes["position_grid"] = 3
-        for name, size in sizes.items():
+        for name, size in _LENGTHS.items():
             value = getattr(self, name)
-            if len(value) != size or not all(isinstance(part, int) and part > 0 for part in value):
+            if value is None and name == "position_grid":
+                continue
+            if not isinstance(value, tuple | list):
+                raise checks.bad_type(name, repr(value), "a tuple")
+            object.__setattr__(self, name, tuple(value))
+            if size and (len(value) != size or not all(isinstance(part, int) and part > 0 for part in value)):
                 raise checks.bad(name, value, f"{size} whole numbers above 0")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
@@ -96,9 +95,7 @@ class MARConfig:
             name, value = field.name, getattr(self, field.name)
             if field.type is int:
                 headless = name == "num_classes" and self.classifier == "linear"
-                least = 0 if name == "decoder_depth" or headless else 1
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise checks.bad(name, repr(value), f"a whole number, {least} or more")
+                checks.whole(name, value, 0 if name == "decoder_depth" or headless else 1)
             elif name in _RATES:
                 if not isinstance(value, int | float) or not 0 <= value < 1:
                     raise checks.bad(name, value, "a number in [0, 1)")
@@ -148,10 +145,8 @@ class MARConfig:
 _RATES = ("mask_ratio", "drop_path_rate", "bridge_dropout", "head_dropout", "attention_dropout")
 
 
-def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
-    if not isinstance(value, tuple | list):
-        raise checks.bad_type(name, repr(value), "a tuple")
-    return tuple(value)
+# Fields that are tuples, which JSON gives as lists, and how many whole numbers they hold; mean and std are others.
+_LENGTHS = {"image_size": 2, "patch_size": 3, "cell": 3, "position_grid": 3, "mean": None, "std": None}
 
 
 def masked_slots(argument: str, ratio: float, cell: tuple[int, int, int]) -> int:

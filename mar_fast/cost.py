@@ -39,23 +39,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The parts of a model and their sums."""
+    """The parts of a model and their sums, for the whole batch; the pixel decoder is one only with ``reconstruct``."""
 
     parts: tuple[Part, ...]
 
     @property
     def parameters(self) -> int:
-        """Trainable values in the counted parts: the pixel decoder only with ``reconstruct``."""
+        """Trainable values."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def multiply_adds(self) -> int:
-        """Of the whole batch."""
+        """Of all matrix products."""
         return sum(part.multiply_adds for part in self.parts)
 
     @property
     def bytes_moved(self) -> int:
-        """Of the whole batch."""
+        """Of all parts."""
         return sum(part.bytes_moved for part in self.parts)
 
     def floor_seconds(self, peak_flops: float, bandwidth: float) -> float:
@@ -107,9 +107,9 @@ def count(
         raise checks.bad("mask_ratio and visible", f"{mask_ratio} and {visible}", "one of them")
     elif not isinstance(visible, int) or not 1 <= visible <= config.num_tokens:
         raise checks.bad("visible", repr(visible), f"a whole number from 1 to {config.num_tokens}")
-    for name, value in (("batch", batch), ("bytes_per_value", bytes_per_value), ("bytes_per_pixel", bytes_per_pixel)):
-        if not isinstance(value, int) or value < (0 if name == "batch" else 1):
-            raise checks.bad(name, repr(value), "a whole number")
+    checks.whole("batch", batch, 0)
+    checks.whole("bytes_per_value", bytes_per_value)
+    checks.whole("bytes_per_pixel", bytes_per_pixel)
     if method not in ("visible", "original"):
         raise checks.bad("method", repr(method), "'visible' or 'original'")
     if reconstruct and not config.decoder_depth:
@@ -171,10 +171,9 @@ class _Counter:
         hidden = round(dim * mlp_ratio)
         groups = [(layers, tokens)] if last_rows is None else [(layers - 1, tokens), (1, last_rows)]
         for depth, rows in groups:
-            query = self.linear("", rows, dim, dim, layers=depth)
-            key = self.linear("", tokens, dim, dim, bias=key_bias, layers=depth)
-            value = self.linear("", tokens, dim, dim, layers=depth)
-            yield _sum(f"{name}.qkv", query, key, value)
+            yield self.linear(f"{name}.qkv", rows, dim, dim, layers=depth)
+            yield self.linear(f"{name}.qkv", tokens, dim, dim, bias=key_bias, layers=depth)
+            yield self.linear(f"{name}.qkv", tokens, dim, dim, layers=depth)
             yield self.attention(f"{name}.attention", rows, tokens, dim, heads, depth)
             yield self.linear(f"{name}.proj", rows, dim, dim, layers=depth)
             yield self.linear(f"{name}.mlp", rows, dim, hidden, layers=depth)
@@ -221,16 +220,8 @@ class _Counter:
         return _merge(parts)
 
 
-def _sum(name: str, *parts: Part) -> Part:
-    return Part(
-        name,
-        sum(part.parameters for part in parts),
-        sum(part.multiply_adds for part in parts),
-        sum(part.bytes_moved for part in parts),
-    )
-
-
 def _merge(parts: list[Part]) -> list[Part]:
     """Parts with the same name added up, in the order of their first appearance."""
-    names = list(dict.fromkeys(part.name for part in parts))
-    return [_sum(name, *(part for part in parts if part.name == name)) for name in names]
+    names = dict.fromkeys(part.name for part in parts)
+    sums = {name: Cost(tuple(part for part in parts if part.name == name)) for name in names}
+    return [Part(name, own.parameters, own.multiply_adds, own.bytes_moved) for name, own in sums.items()]

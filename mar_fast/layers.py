@@ -4,21 +4,17 @@ In comments: B clips, L tokens in the grid, N visible, M dropped, D channels of 
 numbers of tokens these are packed, (total, D) and not (B, N, D), and `Segments` say where clips begin and end.
 """
 
-import itertools
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeGuard
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as hooks
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from .fallbacks import Fallbacks, Fused, unhooked, untouched
 from .kernels import (
     add_layer_norm,
     add_layer_norm_rows,
@@ -36,121 +32,10 @@ from .kernels.device import takes_triton
 from .scaled_linear import ScaledLinear
 from .token_mask import Segments
 
-# Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
-# Hooks of these only record which modules run, or hidden states that transformers was once asked for.
-_RECORDERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
-CHANGED = "layers with hooks or changed parts"
-
-
-class Fallbacks:
-    """Warns once of each sort of layer that a fused op cannot stand for. A copy or a pickle has not warned yet."""
-
-    runner: ClassVar[str] = "each module's own code"
-
-    def __init__(self) -> None:
-        self._warned: set[str] = set()
-        self._name = str(next(_numbers))
-        _fallbacks[self._name] = self
-
-    def __reduce__(self) -> tuple[type["Fallbacks"], tuple[()]]:
-        return type(self), ()
-
-    def fuses(self, layer: nn.Module, kind: type[nn.Module], needs_bias: bool = True) -> bool:
-        """Whether ``layer`` is `untouched`; if not, a warning says once that such layers run by their own code."""
-        if untouched(layer, kind, needs_bias):
-            return True
-        self.warn_once(CHANGED)
-        return False
-
-    def warn_once(self, what: str) -> None:
-        """Warn the first time that ``what`` runs by its own code."""
-        _warn_once(self._name, what)
-
-
-_numbers = itertools.count()
-_fallbacks = WeakValueDictionary[str, Fallbacks]()
-
-
-@torch.compiler.assume_constant_result
-def _warn_once(name: str, what: str) -> bool:
-    """Under torch.compile it runs while the graph is traced, and is no part of it; torch 2.11 takes constants alone."""
-    fallbacks = _fallbacks[name]
-    if what not in fallbacks._warned:
-        fallbacks._warned.add(what)
-        warnings.warn(f"mar_fast: {fallbacks.runner} runs {what}", stacklevel=4)
-    return True
-
-
-class Fused(nn.Module):
-    """A module that hands weights of its layers to fused ops, where `untouched` allows that; `MAR` shares Fallbacks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fallbacks = Fallbacks()
-
-
-def untouched(module: nn.Module, kind: type[nn.Module], needs_bias: bool = False) -> bool:
-    """Whether calling ``module`` does what ``kind`` does with its weight and bias, which then can be used without it.
-
-    It does not with hooks, adapters, parametrizations, another forward, or quantised or sharded weights. Every layer
-    asks this in every call: attribute reads only.
-    """
-    if type(module) is not kind or not own_forward(module) or not unhooked(module):
-        return False
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if weight is not None and type(weight) not in _PLAIN_TENSORS:
-        return False
-    return not needs_bias if bias is None else type(bias) in _PLAIN_TENSORS
-
-
-def own_forward(module: nn.Module) -> bool:
-    """Whether ``module`` has the forward that its class was written with."""
-    kind = type(module)
-    forward = kind.forward
-    home = getattr(forward, "__globals__", {}).get("__name__", "")  # functools.wraps changes __module__, not this
-    if home != kind.__module__:
-        # A decorator of the library's own is part of the class.
-        library = kind.__module__.partition(".")[0]
-        if getattr(forward, "__module__", None) != kind.__module__ or home.partition(".")[0] != library:
-            return False
-    return "forward" not in module.__dict__ or put_back(module, kind)
-
-
-def put_back(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether the forward in the instance is that of one of ``kinds``, as ``model.forward = model.forward`` leaves it.
-
-    Exporters and accelerate's ``unwrap_model`` do that after they replaced it for a while.
-    """
-    forward = module.__dict__.get("forward")
-    own = any(getattr(forward, "__func__", None) is kind.forward for kind in kinds)
-    return own and getattr(forward, "__self__", None) is module
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether ``module`` has no hooks, of its own or of all modules, but those that only record."""
-    own = module.__dict__
-    found = (
-        *(own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]),
-        *(hooks._global_forward_pre_hooks, hooks._global_forward_hooks),
-        *(hooks._global_backward_pre_hooks, hooks._global_backward_hooks),
-    )
-    if not any(found):
-        return True
-    return all(getattr(hook, "__module__", None) in _RECORDERS for some in found for hook in some.values())
-
 
 def in_fp8(layer: nn.Module, needs_bias: bool = False) -> TypeGuard[ScaledLinear]:
     """Whether ``layer`` is an `untouched` one of `mar_fast.quantize`, which takes QuantizedRows too."""
     return untouched(layer, ScaledLinear, needs_bias)
-
-
-def plain_projection(module: nn.Module) -> bool:
-    """Whether ``module`` is an `untouched` convolution over whole patches: what gather_patch_embed computes."""
-    if not untouched(module, nn.Conv3d, True):
-        return False
-    sizes = module.stride, module.padding, module.dilation, module.groups
-    return sizes == (module.kernel_size, (0, 0, 0), (1, 1, 1), 1)
 
 
 def like_weight(x: Tensor, layer: nn.Module) -> Tensor:
@@ -208,14 +93,22 @@ def attend(
     num_heads: int,
     scale: float | None = None,
     segments: Segments | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Self-attention before its last projection: x (B, N, D), qkv weight (3 * D, D), bias (3 * D,) -> (B, N, D).
 
-    Packed tokens (total, D) attend to those of their own clip.
+    Packed tokens (total, D) attend to those of their own clip. With ``rows`` (B, M) keys and values come from all
+    tokens, and queries only from these: (B, N, D) -> (B, M, D).
     """
-    if takes_bias(x, bias, num_heads):
-        return attend_packed(F.linear(x, weight), num_heads, scale, segments, bias)
-    return attend_packed(F.linear(x, weight, bias), num_heads, scale, segments)
+    later = bias if takes_bias(x, bias, num_heads) else None  # what attention adds
+    bias = bias if later is None else None
+    if rows is None:
+        return attend_packed(F.linear(x, weight, bias), num_heads, scale, segments, later)
+    dim = weight.shape[0] // 3
+    query_bias, key_value_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
+    q = F.linear(take(x, rows), weight[:dim], query_bias).unflatten(-1, (num_heads, -1))  # (B, M, H, d)
+    kv = F.linear(x, weight[dim:], key_value_bias).unflatten(-1, (2, num_heads, -1))  # (B, N, 2, H, d)
+    return attention_kvpacked(q, kv, _by_head(later, num_heads), scale=scale)
 
 
 def attend_packed(
@@ -230,22 +123,15 @@ def attend_packed(
     A bias (3 * D,) is still to be added to them.
     """
     qkv = qkv.unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d) or (total, 3, H, d)
-    bias = None if bias is None else bias.unflatten(0, (3, num_heads, -1))  # (3, H, d)
+    bias = _by_head(bias, num_heads)
     if segments is None:
         return attention(qkv, bias, scale=scale)
     return attention_varlen(qkv, segments.cu_seqlens, segments.max_seqlen, bias, scale=scale)
 
 
-def attend_rows(
-    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, scale: float | None = None
-) -> Tensor:
-    """The same with keys and values from all tokens x (B, L, D), and queries only from ``rows`` (B, M, D)."""
-    dim, late = weight.shape[0] // 3, takes_bias(x, bias, num_heads)
-    query_bias, key_value_bias = (None, None) if bias is None or late else (bias[:dim], bias[dim:])
-    q = F.linear(rows, weight[:dim], query_bias).unflatten(-1, (num_heads, -1))  # (B, M, H, d)
-    kv = F.linear(x, weight[dim:], key_value_bias).unflatten(-1, (2, num_heads, -1))  # (B, L, 2, H, d)
-    bias = bias.unflatten(0, (3, num_heads, -1)) if bias is not None and late else None  # (3, H, d)
-    return attention_kvpacked(q, kv, bias, scale=scale)
+def _by_head(bias: Tensor | None, num_heads: int) -> Tensor | None:
+    """(3 * D,) -> (3, H, d)."""
+    return None if bias is None else bias.unflatten(0, (3, num_heads, -1))
 
 
 class Attention(Fused):
@@ -267,9 +153,8 @@ class Attention(Fused):
         if self.q_bias is None or self.v_bias is None or self.k_bias is None:
             return self.qkv.bias
         zeros = self.k_bias.value.to(self.q_bias.dtype)
-        return self._packed.get(
-            (self.q_bias, self.v_bias), None, lambda q_bias, v_bias: torch.cat((q_bias, zeros, v_bias))
-        )
+        sources = self.q_bias, self.v_bias
+        return self._packed.get(sources, None, lambda q_bias, v_bias: torch.cat((q_bias, zeros, v_bias)))
 
     def forward(
         self, x: Tensor, segments: Segments | None = None, rows: Tensor | None = None, add_bias: bool = True
@@ -279,20 +164,17 @@ class Attention(Fused):
         With ``rows`` (B, M) keys and values come from all tokens, and queries only from these: (B, N, D) -> (B, M, D).
         """
         qkv, heads = self.qkv, self.num_heads
-        joined = None
         if in_fp8(qkv):
-            joined = qkv.product(x, self.qkv_bias())
+            packed = qkv.product(x, self.qkv_bias())
         elif not self.fallbacks.fuses(qkv, nn.Linear, False) or (self.q_bias is not None and qkv.bias is not None):
-            joined = qkv(x)
+            packed = qkv(x)
             if self.q_bias is not None:
-                joined = joined + self.qkv_bias().to(joined.dtype)
-        if joined is not None:
-            y = attend_packed(joined, heads, segments=segments)
-            return product(self.proj, y if rows is None else take(y, rows), add_bias)
-        if rows is None:
-            y = attend(x, qkv.weight, self.qkv_bias(), heads, segments=segments)
+                packed = packed + self.qkv_bias().to(packed.dtype)
+        else:
+            y = attend(x, qkv.weight, self.qkv_bias(), heads, segments=segments, rows=rows)
             return product(self.proj, y, add_bias)
-        return product(self.proj, attend_rows(x, take(x, rows), qkv.weight, self.qkv_bias(), heads), add_bias)
+        y = attend_packed(packed, heads, segments=segments)
+        return product(self.proj, y if rows is None else take(y, rows), add_bias)
 
 
 class Mlp(Fused):

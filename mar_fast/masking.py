@@ -18,6 +18,10 @@ from .token_mask import TokenMask, check_grid
 __all__ = ["TokenMask", "cell_running", "content", "frame", "random", "tube"]
 
 Grid = tuple[int, int, int]
+Device = torch.device | str | None
+
+# The axes of the grid over which a mask is drawn; along the others it repeats.
+_AXES = {"random": (0, 1, 2), "tube": (1, 2), "frame": (0,)}
 
 
 def cell_running(
@@ -31,7 +35,7 @@ def cell_running(
     temporal_shuffle: bool = False,
     spatial_repeat: bool = True,
     generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    device: Device = None,
 ) -> TokenMask:
     """Cell running masking (MAR, arXiv 2207.11660, section 3.2): every position is seen in turn.
 
@@ -98,67 +102,60 @@ def cell_running(
 
 
 def random(
-    batch: int,
-    grid: Grid,
-    ratio: float,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    batch: int, grid: Grid, ratio: float, *, generator: torch.Generator | None = None, device: Device = None
 ) -> TokenMask:
     """Tokens masked independently of each other, floor(ratio * L) of them in every clip (MAE, arXiv 2111.06377).
 
     Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    return _drawn(batch, grid, (0, 1, 2), ratio, generator, device)
+    return _drawn("random", batch, grid, ratio, generator, device)
 
 
 def tube(
-    batch: int,
-    grid: Grid,
-    ratio: float,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    batch: int, grid: Grid, ratio: float, *, generator: torch.Generator | None = None, device: Device = None
 ) -> TokenMask:
     """One random mask in space, the same at all times (VideoMAE, arXiv 2203.12602, section 3.3).
 
     floor(ratio * H' * W') positions are masked. Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    return _drawn(batch, grid, (1, 2), ratio, generator, device)
+    return _drawn("tube", batch, grid, ratio, generator, device)
 
 
 def frame(
-    batch: int,
-    grid: Grid,
-    ratio: float,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    batch: int, grid: Grid, ratio: float, *, generator: torch.Generator | None = None, device: Device = None
 ) -> TokenMask:
     """Whole tubelet-frames masked at random, floor(ratio * T') of them (VideoMAE, arXiv 2203.12602, section 3.3).
 
     Arguments and errors as in `cell_running`; any ratio in [0, 1).
     """
-    return _drawn(batch, grid, (0,), ratio, generator, device)
+    return _drawn("frame", batch, grid, ratio, generator, device)
 
 
 def _drawn(
-    batch: int,
-    grid: Grid,
-    axes: tuple[int, ...],
-    ratio: float,
-    generator: torch.Generator | None,
-    device: torch.device | str | None,
+    kind: str, batch: int, grid: Grid, ratio: float, generator: torch.Generator | None, device: Device
 ) -> TokenMask:
-    """Masks drawn over these axes of the grid, all choices equally likely, and repeated along the others."""
+    order = shuffled(kind, batch, grid, generator, device)
+    _check_ratio(ratio)
+    units = math.prod(order.shape[1:])
+    count = min(math.floor(ratio * units + 1e-6), units - 1)  # 0.29 * 100 is a little below 29
+    masked = _to(order < count, _device(device, generator)).expand(batch, *grid)
+    return TokenMask.from_bool_masked(masked, num_visible=math.prod(grid) // units * (units - count))
+
+
+def shuffled(kind: str, batch: int, grid: Grid, generator: torch.Generator | None, device: Device) -> Tensor:
+    """The numbers of what a mask draws in random order, all orders equally likely: (B, T' or 1, H' or 1, W' or 1).
+
+    Args:
+        kind: "random" draws tokens, "tube" positions in space, "frame" frames of tubelets.
+        batch, grid, generator, device: As in `cell_running`, but the result is on the generator's device, if given.
+
+    Raises:
+        ValueError: batch or grid does not fit.
+    """
     _check_batch_and_grid(batch, grid)
-    shape = [side if axis in axes else 1 for axis, side in enumerate(grid)]
-    total = math.prod(shape)
-    count = _masked_count(total, ratio)
-    target = _device(device, generator)
-    noise = torch.rand(batch, total, **_source(generator, target))
-    masked = _to(noise.argsort(1) < count, target).view(batch, *shape).expand(batch, *grid)
-    return TokenMask.from_bool_masked(masked, num_visible=math.prod(grid) // total * (total - count))
+    shape = [side if axis in _AXES[kind] else 1 for axis, side in enumerate(grid)]
+    noise = torch.rand(batch, math.prod(shape), **_source(generator, _device(device, generator)))
+    return noise.argsort(1).view(batch, *shape)
 
 
 def _check_batch_and_grid(batch: int, grid: Grid) -> None:
@@ -172,12 +169,7 @@ def _check_ratio(ratio: float) -> None:
         raise checks.bad("ratio", repr(ratio), "a number in [0, 1)")
 
 
-def _masked_count(total: int, ratio: float) -> int:
-    _check_ratio(ratio)
-    return min(math.floor(ratio * total + 1e-6), total - 1)  # 0.29 * 100 is a little below 29
-
-
-def _device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device:
+def _device(device: Device, generator: torch.Generator | None) -> torch.device:
     if device is not None:
         return torch.device(device)
     return generator.device if generator is not None else torch.device("cpu")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MARConfig, named_config
+from .fallbacks import Fallbacks, Fused, plain_projection
 from .kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
 from .kernels.gather_patch_embed import per_channel
 from .kernels.masked_patch_loss import patch_targets
@@ -27,13 +28,10 @@ from .layers import (
     Attention,
     Block,
     Constant,
-    Fallbacks,
-    Fused,
     Stream,
     like_weight,
     mean_of_tokens,
     norm,
-    plain_projection,
     position_table,
     run_blocks,
     take,
@@ -67,38 +65,6 @@ class MAROutput(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-def mar_loss(out: MAROutput, target: Tensor, reconstruction_weight: float = 0.1) -> Tensor:
-    """Cross-entropy + ``reconstruction_weight`` * reconstruction loss (MAR, arXiv 2207.11660, section 3.4).
-
-    Args:
-        out: What the model returned, with logits.
-        target: (B,) int64 class indices or (B, classes) soft targets.
-        reconstruction_weight: 0.1 on Something-Something v2, 0.01 on Kinetics-400; 0 leaves the second term out.
-
-    Raises:
-        ValueError: out lacks the logits or the reconstruction loss, or target does not fit.
-    """
-    if out.logits is None:
-        raise checks.bad("out", "no logits", "the output of a model with a classifier")
-    batch, classes = out.logits.shape
-    soft = isinstance(target, Tensor) and target.is_floating_point()
-    if not isinstance(target, Tensor) or tuple(target.shape) != ((batch, classes) if soft else (batch,)):
-        got = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
-        raise checks.bad("target", got, f"({batch},) class indices or ({batch}, {classes}) floating-point soft targets")
-    if not soft:
-        checks.index_range("target", target, classes)
-    if not reconstruction_weight >= 0:
-        raise checks.bad("reconstruction_weight", reconstruction_weight, "0 or more")
-    logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, target.to(logits.dtype) if soft else target.long())
-    if reconstruction_weight:
-        if out.reconstruction_loss is None:
-            accepted = "0, or an output of a model with a decoder in training or with reconstruct=True"
-            raise checks.bad("reconstruction_weight", f"{reconstruction_weight} without reconstruction_loss", accepted)
-        loss = loss + reconstruction_weight * out.reconstruction_loss
-    return loss
-
-
 class PatchEmbed(Fused):
     """The tubelet embedding, named as VideoMAE's convolution: gather_patch_embed with its weight and bias."""
 
@@ -109,9 +75,10 @@ class PatchEmbed(Fused):
             config.channels, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
         )
 
-    def forward(self, video: Tensor, keep_idx: Tensor, pos_embed: Tensor, clip_idx: Tensor | None) -> Tensor:
-        """(B, C, T, H, W), (B, N), positions (L, D) -> (B, N, D), or packed (total,), (total,) -> (total, D)."""
+    def forward(self, video: Tensor, keep_idx: Tensor, pos_embed: Tensor, segments: Segments | None = None) -> Tensor:
+        """(B, C, T, H, W), (B, N), positions (L, D) -> (B, N, D), or packed (total,) -> (total, D)."""
         proj, mean, std = self.proj, self.config.mean, self.config.std
+        clip_idx = None if segments is None else segments.clip_idx
         if plain_projection(proj):
             assert proj.bias is not None
             return gather_patch_embed(video, keep_idx, proj.weight, proj.bias, pos_embed, clip_idx, mean=mean, std=std)
@@ -140,24 +107,19 @@ class Encoder(Fused):
 
     def forward(self, video: Tensor, keep_idx: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, C, T, H, W), (B, N) -> (B, N, D), or packed (total,) -> (total, D)."""
-        clip_idx = None if segments is None else segments.clip_idx
-        x = self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx)  # (B, N, D)
+        x = self.patch_embed(video, keep_idx, self.pos_embed.value, segments)  # (B, N, D)
         stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
         return total(stream) if self.norm is None else norm(self.fallbacks, self.norm, stream)[0]
 
-    def layers(
-        self, video: Tensor, keep_idx: Tensor, numbers: Collection[int], segments: Segments | None = None
-    ) -> dict[int, Tensor]:
+    def layers(self, video: Tensor, keep_idx: Tensor, numbers: Collection[int]) -> dict[int, Tensor]:
         """The residual stream after some blocks, numbered from 1; after the last one it is the encoder's output.
 
-        (B, C, T, H, W), (B, N) -> (B, N, D) for each, or packed (total,) -> (total, D). Blocks that no number needs are
-        not run.
+        (B, C, T, H, W), (B, N) -> (B, N, D) for each. Blocks that no number needs are not run.
         """
-        clip_idx = None if segments is None else segments.clip_idx
-        stream = Stream(self.patch_embed(video, keep_idx, self.pos_embed.value, clip_idx))
+        stream = Stream(self.patch_embed(video, keep_idx, self.pos_embed.value))
         found = {}
         for number, block in enumerate(self.blocks[: max(numbers)], 1):
-            stream = block(stream, None, segments)
+            stream = block(stream)
             if number == len(self.blocks) and self.norm is not None:
                 found[number] = norm(self.fallbacks, self.norm, stream)[0]
             elif number in numbers:
@@ -185,12 +147,16 @@ class PixelDecoder(Fused):
 
         With ``decoder_mask`` its K visible positions come out, and no other mask token goes in.
         """
-        if decoder_mask is not None:
-            return self._chosen(visible, mask_token, mask, decoder_mask)
-        drop_clip_idx = mask.drop_clip_idx
-        x = scatter_tokens(visible, mask.keep_idx, mask_token, self.pos_embed.value, mask.cu_seqlens)  # (B, L, D)
-        # Of the last block only dropped tokens are needed. Where clips drop different numbers it runs on all of them.
-        last_rows = mask.drop_idx if drop_clip_idx is None else None
+        table, drop_clip_idx = self.pos_embed.value, mask.drop_clip_idx
+        if decoder_mask is None:
+            x = scatter_tokens(visible, mask.keep_idx, mask_token, table, mask.cu_seqlens)  # (B, L, D)
+            # Of the last block only dropped tokens are needed; where clips drop different numbers it runs on all.
+            last_rows = mask.drop_idx if drop_clip_idx is None else None
+        else:
+            index = decoder_mask.keep_idx.long()
+            tokens = torch.cat((visible + table[mask.keep_idx.long()], mask_token + table[index]), 1)  # (B, N + K, D)
+            x = tokens.to(visible.dtype)
+            last_rows = torch.arange(visible.shape[1], x.shape[1], device=x.device).expand_as(index)  # the last K
         stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, last_rows)  # (B, M, D)
         if drop_clip_idx is not None:
             assert stream.residual is not None
@@ -199,57 +165,38 @@ class PixelDecoder(Fused):
             stream = stream._replace(x=x, residual=residual)
         return self.head(norm(self.fallbacks, self.norm, stream)[0])
 
-    def _chosen(self, visible: Tensor, mask_token: Tensor, mask: TokenMask, decoder_mask: TokenMask) -> Tensor:
-        table, index = self.pos_embed.value, decoder_mask.keep_idx.long()
-        tokens = torch.cat((visible + table[mask.keep_idx.long()], mask_token + table[index]), 1)  # (B, N + K, D)
-        rows = torch.arange(visible.shape[1], tokens.shape[1], device=tokens.device).expand_as(index)
-        x = tokens.to(visible.dtype)
-        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, rows)  # (B, K, D)
-        return self.head(norm(self.fallbacks, self.norm, stream)[0])
 
+class Classifier(nn.Module):
+    """Mean over tokens, LayerNorm, linear layer; no linear layer where ``num_classes`` is 0, as in timm.
 
-class BridgingClassifier(nn.Module):
-    """From features good for reconstruction to features good for classification (MAR, section 3.3)."""
+    The bridging classifier (MAR, section 3.3) first has blocks that turn features good for reconstruction into features
+    good for classification.
+    """
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
-        dim = config.bridge_embed_dim
-        self.proj = nn.Linear(config.embed_dim, dim, bias=False)
-        shape = (dim, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
-        extra: dict[str, Any] = dict(dropout=config.bridge_dropout, key_bias=True)
-        self.blocks = nn.ModuleList(Block(*shape, **extra) for _ in range(config.bridge_depth))
+        dim = config.embed_dim
+        if config.classifier == "bridging":
+            dim = config.bridge_embed_dim
+            self.proj = nn.Linear(config.embed_dim, dim, bias=False)
+            shape = (dim, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_eps)
+            extra: dict[str, Any] = dict(dropout=config.bridge_dropout, key_bias=True)
+            self.blocks = nn.ModuleList(Block(*shape, **extra) for _ in range(config.bridge_depth))
         self.norm = nn.LayerNorm(dim, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(dim, config.num_classes)
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
 
-    def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """(B, N, D), or packed (total, D) -> (B, classes)."""
-        # Back to the weights' dtype: under autocast the residual stream stays in float32.
-        x = like_weight(self.proj(features), self.proj)  # (B, N, bridge_embed_dim)
-        stream = run_blocks(self.blocks, x, self.config.gradient_checkpointing, segments=segments)
-        return classify(self, mean_of_tokens(total(stream), segments), self.config.head_dropout)
-
-
-class LinearClassifier(nn.Module):
-    """Mean over tokens, LayerNorm, linear layer; no linear layer where ``num_classes`` is 0, as in timm."""
-
-    def __init__(self, config: MARConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.classifier_norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
-
-    def forward(self, features: Tensor, segments: Segments | None = None) -> Tensor:
-        """(B, N, D), or packed (total, D) -> (B, classes)."""
-        return classify(self, mean_of_tokens(features, segments), self.config.head_dropout)
-
-
-def classify(classifier: BridgingClassifier | LinearClassifier, pooled: Tensor, dropout: float) -> Tensor:
-    """(B, D) pooled features through norm, dropout and head."""
-    pooled = classifier.norm(like_weight(pooled, classifier.norm))
-    if dropout and classifier.training:
-        pooled = F.dropout(pooled, dropout)
-    return classifier.head(pooled)
+        config = self.config
+        if config.classifier == "bridging":
+            # Back to the weights' dtype: under autocast the residual stream stays in float32.
+            x = like_weight(self.proj(x), self.proj)  # (B, N, bridge_embed_dim)
+            x = total(run_blocks(self.blocks, x, config.gradient_checkpointing, segments=segments))
+        x = self.norm(like_weight(mean_of_tokens(x, segments), self.norm))  # (B, D)
+        if config.head_dropout and self.training:
+            x = F.dropout(x, config.head_dropout)
+        return self.head(x)
 
 
 class MAR(nn.Module):
@@ -265,12 +212,9 @@ class MAR(nn.Module):
         self.load_report: LoadReport | None = None
         """What `from_pretrained` read into this model; None where the weights are random."""
         self.encoder = Encoder(config)
-        self.classifier: BridgingClassifier | LinearClassifier | None = None
-        if config.classifier is not None:
-            self.classifier = (BridgingClassifier if config.classifier == "bridging" else LinearClassifier)(config)
-        self.decoder: PixelDecoder | None = None
-        if config.decoder_depth:
-            self.decoder = PixelDecoder(config)
+        self.classifier = None if config.classifier is None else Classifier(config)
+        self.decoder = PixelDecoder(config) if config.decoder_depth else None
+        if self.decoder is not None:
             self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
         # The test mask is the same for every clip, so it is made once.
@@ -370,8 +314,7 @@ class MAR(nn.Module):
         if decoder_mask is None:
             return masked_patch_loss(pixels, video, mask.drop_idx, mask.drop_clip_idx, **sizes)
         # How many positions count depends on the masks; weights of 0 and 1 keep every shape fixed.
-        dropped = torch.ones(mask.batch, mask.num_tokens, device=video.device)
-        counts = dropped.scatter(1, mask.keep_idx.long(), 0.0).gather(1, decoder_mask.keep_idx.long())  # (B, K)
+        counts = mask.bool_masked().gather(1, decoder_mask.keep_idx.long()).float()  # (B, K)
         target = patch_targets(video, decoder_mask.keep_idx, dtype=pixels.dtype, **sizes)
         error = (pixels.to(target.dtype) - target).square().mean(-1)  # (B, K)
         return (error * counts).sum() / counts.sum().clamp(min=1)
@@ -379,23 +322,16 @@ class MAR(nn.Module):
     def _mask(self, video: Tensor, mask: TokenMask | None, generator: torch.Generator | None) -> TokenMask:
         """The given mask, checked, or the model's own."""
         config, batch = self.config, video.shape[0]
-        if mask is None and self.training and config.mask_ratio:
-            return cell_running(
-                batch,
-                config.grid,
-                config.mask_ratio,
-                cell=config.cell,
-                temporal_shuffle=True,
-                generator=generator,
-                device=video.device,
-            )
-        if mask is None:
-            keep_idx, drop_idx = (test.value.expand(batch, -1) for test in (self.test_keep_idx, self.test_drop_idx))
-            return TokenMask(keep_idx, drop_idx, config.grid)
-        self._check_mask("mask", mask, video)
-        if mask.cu_seqlens is None and mask.num_visible == 0:
-            raise checks.bad("mask", "no visible token", "at least one in every clip")
-        return mask
+        if mask is not None:
+            self._check_mask("mask", mask, video)
+            if mask.cu_seqlens is None and mask.num_visible == 0:
+                raise checks.bad("mask", "no visible token", "at least one in every clip")
+            return mask
+        if self.training and config.mask_ratio:
+            random: dict[str, Any] = dict(temporal_shuffle=True, generator=generator, device=video.device)
+            return cell_running(batch, config.grid, config.mask_ratio, cell=config.cell, **random)
+        keep_idx, drop_idx = (test.value.expand(batch, -1) for test in (self.test_keep_idx, self.test_drop_idx))
+        return TokenMask(keep_idx, drop_idx, config.grid)
 
     def _check_mask(self, argument: str, mask: object, video: Tensor) -> None:
         config, batch = self.config, video.shape[0]
@@ -412,9 +348,8 @@ class MAR(nn.Module):
         assert isinstance(decoder_mask, TokenMask)
         for argument, given in (("mask", mask), ("decoder_mask", decoder_mask)):
             if given.cu_seqlens is not None:
-                raise checks.bad(
-                    argument, "a ragged mask", "with decoder_mask one whose clips keep equally many tokens"
-                )
+                accepted = "with decoder_mask one whose clips keep equally many tokens"
+                raise checks.bad(argument, "a ragged mask", accepted)
         if not reconstruct:
             raise checks.bad("decoder_mask", "a mask without reconstruction", "None, or reconstruct=True")
 
@@ -427,11 +362,9 @@ class MAR(nn.Module):
 
 
 def _test_indices(config: MARConfig, which: str) -> Tensor:
-    """(1, N) or (1, L - N): the test mask, running with phase 0, or everything where nothing is masked."""
-    if not config.mask_ratio:
-        everything = torch.arange(config.num_tokens, dtype=torch.int32)[None]
-        return everything if which == "keep_idx" else everything[:, :0]
-    index: Tensor = getattr(cell_running(1, config.grid, config.mask_ratio, cell=config.cell, phase=0), which)
+    """(1, N) or (1, L - N): the test mask, running with phase 0."""
+    cell = config.cell if config.mask_ratio else (1, 1, 1)  # where nothing is masked it need not divide the grid
+    index: Tensor = getattr(cell_running(1, config.grid, config.mask_ratio, cell=cell, phase=0), which)
     return index
 
 

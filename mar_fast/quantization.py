@@ -14,9 +14,10 @@ from typing import Literal
 
 from torch import nn
 
+from .fallbacks import untouched
 from .kernels import checks, quantize_rows
 from .kernels.scaled_linear import MULTIPLE, need_fp8
-from .layers import Block, untouched
+from .layers import Block
 from .model import MAR
 from .scaled_linear import ScaledLinear, scaled_layers
 

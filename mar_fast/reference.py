@@ -105,19 +105,12 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops the output of a sub-layer, for each sample with probability ``rate``."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        if not self.training or self.rate == 0:
-            return x
-        alive = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-        return x * alive / (1 - self.rate)
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: drops x (B, N, D), the output of a sub-layer, for each clip with probability ``rate``."""
+    if not training or rate == 0:
+        return x
+    alive = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * alive / (1 - rate)
 
 
 class Block(nn.Module):
@@ -129,7 +122,7 @@ class Block(nn.Module):
         heads: int,
         mlp_ratio: float,
         eps: float,
-        drop_path: float = 0.0,
+        drop_path_rate: float = 0.0,
         dropout: float = 0.0,
         key_bias: bool = False,
     ) -> None:
@@ -139,12 +132,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, round(dim * mlp_ratio), dropout)
         self.drop = nn.Dropout(dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.drop(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + drop_path(self.drop(self.attn(self.norm1(x))), self.drop_path_rate, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)
 
 
 class Encoder(nn.Module):
@@ -159,7 +152,7 @@ class Encoder(nn.Module):
         self.table = resized_table(config, dim)
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         shape = (dim, config.num_heads, config.mlp_ratio, config.encoder_eps)
-        self.blocks = nn.ModuleList(Block(*shape, drop_path=rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(*shape, drop_path_rate=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=config.final_norm_eps) if config.final_norm else nn.Identity()
 
     def forward(self, clip: Tensor, masked: Tensor) -> Tensor:

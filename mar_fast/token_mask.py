@@ -59,42 +59,45 @@ class TokenMask:
         ndim, shape = (2, "(B, tokens), or (tokens,) with cu_seqlens") if self.cu_seqlens is None else (1, "(tokens,)")
         for name in ("keep_idx", "drop_idx"):
             checks.tensor(name, getattr(self, name), ndim, (torch.int32,), shape)
+        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx)
         if self.cu_seqlens is not None:
-            checks.tensor("cu_seqlens", self.cu_seqlens, 1, (torch.int32,), "(B + 1,)")
-            if self.cu_seqlens.shape[0] == 0:
-                raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
+            self._check_offsets(self.cu_seqlens)
         elif self.drop_idx.shape[0] != self.batch:  # len() would make an exported batch size a constant
             raise checks.bad("drop_idx", f"{self.drop_idx.shape[0]} rows", f"{self.batch}, as keep_idx has")
-        total, every = self.total_visible, self.batch * self.num_tokens
-        if total + self.drop_idx.numel() != every:
-            got = f"{total} and {self.drop_idx.numel()} values"
-            raise checks.bad("keep_idx and drop_idx", got, f"{every} together: {self.batch} clips of grid {self.grid}")
-        least = -(-total // self.batch) if self.batch else 0
-        if self.cu_seqlens is None:
-            if self.max_seqlen is not None:
-                raise checks.bad("max_seqlen", self.max_seqlen, "None, since cu_seqlens is None")
-        elif not isinstance(self.max_seqlen, int) or not least <= self.max_seqlen <= self.num_tokens:
-            accepted = f"a whole number from {least} to {self.num_tokens}, since {self.batch} clips keep {total} tokens"
-            raise checks.bad("max_seqlen", repr(self.max_seqlen), accepted)
-        checks.same_device("keep_idx", self.keep_idx.device, drop_idx=self.drop_idx, cu_seqlens=self.cu_seqlens)
-        if self.cu_seqlens is not None and checks.may_read(self.cu_seqlens):
-            lengths = check_offsets("cu_seqlens", self.cu_seqlens, total).tolist()
+        elif self.max_seqlen is not None:
+            raise checks.bad("max_seqlen", self.max_seqlen, "None, since cu_seqlens is None")
+        kept, dropped, every = self.keep_idx.numel(), self.drop_idx.numel(), self.batch * self.num_tokens
+        if kept + dropped != every:
+            accepted = f"{every} together: {self.batch} clips of grid {self.grid}"
+            raise checks.bad("keep_idx and drop_idx", f"{kept} and {dropped} values", accepted)
+        if checks.may_read(self.keep_idx) or checks.may_read(self.drop_idx):
+            rows = []
+            for name, clip_idx in (("keep_idx", self.clip_idx), ("drop_idx", self.drop_clip_idx)):
+                index: Tensor = getattr(self, name)
+                checks.index_range(name, index, self.num_tokens)
+                rows.append(self._rows(index, clip_idx))
+                checks.strictly_ascending(name, rows[-1][None])
+            checks.strictly_ascending("keep_idx and drop_idx together", torch.cat(rows).sort().values[None])
+
+    def _check_offsets(self, cu_seqlens: Tensor) -> None:
+        checks.tensor("cu_seqlens", cu_seqlens, 1, (torch.int32,), "(B + 1,)")
+        if cu_seqlens.shape[0] == 0:
+            raise checks.bad("cu_seqlens", "no values", "B + 1 offsets that begin with 0")
+        checks.same_device("keep_idx", self.keep_idx.device, cu_seqlens=cu_seqlens)
+        longest = -(-self.total_visible // self.batch) if self.batch else 0  # at least
+        if checks.may_read(cu_seqlens):
+            lengths = check_offsets("cu_seqlens", cu_seqlens, self.total_visible).tolist()
             if 0 in lengths:
                 raise checks.bad("cu_seqlens", f"no visible token in clip {lengths.index(0)}", "at least one")
-            if max(lengths, default=0) > (self.max_seqlen or 0):
-                raise checks.bad("max_seqlen", self.max_seqlen, f"at least {max(lengths)}, of the clip that has most")
-        if checks.may_read(self.keep_idx) or checks.may_read(self.drop_idx):
-            self._check_partition()
+            longest = max(lengths, default=0)
+        if not isinstance(self.max_seqlen, int) or not longest <= self.max_seqlen <= self.num_tokens:
+            accepted = f"a whole number from {longest} to {self.num_tokens}, and no less than the longest clip has"
+            raise checks.bad("max_seqlen", repr(self.max_seqlen), accepted)
 
-    def _check_partition(self) -> None:
-        every = []
-        for name, clip_idx in (("keep_idx", self.clip_idx), ("drop_idx", self.drop_clip_idx)):
-            index: Tensor = getattr(self, name)
-            checks.index_range(name, index, self.num_tokens)
-            clip = torch.arange(self.batch, device=index.device)[:, None] if clip_idx is None else clip_idx.long()
-            every.append((clip * self.num_tokens + index).flatten())
-            checks.strictly_ascending(name, every[-1][None])
-        checks.strictly_ascending("keep_idx and drop_idx together", torch.cat(every).sort().values[None])
+    def _rows(self, index: Tensor, clip_idx: Tensor | None) -> Tensor:
+        """Indices (B, N), or packed ones with the clip of each -> (total,) rows among the B * L tokens of all clips."""
+        clip = torch.arange(self.batch, device=index.device)[:, None] if clip_idx is None else clip_idx.long()
+        return (clip * self.num_tokens + index).flatten()
 
     @classmethod
     def from_bool_masked(cls, masked: Tensor, *, num_visible: int | None = None) -> "TokenMask":
@@ -119,13 +122,13 @@ class TokenMask:
         if num_visible is None:
             check_may_count()
         if num_visible is None or checks.may_read(flat):
-            counts = (~flat).sum(1).unique().tolist()
+            counts = (~flat).sum(1).unique().tolist() or [tokens]
             if len(counts) > 1:
                 accepted = "the same number in every clip (TokenMask.ragged takes others)"
                 raise checks.bad("masked", f"clips with {counts} visible tokens", accepted)
             if num_visible is None:
-                num_visible = counts[0] if counts else tokens
-            elif counts and counts[0] != num_visible:
+                num_visible = counts[0]
+            elif num_visible != counts[0]:
                 raise checks.bad("num_visible", num_visible, f"{counts[0]}, the number of False in masked")
         if not isinstance(num_visible, int) or not 0 <= num_visible <= tokens:
             raise checks.bad("num_visible", repr(num_visible), f"a whole number from 0 to {tokens}")
@@ -168,25 +171,21 @@ class TokenMask:
         tokens = math.prod(grid)
         rows = [_masked(f"clips[{number}]", clip, clips[0], tokens) for number, clip in enumerate(clips)]
         masked = torch.stack(rows) if rows else torch.ones(0, tokens, dtype=torch.bool, device=device)
-        if len(clips) and clips[0].dtype == torch.bool:
-            lengths = (~masked).sum(1).tolist()
-        else:
-            lengths = [len(clip) for clip in clips]
+        counted = rows and clips[0].dtype == torch.bool
+        lengths = (~masked).sum(1).tolist() if counted else [len(clip) for clip in clips]
         if 0 in lengths:
             raise checks.bad(f"clips[{lengths.index(0)}]", "no visible token", "at least one in every clip")
         # Visible tokens first, as in from_bool_masked, of all clips at once.
         order = (masked.flatten().to(torch.uint8).argsort(stable=True) % masked.shape[1]).to(torch.int32)
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(masked.device)
-        keep_idx, drop_idx = order[: sum(lengths)], order[sum(lengths) :]
-        return cls(keep_idx, drop_idx, grid, cu_seqlens, max(lengths, default=0))
+        total = sum(lengths)
+        return cls(order[:total], order[total:], grid, cu_seqlens, max(lengths, default=0))
 
     def bool_masked(self) -> Tensor:
         """(B, L) bool, True = masked."""
         masked = torch.ones(self.batch, self.num_tokens, dtype=torch.bool, device=self.keep_idx.device)
-        if self.clip_idx is None:
-            return masked.scatter(1, self.keep_idx.long(), False)
-        row = self.clip_idx.long() * self.num_tokens + self.keep_idx
-        return masked.flatten().scatter(0, row, False).view_as(masked)
+        rows = self._rows(self.keep_idx, self.clip_idx)
+        return masked.flatten().scatter(0, rows, False).view_as(masked)
 
     def to(self, device: torch.device | str) -> "TokenMask":
         """The same mask on another device."""

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,29 +80,27 @@ def read_annotations(
         raise checks.bad("format", repr(format), "auto, " + ", ".join(FORMATS))
     if not path.exists():
         raise FileNotFoundError(f"list: got {str(path)!r}, expected an existing list of videos")
-    folder = path if path.is_dir() else path.parent
-    text = "" if path.is_dir() else _text(path)
+    folder, files = path if path.is_dir() else path.parent, [path]
     if format == "auto":
-        format = "hmdb51" if path.is_dir() or _HMDB51_FILE.fullmatch(path.name) else _detect(text)
+        format = "hmdb51" if path.is_dir() or _HMDB51_FILE.fullmatch(path.name) else _detect(_text(path))
     if path.is_dir() and format != "hmdb51":
         raise checks.bad("list", f"{str(path)!r}, a folder", f"a file, for the format {format}")
-    base = root if root is not None else folder
     if format == "hmdb51":
-        files = _hmdb51_files(path, split)
-        labels = labels or [action for action, _ in files]
-        samples = list(_hmdb51([file for file in files if path in (folder, file[1])], base, labels))
-    else:
-        if format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
-            labels = read_labels(folder / "classInd.txt")
-        samples = list(_READERS[format](path, text, base, labels))
+        every = _hmdb51_files(path, split)
+        labels = labels or list(every)
+        files = [file for file in every.values() if path in (folder, file)]
+    elif format == "ucf101" and labels is None and (folder / "classInd.txt").is_file():
+        labels = read_labels(folder / "classInd.txt")
+    numbers = {} if format in ("list", "paths") else _numbers(format, labels)
+    base = folder if root is None else root
+    samples = [sample for file in files for sample in _READERS[format](file, _text(file), base, numbers)]
     if not samples:
         raise ValueError(f"{path}: got no video, expected {FORMATS[format]}")
-    seen: dict[str, str] = {}
+    seen: dict[str, Sample] = {}
     for sample in samples:
-        if sample.name in seen:
-            first = seen[sample.name]
-            raise ValueError(f"{sample.location}: got {sample.name!r} again, after {first}, expected it once")
-        seen[sample.name] = sample.location
+        first = seen.setdefault(sample.name, sample)
+        if first is not sample:
+            raise checks.bad(sample.location, f"{sample.name!r} again, after {first.location}", "it once")
     return Annotations(format, tuple(samples), None if labels is None else len(labels))
 
 
@@ -118,9 +116,8 @@ def check_samples(samples: Sequence[Sample], classes: int | None) -> None:
     """
     for sample in samples:
         if classes is not None and not 0 <= sample.label < classes:
-            where, label = sample.location, sample.label
-            got = f"label {label}" if label >= 0 else "no label"
-            raise ValueError(f"{where}: got {got}, expected 0 to {classes - 1}, as the model has")
+            got = f"label {sample.label}" if sample.label >= 0 else "no label"
+            raise checks.bad(sample.location, got, f"0 to {classes - 1}, as the model has")
     if not any(sample.path.exists() for sample in samples):
         first = f"the first would be {str(samples[0].path)!r}"
         raise checks.bad("root", f"a folder with none of the {len(samples)} videos", f"one that has them; {first}")
@@ -143,14 +140,14 @@ def read_labels(path: Path) -> list[str]:
         raise FileNotFoundError(f"labels: got {str(path)!r}, expected an existing file of class names")
     text = _text(path)
     if text.lstrip()[:1] in ("{", "["):
-        names = _json_labels(path, _json(path, text))
+        names = _by_number(path, _json_labels(_json(path, text)))
     else:
         lines = text.rstrip().splitlines()
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise ValueError(f"{path}, line {number}: got an empty line, expected the name of a class")
-        pairs = _two_columns(lines) if lines else None
-        names = _numbered([line.strip() for line in lines]) if pairs is None else _by_number(path, pairs)
+        columns = _two_columns(lines) if lines else None
+        names = _numbered([line.strip() for line in lines]) if columns is None else _by_number(path, columns)
     names = [_unquoted(name) for name in names]
     if not names:
         raise ValueError(f"{path}: got no class, expected a name in each line or JSON")
@@ -160,9 +157,8 @@ def read_labels(path: Path) -> list[str]:
 def _numbered(lines: list[str]) -> list[str]:
     """Take away numbers that count the lines."""
     for first in (0, 1):
-        prefixes = [f"{number} " for number in range(first, first + len(lines))]
-        if all(line.startswith(prefix) for line, prefix in zip(lines, prefixes, strict=True)):
-            return [line.removeprefix(prefix) for line, prefix in zip(lines, prefixes, strict=True)]
+        if all(line.startswith(f"{number} ") for number, line in enumerate(lines, first)):
+            return [line.removeprefix(f"{number} ") for number, line in enumerate(lines, first)]
     return lines
 
 
@@ -185,13 +181,14 @@ def _unquoted(text: str) -> str:
     return text[1:-1].replace('""', '"') if quoted else text
 
 
-def _json_labels(path: Path, content: object) -> list[str]:
+def _json_labels(content: object) -> list[tuple[object, object]]:
+    """Numbers and names."""
     if isinstance(content, list):
-        return _by_number(path, list(enumerate(content)))
+        return list(enumerate(content))
     assert isinstance(content, dict)
     content = content["id2label"] if isinstance(content.get("id2label"), dict) else content
     by_number = all(key.isdecimal() for key in content)
-    return _by_number(path, [(key, value) if by_number else (value, key) for key, value in content.items()])
+    return [(key, value) if by_number else (value, key) for key, value in content.items()]
 
 
 def _by_number(path: Path, pairs: Sequence[tuple[object, object]]) -> list[str]:
@@ -201,9 +198,9 @@ def _by_number(path: Path, pairs: Sequence[tuple[object, object]]) -> list[str]:
             got = f"number {number!r} for {name!r}"
             raise checks.bad(str(path), got, "a name for each number, or a number of its own for each name")
         names[int(str(number))] = name
-    if sorted(names) != list(range(len(names))):
-        missing = next(number for number in range(len(names)) if number not in names)
-        raise ValueError(f"{path}: got {len(names)} classes without number {missing}, expected numbers from 0, no gaps")
+    for number in range(len(names)):
+        if number not in names:
+            raise checks.bad(str(path), f"{len(names)} classes without number {number}", "numbers from 0, no gaps")
     return [names[number] for number in range(len(names))]
 
 
@@ -226,7 +223,16 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.strip()
 
 
-def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+def _matches(path: Path, text: str, form: re.Pattern[str], accepted: str) -> Iterator[tuple[str, re.Match[str]]]:
+    """The same lines, each as it matches a form."""
+    for where, line in _lines(path, text):
+        found = form.fullmatch(line)
+        if found is None:
+            raise checks.bad(where, repr(line[:80]), accepted)
+        yield where, found
+
+
+def _list(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     lines = list(_lines(path, text))
     separator = next((character for character in ",;\t" if lines and character in lines[0][1]), " ")
     rows = list(csv.reader([line for _, line in lines], delimiter=separator, skipinitialspace=True))
@@ -240,30 +246,24 @@ def _list(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
                 raise checks.bad(where, repr(line[:80]), f"{len(header)} columns as in line 1, a whole {columns[1]}")
             yield Sample(row[at], root / row[at], int(found[1]), where)
         return
-    for where, line in lines:
-        found = _LIST_LINE.fullmatch(line)
-        if found is None:
-            raise checks.bad(where, repr(line[:80]), "a path and a label number from 0")
+    for where, found in _matches(path, text, _LIST_LINE, "a path and a label number from 0"):
         name, counted = _unquoted(found[1]), _COUNTED_PATH.fullmatch(found[1])
         if counted is not None and not (root / name).exists():  # "folder frames label"
             name = _unquoted(counted[1])
         yield Sample(name, root / name, int(found[2]), where)
 
 
-def _paths(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+def _paths(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     for where, line in _lines(path, text):
         yield Sample(_unquoted(line), root / _unquoted(line), -1, where)
 
 
-def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
+def _kinetics(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     """Files are named by YouTube id and times, in the root, a folder of the class or one of the split."""
-    numbers = _numbers("kinetics", labels)
     rows = csv.DictReader(text.splitlines())
     for column in ("label", "youtube_id", "time_start", "time_end"):
         if column not in (rows.fieldnames or ()):
-            raise ValueError(
-                f"{path}, line 1: got no column {column}, expected label, youtube_id, time_start, time_end"
-            )
+            raise checks.bad(f"{path}, line 1", f"no column {column}", "label, youtube_id, time_start, time_end")
     for row in rows:
         where = f"{path}, line {rows.line_num}"
         times = [_NUMBER.fullmatch(row[column] or "") for column in ("time_start", "time_end")]
@@ -275,8 +275,7 @@ def _kinetics(path: Path, text: str, root: Path, labels: Sequence[str] | None) -
         yield Sample(name, found, _number(numbers, row["label"], where), where)
 
 
-def _ssv2(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
-    numbers = _numbers("ssv2", labels)
+def _ssv2(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
     content = _json(path, text)
     for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
         where = f"{path}, entry {number}"
@@ -289,23 +288,17 @@ def _ssv2(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> It
         yield Sample(name, _find(root, [name]), _number(numbers, label, where), where)
 
 
-def _ucf101(path: Path, text: str, root: Path, labels: Sequence[str] | None) -> Iterator[Sample]:
-    numbers = _numbers("ucf101", labels)
-    for where, line in _lines(path, text):
-        found = _UCF101_LINE.fullmatch(line)
-        if found is None:
-            raise checks.bad(where, repr(line[:80]), "Class/file.avi, with or without a number from 1")
+def _ucf101(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
+    for where, found in _matches(path, text, _UCF101_LINE, "Class/file.avi, with or without a number from 1"):
         label = _number(numbers, found[1], where)
         if found[3] is not None and int(found[3]) != label + 1:
-            raise ValueError(
-                f"{where}: got number {found[3]}, expected {label + 1}, that of {found[1]}, counted from 1"
-            )
+            raise checks.bad(where, f"number {found[3]}", f"{label + 1}, that of {found[1]}, counted from 1")
         name = f"{found[1]}/{found[2]}"
         yield Sample(name, root / name, label, where)
 
 
-def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
-    """The classes of HMDB51 in alphabetical order, each with its file; ``path`` is the folder or one of the files."""
+def _hmdb51_files(path: Path, split: int) -> dict[str, Path]:
+    """The file of each class of HMDB51, in alphabetical order; ``path`` is the folder or one of the files."""
     folder = path
     if path.is_file():
         found = _HMDB51_FILE.fullmatch(path.name)
@@ -313,31 +306,21 @@ def _hmdb51_files(path: Path, split: int) -> list[tuple[str, Path]]:
             raise checks.bad("list", repr(path.name), "<class>_test_split<number>.txt, or a folder of such files")
         folder, split = path.parent, int(found[2])
     ending = f"_test_split{split}.txt"
-    files = sorted((file.name.removesuffix(ending), file) for file in folder.glob(f"*{ending}"))
+    files = {file.name.removesuffix(ending): file for file in folder.glob(f"*{ending}")}
     if not files:
         raise FileNotFoundError(f"list: got {str(folder)!r} without files *{ending}, expected HMDB51's split files")
-    return files
+    return dict(sorted(files.items()))
 
 
-def _hmdb51(files: Sequence[tuple[str, Path]], root: Path, labels: Sequence[str]) -> Iterator[Sample]:
-    numbers = _numbers("hmdb51", labels)
-    for action, file in files:
-        for where, line in _lines(file, _text(file)):
-            row = _HMDB51_LINE.fullmatch(line)
-            if row is None:
-                raise checks.bad(where, repr(line[:80]), "name.avi and 0, 1 or 2")
-            if row[2] == "2":
-                name = f"{action}/{row[1]}"
-                yield Sample(name, root / name, _number(numbers, action, where), where)
+def _hmdb51(path: Path, text: str, root: Path, numbers: Mapping[str, int]) -> Iterator[Sample]:
+    action = path.name.rpartition("_test_split")[0]
+    for where, found in _matches(path, text, _HMDB51_LINE, "name.avi and 0, 1 or 2"):
+        if found[2] == "2":
+            name = f"{action}/{found[1]}"
+            yield Sample(name, root / name, _number(numbers, action, where), where)
 
 
-_READERS: dict[str, Callable[[Path, str, Path, Sequence[str] | None], Iterator[Sample]]] = {
-    "list": _list,
-    "paths": _paths,
-    "kinetics": _kinetics,
-    "ssv2": _ssv2,
-    "ucf101": _ucf101,
-}
+_READERS = dict(list=_list, paths=_paths, kinetics=_kinetics, ssv2=_ssv2, ucf101=_ucf101, hmdb51=_hmdb51)
 
 
 def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
@@ -347,19 +330,18 @@ def _numbers(format: str, labels: Sequence[str] | None) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for number, name in enumerate(labels):
         if name in numbers:
-            raise checks.bad(
-                "labels", f"{name!r} for classes {numbers[name]} and {number}", "a name for one class each"
-            )
+            got = f"{name!r} for classes {numbers[name]} and {number}"
+            raise checks.bad("labels", got, "a name for one class each")
         numbers[name] = number
     return numbers
 
 
-def _number(numbers: dict[str, int], label: str | None, where: str) -> int:
-    if label is not None and label not in numbers:
-        label = label.replace("_", " ") if label.replace("_", " ") in numbers else label  # as folders are called
-    if label not in numbers:
-        raise ValueError(f"{where}: got class {label!r}, expected one of the {len(numbers)} names of the labels")
-    return numbers[label]
+def _number(numbers: Mapping[str, int], label: str | None, where: str) -> int:
+    name = label or ""
+    name = name if name in numbers else name.replace("_", " ")  # as folders are called
+    if name not in numbers:
+        raise checks.bad(where, f"class {label!r}", f"one of the {len(numbers)} names of the labels")
+    return numbers[name]
 
 
 def _find(root: Path, names: list[str]) -> Path:

@@ -69,8 +69,8 @@ def open_video(source: Source, threads: int = 0, kind: "type[Video] | None" = No
         source = io.BytesIO(source)
     elif isinstance(source, io.TextIOBase) or not getattr(source, "seekable", bool)():
         raise checks.bad_type("path", type(source).__name__, "a path, bytes, or a binary file that can be sought in")
-    with _errors(source), (kind or Video)(source, threads) as video:
-        yield video
+    with _errors(source), ExitStack() as files:
+        yield (kind or Video)(source, threads, files)
 
 
 def open_picture(path: Path) -> "VideoFrame":
@@ -115,7 +115,7 @@ def for_ffmpeg(source: Source) -> str | IO[bytes]:
 
 
 class Video:
-    """An open video stream and the index of its frames.
+    """An open video stream and the index of its frames; ``files`` closes it.
 
     Attributes:
         total: How many frames there are.
@@ -123,37 +123,27 @@ class Video:
         rate: Frames a second on average; None where the file does not say.
     """
 
-    def __init__(self, source: Source, threads: int = 0) -> None:
+    def __init__(self, source: Source, threads: int, files: ExitStack) -> None:
         self.name = name_of(source)
-        self._source, self._threads = source, threads
-        self._files = ExitStack()
-
-    def __enter__(self) -> "Video":
-        with ExitStack() as on_error:
-            on_error.enter_context(self._files)
-            self._open()
-            self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
-            self.rate = self._stream.average_rate
-            self._index = _index(self.name, self._container, self._stream)
-            if self._index.late:
-                self._open()
-                self._index.begin(frame.pts for frame in _decoded(_packets(self._container, self._stream)))
-            if self._index.counted:
-                self._open()
-                self.total = sum(1 for _ in _decoded(_packets(self._container, self._stream)))
-            else:
-                self.total = len(self._index.stamps)
-            self._keys = self._index.keys
-            on_error.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
+        self._source, self._threads, self._files = source, threads, files
+        self._open()
+        self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
+        self.rate = self._stream.average_rate
+        self._index = _index(self.name, self._container, self._stream)
+        if self._index.late:
+            self._index.begin(frame.pts for frame in self._from_start())
+        counted = self._index.counted
+        self.total = sum(1 for _ in self._from_start()) if counted else len(self._index.stamps)
+        self._keys = self._index.keys
 
     def _open(self) -> None:
         """Open the file, again if it is open."""
         self._files.close()
         self._container, self._stream = self._files.enter_context(_opened(self._source, self._threads))
+
+    def _from_start(self) -> Iterator["VideoFrame"]:
+        self._open()
+        return _decoded(_packets(self._container, self._stream))
 
     def time(self, number: int) -> Fraction | None:
         """Seconds from the first frame to this one; None if the file does not say.
@@ -194,42 +184,36 @@ class Video:
         before, back = bisect_right(self._keys, wanted), 1
         while back <= before and not self._index.counted:
             source = self._sought(self._keys[before - back], wanted)
-            first = next(source, None)
-            if first is not None:
-                return chain([first], source)
+            if source is not None:
+                return source
             back *= 2
         if before > 1:  # an mp4 that an editor trimmed may have no key frame at its beginning
             self._keys = array("q", [0])
-        self._open()
-        frames = _decoded(_packets(self._container, self._stream))
+        frames = self._from_start()
         return enumerate(frames) if self._index.counted else self._numbered(frames)
 
-    def _sought(self, key: int, wanted: int) -> Iterator[tuple[int, "VideoFrame"]]:
-        """Seek to a key frame and decode from there; nothing if the seek is not to be trusted."""
+    def _sought(self, key: int, wanted: int) -> Iterator[tuple[int, "VideoFrame"]] | None:
+        """Seek to a key frame and decode from there; None if the seek is not to be trusted."""
         import av
 
         index = self._index
         try:
             self._container.seek(index.stamps[key], stream=self._stream, backward=True)
         except (av.error.FFmpegError, OSError):
-            return
+            return None
         packets = _packets(self._container, self._stream)
         first = next((packet for packet in packets if index.is_key(packet)), None)
         if first is None or index.number(first.pts) > wanted:
-            return
+            return None
         landed = index.number(first.pts)
         frames = (found for found in self._numbered(_decoded(chain([first], packets))) if found[0] >= landed)
         head = next(frames, None)
-        if head is not None and head[0] == landed and head[1].key_frame:
-            yield head
-            yield from frames
+        return chain([head], frames) if head is not None and head[0] == landed and head[1].key_frame else None
 
     def _numbered(self, frames: Iterable["VideoFrame"]) -> Iterator[tuple[int, "VideoFrame"]]:
         """Each frame with its number; one with an unknown time stamp is left out."""
-        for frame in frames:
-            number = self._index.number(frame.pts)
-            if number >= 0:
-                yield number, frame
+        numbered = ((self._index.number(frame.pts), frame) for frame in frames)
+        return (found for found in numbered if found[0] >= 0)
 
     def _seconds(self, number: int) -> str:
         return "" if self._index.counted else f", {float(self.time(number) or 0):.2f} s from the start,"

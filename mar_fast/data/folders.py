@@ -21,9 +21,7 @@ class FrameFolder:
     """The pictures of a folder, in the natural order of their names: 2 before 10.
 
     Attributes:
-        total: How many there are.
-        aspect: Width of a pixel over its height.
-        rate: None; pictures have no times.
+        total, aspect, rate: As in `Video`.
 
     Raises:
         FileNotFoundError: there is no picture.

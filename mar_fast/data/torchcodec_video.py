@@ -5,12 +5,12 @@ it, since torchcodec trusts every seek.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ..kernels import checks
-from .decoding import Video, for_ffmpeg
+from .decoding import Source, Video, for_ffmpeg
 from .framing import orientation
 
 if TYPE_CHECKING:
@@ -48,27 +48,19 @@ class TorchCodecVideo(Video):
     pixels that are not square. It may give a damaged picture where PyAV gives an error.
     """
 
-    def __enter__(self) -> "TorchCodecVideo":
-        super().__enter__()
-        try:
-            self._begin()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _begin(self) -> None:
+    def __init__(self, source: Source, threads: int, files: ExitStack) -> None:
+        super().__init__(source, threads, files)
         if self._index.counted:
             raise self._refused("which needs time stamps that number the frames")
         codec = self._stream.codec_context
         if codec.pix_fmt not in _FORMATS or codec.height % 2:
             raise self._refused(f"which gives other colours of {codec.pix_fmt} with {codec.height} lines")
-        source = for_ffmpeg(self._source)
-        options: dict[str, Any] = dict(seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=self._threads)
+        file = for_ffmpeg(source)
+        options: dict[str, Any] = dict(seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=threads)
         options |= dict(device="cpu", stream_index=self._stream.index)
         decoder = import_decoder()
         try:
-            self._decoder = decoder(source if isinstance(source, str) else source.read(), **options)
+            self._decoder = decoder(file if isinstance(file, str) else file.read(), **options)
         except (RuntimeError, ValueError) as error:
             raise self._refused("which it cannot open") from error
         if len(self._decoder) != self.total:

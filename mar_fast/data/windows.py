@@ -14,7 +14,7 @@ from functools import partial
 from itertools import groupby
 from queue import Full, Queue
 from threading import Event
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from ..kernels import checks
 from .decoding import Source
 from .framing import Image, pictures
 from .video import Film, open_film
-
-if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
 
 Tail = Literal["repeat", "drop"]
 MOST_FPS = 1000
@@ -55,9 +52,7 @@ class Sliding:
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "stride", "frame_stride"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise checks.bad(name, repr(value), "a whole number, 1 or more")
+            checks.whole(name, getattr(self, name))
         if self.fps is not None and not (isinstance(self.fps, int | float) and 0 < self.fps <= MOST_FPS):
             raise checks.bad("fps", repr(self.fps), f"frames a second, above 0, up to {MOST_FPS}, or None")
         if self.tail not in ("repeat", "drop"):
@@ -152,16 +147,13 @@ def _timed(item: Any) -> tuple[Fraction | None, Any]:
 def _picture(frame: Any, aspect: Fraction, size: tuple[int, int]) -> Image:
     """(H, W, 3) uint8."""
     if not hasattr(frame, "to_ndarray"):
-        frame = _video_frame(np.asarray(frame))
+        import av  # only here: a machine without PyAV can run everything but this
+
+        image = np.asarray(frame)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise checks.bad("frames", f"{image.dtype} of shape {image.shape}", "frames (H, W, 3) uint8, RGB")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     return pictures(frame, aspect, size)[0]
-
-
-def _video_frame(image: Image) -> "VideoFrame":
-    import av  # only here: a machine without PyAV can run everything but this
-
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise checks.bad("frames", f"{image.dtype} of shape {image.shape}", "frames (H, W, 3) uint8, RGB")
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
 
 
 def _resampled(shots: Iterable[_Shot], fps: float) -> Iterator[tuple[int, _Shot]]:
@@ -205,8 +197,9 @@ def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callab
         numbers = (index * stride + i * sliding.frame_stride for i in range(sliding.num_frames))
         shown = [held[min(number, last)] for number in numbers]
         first, final = shown[0], shown[-1]
-        timed = first.seconds is not None and final.seconds is not None
-        seconds = (float(first.seconds or 0), float(final.seconds or 0)) if timed else None
+        seconds = None
+        if first.seconds is not None and final.seconds is not None:
+            seconds = float(first.seconds), float(final.seconds)
         return Window(index, (first.number, final.number), seconds, [one.frame for one in shown])
 
     for sample, next_shot in shots:
@@ -217,18 +210,13 @@ def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callab
         while index * stride + sliding.span - 1 <= sample:
             yield window(sample)
             index += 1
-            for passed in [number for number in held if number < index * stride]:
-                del held[passed]
+            held = {number: kept for number, kept in held.items() if number >= index * stride}
     if shot is not None and index < sliding.count(sample + 1):
         held[sample] = resized or shot._replace(frame=picture(shot.frame))
         yield window(sample)
 
 
 Report = int | Window | Exception | None
-
-
-class _Stopped(Exception):  # noqa: N818
-    """Nobody waits for the windows any more."""
 
 
 def read_ahead(
@@ -247,28 +235,16 @@ def read_ahead(
         depth: Windows that are read before they are asked for.
     """
     ready: Queue[tuple[int, Report]] = Queue(depth)
-    stop = Event()
-
-    def put(number: int, event: Report) -> None:
-        while not stop.is_set():
-            with suppress(Full):
-                return ready.put((number, event), timeout=0.1)
-        raise _Stopped
+    stop = Event()  # nobody waits for the windows any more
 
     def read(number: int) -> None:
-        end: Exception | None = None
-        with suppress(_Stopped):
-            try:
-                with open_film(films[number]) as film:
-                    count, windows = film_windows(film, sliding, size)
-                    put(number, count)
-                    for window in windows:
-                        put(number, window)
-            except _Stopped:
+        for report in _reports(films[number], sliding, size):
+            while not stop.is_set():
+                with suppress(Full):
+                    ready.put((number, report), timeout=0.1)
+                    break
+            else:
                 return
-            except Exception as error:
-                end = error
-            put(number, end)
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -284,3 +260,15 @@ def read_ahead(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _reports(source: Source, sliding: Sliding, size: tuple[int, int]) -> Iterator[Report]:
+    """Of one film what `read_ahead` tells, and any other error too."""
+    try:
+        with open_film(source) as film:
+            count, windows = film_windows(film, sliding, size)
+            yield count
+            yield from windows
+        yield None
+    except Exception as error:
+        yield error

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ..files import may_write, write_whole
 from ..kernels import checks
 from .scores import classify
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Result = dict[str, Any]  # the line of a video: its name, its label, and the classes found or an error
 TOP = 5
 
@@ -108,12 +110,10 @@ def check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
         FileExistsError: they are not; the message names what differs.
     """
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    other = [f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
-    if other:
-        raise FileExistsError(
-            f"{path}: got results of other settings ({'; '.join(other)}), "
-            "expected the same, another file, or --force to start anew"
-        )
+    if changed:
+        other = "; ".join(f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        expected = "expected the same, another file, or --force to start anew"
+        raise FileExistsError(f"{path}: got results of other settings ({other}), {expected}")
 
 
 def _parse(path: Path, number: int, line: bytes) -> Result:
@@ -164,13 +164,15 @@ def evaluate(
     Raises:
         ValueError: an argument does not fit.
     """
-    if not isinstance(workers, int) or workers < 1:
-        raise checks.bad("workers", repr(workers), "a whole number, 1 or more")
+    checks.whole("workers", workers)
     on_video(Accuracy.of(journal.rows, len(samples)))
-    for sample, views in _ahead([s for s in samples if not journal.finished(s.name)], read, workers):
+    left = [sample for sample in samples if not journal.finished(sample.name)]
+    for sample, found in ahead(lambda sample: read(sample.path), left, workers=workers, more=workers):
         row: Result = {"video": sample.name, "label": sample.label}
-        if isinstance(views, Exception):
-            row["error"] = str(views)
+        try:
+            views = found.result()
+        except (ValueError, OSError) as error:
+            row["error"] = str(error)
         else:
             best = (classify(model, views, batch=batch) / len(views)).topk(min(TOP, model.config.num_classes))
             row |= {"classes": best.indices.tolist(), "probabilities": best.values.tolist()}
@@ -179,20 +181,17 @@ def evaluate(
     return Accuracy.of(journal.rows, len(samples))
 
 
-def _ahead(
-    samples: Sequence[Sample], read: Callable[[Path], Tensor], workers: int
-) -> Iterator[tuple[Sample, Tensor | Exception]]:
-    """Each sample in turn with its views, or with the error that reading it gave; the next ones are read meanwhile."""
-    waiting: deque[Future[Tensor]] = deque()
+def ahead(
+    run: Callable[[Item], Found], items: Iterable[Item], *, workers: int, more: int
+) -> Iterator[tuple[Item, Future[Found]]]:
+    """Each item in turn with the future of ``run(item)``; meanwhile threads run up to ``more`` of the next ones."""
+    waiting: deque[tuple[Item, Future[Found]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        for number, sample in enumerate(samples):
-            for later in samples[number + len(waiting) : number + workers + 1]:
-                waiting.append(pool.submit(read, later.path))
-            try:
-                result: Tensor | Exception = waiting.popleft().result()
-            except (ValueError, OSError) as error:
-                result = error
-            yield sample, result
+        for item in items:
+            waiting.append((item, pool.submit(run, item)))
+            if len(waiting) > more:
+                yield waiting.popleft()
+        yield from waiting
     finally:
         pool.shutdown(cancel_futures=True)

@@ -45,7 +45,7 @@ def complementary(
     *,
     cell: tuple[int, int, int] = (1, 2, 2),
     generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    device: masking.Device = None,
 ) -> list[TokenMask]:
     """The masks of an ensemble: each drops ``ratio``, and together they see every token of a clip equally often.
 
@@ -73,23 +73,15 @@ def complementary(
         slots = math.prod(cell)
         phases = range(0, slots, max(1, slots // kept.denominator))
         return [masking.cell_running(batch, grid, ratio, cell=cell, phase=phase, device=target) for phase in phases]
-    # Any random mask of ratio 0 checks batch and grid.
-    masking.random(batch, grid, 0.0)
-    shape = {"random": grid, "tube": (1, *grid[1:]), "frame": (grid[0], 1, 1)}[kind]
-    units, parts = math.prod(shape), kept.denominator
+    order = masking.shuffled(kind, batch, grid, generator, target)
+    units, parts = math.prod(order.shape[1:]), kept.denominator
     if units % parts:
         word = {"random": "tokens", "tube": "positions", "frame": "frames of tubelets"}[kind]
         raise checks.bad("ratio", ratio, f"one whose {parts} views share the {units} {word} of grid {grid} equally")
-    source = generator.device if generator is not None else target
-    order = torch.rand(batch, units, device=source, generator=generator).argsort(1).to(target)
-    part = order % parts  # (B, units): every part has as many units as any other
+    part = order.to(target) % parts  # every part has as many units as any other
+    masks = [((part - view) % parts >= kept.numerator).expand(batch, *grid) for view in range(parts)]
     visible = math.prod(grid) // parts * kept.numerator
-    return [
-        TokenMask.from_bool_masked(
-            ((part - view) % parts >= kept.numerator).view(batch, *shape).expand(batch, *grid), num_visible=visible
-        )
-        for view in range(parts)
-    ]
+    return [TokenMask.from_bool_masked(masked, num_visible=visible) for masked in masks]
 
 
 def log_probabilities(model: MAR, video: Tensor, masks: Sequence[TokenMask | None]) -> Tensor:

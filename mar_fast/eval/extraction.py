@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from .. import MAR, MARConfig, TokenMask, masking
 from ..data.decoding import Source
-from ..data.framing import Image
 from ..data.windows import Sliding, Tail, Window, read_ahead, stream_windows
 from ..kernels import checks
 from . import ensemble
@@ -20,9 +20,7 @@ class WindowFeatures(NamedTuple):
     """What a window gives.
 
     Attributes:
-        number: That of the window, from 0.
-        frames: Numbers of its first and its last frame in the film or stream.
-        seconds: When these are shown, from the first frame on; None where there are no times.
+        number, frames, seconds: As in `Window`.
         layers: By the number of the block, (D,) or (N, D), on the CPU.
     """
 
@@ -71,8 +69,7 @@ class Extractor:
         config = model.config
         if model.training:
             raise checks.bad("model", "one in training mode", "model.eval()")
-        if not isinstance(batch, int) or batch < 1:
-            raise checks.bad("batch", repr(batch), "a whole number, 1 or more")
+        checks.whole("batch", batch)
         if keep is not None and not 0 < keep <= 1:
             raise checks.bad("keep", keep, "a share above 0, up to 1, or None")
         numbers = (config.depth,) if layers is None else tuple(layers)
@@ -103,15 +100,11 @@ class Extractor:
 
     def gather(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """The pictures of a batch of windows, each once, (F, H, W, 3) uint8; and which ones they show, (batch, T)."""
-        place: dict[int, int] = {}
-        images: list[Image] = []
-        for picture in (picture for window in windows for picture in window.pictures):
-            if id(picture) not in place:
-                place[id(picture)] = len(images)
-                images.append(picture)
-        rows = [[place[id(picture)] for picture in window.pictures] for window in windows]
+        images = {id(picture): picture for window in windows for picture in window.pictures}
+        index = {key: number for number, key in enumerate(images)}
+        rows = [[index[id(picture)] for picture in window.pictures] for window in windows]
         rows += rows[-1:] * (self.batch - len(rows))
-        return torch.from_numpy(np.stack(images)), torch.tensor(rows)
+        return torch.from_numpy(np.stack(list(images.values()))), torch.tensor(rows)
 
     @torch.inference_mode()
     def compute(self, count: int, pictures: Tensor, shown: Tensor) -> dict[int, Tensor]:
@@ -167,10 +160,7 @@ def extract(
             while the model runs. Or a stream: an iterable of frames (H, W, 3) uint8 RGB, arrays, tensors or PyAV's, or
             of (seconds, frame). A stream is asked for a frame when it is needed; windows come out in batches, so that
             ``batch=1`` delays them least.
-        stride: Frames from the start of a window to that of the next.
-        frame_stride: Frames from one to the next within a window.
-        fps: Count frames at this constant rate and not those of the film, so that strides are times.
-        tail: A film's end, or a film, that is no whole window: "repeat" its last frame, or "drop" it.
+        stride, frame_stride, fps, tail: Which windows, as in `mar_fast.data.windows.Sliding`.
         layers, keep, complementary, pooled, batch: As in `Extractor`.
 
     Yields:
@@ -186,20 +176,11 @@ def extract(
 
 
 def _features(extractor: Extractor, video: Source | Iterable[Any], sliding: Sliding) -> Iterator[WindowFeatures]:
-    waiting: list[Window] = []
-    for window in _windows(video, sliding, extractor.model.config.image_size, extractor.batch):
-        waiting.append(window)
-        if len(waiting) == extractor.batch:
-            yield from _named(extractor, waiting)
-            waiting = []
-    if waiting:
-        yield from _named(extractor, waiting)
-
-
-def _named(extractor: Extractor, windows: Sequence[Window]) -> Iterator[WindowFeatures]:
-    found = extractor(windows)
-    for row, window in enumerate(windows):
-        yield WindowFeatures(*window[:3], {number: features[row] for number, features in found.items()})
+    windows = _windows(video, sliding, extractor.model.config.image_size, extractor.batch)
+    while batch := list(islice(windows, extractor.batch)):
+        found = extractor(batch)
+        for row, window in enumerate(batch):
+            yield WindowFeatures(*window[:3], {number: features[row] for number, features in found.items()})
 
 
 def _windows(video: Any, sliding: Sliding, size: tuple[int, int], batch: int) -> Iterator[Window]:

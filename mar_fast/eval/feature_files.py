@@ -8,11 +8,9 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,7 +21,7 @@ from torch import Tensor
 from ..data.windows import Report, Sliding, Window, read_ahead
 from ..files import may_write, remove_leftovers, whole_file, write_whole
 from ..kernels import checks
-from .accuracy import check_settings
+from .accuracy import ahead, check_settings
 from .extraction import Extractor
 
 Form = Literal["safetensors", "npy"]
@@ -124,14 +122,9 @@ class _Writer:
             np.lib.format.write_array_header_1_0(self._file, header)
             return
         size = self.count * self._row_bytes
-        tensors = {
-            f"layer.{number}": {
-                "dtype": _NAMES[self._dtype],
-                "shape": self._shape,
-                "data_offsets": (i * size, (i + 1) * size),
-            }
-            for i, number in enumerate(layers)
-        }
+        tensor = {"dtype": _NAMES[self._dtype], "shape": self._shape}
+        ends = [(i * size, (i + 1) * size) for i in range(len(layers))]
+        tensors = {f"layer.{layer}": tensor | {"data_offsets": own} for layer, own in zip(layers, ends, strict=True)}
         text = json.dumps(tensors).encode()
         text += b" " * (-len(text) % 8)  # so that what follows is aligned
         self._file.write(len(text).to_bytes(8, "little") + text)
@@ -222,19 +215,25 @@ def extract_films(
     Raises:
         ValueError: an argument does not fit.
     """
-    if not isinstance(workers, int) or workers < 1:
-        raise checks.bad("workers", repr(workers), "a whole number, 1 or more")
-    job = _Job(extractor, films, content, Extraction(len(films)), on_batch)
-    size, ahead = extractor.model.config.image_size, 2 * extractor.batch
+    checks.whole("workers", workers)
+    job = _Job(extractor, films, content, Extraction(len(films)))
+    begin, size, depth = time.perf_counter(), extractor.model.config.image_size, 2 * extractor.batch
+    reports = read_ahead([film.path for film in films], sliding, size, workers=workers, depth=depth)
     try:
-        job.run(read_ahead([film.path for film in films], sliding, size, workers=workers, depth=ahead))
+        # The model has a thread of its own: meanwhile the next batch is gathered, and the last one is written.
+        for (items, _), found in ahead(job.compute, job.batches(reports), workers=1, more=1):
+            job.write(items, found.result())
+            job.done.seconds = time.perf_counter() - begin
+            on_batch(job.done)
     finally:
         for writer in job.writers.values():
             writer.abandon()
+    job.done.seconds = time.perf_counter() - begin
     return job.done
 
 
 Item = tuple[int, Window]  # a window and the number of its film
+Batch = tuple[list[Item], tuple[Tensor, Tensor]]  # windows, and what `Extractor.gather` makes of them
 
 
 @dataclass
@@ -243,25 +242,9 @@ class _Job:
     films: Sequence[Film]
     content: Mapping[str, Any]
     done: Extraction
-    on_batch: Callable[[Extraction], None]
     writers: dict[int, _Writer] = field(default_factory=dict)
 
-    def run(self, reports: Iterator[tuple[int, Report]]) -> None:
-        """The model has a thread of its own: meanwhile the next batch is gathered, and the last one is written."""
-        begin = time.perf_counter()
-        running: tuple[list[Item], Future[dict[int, Tensor]]] | None = None
-        with ThreadPoolExecutor(1) as pool:
-            for items in chain(self._batches(reports), [None]):
-                before, running = running, None
-                if items is not None:
-                    gathered = self.extractor.gather([window for _, window in items])
-                    running = items, pool.submit(self._compute, len(items), *gathered)
-                if before is not None:
-                    self._write(before[0], before[1].result())
-                self.done.seconds = time.perf_counter() - begin
-                self.on_batch(self.done)
-
-    def _batches(self, reports: Iterator[tuple[int, Report]]) -> Iterator[list[Item]]:
+    def batches(self, reports: Iterable[tuple[int, Report]]) -> Iterator[Batch]:
         """Windows of all films as they come, in full batches and a last one; films begin and break meanwhile."""
         items: list[Item] = []
         for number, report in reports:
@@ -275,18 +258,23 @@ class _Job:
             elif report is not None:
                 items.append((number, report))
             if len(items) == self.extractor.batch:
-                yield items
+                yield self._gathered(items)
                 items = []
         if items:
-            yield items
+            yield self._gathered(items)
 
-    def _compute(self, count: int, pictures: Tensor, shown: Tensor) -> dict[int, Tensor]:
+    def _gathered(self, items: list[Item]) -> Batch:
+        return items, self.extractor.gather([window for _, window in items])
+
+    def compute(self, batch: Batch) -> dict[int, Tensor]:
+        """The features of a batch, by layer."""
         begin = time.perf_counter()
-        found = self.extractor.compute(count, pictures, shown)
+        found = self.extractor.compute(len(batch[0]), *batch[1])
         self.done.model_seconds += time.perf_counter() - begin
         return found
 
-    def _write(self, items: Sequence[Item], computed: Mapping[int, Tensor]) -> None:
+    def write(self, items: Sequence[Item], computed: Mapping[int, Tensor]) -> None:
+        """Add a batch to the files of its films, and finish those that are complete."""
         for number in dict.fromkeys(number for number, _ in items):
             if number not in self.writers:  # it broke
                 continue

@@ -49,14 +49,13 @@ def draw_frames(
     note: str = "",
     columns: int | None = None,
 ) -> None:
-    """A PNG with rows of frames, each row with its name.
+    """A PNG with rows of frames, each row with its name; the title is above them, the note below.
 
     Args:
         rows: For each row one frame for every tubelet in time, as `frames` gives them.
         config: Of the model that the clip is for.
         path: The file.
-        title: Above the frames.
-        note: Below them.
+        title, note: Text, which is wrapped.
         columns: Frames to show, evenly chosen; None shows all.
     """
     t, count = config.patch_size[0], config.grid[0]

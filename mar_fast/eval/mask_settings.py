@@ -36,8 +36,8 @@ def draw(
     if kind == "running":
         form: dict[str, Any] = dict(cell=config.cell, phase=None if train else 0, temporal_shuffle=train)
         return masking.cell_running(batch, grid, ratio, **form, generator=generator, device=video.device)
-    drawn = {"random": masking.random, "tube": masking.tube, "frame": masking.frame}[kind]
-    return drawn(batch, grid, ratio, generator=generator, device=video.device)
+    drawn: TokenMask = getattr(masking, kind)(batch, grid, ratio, generator=generator, device=video.device)
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def check(
         found = []
         for number, masks in enumerate(ways):
             on_step(f"comparing with the reference, {name}", number / len(ways))
-            given = masks if run is model else map(_for_reference, masks)
+            given = [mask if run is model or mask is None else _equal(mask) for mask in masks]
             found.append(torch.cat([run(clip, mask, reconstruct=False).logits for mask in given]))
         return found
 
@@ -85,10 +85,8 @@ def check(
     return found
 
 
-def _for_reference(mask: Mask) -> TokenMask | None:
-    """The mask of one clip as the reference takes it."""
-    if mask is None or mask.cu_seqlens is None:
-        return mask
+def _equal(mask: TokenMask) -> TokenMask:
+    """A mask of one clip, which may be ragged, as the reference takes it."""
     return TokenMask.from_bool_masked(mask.bool_masked())
 
 
@@ -110,10 +108,9 @@ def time_all(
     budget: float,
     on_step: OnStep,
 ) -> list[M]:
-    """Time the calls in turn, for ``budget`` seconds, and measure their memory.
+    """Time the calls, of ``clips`` clips each, in turn for ``budget`` seconds, and measure their memory.
 
-    ``ways`` says what is known of each call so far, and ``clips`` how many clips a call is given. Returned are the ways
-    with latency, clips per second, peak memory and speed-up over the first.
+    Returns ``ways``, what is known of each so far, with latency, clips per second, memory, and speed-up over the first.
     """
     gc.collect()
     on_step("timing, in turn", 0.0)

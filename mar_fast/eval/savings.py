@@ -74,8 +74,7 @@ def measure(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    if not isinstance(batch, int) or batch < 1:
-        raise checks.bad("batch", batch, "a whole number, 1 or more")
+    checks.whole("batch", batch)
     checks.positive("seconds", budget)
     on_step("measuring this machine's matrix-product rate", 0.0)
     rates = machine.matmul_rates(device, ("fp32", "bf16") if dtype == "auto" else (dtype,))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from .. import MARConfig, masking
+from .. import masking
 from .frame_plot import frames, show_frames
 from .plot import new_figure, save, time_scale
 from .savings import CASES, Savings, model_config
@@ -19,13 +19,7 @@ COST, TIME = "#4c78a8", "#e45756"
 
 
 def draw(result: Savings, clip: Tensor, path: Path) -> None:
-    """A PNG: multiply-adds and latency against the keep ratio, above the frames of a clip (C, T, H, W) uint8.
-
-    Args:
-        result: With every case measured.
-        clip: The one that was measured.
-        path: The file.
-    """
+    """A PNG: multiply-adds and latency against the keep ratio, above the frames of the clip (C, T, H, W) uint8."""
     figure = new_figure(figsize=(11, 8.6))
     env = result.environment
     figure.suptitle(
@@ -53,14 +47,10 @@ def draw(result: Savings, clip: Tensor, path: Path) -> None:
     rows, config = {}, model_config(result.model, "dense")
     for case in CASES:
         config = model_config(result.model, case)
-        rows[f"{case}\n{config.num_visible} tokens"] = frames(clip, config, _masked(config))
+        mask = masking.cell_running(1, config.grid, config.mask_ratio, cell=config.cell, phase=0)  # the model's own
+        rows[f"{case}\n{config.num_visible} tokens"] = frames(clip, config, mask.bool_masked()[0])
     show_frames(lower, rows, {number: number * config.patch_size[0] for number in range(config.grid[0])})
     save(figure, path)
-
-
-def _masked(config: MARConfig) -> Tensor:
-    """(L,) bool, the mask that a model of this configuration takes by itself."""
-    return masking.cell_running(1, config.grid, config.mask_ratio, cell=config.cell, phase=0).bool_masked()[0]
 
 
 def _finish(axis: "Axes", keep: Sequence[float], values: Sequence[float], labels: Sequence[str]) -> None:

@@ -26,8 +26,7 @@ def classify(model: MAR, views: Tensor, *, batch: int = 8) -> Tensor:
         raise checks.bad("model", "one without a classifier", "a model that was trained to classify")
     if model.training:
         raise checks.bad("model", "one in training mode", "model.eval()")
-    if not isinstance(batch, int) or batch < 1:
-        raise checks.bad("batch", repr(batch), "a whole number, 1 or more")
+    checks.whole("batch", batch)
     checks.tensor("views", views, 5, (torch.uint8, *checks.FLOATS), "(V, C, T, H, W)")
     if len(views) == 0:
         raise checks.bad("views", "no view", "at least one")

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import MAR, MARConfig, cost, machine
+from .. import MAR, cost, machine
 from ..kernels import checks
 from . import ensemble
 from .mask_settings import DENSE, MaskSetting
-from .measured import Mask, Measured, OnStep, check, part, time_all
+from .measured import Measured, OnStep, check, part, time_all
+
+Tally = defaultdict[str, list[Any]]  # for a field of `Point` that is a mean, its values for the views or the videos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,22 +139,20 @@ def measure(
     Raises:
         ValueError: an argument does not fit, no video can be read, or a score is not finite.
     """
-    if not isinstance(batch, int) or batch < 1:
-        raise checks.bad("batch", batch, "a whole number, 1 or more")
+    config, device = model.config, next(model.parameters()).device
+    checks.whole("batch", batch)
     checks.positive("seconds", budget)
     if settings[0].kind != DENSE:
         raise checks.bad("settings", f"{settings[0].label} first", "dense")
-    if model.config.mask_ratio:
-        raise checks.bad("model", f"mask_ratio {model.config.mask_ratio}", "0, so that without a mask it is dense")
-    device = next(model.parameters()).device
+    if config.mask_ratio:
+        raise checks.bad("model", f"mask_ratio {config.mask_ratio}", "0, so that without a mask it is dense")
     reason = "asked for"
     if dtype == "auto":
         on_step("measuring this machine's matrix-product rate", 0.0)
         dtype, reason = machine.choose_dtype(device, machine.matmul_rates(device, ("fp32", "bf16")))
     found = Tradeoff(name, model.load_report is None, dtype, reason, batch, seed, machine.environment(device))
     timed: Tensor | None = None
-    generators = {setting: torch.Generator().manual_seed(seed) for setting in settings}
-    tallies = {setting: defaultdict[str, list[Any]](list) for setting in settings}
+    runs = {setting: (torch.Generator().manual_seed(seed), Tally(list)) for setting in settings}
     for number, path in enumerate(videos):
         say = part(on_step, 0.05 + 0.45 * number / len(videos), 0.45 / len(videos))
         say(f"reading {path.name}", 0.0)
@@ -164,30 +164,22 @@ def measure(
         if timed is None:
             timed = views[:batch].to(device)
             found.timed_views = len(timed)
-            found.points = _checked(model, timed[:1], settings, dtype, seed, part(on_step, 0.0, 0.05))
+            ways = [setting.masks(timed[:1], config, torch.Generator().manual_seed(seed)) for setting in settings]
+            checked = check(model, timed[:1], ways, dtype, part(on_step, 0.0, 0.05))
+            for setting, one in zip(settings, checked, strict=True):
+                found.points.append(Point(setting=setting.label, **vars(setting), **vars(one)))
             if not found.correct:
                 return found
-        found.answers.append(_answer(model, names, path, views, batch, generators, tallies, say))
+        found.answers.append(_answer(model, names, path, views, batch, runs, say))
     if timed is None:
         reasons = "; ".join(found.broken.values())
         raise checks.bad("VIDEO", f"none of {len(videos)} that can be read ({reasons})", "at least one")
-    means: list[dict[str, Any]] = [{name: fmean(own) for name, own in tally.items()} for tally in tallies.values()]
+    means: list[dict[str, Any]] = [{name: fmean(own) for name, own in tally.items()} for _, tally in runs.values()]
     points = [replace(point, **own) for point, own in zip(found.points, means, strict=True)]
     calls = {setting.label: _call(model, timed, setting, seed) for setting in settings}
     found.points = time_all(points, calls, len(timed), device, budget, part(on_step, 0.5, 0.5))
     on_step("done", 1.0)
     return found
-
-
-def _checked(
-    model: MAR, clip: Tensor, settings: Sequence[MaskSetting], dtype: str, seed: int, on_step: OnStep
-) -> list[Point]:
-    """Compare all settings with the reference on one view (1, C, T, H, W), and move the model to ``dtype``."""
-    ways = [setting.masks(clip, model.config, torch.Generator().manual_seed(seed)) for setting in settings]
-    return [
-        Point(setting=setting.label, **vars(setting), **vars(checked))
-        for setting, checked in zip(settings, check(model, clip, ways, dtype, on_step), strict=True)
-    ]
 
 
 @torch.inference_mode()
@@ -197,30 +189,26 @@ def _answer(
     path: Path,
     views: Tensor,
     batch: int,
-    generators: Mapping[MaskSetting, torch.Generator],
-    tallies: Mapping[MaskSetting, defaultdict[str, list[Any]]],
+    runs: Mapping[MaskSetting, tuple[torch.Generator, Tally]],
     on_step: OnStep,
 ) -> Answer:
-    """Run all settings, the dense one first, on the views of a video.
-
-    Adds to the tallies: for each field of `Point` that is a mean, its values for the views, or for the video.
-    """
-    weight = next(model.parameters())
+    """Run all settings, the dense one first, on the views of a video; values for fields of `Point` go to tallies."""
+    config, weight = model.config, next(model.parameters())
     best = dict[str, Best]()
     dense = torch.empty(0)
-    for number, (setting, tally) in enumerate(tallies.items()):
-        on_step(f"{path.name}: {setting.label}", number / len(tallies))
+    for number, (setting, (generator, tally)) in enumerate(runs.items()):
+        on_step(f"{path.name}: {setting.label}", number / len(runs))
         parts = []
         for some in views.split(batch):
             some = some.to(weight.device)
-            masks = setting.masks(some, model.config, generators[setting])
+            masks = setting.masks(some, config, generator)
             parts.append(ensemble.log_probabilities(model, some, masks).cpu())
             for mask in masks:
-                lengths = _visible(mask, len(some), model.config)
+                every = [config.num_tokens] * len(some)
+                lengths = every if mask is None else (~mask.bool_masked()).sum(1).tolist()
                 tally["visible_tokens"] += lengths
-                tally["multiply_adds"] += [
-                    setting.passes * cost.count(model.config, visible=length).multiply_adds for length in lengths
-                ]
+                work = [cost.count(config, visible=length).multiply_adds for length in lengths]
+                tally["multiply_adds"] += [setting.passes * adds for adds in work]
         logs = torch.cat(parts)
         if not bool(logs.isfinite().all()):
             short = machine.short_name(weight.dtype)
@@ -240,13 +228,6 @@ def _answer(
 def divergence(logs: Tensor, others: Tensor) -> Tensor:
     """KL(p || q) in nats of each row, from the logarithms (V, classes) of p and of q."""
     return (logs.exp() * (logs - others)).sum(-1).clamp_min(0)  # rounding can leave less than 0
-
-
-def _visible(mask: Mask, views: int, config: MARConfig) -> list[int]:
-    """The visible tokens of each view."""
-    if mask is not None and mask.cu_seqlens is not None:
-        return list[int](mask.cu_seqlens.diff().tolist())
-    return [config.num_tokens if mask is None else mask.num_visible] * views
 
 
 def _call(model: MAR, video: Tensor, setting: MaskSetting, seed: int) -> Callable[[], Any]:

@@ -21,16 +21,14 @@ Value = Callable[[Point], float]
 
 
 def draw(tradeoff: Tradeoff, path: Path) -> None:
-    """A PNG: top-1 agreement and KL against multiply-adds and latency; a line for each kind of mask.
-
-    Args:
-        tradeoff: With every setting measured.
-        path: The file.
-    """
+    """A PNG: top-1 agreement and KL against multiply-adds and latency; a line for each kind of mask."""
     points = tradeoff.points
     figure = new_figure(figsize=(11, 8.4))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    figure.suptitle(_title(tradeoff), fontsize=10, parse_math=False)  # a file name may have dollars
+    env = tradeoff.environment
+    title = f"{tradeoff.model}, {tradeoff.dtype}: agreement of masked answers with the dense model's, {tradeoff.seen}\n"
+    title += f"{env['device']}, torch {env['torch']}" + (f", commit {env['commit']}" if env["commit"] else "")
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a file name may have dollars
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     factor, unit = time_scale(_latency(point, "p80") for point in points)
     power = 9 if max(point.multiply_adds or 0 for point in points) >= 1e9 else 6
@@ -61,13 +59,6 @@ def draw(tradeoff: Tradeoff, path: Path) -> None:
     _kl_scale(axes[1, 0], [_kl(point) for point in points])
     legend_below(figure, axes.flatten())
     save(figure, path)
-
-
-def _title(tradeoff: Tradeoff) -> str:
-    env = tradeoff.environment
-    commit = f", commit {env['commit']}" if env["commit"] else ""
-    first = f"{tradeoff.model}, {tradeoff.dtype}: agreement of masked answers with the dense model's, {tradeoff.seen}"
-    return f"{first}\n{env['device']}, torch {env['torch']}{commit}"
 
 
 def _latency(point: Point, percentile: str) -> float:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD
+from ..fallbacks import own_forward, plain_projection, put_back, unhooked, untouched
 from ..kernels import checks, gather_patch_embed, masked_patch_loss, scatter_tokens
-from ..layers import Stream, norm, own_forward, plain_projection, put_back, total, unhooked, untouched
+from ..layers import Stream, norm, total
 from ..masking import cell_running
 from ..token_mask import TokenMask, check_may_count
 from .layers import MODELING, State, own_code, run_layers

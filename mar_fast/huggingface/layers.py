@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fallbacks import CHANGED, Fallbacks, untouched
 from ..kernels import mlp
 from ..kernels.derived import Derived
-from ..layers import CHANGED, Fallbacks, Stream, attend, attend_rows, deferred_bias, norm, take, total, untouched
+from ..layers import Stream, attend, deferred_bias, norm, take, total
 
 # The module of transformers with its VideoMAE classes, in every version 5.
 MODELING = "transformers.models.videomae.modeling_videomae"
@@ -114,11 +115,8 @@ def run_layer(layer: Any, state: State, rows: Tensor | None, defer: bool, *strea
     y, residual = norm(state, layer.layernorm_before, Stream(*stream))
     attention = layer.attention.attention
     weight, bias = state.packed(attention)
-    heads, scale = attention.num_attention_heads, attention.scaling
-    if rows is None:
-        y = attend(y, weight, bias, heads, scale)
-    else:
-        y, residual = attend_rows(y, take(y, rows), weight, bias, heads, scale), take(residual, rows)
+    y = attend(y, weight, bias, attention.num_attention_heads, attention.scaling, rows=rows)
+    residual = residual if rows is None else take(residual, rows)
     x, bias = _project(layer.attention.output, F.linear, y)
     y, residual = norm(state, layer.layernorm_after, Stream(x, residual, x_bias=bias))
     x, bias = _project(layer.output, partial(_mlp, layer.intermediate), y, defer)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..checkpoint import config_json
 from ..checkpoint.layouts import VIDEOMAE2
 from ..config import MARConfig
+from ..fallbacks import CHANGED, put_back, unhooked
 from ..kernels import checks
-from ..layers import CHANGED, Constant, put_back, unhooked
+from ..layers import Constant
 from ..model import MAR
 from .layers import State
 

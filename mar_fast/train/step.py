@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from .. import MAR, TokenMask, machine
-from ..model import MAROutput, mar_loss
+from ..loss import mar_loss
+from ..model import MAROutput
 from .distributed import World, last_only
 from .master_weights import MasterWeights
 from .optim import set_lr
