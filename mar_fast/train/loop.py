@@ -224,7 +224,7 @@ class Run:
         if self.recipe.task == "pretrain" or self.recipe.reconstruction_weight:
             row["reconstruction"] = reconstruction
         if self.recipe.optimizer.clip_grad:
-            row["norm"] = norm
+            row["norm"] = norm if math.isfinite(norm) else None  # fp16 may overflow; JSON has no inf
         if self.stepper.scaler.is_enabled():
             row["scale"] = self.stepper.scaler.get_scale()
         row |= {"clips_per_second": step.clips * self.world.size / seconds, "waiting": min(step.waited / seconds, 1.0)}

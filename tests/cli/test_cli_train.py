@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -230,3 +231,12 @@ def test_a_loss_that_does_not_stay_finite(train, films, tmp_path, monkeypatch, h
     assert code == 2 and "loss: got" in err and "in step 4" in err and ".mp4" in err, err
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002.pt"]
     assert str(films) in err.split("Videos of the step: ")[1]
+
+
+def test_gradients_that_overflow(train, tmp_path, monkeypatch):
+    """fp16 with too large a scale: steps are skipped, and their norm is null, for JSON has no infinity."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
+    code, *_ = train("--set", "optimizer.precision=fp16", "--set", "optimizer.clip_grad=1.0")
+    text = (tmp_path / "run/log.jsonl").read_text()
+    norms = [row["norm"] for row in map(json.loads, text.splitlines()) if "norm" in row]
+    assert code == 0 and norms == [None] * len(norms) != [] and "Infinity" not in text
