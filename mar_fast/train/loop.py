@@ -218,7 +218,8 @@ class Run:
         self._losses.append(loss)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        row = {"step": step.number, "steps": self.steps, "epoch": step.epoch, "loss": loss, "lr": step.lr}
+        row: dict[str, Any] = {"step": step.number, "steps": self.steps, "epoch": step.epoch}
+        row |= {"loss": loss, "lr": step.lr}
         if self.recipe.task == "finetune":
             row |= {"classification": classification, "accuracy": right}
         if self.recipe.task == "pretrain" or self.recipe.reconstruction_weight:
