@@ -82,19 +82,20 @@ def modes(op: Callable[..., Any], operands: Mapping[str, Any]) -> dict[str, Call
         for key, value in operands.items()
     }
     wanted = tuple(leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad)
-    seeds = tuple(torch.ones_like(out) for out in listed(op(**leaves)))
+    first = op(**leaves)
+    seeds, several = tuple(torch.ones_like(out) for out in listed(first)), isinstance(first, tuple)
     engine: Any = torch.autograd.Variable._execution_engine
+
+    def training() -> Any:
+        return op(**leaves)
 
     def both() -> object:
         """``torch.autograd.grad`` without what it checks in Python, which goes by the number of outputs."""
-        outputs = tuple(listed(op(**leaves)))
+        outputs = op(**leaves)  # as above: what is left of the difference is the engine's
+        outputs = outputs if several else (outputs,)
         return engine.run_backward(outputs, seeds, False, False, wanted, allow_unreachable=False, accumulate_grad=False)
 
-    return {
-        "no gradients": partial(op, **operands),
-        "with gradients": partial(op, **leaves),
-        "forward and backward": both,
-    }
+    return {"no gradients": partial(op, **operands), "with gradients": training, "forward and backward": both}
 
 
 def layer_norm(device: torch.device) -> dict[str, Call]:

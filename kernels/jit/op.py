@@ -102,6 +102,9 @@ class Op:
         names = list(parameters)
         self._tensors = sum(value.annotation in (Tensor, Tensor | None) for value in parameters.values())
         self._positions = [names.index(parameter) for parameter in differentiable]
+        self._results = [
+            differentiable.index(name) if name in differentiable else -1 for name in names[: self._tensors]
+        ]
         self._saving = names[-1] == "save"
         self.function = self._autograd_function()
         self.custom = self._library_op(outputs, opaque)
@@ -201,11 +204,7 @@ class Op:
     def _per_tensor(self, results: Results, needs: Sequence[bool]) -> list[Tensor | None]:
         """Results of a backward pass as one gradient, or None, for each tensor of the op."""
         results = self._finish(list(results)) if self._finish else results
-        every: list[Tensor | None] = [None] * self._tensors
-        for position, needed, result in zip(self._positions, needs, results, strict=True):
-            if needed:
-                every[position] = result
-        return every
+        return [None if i < 0 or not needs[i] else results[i] for i in self._results]
 
     def _library_op(self, outputs: Callable[..., Any], opaque: Sequence[str]) -> Any:
         tensors, public = self._tensors, self.public
