@@ -16,9 +16,9 @@ from .launch import DENSE, Launch, LaunchConfig, block, choose, like
 
 Channels = Sequence[float] | None
 
-# uint8 pixels enter products as -128 .. 127: exact in every dtype, and near the mean, for which the sum then needs only a
-# small correction. The weight is multiplied by 64 / 255: with 1 / 255 alone small weights would lose digits in float16.
-# The 64, a power of two, is divided out of the sum without rounding.
+# uint8 pixels enter products as -128 .. 127: exact in every dtype, and near the mean, for which the sum then needs only
+# a small correction. The weight is multiplied by 64 / 255: with 1 / 255 alone small weights would lose digits in
+# float16. The 64, a power of two, is divided out of the sum without rounding.
 UINT8_CENTRE, UINT8_SCALE = 128, 64
 
 
