@@ -45,7 +45,7 @@ def like_weight(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 class Constant(nn.Module):
-    """A tensor given by a formula: not in the state dict, not rounded by ``.bfloat16()``, restored after ``to_empty``."""
+    """A tensor given by a formula: not in the state dict, not rounded by ``.bfloat16()``, kept by ``to_empty``."""
 
     def __init__(self, formula: Callable[[], Tensor]) -> None:
         super().__init__()
