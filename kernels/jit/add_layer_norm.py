@@ -172,7 +172,7 @@ def config_backward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfi
     """``block_m`` rows, loaded ``num_stages`` - 1 tiles ahead.
 
     H200, Triton 3.6, bc236cf, 768 columns of bfloat16: 76 us, 45 is what a copy takes. One or four rows took 91 and 85,
-    half as many warps the same 76: the programs waited for loads, of which registers hold no more. A stage of them in
+    half as many warps the same 76: the programs waited for loads, and registers hold no more of these. A stage in
     shared memory (12 KB) makes them overlap with the sums: compiled clean, not measured. A float32 residual takes 126
     registers as it is, and up to 226 with a stage; in a training step its time was 1.25 times a copy's.
     """

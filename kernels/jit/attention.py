@@ -216,8 +216,8 @@ FORWARD: Tables = ({
 def config(
     arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool, bias: bool
 ) -> LaunchConfig:
-    """By the tables, but for some cases. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf,
-    198 us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
+    """From the tables, with exceptions. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
+    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
     # float32: with a bias, or for ragged clips, tiles that are not resident would spill.
     single = dtype == torch.float32
     if single and bias and arch == "sm_90" and head_dim > 64:

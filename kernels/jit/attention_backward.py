@@ -48,7 +48,7 @@ PROGRAMS = 396
 # the fused kernel programs wait once. As no program that waits has run on a GPU yet, two kernels are the default.
 
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; in QUERY queries are resident, in KEY_VALUE keys and values.
-# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
+# Compiled clean by Triton 3.6 and 3.9, not measured, except sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
 # kernels 581 us, 674 with 128-row tiles of 8 warps (only that of queries: 658); values compared there at 663e046. More
 # tokens are more of the same tiles, and larger heads have 2 programs of 4 warps on an SM, not 1 of 8.
 QUERY: Tables = ({
@@ -220,7 +220,7 @@ Passes = Callable[..., None]
 def _two_kernels(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call with the last kernel's queries."""
     other = call.choose("query", config_query)
     tile = other.config
     tiles = triton.cdiv(call.queries, tile.block_m)
@@ -255,7 +255,7 @@ def _two_kernels(
 def _fused(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call with the last kernel's queries."""
     tile, every = choice.config, call.every
     tiles = triton.cdiv(max(call.queries, call.keys), tile.block_n)
     lag = min(every, triton.cdiv(PROGRAMS, tiles))

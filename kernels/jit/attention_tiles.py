@@ -73,7 +73,7 @@ def load_owned_tiles(base, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_
     b_tiles = load_tiles(base, o_row, m_row, row_stride, True, WIDTHS, HEAD_DIM)
     if bias is None:
         return b_tiles
-    else:  # without it Triton would compile the rest for no bias too
+    else:  # otherwise Triton would compile this without a bias too
         sums = ()
         for i in tl.static_range(len(WIDTHS)):
             b_tile = b_tiles[i]

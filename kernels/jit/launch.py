@@ -314,7 +314,7 @@ class Launch:
             return
         compiled = kernel[self.grid](*arguments, **self.constants, **options)
         if DIRECT and operand.is_cuda and compiled is not None:
-            # Function, packed metadata, launch metadata, and hooks, of which there are none.
+            # Function and packed metadata; no launch metadata, no hooks.
             handles = (compiled.function, compiled.packed_metadata, None, None, None)
             self._ready(operand.get_device(), compiled.run, handles)
 

@@ -1,7 +1,7 @@
 """masked_patch_loss in Triton: the target of a dropped tubelet is computed in registers and never leaves them.
 
 A tubelet is split into chunks of WIDTH values that are neighbours in memory, and these into pieces of ROWS chunks,
-usually one for each thread. So there is one address for each chunk, and a chunk is one load of at most 16 bytes.
+usually one for each thread. So one address is computed for each chunk, and its values are loaded together.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def tubelet(
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Offset of each row's first value. ``clip_idx`` is each row's clip; without it a clip has ``per_clip`` rows."""
-    # Unsigned, and remainders from quotients: half the instructions. In 64 bits they would double the kernel's.
+    # Unsigned, and remainders from quotients: half the instructions. In 64 bits they would double the kernel.
     per_clip, grid_h, grid_w = tl.cast(per_clip, tl.uint32), tl.cast(grid_h, tl.uint32), tl.cast(grid_w, tl.uint32)
     o_row = o_row.to(tl.uint32)
     b_clip = o_row // per_clip
@@ -205,7 +205,7 @@ def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, channe
     """``block_m`` tubelets of ``values`` values each. Compiled clean, not measured.
 
     One warp for 2048 values: its sums need no shared memory and wait for no other warp. (H200, Triton 3.6, bc236cf, the
-    kernel before this one: 144 us by 1 warp, 210 by 4, each of which repeated the index arithmetic.)
+    kernel before this one: 144 us with 1 warp, 210 with 4, each of which repeated the index arithmetic.)
     """
     if arch == "interpreter":
         return LaunchConfig(16)  # fewer programs, one after the other

@@ -140,7 +140,7 @@ def config_backward(arch: str, dtype: torch.dtype, *, columns: int, positions: b
 
 
 def _search(most: int, tile: LaunchConfig) -> dict[str, Any]:
-    """Constants of `find`, for clips of at most so many visible tokens."""
+    """Constants of `find`, for clips of at most ``most`` visible tokens."""
     return dict(SAMPLES=block(triton.cdiv(most, STEP)), STEP=STEP, WINDOW=block(STEP + tile.block_m))
 
 
