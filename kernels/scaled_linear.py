@@ -71,7 +71,7 @@ def _check(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None) -> None
     if outputs % MULTIPLE or inputs % MULTIPLE:
         raise checks.bad("weight", f"shape {(outputs, inputs)}", f"multiples of {MULTIPLE}")
     if x.values.ndim < 2 or x.values.shape[-1] != inputs:
-        raise checks.bad("x", f"shape {tuple(x.values.shape)}", f"shape (..., M, {inputs}), with K of weight (N, K)")
+        raise checks.bad("x", f"shape {tuple(x.values.shape)}", f"(..., {inputs}), two dimensions or more")
     if bias is not None:
         checks.tensor("bias", bias, 1, checks.FLOATS, "(N,)")
         checks.size("bias", bias, (outputs,), "(N,), with N of weight (N, K)")
