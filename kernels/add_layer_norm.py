@@ -32,15 +32,15 @@ def add_layer_norm(
 
     Args:
         x: (B, N, D), or packed (total, D), the output of a sub-layer.
-        residual: Of x's shape, the stream that x is added to, or None before there is one: the new residual is then x.
+        residual: Of x's shape, the stream that x is added to, or None at its start: the new residual is then x.
         weight: (D,), LayerNorm's.
         bias: (D,), LayerNorm's.
         eps: Added to the variance.
         layer_scale: (D,), layer scale (CaiT, arXiv 2103.17239, section 2.1).
         row_scale: (B,), or (total,) for packed tokens, stochastic depth (arXiv 1603.09382): 0 for a dropped sample,
             else 1 / keep probability.
-        x_bias: (D,), the bias of the linear layer that made x, where that layer has not added it: its gradient then is
-            a by-product of this op's, and not a pass over x's gradient of its own.
+        x_bias: (D,), the bias of the linear layer that made x, if that layer was called without it: its gradient is
+            then a by-product of this op's backward, without another pass over x's gradient.
 
     Returns:
         ``normed`` in the dtype of the next matrix product (autocast's if it is on, else the residual's), and the new
@@ -69,7 +69,7 @@ def add_layer_norm_rows(
 ) -> tuple[QuantizedRows, Tensor]:
     """`add_layer_norm` for a product in fp8, in one pass: (`quantize_rows` of the norm in float32, new residual).
 
-    Arguments and errors are those of `add_layer_norm`; besides, a gradient that is asked for is a ValueError.
+    Arguments and errors are those of `add_layer_norm`; an argument that needs a gradient is a ValueError too.
     """
     key, run = _plans_of_rows.find(x, residual, weight, bias, eps)
     stream = x if residual is None else residual

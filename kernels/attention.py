@@ -1,7 +1,7 @@
 """attention, attention_varlen and attention_kvpacked: softmax attention without copies in or out.
 
-All take the bias of the linear layer that made their operands, which is then called without it: so the gradient of the
-bias comes out of attention's backward pass, and no reduction over the gradient of qkv is needed.
+All take the bias of the linear layer that made their operands, if that layer was called without it: its gradient then
+comes out of attention's backward pass, and needs no reduction over the gradient of qkv.
 """
 
 from typing import Literal, overload
@@ -128,12 +128,12 @@ def attention_varlen(
 
 
 def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
-    """Full softmax attention of M queries to N other tokens, for queries from a subset of the rows.
+    """Full softmax attention of M queries to N keys, as where only some of the tokens are queries.
 
     Args:
         q: (B, M, H, d).
-        kv: (B, N, 2, H, d) in q's dtype, N at least 1. Strides of both are as in `attention`.
-        bias: (3, H, d), of queries, keys and values, as in `attention`.
+        kv: (B, N, 2, H, d) in q's dtype, N at least 1. For strides of both see `attention`.
+        bias: (3, H, d), for queries, keys and values, as in `attention`.
         scale: Factor on the scores; None means d ** -0.5.
 
     Returns:
@@ -141,8 +141,8 @@ def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, sca
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or scale does not fit; the message names it.
-        RuntimeError: ``use_backend("triton")`` is on and the kernels cannot run this call. The packages that it can
-            name for `attention` do not apply here.
+        RuntimeError: ``use_backend("triton")`` is on and the kernels cannot run this call. "flash_attn" and "xformers"
+            do not apply to this op.
     """
     key, run = _kvpacked_plans.find(q, kv, bias, scale)
     if run is None:
@@ -213,10 +213,10 @@ def _backend(op: str, operand: Tensor, size: int, dtype: torch.dtype) -> str:
 
 
 def takes_bias(x: Tensor, bias: Tensor | None, num_heads: int) -> bool:
-    """Whether attention should add the bias (3 * H * d,) of the linear layer on x (..., D) whose output it takes.
+    """Whether attention, and not the linear layer on x (..., D) before it, should add that layer's bias (3 * H * d,).
 
-    It should on the Triton path if the bias gets a gradient, which is then a by-product and no reduction of its own.
-    Otherwise matrix products add a bias for nothing.
+    It should on the Triton path if the bias gets a gradient: that is then a by-product and needs no reduction of its
+    own. Otherwise the layer's matrix product adds the bias at no cost.
     """
     if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
         return False
@@ -224,7 +224,7 @@ def takes_bias(x: Tensor, bias: Tensor | None, num_heads: int) -> bool:
 
 
 def _in(dtype: torch.dtype, qkv: Tensor, plan: Run) -> Run:
-    """``plan`` after qkv is converted to ``dtype``; autograd converts the gradient back."""
+    """``plan`` for a qkv that is first converted to ``dtype``; autograd converts the gradient back."""
     return plan if dtype == qkv.dtype else lambda qkv, *rest: plan(qkv.to(dtype), *rest)
 
 

@@ -1,10 +1,10 @@
-"""attention by other packages, flash-attn and xformers, for comparison and for machines where one of them is faster.
+"""attention by flash-attn or xformers, for comparison and for machines where one of these packages is faster.
 
 Chosen by ``use_backend("flash_attn" | "xformers")``, and imported only then. Arguments and results are those of
 `mar_fast.kernels.attention` and `attention_varlen`, which check them; qkv is on a GPU, in the dtype to work in.
 
-flash-attn is called by version 2's documented interface and tested with a stand-in: it is built from source for a GPU
-and has not run here. xformers has no CPU path; of it only the interface (0.0.35) was checked.
+flash-attn is called by version 2's documented interface and tested with a stand-in: it must be built from source for a
+GPU, and has not been run here. Of xformers, which has no CPU path, only the interface (0.0.35) was checked.
 """
 
 import importlib

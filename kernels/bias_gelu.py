@@ -49,7 +49,7 @@ def _check(x: Tensor, bias: Tensor) -> None:
 def bias_gelu_rows(x: Tensor, bias: Tensor) -> QuantizedRows:
     """`bias_gelu` for a product in fp8, in one pass: `quantize_rows` of GELU(x + bias) in float32.
 
-    Arguments and errors are those of `bias_gelu`; besides, a gradient that is asked for is a ValueError.
+    Arguments and errors are those of `bias_gelu`; an argument that needs a gradient is a ValueError too.
     """
     key, run = _plans_of_rows.find(x, bias)
     dtype = working_dtype(x, x.dtype)

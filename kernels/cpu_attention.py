@@ -1,9 +1,9 @@
 """attention in bfloat16 on a CPU, without gradients: blocks of scores that stay in the cache, products by oneDNN.
 
 PyTorch's flash attention computes its products with MKL, which on CPUs with bfloat16 instructions but without matrix
-tiles (AMX) runs them no faster than float32 ones; oneDNN uses these instructions. Here scores are written out, but only
-a block at a time. They are rounded to bfloat16, as in attention written out in PyTorch under autocast; softmax and all
-sums are in float32. With gradients PyTorch's own is as fast, because it keeps what this would have to recompute.
+tiles (AMX) runs them no faster than float32 ones; oneDNN uses these instructions. Here scores are stored, but only a
+block at a time. They are rounded to bfloat16, as in attention written out in PyTorch under autocast; softmax and all
+sums are in float32. With gradients PyTorch's own attention is as fast: it saves what this would have to recompute.
 """
 
 import torch
@@ -20,7 +20,7 @@ PREFERRED = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile
 
 
 def takes(qkv: Tensor, dtype: torch.dtype) -> bool:
-    """Whether attention on ``qkv``, computed in ``dtype``, runs here; exports have plain ops."""
+    """Whether attention on ``qkv``, computed in ``dtype``, runs here; exported graphs have plain ops instead."""
     if torch.compiler.is_exporting():
         return False
     on_cpu = PREFERRED and qkv.device.type == "cpu" and dtype == torch.bfloat16 and qkv.numel() > 0
@@ -29,7 +29,7 @@ def takes(qkv: Tensor, dtype: torch.dtype) -> bool:
 
 def attention(qkv: Tensor, scale: float) -> Tensor:
     """(B, N, 3, H, d) bfloat16 -> (B, N, H * d)."""
-    # Tracing the blocks would give hundreds of nodes a layer.
+    # Traced, the blocks would become hundreds of nodes a layer.
     return _opaque(qkv, scale) if torch.compiler.is_compiling() else _in_blocks(qkv, scale)
 
 

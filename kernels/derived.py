@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import plan
 
-# Limits of one cache: first sources, and results for one first source. A model in use does not come near them.
+# Limits of one cache: first sources, and results for each of these. No ordinary model comes near them.
 SOURCES, VARIANTS = 1024, 16
 
 
@@ -35,9 +35,10 @@ class Derived:
     step of any ``torch.optim.Optimizer`` drops all results, and a call with gradients on drops those of its first
     source. **Writing through** ``.data``, **or from another library, is not noticed**: call `forget` after it.
 
-    Nothing is cached for inference tensors, which have no versions, for memory shared with other processes, and under
-    torch.compile, dispatch modes and torch.func. A result is only used on the stream that it was made on. A CUDA graph
-    that is being captured makes its own, since it would otherwise read memory that may be freed here; see `held`.
+    Nothing is cached for inference tensors, which have no versions, for memory shared with other processes, or under
+    torch.compile, dispatch modes and torch.func. A result is only used on the stream that it was made on. While a CUDA
+    graph is captured results are made anew, since the graph would otherwise read memory that may be freed here; but see
+    `held`.
 
     Sources are not kept alive; their memory is, until the tensor dies or is next looked up, so that no other tensor can
     get the same address. A copy or a pickle starts empty.
@@ -61,7 +62,7 @@ class Derived:
         Args:
             sources: All tensors that the result depends on; the first is not None.
             options: Everything else that it depends on, including which function ``make`` is.
-            make: A function of the sources. With gradients on it is called every time.
+            make: A function of the sources. It is called every time while gradients are on.
         """
         if torch.compiler.is_compiling():
             return make(*sources)
@@ -195,7 +196,7 @@ def _state(source: Tensor) -> tuple[Any, ...]:
         # RuntimeError: inference tensors have no version, and some tensors of torch.func no memory.
         state = source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
         if source.is_cuda:
-            return () if torch.cuda.is_current_stream_capturing() else state  # written when the graph is replayed
+            return () if torch.cuda.is_current_stream_capturing() else state  # results exist only once it is replayed
         return () if source.device.type == "cpu" and source.is_shared() else state  # another process may write
     except RuntimeError:
         return ()

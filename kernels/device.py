@@ -23,7 +23,7 @@ ATTENTION_PACKAGES = {
 
 # Triton reads this once, when it is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-# What its interpreter computes wrongly, and no kernel therefore takes.
+# dtypes that Triton's interpreter computes wrongly, so that no interpreted kernel takes them.
 REFUSED = (torch.bfloat16,) if INTERPRETING else ()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -101,7 +101,7 @@ def has_fp8(operand: Tensor) -> bool:
 
 
 def limit_of_e4m3(operand: Tensor) -> str:
-    """The limit for `takes_triton` of a kernel that writes e4m3: "" where the device can, or is interpreted."""
+    """``limit`` in `takes_triton` for a kernel that writes e4m3: "" on a device with e4m3 or in the interpreter."""
     return "" if has_fp8(operand) or (INTERPRETING and not operand.is_cuda) else "on sm_89, sm_90 and later"
 
 
@@ -145,7 +145,7 @@ def takes_triton(op: str, operand: Tensor, limit: str = "", unverified: bool = F
     Args:
         op: The op's name.
         operand: The tensor whose device and dtype decide.
-        limit: The limit of the kernels that this call exceeds, in words, or "".
+        limit: The limit of the kernels that this call exceeds, in words; "" if it exceeds none.
         unverified: Whether the kernels were not verified for this call, which then takes them only within
             ``use_backend("triton")``.
 

@@ -1,4 +1,4 @@
-"""gather_patch_embed: visible tubelets straight from the clip to embedded tokens."""
+"""gather_patch_embed: embedded tokens of visible tubelets, straight from the clip."""
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,11 @@ def gather_patch_embed(
     Equal to a convolution of stride and kernel (t, h, w) over the normalised clip, plus position, at ``keep_idx``.
 
     Args:
-        video: (B, C, T, H, W), any strides. The kernels read a clip where it lies if its innermost dimension is W, or
-            C and then W (as decoders give it, permuted), and its lines of w or w * C values begin at multiples of 16
-            bytes, or of what divides such a line; otherwise they copy it first, dropped pixels too. uint8 is divided
-            by 255 and, where mean and std are given, normalised with them in float32; floating point counts as
-            already normalised.
+        video: (B, C, T, H, W), any strides. The kernels read a clip in place if its innermost dimension is W, or C and
+            then W (decoded frames, permuted), and if its lines of w or w * C values can be loaded 16 bytes at a time,
+            or by the greatest power of two that divides a line; otherwise they first copy it, dropped pixels too. uint8
+            is divided by 255 and, where mean and std are given, normalised with them in float32; floating-point clips
+            are taken as normalised.
         keep_idx: (B, N) int32 or int64, flat indices into the grid (T/t, H/h, W/w), in any order, unique in each clip;
             (total,) where clips keep different numbers of tubelets.
         weight: (D, C, t, h, w), the convolution's.
@@ -49,8 +49,8 @@ def gather_patch_embed(
         std: one number a channel, with mean.
 
     Returns:
-        (B, N, D) or (total, D) in the weight's dtype, also under autocast, where the product works in autocast's
-        dtype. Gradients flow to weight, bias, pos_embed and a floating-point video.
+        (B, N, D) or (total, D) in the weight's dtype, under autocast too, though the product then works in autocast's.
+        Gradients flow to weight, bias, pos_embed and a floating-point video.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or index does not fit; the message names it.
@@ -77,7 +77,7 @@ def gather_patch_embed(
             checks.unique_rows("keep_idx", (clip_idx.long() * pos_embed.shape[0] + keep_idx)[None])
     training = torch.is_grad_enabled()
     if key is not None and training:
-        _folded.forget(weight)  # a step may follow
+        _folded.forget(weight)  # an optimizer's step may follow
     if run is None:
         if not (takes_triton("gather_patch_embed", weight) and takes_triton("gather_patch_embed", video)):
             return eager_gather_patch_embed(video, keep_idx, weight, bias, pos_embed, clip_idx, mean, std)

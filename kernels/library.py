@@ -1,3 +1,3 @@
-"""The namespace of ``torch.ops`` that the ops are registered in: a second copy in one process needs another one."""
+"""The namespace in ``torch.ops`` of the ops: a second copy of this package in one process needs another."""
 
 NAMESPACE = "mar_fast"

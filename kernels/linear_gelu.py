@@ -45,7 +45,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def check_layers(x: Tensor, optional: str = "", **parameters: Tensor | None) -> torch.dtype:
-    """Check x (..., K) and the layers that it goes through, weight (D, K) and bias (D,) of each in turn; the dtype.
+    """Check x (..., K) and the weight (D, K) and bias (D,) of each layer after it; returns the dtype to compute in.
 
     ``optional`` names the bias that may be None.
     """
@@ -57,12 +57,12 @@ def check_layers(x: Tensor, optional: str = "", **parameters: Tensor | None) -> 
         if number % 2 == 0:
             checks.tensor(name, value, 2, checks.FLOATS, "(D, K)")
             assert value is not None
-            checks.size(name, value, (value.shape[0], columns), "(D, K), K as its input has")
+            checks.size(name, value, (value.shape[0], columns), "(D, K), with K of its input")
             columns = value.shape[0]
         elif value is not None or name != optional:
             checks.tensor(name, value, 1, checks.FLOATS, "(D,)")
             assert value is not None
-            checks.size(name, value, (columns,), "(D,), as many as the weight has rows")
+            checks.size(name, value, (columns,), "(D,), with D of its weight")
         if value is not None and working_dtype(value, value.dtype) != dtype:
             raise checks.bad_type(name, value.dtype, f"{checks.names((dtype,))}, as x is")
     checks.same_device("x", x.device, **parameters)

@@ -106,9 +106,9 @@ def patch_targets(
     normalize: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(B, M, t * h * w * C), or (total, ...) with clip_idx: what pixels of ``dtype`` are to be, in float32 at least."""
+    """(B, M, t * h * w * C), or (total, ...) with clip_idx: the target of pixels of ``dtype``, in float32 or wider."""
     target = gather_tubelets(video.detach(), index, patch_size, clip_idx)  # (B, M, C, t, h, w), or (total, C, ...)
-    # Not -4 and -1: ONNX's older exporter would keep them. (B, M, t, h, w, C), or (total, t, h, w, C)
+    # Not -4 and -1, which ONNX's older exporter would keep. (B, M, t, h, w, C), or (total, t, h, w, C)
     target = target.movedim(target.ndim - 4, target.ndim - 1)
     target = target.to(torch.promote_types(dtype, torch.float32))
     if video.dtype == torch.uint8:

@@ -1,4 +1,4 @@
-"""mlp: two linear layers with exact GELU between, which keep one hidden activation for backward and not two."""
+"""mlp: two linear layers with exact GELU between, which save one hidden activation for backward instead of two."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,12 +16,12 @@ _plans = Plans()
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None = None) -> Tensor:
     """GELU(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias; GELU in its exact form (arXiv 1606.08415).
 
-    On the Triton path backward keeps what goes into GELU, and makes what comes out of it anew in the same pass as its
-    gradient. Under autocast it works in autocast's dtype; gradients have the dtypes of the arguments.
+    On the Triton path only fc1's product is saved for backward, which recomputes the output of GELU in the pass that
+    computes GELU's gradient. Under autocast it works in autocast's dtype; gradients have the dtypes of the arguments.
 
     Args:
         x: (..., K), any strides.
-        fc1_weight: (D, K), in x's dtype unless autocast is on; so are the others.
+        fc1_weight: (D, K), like all parameters in x's dtype unless autocast is on.
         fc1_bias: (D,).
         fc2_weight: (E, D).
         fc2_bias: (E,), or None.

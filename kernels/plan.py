@@ -1,4 +1,4 @@
-"""Plans: what a call of an op works out once, so that later calls like it only look it up.
+"""Plans: what an op works out once for a kind of call, so that later calls only look it up.
 
 Checks, backend, launch choice, grid and compiled kernel depend on nothing but shapes, strides, dtypes, devices,
 alignment, options and modes. These make the key of a call; under it an op keeps its plan, a function of the tensors.
@@ -92,7 +92,7 @@ class Plans:
                     on = value.device
                     parts.append(on)
                 try:
-                    address = value.data_ptr()  # 0 on a meta device, which has a CPU's number
+                    address = value.data_ptr()  # 0 on a meta device, whose get_device() is a CPU's
                 except RuntimeError:  # a tensor that escaped from a transform of torch.func
                     return None, None
                 parts += (

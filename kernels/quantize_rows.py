@@ -1,4 +1,4 @@
-"""quantize_rows: 16-bit activations as e4m3 rows, each with a scale of its own."""
+"""quantize_rows: activations or weights as e4m3 rows, each with a scale of its own."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ _plans = Plans()
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
-LEAST = 2.0**-100  # rows of zeros have a scale too
+LEAST = 2.0**-100  # so that rows of zeros have a scale above 0
 
 
 class QuantizedRows(NamedTuple):
@@ -25,7 +25,7 @@ class QuantizedRows(NamedTuple):
     Attributes:
         values: (..., D) float8_e4m3fn.
         scale: (..., 1) float32.
-        dtype: What was quantised, or would have been: a product of these rows comes out in it.
+        dtype: The dtype of products of these rows: autocast's if it was on, else that of what was quantised.
     """
 
     values: Tensor
@@ -34,20 +34,20 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
-    """Quantise each row to e4m3 (OCP OFP8; Micikevicius et al., arXiv 2209.05433) by the largest value in it.
+    """Quantise each row to e4m3 (OCP OFP8; Micikevicius et al., arXiv 2209.05433) by its largest magnitude.
 
-    The scale is max|x| / 448, so that this value becomes the largest of e4m3; rounding is to nearest, ties to even.
-    Activations are scaled by token in this way, weights by output channel. A row with NaN or infinity gives NaN in
-    every product.
+    The scale is max|x| / 448, which maps that magnitude to the largest of e4m3; rounding is to nearest, ties to even.
+    So activations have a scale for each token, weights one for each output channel. A row with NaN or infinity gives
+    NaN in every product.
 
     Args:
         x: (..., D), any strides.
 
     Returns:
-        The rows, without gradients, for products in autocast's dtype if it is on, else in x's.
+        The rows, without gradients; products of them are in autocast's dtype if it is on, else in x's.
 
     Raises:
-        ValueError, TypeError: x is no floating-point tensor with rows, or needs a gradient, which 8 bits do not have.
+        ValueError, TypeError: x is no floating-point tensor (..., D), or needs a gradient, which this op lacks.
     """
     key, run = _plans.find(x)
     if run is None:
@@ -66,7 +66,7 @@ def eager_quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
     """`quantize_rows` in plain PyTorch, with the same bits."""
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
-    # At most 448 and two roundings, which e4m3 rounds to 448: nothing is out of its range.
+    # Two roundings can take the largest magnitude just above 448, which e4m3 rounds to 448: nothing overflows.
     return QuantizedRows((x * (LARGEST / largest)).to(E4M3), largest * (1 / LARGEST), dtype)
 
 

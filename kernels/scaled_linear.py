@@ -1,4 +1,4 @@
-"""scaled_linear: a linear layer by a product of e4m3 rows."""
+"""scaled_linear: a linear layer on e4m3 rows."""
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +17,20 @@ def scaled_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` of e4m3 rows: products in 8 bits, sums in float32, the result rounded to bfloat16.
 
-    On a device by ``torch._scaled_mm`` with one scale a row of x and one a row of weight. Its sums are those of the
-    tensor cores, which keep fewer bits than float32 (22 on Hopper): far more than the operands have.
+    This is ``torch._scaled_mm`` with a scale for each row of x and of weight. Its sums are those of the tensor cores,
+    which keep fewer bits than float32 (22 on Hopper), but far more than the operands have.
 
     Args:
-        x: Rows (..., K).
+        x: Rows (..., M, K), at least two dimensions.
         weight: Rows (N, K); K and N are multiples of 16.
-        bias: (N,), added in bfloat16's precision.
-        emulate: Compute it anywhere, in plain PyTorch: the same values, exact products, sums in float32.
+        bias: (N,), rounded to bfloat16.
+        emulate: Compute the same in plain PyTorch, on any device: exact products, sums in float32.
 
     Returns:
-        (..., N) in x's dtype, from bfloat16: other results are not to be had on every device. No gradients.
+        (..., M, N), rounded to bfloat16, which every device supports, then in ``x.dtype``. No gradients.
 
     Raises:
-        ValueError, TypeError: a shape or dtype does not fit, or the device has no products in 8 bits; the message says.
+        ValueError, TypeError: a shape or dtype does not fit, or the device has no fp8 products; the message says which.
     """
     _check(x, weight, bias)
     bias = None if bias is None else bias.to(torch.bfloat16)
@@ -41,7 +41,7 @@ def scaled_linear(
         return y.to(torch.bfloat16).to(x.dtype)
     need_fp8("x", x.values)
     rows = x.values.flatten(0, -2)
-    # Partial sums stay in the tensor cores: promoting them to float32 registers costs time and changes less than e4m3.
+    # Partial sums stay in the tensor cores: float32 registers would cost time, and gain less than e4m3 loses.
     y = torch._scaled_mm(
         rows, weight.values.T, x.scale.view(-1, 1), weight.scale.view(1, -1), bias,
         out_dtype=torch.bfloat16, use_fast_accum=True,
@@ -50,7 +50,7 @@ def scaled_linear(
 
 
 def need_fp8(argument: str, operand: Tensor) -> None:
-    """Check that the device has products in 8 bits.
+    """Check that the operand's device has fp8 products.
 
     Raises:
         ValueError: it has none.
@@ -71,9 +71,9 @@ def _check(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None) -> None
     if outputs % MULTIPLE or inputs % MULTIPLE:
         raise checks.bad("weight", f"shape {(outputs, inputs)}", f"multiples of {MULTIPLE}")
     if x.values.ndim < 2 or x.values.shape[-1] != inputs:
-        raise checks.bad("x", f"shape {tuple(x.values.shape)}", f"(..., {inputs}), as weight has columns")
+        raise checks.bad("x", f"shape {tuple(x.values.shape)}", f"(..., {inputs}), two dimensions or more")
     if bias is not None:
         checks.tensor("bias", bias, 1, checks.FLOATS, "(N,)")
-        checks.size("bias", bias, (outputs,), "(N,), weight's rows")
+        checks.size("bias", bias, (outputs,), "(N,), with N of weight (N, K)")
     device = x.values.device
     checks.same_device("x", device, weight=weight.values, bias=bias)

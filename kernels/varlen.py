@@ -1,4 +1,4 @@
-"""Packed tokens of clips with different numbers of them: offsets (``cu_seqlens``), and the clip of each token."""
+"""Packed tokens of clips that differ in length: offsets (``cu_seqlens``), and the clip of each token."""
 
 import torch
 from torch import Tensor

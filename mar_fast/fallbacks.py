@@ -1,4 +1,4 @@
-"""Which layers a fused op can stand for, and one warning for each sort that it cannot.
+"""Which layers a fused op can replace, and one warning for each kind that it cannot.
 
 A fused op takes a layer's weight and bias, and does not call the layer. That is right only for layers as their class
 was written: no hooks, adapters, parametrizations, other forwards, quantised or sharded weights. All others are called.
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 # Other types of weight (quantised, sharded) only work inside their own module. torch.export traces with fake tensors.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
-# Hooks of these only record which modules run, or hidden states that transformers was once asked for.
+# Hooks from these only record which modules run, or hidden states that transformers was once asked for.
 _RECORDERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 CHANGED = "layers with hooks or changed parts"
 
@@ -24,12 +24,12 @@ _warned: set[tuple[str, str]] = set()
 
 
 class Fallbacks:
-    """Warns once of each sort of layer that a fused op cannot stand for. A copy or a pickle has not warned yet."""
+    """Warns once of each kind of layer that a fused op cannot replace. A copy or a pickle starts anew."""
 
     runner: ClassVar[str] = "each module's own code"
 
     def __init__(self) -> None:
-        self._model = str(next(_numbers))  # no int, which torch.compile may take for one that changes
+        self._model = str(next(_numbers))  # a string: torch.compile may treat an int as dynamic
 
     def __reduce__(self) -> tuple[type["Fallbacks"], tuple[()]]:
         return type(self), ()
@@ -48,7 +48,7 @@ class Fallbacks:
 
 @torch.compiler.assume_constant_result
 def _warn_once(model: str, text: str) -> bool:
-    """Under torch.compile it runs while the graph is traced, and is no part of it; torch 2.11 takes constants alone."""
+    """Under torch.compile it runs during tracing, outside of the graph; torch 2.11 takes only constant arguments."""
     if (model, text) not in _warned:
         _warned.add((model, text))
         warnings.warn(text, stacklevel=4)
@@ -56,7 +56,7 @@ def _warn_once(model: str, text: str) -> bool:
 
 
 class Fused(nn.Module):
-    """A module that hands weights of its layers to fused ops, where `untouched` allows that; `MAR` shares Fallbacks."""
+    """A module that gives the weights of its `untouched` layers to fused ops. All of a `MAR` share one Fallbacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class Fused(nn.Module):
 
 
 def untouched(module: nn.Module, kind: type[nn.Module], needs_bias: bool = False) -> bool:
-    """Whether calling ``module`` does what ``kind`` does with its weight and bias, which then can be used without it.
+    """Whether ``module`` computes what ``kind`` does with its weight and bias, so that an op can use these instead.
 
-    Every layer asks this in every call: attribute reads only.
+    Every layer asks this in every call, so it only reads attributes.
     """
     if type(module) is not kind or not own_forward(module) or not unhooked(module):
         return False
@@ -100,7 +100,7 @@ def own_forward(module: nn.Module) -> bool:
 def put_back(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the forward in the instance is that of one of ``kinds``, as ``model.forward = model.forward`` leaves it.
 
-    Exporters and accelerate's ``unwrap_model`` do that after they replaced it for a while.
+    Exporters and accelerate's ``unwrap_model`` leave it so after they have replaced it temporarily.
     """
     forward = module.__dict__.get("forward")
     own = any(getattr(forward, "__func__", None) is kind.forward for kind in kinds)
@@ -108,7 +108,7 @@ def put_back(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether ``module`` has no hooks, of its own or of all modules, but those that only record."""
+    """Whether ``module`` has no hooks, its own or global ones, other than those that only record."""
     own = module.__dict__
     found = (
         *(own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]),

@@ -1,7 +1,7 @@
 """What encoder, decoder and classifier are made of: constants, attention, MLP and the block, on the ops of kernels/.
 
-In comments: B clips, L tokens in the grid, N visible, M dropped, D channels of a token. Where clips keep different
-numbers of tokens these are packed, (total, D) and not (B, N, D), and `Segments` say where clips begin and end.
+In comments: B clips, L tokens in the grid, N visible, M dropped, D channels of a token. If clips keep different numbers
+of tokens, these are packed as (total, D) instead of (B, N, D), and `Segments` say where clips begin and end.
 """
 
 import math
@@ -34,18 +34,18 @@ from .token_mask import Segments
 
 
 def in_fp8(layer: nn.Module, needs_bias: bool = False) -> TypeGuard[ScaledLinear]:
-    """Whether ``layer`` is an `untouched` one of `mar_fast.quantize`, which takes QuantizedRows too."""
+    """Whether ``layer`` is an `untouched` ScaledLinear of `mar_fast.quantize`, which takes QuantizedRows too."""
     return untouched(layer, ScaledLinear, needs_bias)
 
 
 def like_weight(x: Tensor, layer: nn.Module) -> Tensor:
-    """x in the dtype of the layer's weight; as it is where that is quantised, or no tensor."""
+    """x in the dtype of the layer's weight; unchanged if that is no tensor or not floating point."""
     weight = getattr(layer, "weight", None)
     return x.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else x
 
 
 class Constant(nn.Module):
-    """A tensor given by a formula: not in the state dict, not rounded by ``.bfloat16()``, right after ``to_empty``."""
+    """A tensor given by a formula: not in the state dict, not rounded by ``.bfloat16()``, kept by ``to_empty``."""
 
     def __init__(self, formula: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ def sinusoid_table(tokens: int, dim: int) -> Tensor:
 def position_table(grid: tuple[int, int, int], made_for: tuple[int, int, int] | None, dim: int) -> Tensor:
     """(L, D) float32: the sinusoid table of ``grid``, or that of ``made_for`` interpolated trilinearly to ``grid``.
 
-    As F.interpolate does it without align_corners: between the centres of tubelets, and beyond the outermost centres
-    the table is constant. The interpolation is done in float64.
+    As F.interpolate without align_corners: linear between the centres of tubelets, constant beyond the outermost ones.
+    The interpolation is done in float64.
     """
     if made_for is None or made_for == grid:
         return sinusoid_table(math.prod(grid), dim)
@@ -100,7 +100,7 @@ def attend(
     Packed tokens (total, D) attend to those of their own clip. With ``rows`` (B, M) keys and values come from all
     tokens, and queries only from these: (B, N, D) -> (B, M, D).
     """
-    later = bias if takes_bias(x, bias, num_heads) else None  # what attention adds
+    later = bias if takes_bias(x, bias, num_heads) else None  # added by attention
     bias = bias if later is None else None
     if rows is None:
         return attend_packed(F.linear(x, weight, bias), num_heads, scale, segments, later)
@@ -118,9 +118,9 @@ def attend_packed(
     segments: Segments | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The same from queries, keys and values side by side: (B, N, 3 * D) -> (B, N, D), or both packed.
+    """`attend` from queries, keys and values side by side: (B, N, 3 * D) -> (B, N, D), or both packed.
 
-    A bias (3 * D,) is still to be added to them.
+    ``bias`` (3 * D,), if given, has not been added to them yet.
     """
     qkv = qkv.unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d) or (total, 3, H, d)
     bias = _by_head(bias, num_heads)
@@ -144,7 +144,7 @@ class Attention(Fused):
         self.q_bias = None if key_bias else nn.Parameter(torch.zeros(dim))
         self.v_bias = None if key_bias else nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
-        # Zeros made in advance, so that the three biases are joined by one launch.
+        # Zeros are made in advance, so that one launch joins the three biases.
         self.k_bias = None if key_bias else Constant(partial(torch.zeros, dim))
         self._packed = Derived()
 
@@ -222,8 +222,8 @@ class Stream(NamedTuple):
 def deferred_bias(layer: nn.Linear, x: Tensor) -> Tensor | None:
     """The bias of ``layer`` if the norm that follows is to add it, None if ``layer`` adds it to its product with x.
 
-    In training with kernels that norm's backward gives the gradient of the bias besides; the layer's own would read all
-    of its output's gradient for it.
+    In training with kernels the gradient of the bias is a by-product of that norm's backward; the layer's own backward
+    would read the whole gradient of its output for it.
     """
     if not (torch.is_grad_enabled() and untouched(layer, nn.Linear, True) and layer.bias.requires_grad):
         return None
@@ -285,7 +285,7 @@ class Block(Fused):
             x = F.dropout(x, dropout)
         stream = Stream(x, residual, self.row_scale(x, segments), bias)
         y, residual = norm_for(self.mlp, self.mlp.fc1, self.fallbacks, self.norm2, stream)
-        # FSDP2's hooks free the weights of a block, and this bias would leave it.
+        # FSDP2's hooks free a block's weights after its forward, and this bias would be used later.
         x, bias = sub_layer(self.mlp, Mlp, "fc2", y, not dropout and unhooked(self))
         return Stream(x, residual, self.row_scale(x, segments), bias)
 

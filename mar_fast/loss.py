@@ -1,4 +1,4 @@
-"""mar_loss: what MAR is trained with."""
+"""mar_loss: the loss that MAR is trained with."""
 
 import torch
 import torch.nn.functional as F

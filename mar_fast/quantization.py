@@ -1,10 +1,10 @@
-"""quantize: a model whose large matrix products are in 8 bits, for inference.
+"""quantize: a model with its large matrix products in fp8, for inference.
 
 fp8 is e4m3 of the OCP 8-bit floating point specification (Micikevicius et al., arXiv 2209.05433): 4 bits of exponent, 3
-of mantissa, up to 448. Of each block the products ``attn.qkv``, ``mlp.fc1`` and ``mlp.fc2`` are in it: 11/12 of the
-multiply-adds of its linear layers at an MLP ratio of 4. Weights have one scale for each output channel, made once;
-activations one for each token, made anew from their largest value, so that nothing is calibrated. ``attn.proj``,
-attention, norms, embedding and heads stay as they are.
+of mantissa, up to 448. The products ``attn.qkv``, ``mlp.fc1`` and ``mlp.fc2`` of each block are in it: 11/12 of the
+multiply-adds of the block's linear layers at an MLP ratio of 4. Weights have a scale for each output channel, computed
+once; activations have one for each token, computed in each call from its largest magnitude, so that nothing is
+calibrated. ``attn.proj``, attention, norms, embedding and heads stay as they are.
 """
 
 import copy
@@ -28,23 +28,24 @@ LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
 def quantize(model: MAR, kind: Kind, *, keep: str | Sequence[str] = (), emulate: bool = False) -> MAR:
     """A copy of ``model`` with products in fp8; the model itself is left as it is.
 
-    Quantise from float32 or 16-bit weights, and run what is not quantised in bfloat16 (``.to(torch.bfloat16)`` before
-    or after: it leaves fp8 alone). `save_pretrained` and `save_checkpoint` write such a model in mar_fast's own layout,
-    and `from_pretrained` reads it.
+    Weights may be float32 or 16-bit. Run what is not quantised in bfloat16: call ``.to(torch.bfloat16)`` before or
+    after, which does not change fp8 weights. `save_pretrained` and `save_checkpoint` write such a model in mar_fast's
+    own layout, and `from_pretrained` reads it.
 
     Args:
-        model: The model. Of one that is quantised already only ``emulate`` changes.
+        model: The model. If it is quantised already, only ``emulate`` changes.
         kind: "fp8".
         keep: Parts or blocks whose products stay as they are: "decoder", "encoder.blocks.0".
-        emulate: Compute the same in plain PyTorch, on any device: slow, for tests and to learn what fp8 costs in
+        emulate: Compute the same in plain PyTorch, on any device: slow, for tests and to measure what fp8 costs in
             accuracy. Values and scales are those of a GPU; sums may differ in their last bits.
 
     Returns:
         The copy, in eval mode, without gradients.
 
     Raises:
-        ValueError: the model's device has no products in 8 bits (sm_89, sm_90 and later have), without ``emulate``; an
-            unknown kind or name; names for a model that is quantised already; a layer that is no plain ``nn.Linear``.
+        ValueError: without ``emulate``, the model's device has no fp8 products (sm_89, sm_90 and later have); an
+            unknown kind or name; names for a model that is quantised already; a layer that is no plain ``nn.Linear``,
+            or whose sizes are no multiples of 16.
         TypeError: not a `mar_fast.MAR`.
     """
     if not isinstance(model, MAR):

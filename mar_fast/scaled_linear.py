@@ -1,4 +1,4 @@
-"""ScaledLinear: a linear layer in fp8, as `mar_fast.quantize` puts it into blocks."""
+"""ScaledLinear: the linear layer in fp8 that `mar_fast.quantize` puts into blocks."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,9 +12,9 @@ class ScaledLinear(nn.Module):
 
     Attributes:
         weight: (out_features, in_features) float8_e4m3fn, a buffer.
-        weight_scale: (out_features, 1) float32, a buffer: weight row i stands for ``weight[i].float() * scale[i]``.
+        weight_scale: (out_features, 1) float32, a buffer: weight row i is ``weight[i].float() * weight_scale[i]``.
         bias: (out_features,), or None.
-        emulate: Whether products are computed in plain PyTorch, as on a device that has none in 8 bits.
+        emulate: Whether products are computed in plain PyTorch, for devices without fp8 products.
     """
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: nn.Parameter | None) -> None:
@@ -27,18 +27,18 @@ class ScaledLinear(nn.Module):
         self.emulate = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScaledLinear":
-        """Move it; ``.bfloat16()`` and the like leave weight and scale as they are."""
+        """Move the layer; ``.bfloat16()`` and the like change neither weight nor scale."""
         kept = self.weight, self.weight_scale
         super()._apply(fn, recurse)
         self.weight, self.weight_scale = (value.to(self.weight.device) for value in kept)
         return self
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """(..., in_features), or such rows, -> (..., out_features)."""
+        """(..., in_features), or QuantizedRows of that shape, -> (..., out_features)."""
         return self.product(x, self.bias)
 
     def product(self, x: Tensor | QuantizedRows, bias: Tensor | None = None) -> Tensor:
-        """The same with another bias, or with none."""
+        """`forward` with another bias, or with none."""
         rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
         weight = QuantizedRows(self.weight, self.weight_scale, rows.dtype)
         return scaled_linear(rows, weight, bias, emulate=self.emulate)

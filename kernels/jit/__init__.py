@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file for each op: the only place that imports triton."""
+"""Triton kernels and their launchers, one file for each op: the only folder that imports triton."""

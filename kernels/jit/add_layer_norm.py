@@ -99,7 +99,7 @@ def add_layer_norm_backward_kernel(
             b_residual = tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
             b_mean = tl.load(statistics + o_row, mask=m_row, other=0.0)[:, None]
             b_rstd = tl.load(statistics + rows + o_row, mask=m_row, other=0.0)[:, None]
-            # Not zero beyond the last column, but the gradients that it is multiplied with are.
+            # Not zero beyond the last column, but the gradients that it is multiplied by are.
             b_unit = (b_residual - b_mean) * b_rstd
             if WEIGHT:
                 b_weight_sum += tl.sum(b_normed * b_unit, axis=0)
@@ -172,7 +172,7 @@ def config_backward(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfi
     """``block_m`` rows, loaded ``num_stages`` - 1 tiles ahead.
 
     H200, Triton 3.6, bc236cf, 768 columns of bfloat16: 76 us, 45 is what a copy takes. One or four rows took 91 and 85,
-    half as many warps the same 76: the programs waited for loads, of which registers hold no more. A stage of them in
+    half as many warps the same 76: the programs waited for loads, and registers hold no more of these. A stage in
     shared memory (12 KB) makes them overlap with the sums: compiled clean, not measured. A float32 residual takes 126
     registers as it is, and up to 226 with a stage; in a training step its time was 1.25 times a copy's.
     """
@@ -264,7 +264,7 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
 
 
 def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
-    """x is only needed for the gradients of its factors."""
+    """x is only needed for the gradients of layer_scale and row_scale."""
     x, residual, weight, bias, layer_scale, row_scale, x_bias = tensors[:7]
     saves_x = layer_scale is not None and layer_scale.requires_grad
     saves_x = saves_x or (row_scale is not None and row_scale.requires_grad)
@@ -273,7 +273,7 @@ def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
 
 
 def _written(grad_normed, residual, layer_scale, row_scale, x_dtype: torch.dtype, needs: Sequence[bool]) -> list[bool]:
-    """Which gradients the kernel writes. An unscaled x shares the residual's: `_finish` returns that twice."""
+    """Which gradients the kernel writes. That of an unscaled x is the residual's, which `_finish` returns twice."""
     shared = layer_scale is None and row_scale is None and x_dtype == residual.dtype
     of_x, of_residual, of_weight, of_bias, *of_factors = needs
     normed = grad_normed is not None
@@ -289,7 +289,7 @@ def _written(grad_normed, residual, layer_scale, row_scale, x_dtype: torch.dtype
 def gradients(
     grad_normed, grad_residual, residual, statistics, weight, bias, x, layer_scale, row_scale, x_bias, *options: Any
 ) -> list[Tensor | None]:
-    """Of x, residual, weight, bias, layer_scale, row_scale and x_bias. ``residual`` is what was normalised."""
+    """Memory for the gradients of all seven tensors of `outputs`. ``residual`` is what was normalised."""
     *_, x_dtype, _, needs = options
     written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     return _allocate(written, residual, x_dtype, weight, bias, layer_scale, row_scale, x_bias)
@@ -312,7 +312,7 @@ def backward(*inputs: Any) -> Run:
     grad_normed, grad_residual, residual, statistics, weight, _, x, layer_scale, row_scale, x_bias, *options = inputs
     *_, x_dtype, _, needs = options
     *leading, columns = residual.shape
-    total_rows, count = math.prod(leading), math.prod(leading[1:])  # of one row_scale: 1 for packed tokens
+    total_rows, count = math.prod(leading), math.prod(leading[1:])  # rows of one row_scale, 1 if packed
     written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     if residual.numel() == 0:
         return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]

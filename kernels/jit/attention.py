@@ -4,9 +4,9 @@ One program takes BLOCK_M queries of one head and loops over the keys in tiles o
 scores never leave the chip. The remainder of the keys is a smaller tile, and only that one is masked: 784 tokens cost
 12 * 64 + 16 keys, not 13 * 64.
 
-Of the biases of the linear layer that made q, k and v, that of the queries is added to the tile that a program owns and
-that of the values to its output, since probabilities sum to 1. That of the keys adds the same to all scores of a row,
-which softmax does not see.
+The bias of the linear layer that made q, k and v may come apart from them. That of the queries is then added to the
+tile that a program owns, and that of the values to its output, since probabilities sum to 1. That of the keys adds the
+same number to all scores of a row, which changes no probability.
 """
 
 from collections.abc import Sequence
@@ -141,12 +141,12 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Strides are divided by VEC, so that the compiler sees that loads of VEC values are aligned; see `Layout`.
 
-    With ``wide`` and ``narrow``, descriptors of key_value, whole tiles of keys and values come by TMA; those that
-    belong to the clip in part never do. KEY_PART is the part of key_value that holds the keys.
+    With ``wide`` and ``narrow``, descriptors of key_value, whole tiles of keys and values are loaded by TMA; the last
+    tile of a clip, if it is not whole, never is. KEY_PART is the part of key_value that holds the keys.
 
-    Unless RESIDENT, the tile that a program owns is loaded again for each tile that it meets: kept, it would occupy
-    registers in the whole loop, in float32 twice (rounded part and remainder). ``zero`` is 0, but the compiler does
-    not know that and so cannot move these loads out of the loop.
+    Unless RESIDENT, the tile that a program owns is loaded again at each step of the loop: kept, it would occupy
+    registers all the time, in float32 twice (rounded part and remainder). ``zero`` is 0, but the compiler does not
+    know that and so cannot move these loads out of the loop.
     """
     tile, head, clip, first, length = locate(tl.program_id(0), cu_seqlens, queries, tiles, heads, VARLEN)
     if VARLEN:
@@ -216,9 +216,9 @@ FORWARD: Tables = ({
 def config(
     arch: str, dtype: torch.dtype, *, head_dim: int, tokens: int, ragged: bool, tma: bool, bias: bool
 ) -> LaunchConfig:
-    """By the tables, but for some cases. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf,
-    198 us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
-    # float32: with a bias, or for ragged clips, tiles that are loaded anew would spill.
+    """From the tables, with exceptions. sm_90 up to 1100 tokens by pointers is measured: H200, Triton 3.6, bc236cf, 198
+    us at 784, where 128 x 128 x 128 took 268; values compared there at 663e046. With a bias it would spill."""
+    # float32: with a bias, or for ragged clips, tiles that are not resident would spill.
     single = dtype == torch.float32
     if single and bias and arch == "sm_90" and head_dim > 64:
         return LaunchConfig(64, 16, 32, 4, 1)
@@ -229,8 +229,8 @@ def config(
     return chosen
 
 
-# Up to which head size float32 was verified on hardware, with a size for each row of the tables: H200, Triton 3.6,
-# 663e046.
+# The largest head size for which float32 was verified on hardware, with a size for each row of the tables: H200, Triton
+# 3.6, 663e046.
 _VERIFIED_IN_FLOAT32 = {"sm_90": 128}
 
 
@@ -250,7 +250,7 @@ def _allocate(like: Tensor, lead: Sequence[int], rows: Sequence[int], save: bool
 def outputs(qkv: Tensor, bias: Tensor | None, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     """out (B, N, H * d), and the log-sum-exp (B, H, `lse_row` (N)) float32: the first N of each row, then padding.
 
-    It is the log-sum-exp of scores without the key bias, on which no output of the op depends.
+    The log-sum-exp is that of scores without the key bias, which changes no output of this op.
     """
     batch, count = qkv.shape[:2]
     return _allocate(qkv, (batch, count), (batch, qkv.shape[3], lse_row(count)), save)
@@ -296,7 +296,8 @@ def forward_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None, scale: float, s
 def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride: int, scale: float) -> Run:
     """A function of these tensors and the outputs, which it writes and returns.
 
-    ``query`` is a qkv if ``key_value`` is None. Clips have so many tokens each, or at most with ``cu_seqlens``.
+    ``query`` is a qkv if ``key_value`` is None. ``queries`` and ``keys`` are the numbers of tokens of each clip, with
+    ``cu_seqlens`` those of the longest.
     """
     if query.numel() == 0:
         return lambda query, key_value, cu_seqlens, bias, results: results
@@ -346,7 +347,7 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
 
 
 def _by_cudnn(scale: float, query, key_value, cu_seqlens, bias, results) -> tuple[Tensor, Tensor | None]:
-    """As `_run` gives it. cuDNN's log-sum-exp, (B, H, M, 1), is that of scaled scores and in natural logarithms too."""
+    """The function of `_run`, by cuDNN. Its log-sum-exp (B, H, M, 1) is that of scaled scores too, to base e."""
     q, k, v = query.unbind(2) if key_value is None else (query, *key_value.unbind(2))
     if bias is not None:
         q = (q + bias[0]).to(q.dtype)

@@ -1,7 +1,8 @@
 """attention, attention_varlen and attention_kvpacked in Triton: how the backward pass is launched.
 
 Two kernels: one for the gradient of the queries, which also stores delta for the other, and one for those of keys and
-values. Or, where the launch choice of the latter says ``fused``, one for all (`attention_backward_fused`).
+values. Or, where the launch choice of the latter says ``fused``, one for delta and one for all gradients
+(`attention_backward_fused`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +32,8 @@ from .launch import DENSE, Block, Choice, Launch, LaunchConfig, choose, like, sc
 from .op import Run
 from .sum_parts import sum_parts
 
-# How many programs of the fused kernel a GPU runs at a time, about: 3 on each of an H200's 132 multiprocessors. So many
-# are between those that store ds of a head and those that read it.
+# About as many programs of the fused kernel as a GPU runs at a time: 3 on each of an H200's 132 multiprocessors. That
+# is the distance between the programs that store ds of a head and those that read it.
 PROGRAMS = 396
 
 # Microseconds on an H200 by arithmetic: 784 tokens, 384 heads of 64 and 256 of 128 (1568 tokens: 4 times as much).
@@ -46,8 +47,8 @@ PROGRAMS = 396
 # In turn, each step of 6600 cycles would wait for another program's and then for its own load of dq, 1500 and more. In
 # the fused kernel programs wait once. As no program that waits has run on a GPU yet, two kernels are the default.
 
-# See `Tables`. BLOCK_M is queries, BLOCK_N keys; resident are queries, and keys and values in the second pair.
-# Compiled clean by Triton 3.6 and 3.9 and not measured but for sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
+# See `Tables`. BLOCK_M is queries, BLOCK_N keys; in QUERY queries are resident, in KEY_VALUE keys and values.
+# Compiled clean by Triton 3.6 and 3.9, not measured, except sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both
 # kernels 581 us, 674 with 128-row tiles of 8 warps (only that of queries: 658); values compared there at 663e046. More
 # tokens are more of the same tiles, and larger heads have 2 programs of 4 warps on an SM, not 1 of 8.
 QUERY: Tables = ({
@@ -87,12 +88,12 @@ config_key_value = partial(by_shape, KEY_VALUE)
 
 
 def gradients(grad, grad_lse, qkv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
-    """Of qkv and the bias, contiguous."""
+    """Memory for the gradients of qkv and the bias, contiguous."""
     return torch.empty_like(qkv, memory_format=DENSE), _like(bias, options[-1][-1])
 
 
 def backward(grad, grad_lse, qkv, bias, out, lse, scale, save, needs) -> Run:
-    """The gradients of qkv and bias from those of out and lse, each None if that output was not used."""
+    """The gradients of qkv and bias. Those of out and lse are None if that output was not used."""
     run = _run(grad, grad_lse, qkv, None, None, bias, out, lse, qkv.shape[1], qkv.shape[1], scale, needs[-1])
 
     def call(grad, grad_lse, qkv, bias, out, lse) -> tuple[Tensor | None, ...]:
@@ -103,7 +104,7 @@ def backward(grad, grad_lse, qkv, bias, out, lse, scale, save, needs) -> Run:
 
 
 def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
-    """Of qkv and the bias, contiguous."""
+    """Memory for the gradients of qkv and the bias, contiguous."""
     return torch.empty_like(qkv, memory_format=DENSE), _like(bias, options[-1][-1])
 
 
@@ -119,13 +120,13 @@ def backward_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, max_seqlen,
 
 
 def gradients_kvpacked(grad, grad_lse, q, kv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
-    """Of q, kv and the bias, contiguous."""
+    """Memory for the gradients of q, kv and the bias, contiguous."""
     dq, dkv = (torch.empty_like(x, memory_format=DENSE) for x in (q, kv))
     return dq, dkv, _like(bias, options[-1][-1])
 
 
 def backward_kvpacked(grad, grad_lse, q, kv, bias, out, lse, scale, save, needs) -> Run:
-    """`backward` for queries apart from keys and values; both get a gradient, wanted or not."""
+    """`backward` for queries apart from keys and values; both gradients are computed, wanted or not."""
     run = _run(grad, grad_lse, q, kv, None, bias, out, lse, q.shape[1], kv.shape[1], scale, needs[-1])
 
     def call(grad, grad_lse, q, kv, bias, out, lse) -> tuple[Tensor | None, ...]:
@@ -148,7 +149,7 @@ class _Call(NamedTuple):
     """What the launches of a call share while it is planned.
 
     Attributes:
-        every: Heads of all clips.
+        every: The number of heads of all clips.
         copies: Whether cu_seqlens and the bias must be copied first.
     """
 
@@ -165,7 +166,7 @@ class _Call(NamedTuple):
     vector: int
 
     def with_bias(self, biased: Tensor) -> "_Call":
-        """The same with these queries, (..., H, d) of a row each."""
+        """The same call with other queries (..., H, d), to which the bias was added."""
         *_, row, head = (step // self.vector for step in biased.stride()[:-1])
         strides = (0 if self.ragged else self.queries * row, row, head)
         return self._replace(query=biased, addressing=(self.addressing[0], *strides, *self.addressing[4:]))
@@ -193,14 +194,14 @@ class _Call(NamedTuple):
         return Launch(kernel, (programs,), numbers, choice, copies, blocks, **constants)
 
     def blocks(self, tile: LaunchConfig, rows: int, *tensors: Tensor) -> dict[int, Block]:
-        """Descriptors of ``tensors``, two for each, from the third operand on, see `load_described`; or none."""
+        """Descriptors of ``tensors``, wide and narrow (see `load_described`), from operand 2 on; {} if not possible."""
         widths = list(dict.fromkeys(shape_constants(self.query, tile, 1)["WIDTHS"]))
         if not (tile.tma and tile.resident) or len(widths) > 2:
             return {}
         size, found = self.query.shape[-1], dict[int, Block]()
         for at, x in zip(range(2, 6, 2), tensors, strict=False):
             x = x[None] if self.ragged else x
-            x = x.unflatten(-1, (-1, size)) if x.ndim == 3 else x  # the gradient's heads are not apart
+            x = x.unflatten(-1, (-1, size)) if x.ndim == 3 else x  # a gradient (B, N, H * d)
             block = described((x[:, :, None] if x.ndim == 4 else x).permute(0, 2, 3, 1, 4))
             if block is None:
                 return {}
@@ -209,7 +210,7 @@ class _Call(NamedTuple):
 
 
 def _described(blocks: dict[int, Block], *tensors: Tensor) -> tuple[Tensor | None, ...]:
-    """The kernel's third tensor and on: each of ``tensors`` twice, or None where there is no descriptor."""
+    """The kernel's operands from 2 on: each of ``tensors`` twice, with None where there is no descriptor."""
     return tuple(tensors[i // 2] if i + 2 in blocks else None for i in range(2 * len(tensors)))
 
 
@@ -219,7 +220,7 @@ Passes = Callable[..., None]
 def _two_kernels(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call with the last kernel's queries."""
     other = call.choose("query", config_query)
     tile = other.config
     tiles = triton.cdiv(call.queries, tile.block_m)
@@ -254,7 +255,7 @@ def _two_kernels(
 def _fused(
     call: _Call, then: _Call, choice: Choice, ends: tuple[float, ...], vectors: tuple[bool, ...]
 ) -> tuple[Passes, int]:
-    """The launches, and how many tiles of queries a clip has. ``then``: the call as the last kernel gets it."""
+    """The launches, and how many tiles of queries a clip has. ``then``: the call with the last kernel's queries."""
     tile, every = choice.config, call.every
     tiles = triton.cdiv(max(call.queries, call.keys), tile.block_n)
     lag = min(every, triton.cdiv(PROGRAMS, tiles))
@@ -295,8 +296,8 @@ def _run(
 ) -> Callable[..., Tensor | None]:
     """A function of these tensors and the gradients to write, which returns that of the bias if it is ``wanted``.
 
-    ``query`` is a qkv if ``key_value`` is None. Clips have so many queries and keys each, or at most with
-    ``cu_seqlens``. Hooks on saved tensors may have changed the strides of what was saved.
+    ``query`` is a qkv if ``key_value`` is None. ``queries`` and ``keys`` are the numbers of each clip, with
+    ``cu_seqlens`` those of the longest. Hooks on saved tensors may have changed the strides of what was saved.
     """
     wanted = wanted and bias is not None
     if query.numel() == 0:

@@ -1,12 +1,12 @@
-"""The backward pass of attention with five products, where the two kernels of `attention_backward_kernels` have seven.
+"""The backward pass of attention with five products; the two kernels of `attention_backward_kernels` compute seven.
 
-ds, the gradient of the scores, is needed for the gradients of queries and of keys, and both of the two kernels compute
-it. Here the programs of keys and values store it, rounded as the products take it, and others multiply it by the keys.
-All in one launch: a program does a tile of keys and values of a head, and then a tile of queries of the head ``lag``
-before, whose ds is complete by then, or nearly. Memory is for ds of ``ring`` heads at a time.
+ds, the gradient of the scores, is needed for the gradients of queries and of keys, and each of the two kernels computes
+it. Here the programs of keys and values store it, in the products' dtype, and others multiply it by the keys. This is
+one launch: a program does a tile of keys and values of a head, and then a tile of queries of an earlier head, ``lag``
+heads before, whose ds is complete by then, or nearly. There is memory for ds of ``ring`` heads at a time.
 
-Programs wait for others by counters in memory, without a deadlock: they are numbered as they start, and wait only for
-lower numbers, which have started and do the same, so that the lowest one never waits. Who waits changes no result.
+Programs wait for others through counters in memory. This cannot deadlock: programs are numbered as they start and wait
+only for lower numbers, so the lowest one that is running never waits. How long a program waits changes no result.
 """
 
 import triton
@@ -18,7 +18,7 @@ from .attention_tiles import add_product, load_tiles, locate, store_tiles, zero_
 
 @triton.jit
 def wait(counter, value):
-    """Until so many programs have called `signal`; what they stored before can then be read."""
+    """Wait until ``value`` programs have called `signal`; what they stored before it can then be read."""
     while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < value:
         pass
     tl.debug_barrier()
@@ -37,7 +37,7 @@ def attention_backward_delta_kernel(
     BLOCK_N: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr,
     VARLEN: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """What comes before the fused kernel: delta of BLOCK_N queries, these with their bias, and all counters 0."""
+    """Before the fused kernel: store delta of BLOCK_N queries and these with their bias; set all counters to 0."""
     program = tl.program_id(0)
     tile, head, clip, first, length = locate(program, cu_seqlens, queries, tiles, heads, VARLEN)
     start = tile * BLOCK_N
@@ -82,7 +82,7 @@ def add_scores_product(
 ):  # fmt: skip
     """Add ds @ keys of one tile of keys."""
     p_scores = scores + o_n[:, None] * scores_row + o_m[None, :]
-    # [keys, BLOCK_N]; columns beyond the last query are of rows that are not stored
+    # [keys, BLOCK_N]; columns beyond the last query only reach rows of dq that are not stored
     b_ds = tl.load(p_scores, mask=m_n[:, None], other=0.0) if MASKED else tl.load(p_scores)
     b_k = load_tiles(key, o_n, m_n, row_stride, MASKED, WIDTHS, HEAD_DIM)
     return add_product(b_dq, tl.trans(b_ds), b_k, PRECISION)
@@ -99,9 +99,10 @@ def attention_backward_fused_kernel(
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr,
     RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N keys and values of one of ``every`` head, then BLOCK_N queries of the head ``lag`` before.
+    """Gradients of BLOCK_N keys and values of a head, then of BLOCK_N queries of the head ``lag`` heads before.
 
-    ``counters``: how many programs have started; for each head how many have stored its ds; how many have read it.
+    ``every`` is the number of heads of all clips. ``counters``: how many programs have started; then for each head how
+    many have stored its ds; then for each head how many have read it.
     """
     program = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
     # inductor hands floats over as float64

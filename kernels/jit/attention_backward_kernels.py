@@ -2,9 +2,9 @@
 
 ds is the gradient of the scores. No sum needs atomics, so that the result has the same bits every time.
 
-Of the biases of the linear layer that made q, k and v, that of the keys changes no gradient, and that of the values
-only the output, which delta comes from. Queries with theirs are stored by the kernel that runs first, rounded as in the
-forward pass, so that the loops over queries can take them from memory straight into the products.
+The bias of the linear layer that made q, k and v may come apart from them. That of the keys changes no gradient, and
+that of the values only the output, from which delta is computed. The kernel that runs first stores the queries with
+their bias, rounded as in the forward pass, so that loops over queries load them straight into the products.
 """
 
 import triton
@@ -28,7 +28,7 @@ from .attention_tiles import (
 
 @triton.jit
 def head_of(base, clip, first, head, clip_stride, row_stride, head_stride, VARLEN: tl.constexpr):
-    """Where a head of a clip begins: at a clip of its own, or at row ``first`` of all."""
+    """Where a head begins: in clip ``clip`` of a batch, or (VARLEN) at row ``first`` of packed tokens."""
     return base + (head * head_stride + (first * row_stride if VARLEN else clip * clip_stride))
 
 
@@ -37,7 +37,7 @@ def load_step(
     wide, narrow, clip, part: tl.constexpr, head, row, base, o_row, m_row, row_stride,
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`load_tiles`; or `load_described`, with descriptors, unless MASKED: they know nothing of the clip's end."""
+    """`load_described` if there are descriptors, `load_tiles` if not or if MASKED: for the last tile of a clip."""
     if wide is None or MASKED:
         tiles = load_tiles(base, o_row, m_row, row_stride, MASKED, WIDTHS, HEAD_DIM)
     else:
@@ -47,7 +47,7 @@ def load_step(
 
 @triton.jit
 def store_sums(part, b_tiles, factor, m_row, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store the sum over rows of each column tile: what a program has of a bias's gradient."""
+    """Store the sum over rows of each column tile: a program's part of a bias's gradient."""
     for i in tl.static_range(len(WIDTHS)):
         o_d = begin(WIDTHS, i) + tl.arange(0, WIDTHS[i])
         b_sum = tl.sum(tl.where(m_row[:, None], b_tiles[i].to(tl.float32) * factor, 0.0), 0)
@@ -59,7 +59,7 @@ def store_delta(
     out, grad, grad_lse, delta, bias, part, start, length, heads, grad_row,
     BLOCK: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Store delta = sum((out - value bias) * grad, 1) - grad_lse of BLOCK queries, and sums of grad; return both."""
+    """Store delta = sum((out - value bias) * grad, 1) - grad_lse of BLOCK queries, and sums of grad: (grad, delta)."""
     o_m = tl.arange(0, BLOCK)
     m_m = start + o_m < length
     b_grad = load_tiles(grad, o_m, m_m, grad_row, True, WIDTHS, HEAD_DIM)
@@ -73,7 +73,7 @@ def store_delta(
     if grad_lse is not None:
         b_delta -= tl.load(grad_lse + o_m, mask=m_m, other=0.0)
     tl.store(delta + o_m, b_delta, mask=m_m)
-    if part is not None:  # rows of ds sum to 0, and with them the gradient of the key bias
+    if part is not None:  # rows of ds sum to 0, so the gradient of the key bias is 0
         store_sums(part + heads * HEAD_DIM, zero_tiles(BLOCK, WIDTHS), 0.0, m_m, WIDTHS, HEAD_DIM)
         store_sums(part + 2 * heads * HEAD_DIM, b_grad, 1.0, m_m, WIDTHS, HEAD_DIM)
     return b_grad, b_delta
@@ -118,10 +118,11 @@ def attention_backward_query_kernel(
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_M queries and their delta, from all keys in tiles of BLOCK_N, as parts KEY_PART and on.
+    """The gradient of BLOCK_M queries and their delta, from all keys in tiles of BLOCK_N.
 
-    With a bias ``biased`` [rows, heads, ROW] is for queries with theirs, and ``part`` (clips * tiles, 3, heads,
-    HEAD_DIM) float32, if it gets a gradient, for sums over the queries of a program.
+    Keys and values are parts KEY_PART and KEY_PART + 1 of ``key_value``. With a bias, the queries with theirs go to
+    ``biased`` [rows, heads, ROW]; if the bias gets a gradient, a program's sums over its queries go to ``part`` (clips
+    * tiles, 3, heads, HEAD_DIM) float32.
     """
     program = tl.program_id(0)
     tile, head, clip, first, length = locate(program, cu_seqlens, queries, tiles, heads, VARLEN)
@@ -196,7 +197,7 @@ def add_key_value_gradient(
     MASKED: tl.constexpr, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of queries to the gradients of BLOCK_N keys, still to be scaled, and values; store its ds."""
+    """Add one tile of queries to the gradients of BLOCK_N keys (not yet scaled) and values; store ds in ``scores``."""
     # Queries beyond the last one get probability exp(-inf) = 0.
     b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf")) if MASKED else tl.load(lse + o_m)
     b_delta = tl.load(delta + o_m, mask=m_m, other=0.0) if MASKED else tl.load(delta + o_m)
@@ -235,7 +236,7 @@ def key_value_tile(
 ):  # fmt: skip
     """The gradients of BLOCK_N keys and values, from all queries in tiles of BLOCK_M.
 
-    The descriptors are read at (clip, 0, head, row + token). ``scores`` [keys, queries] is for ds.
+    The descriptors are read at (clip, 0, head, row + token). ds goes to ``scores`` [keys, queries] unless it is None.
     """
     o_n = tl.arange(0, BLOCK_N)
     m_n = start + o_n < length
@@ -285,7 +286,7 @@ def attention_backward_key_value_kernel(
     HEAD_DIM: tl.constexpr, VEC: tl.constexpr, GRAD_VEC: tl.constexpr, VARLEN: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK_N keys and values, which become parts KEY_PART and on, from all queries."""
+    """The gradients of BLOCK_N keys and values, from all queries, to parts KEY_PART and KEY_PART + 1 of dkey_value."""
     program = tl.program_id(0)
     tile, head, clip, first, length = locate(program, cu_seqlens, keys, tiles, heads, VARLEN)
     # inductor hands floats over as float64

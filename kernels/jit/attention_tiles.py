@@ -37,7 +37,7 @@ def load_tile(
 ):  # fmt: skip
     """Columns FIRST to FIRST + WIDTH of the rows: [rows, WIDTH]; 0 beyond HEAD_DIM and, if MASKED, outside m_row.
 
-    To all rows the head's ``bias`` is added if there is one; the sum is rounded as the rows are.
+    The head's ``bias``, if there is one, is added to each row; the sum is rounded to the rows' dtype.
     """
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = base + o_row[:, None] * row_stride + o_d[None, :]
@@ -65,15 +65,15 @@ def load_tiles(
 
 @triton.jit
 def load_owned_tiles(base, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, bias=None):
-    """`load_tiles` of the rows that a program owns: masked, and a sum with ``bias`` stays in shared memory.
+    """`load_tiles` of the rows that a program owns: masked, and with ``bias`` the sum stays in shared memory.
 
-    A left operand that elementwise code makes is kept in registers by the compiler, in the whole loop: 34 more of them
-    in the forward pass, which is one program less on an SM. A condition, always true, is not elementwise.
+    The compiler keeps a left operand that elementwise code computes in registers, for the whole loop: 34 more in the
+    forward pass, one program fewer on an SM. An ``if`` that is always true hides from it that the sum is elementwise.
     """
     b_tiles = load_tiles(base, o_row, m_row, row_stride, True, WIDTHS, HEAD_DIM)
     if bias is None:
         return b_tiles
-    else:  # without it the compiler would go on
+    else:  # otherwise Triton would compile this without a bias too
         sums = ()
         for i in tl.static_range(len(WIDTHS)):
             b_tile = b_tiles[i]
@@ -88,7 +88,7 @@ def load_owned_tiles(base, o_row, m_row, row_stride, WIDTHS: tl.constexpr, HEAD_
 def load_described(wide, narrow, clip, part, head, row, WIDTHS: tl.constexpr):
     """All column tiles of the rows from ``row`` on by descriptors, see `described`; 0 beyond the last row and column.
 
-    ``wide`` has the width of the first column tile, and ``narrow`` that of those that have another.
+    ``wide`` is as wide as the first column tile, ``narrow`` as those column tiles that have another width.
     """
     clip, head, row = tl.cast(clip, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32)
     tiles = ()
@@ -152,7 +152,7 @@ def inner_of_loaded(
     rows, o_rows, m_rows, row_stride, columns, o_columns, m_columns, column_stride,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, row_bias=None,
 ):  # fmt: skip
-    """`inner`, each column tile loaded where it is used: the fewest registers."""
+    """`inner`, each column tile loaded just before it is used, which takes the fewest registers."""
     b_row = load_tile(rows, o_rows, m_rows, row_stride, True, 0, WIDTHS[0], HEAD_DIM, row_bias)
     b_column = load_tile(columns, o_columns, m_columns, column_stride, True, 0, WIDTHS[0], HEAD_DIM)
     b_product = tl.dot(b_row, tl.trans(b_column), input_precision=PRECISION)
@@ -177,7 +177,7 @@ def add_product_of_loaded(
     b_sums, b_weights, base, o_row, m_row, row_stride,
     WIDTHS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`add_product`, each column tile loaded where it is used."""
+    """`add_product`, each column tile loaded just before it is used."""
     sums = ()
     for i in tl.static_range(len(b_sums)):
         b_tile = load_tile(base, o_row, m_row, row_stride, True, begin(WIDTHS, i), WIDTHS[i], HEAD_DIM)
@@ -187,7 +187,7 @@ def add_product_of_loaded(
 
 @triton.jit
 def locate(program, cu_seqlens, tokens, tiles, heads, VARLEN: tl.constexpr):
-    """What the program of this number works on: (tile, head, clip, first token of the clip, its length).
+    """What a program works on: (tile, head, clip, the clip's first token among all, its length).
 
     Programs of one head have consecutive numbers, so that they find its keys in L2.
     """
@@ -226,7 +226,7 @@ def addresses(tensor: Tensor, head_dim: int, ragged: bool) -> Addresses:
     stride = torch.empty(tensor.shape, device="meta").stride() if copied else tensor.stride()
     stride = stride[:-1]
     values = 16 // tensor.element_size()
-    # Behind a head of a gradient lies the next head, so its size counts. Columns beyond a head of qkv are masked.
+    # In a gradient the next head follows at once, so the head size counts. Columns beyond a head of qkv are masked.
     whole = head_dim % values == 0 or tensor.shape[-1] == head_dim
     vector = values if whole and all(step % values == 0 and step < 2**31 for step in stride) else 1
     return Addresses(copied, vector, ((0,) if ragged else ()) + tuple(step // vector for step in stride))
@@ -236,9 +236,9 @@ class Layout(NamedTuple):
     """How the kernels address queries, and keys and values.
 
     Attributes:
-        copied: Of each, whether it must be copied first.
+        copied: Whether queries, and keys and values, must be copied first.
         vector: As in `Addresses`.
-        strides: Of queries clip, row and head; where keys begin; of keys and values clip, row, part and head.
+        strides: Queries: clip, row, head. Then the offset of the keys. Keys and values: clip, row, part, head.
     """
 
     copied: tuple[bool, bool]
@@ -247,7 +247,7 @@ class Layout(NamedTuple):
 
 
 def addressable(query: Tensor, key_value: Tensor | None, copied: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Queries, and keys and values, as `Layout` has them: copied where it says so; a qkv stands for both."""
+    """Queries, and keys and values, copied where `Layout` says so. Without key_value query is a qkv, returned twice."""
     if copied[0]:
         query = query.contiguous()
     if key_value is None:
@@ -269,10 +269,10 @@ def layout(query: Tensor, key_value: Tensor | None, ragged: bool) -> Layout:
 
 
 def described(x: Tensor) -> Callable[[int, int], Block] | None:
-    """How x, a view (clip, part, head, row, column), is read by TMA descriptors; None if it cannot be.
+    """TMA descriptors of x, a view (clip, part, head, row, column); None if it cannot have any.
 
-    The result makes a `Block` of so many rows and columns of one head. The hardware fills in zeros beyond the last row
-    of a clip and beyond the last column of a head, so that neighbours are never read.
+    The result is a function (rows, columns) -> `Block` of that size within one head. The hardware fills in zeros beyond
+    the last row of a clip and beyond the last column of a head, so that neighbours are never read.
     """
     steps = [step for size, step in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
     possible = x.numel() > 0 and x.stride(-1) == 1 and takes_tma(x, 0)
@@ -285,10 +285,10 @@ def described(x: Tensor) -> Callable[[int, int], Block] | None:
 
 
 def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
-    """Size of the last tile over ``tokens`` in steps of ``step``; 0 means that there is no remainder.
+    """Size of the last, masked tile of ``tokens`` in steps of ``step``; 0 means that there is none.
 
-    Ragged clips have different remainders, so theirs is a whole step, masked. Without resident tiles registers are
-    scarce: every tile is masked, and there is no separate last one, whose code would need more of them.
+    Ragged clips have different remainders, so their last tile is a whole step. Without resident tiles registers are
+    scarce: every tile is masked then, and no separate last one is compiled, which would need more of them.
     """
     if not resident:
         return 0
@@ -301,7 +301,8 @@ def tail(tokens: int, step: int, ragged: bool, resident: bool) -> int:
 def column_tiles(head_dim: int, widest: int) -> tuple[int, ...]:
     """Widths of the column tiles that cover a head, each a power of two from 16 to ``widest``.
 
-    They cover fewer than 16 columns too many; up to 32 all have the same width, since a mixture needs more registers.
+    If ``widest`` is at most 32 all have the same width, since a mixture needs more registers; otherwise they cover
+    fewer than 16 columns too many.
     """
     if widest <= 32:
         return (widest,) * triton.cdiv(head_dim, widest)
@@ -328,9 +329,9 @@ def lse_row(tokens: int) -> int:
     return (tokens + 15) // 16 * 16
 
 
-# One for 16 bits and one for float32: {architecture ("" is any other): {(largest head size, most tokens): row}}, a row
-# being (block_m, block_n, block_k, num_warps, num_stages, resident, tma). "sm_90 with TMA" goes first where operands
-# allow TMA.
+# A table for 16 bits and one for float32: {architecture ("" is any other): {(largest head size, most tokens): row}}. A
+# row is (block_m, block_n, block_k, num_warps, num_stages, resident, tma). Where operands allow TMA, the rows of "sm_90
+# with TMA" are tried first.
 Tables = Sequence[Mapping[str, Mapping[tuple[int, int], Sequence[Any]]]]
 ANY = 2**31
 

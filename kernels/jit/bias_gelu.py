@@ -40,7 +40,7 @@ def bias_gelu_backward_kernel(
 ):  # fmt: skip
     """A program loops over ``tiles`` row tiles of one column tile and stores their bias gradient in its own row of
     ``bias_part``; another kernel adds these rows up in a fixed order, so the result has the same bits every time.
-    ``out``, if wanted, is GELU(x + bias) once more."""
+    ``out``, unless None, gets GELU(x + bias) again."""
     program = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -131,7 +131,7 @@ def forward_of_rows(x: Tensor, bias: Tensor) -> Run:
 
 
 def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
-    """Of x, which is always written, and of bias."""
+    """Memory for the gradients of x, which is always written, and of bias."""
     return torch.empty_like(x, memory_format=DENSE), torch.empty_like(bias, memory_format=DENSE) if needs[1] else None
 
 
@@ -142,7 +142,7 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> Ru
 
 
 def backward_and_output(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool], *, again: bool = True) -> Run:
-    """`backward`, whose ``run`` returns the output too, made ``again``, or None."""
+    """`backward` whose ``run`` also returns the op's output, computed ``again``, or None."""
     if x.numel() == 0:
         return lambda grad, x, bias: (torch.zeros_like(x), torch.zeros_like(bias), torch.empty_like(x))
     columns = x.shape[-1]

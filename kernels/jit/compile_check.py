@@ -1,7 +1,7 @@
-"""Compiling kernels for a GPU that need not be there, and what the machine code looks like.
+"""Compile kernels for a GPU without having one, and look at the machine code.
 
-An op called on tensors without memory says what it would launch (`recorded`); that is compiled for the target with
-Triton's own compiler and assembler, so what is looked at here is what would run there.
+An op that is called with meta tensors records what it would launch (`recorded`). That is compiled for the target by
+Triton's own compiler and assembler: what is checked here is what would run there.
 """
 
 import math
@@ -31,13 +31,13 @@ SHARED_LIMIT = dict(sm_80=166912, sm_87=166912, sm_90=232448, sm_100=232448, sm_
 TARGETS = (*TUNED, "sm_120", "gfx942")
 STRICT = TUNED
 TRITON = triton.__version__
-# Kernels whose loads need not be wide: it reads a weight, once for many calls, in another order.
+# Kernels whose loads need not be wide: fold_weight reads a weight in another order, once for many calls.
 COLD = ("fold_weight",)
 
-# What is looked for in PTX, machine code and its resources. Numbers are added up, anything else is counted.
+# Patterns for PTX, machine code and its resource usage. Numbers that they find are added up, other finds counted.
 FIGURES = {
     "registers": r"(?:REG:|\.vgpr_count:\s+)(\d+)",
-    # Spilled values live in local memory, which is LOCAL, or on the stack, by version of the assembler.
+    # Spilled values are in local memory: LOCAL or STACK, depending on the assembler's version.
     "local": r"(?:LOCAL:|STACK:|\.private_segment_fixed_size:\s+)(\d+)",
     "tensor core": r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma",
     # LDG.E.128, LDGSTS.E.BYPASS.LTC128B.128 (LTC128B is about the cache), LDG.E.ENL2.256; TMA; AMD's.
@@ -45,7 +45,7 @@ FIGURES = {
     r"|(?:global|buffer)_load_dwordx4",
     "TMA": r"\bUTMA(?:LDG|STG)\b",
 }
-# So laid out float32 was wrong on an H200 (Triton 3.6) by the size of one TF32 product; all three are there.
+# In this layout float32 was wrong on an H200 (Triton 3.6), by as much as with one TF32 product, though there are three.
 WRONG_LAYOUT = "wgmma.mma_async.sync.aligned.m64n8k8."
 # A product of float32 in Triton's own stages: its precision, rows, summed values and columns.
 FLOAT32_PRODUCT = re.compile(
@@ -70,7 +70,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of it: faults, and figures for a table, of which there are none if it did not compile."""
+    """The result for a `Code`: faults, and figures for a table, empty if it did not compile."""
 
     code: Code
     faults: list[str]
@@ -78,7 +78,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether a gate stops here: it does not compile, or has a fault on a target where none is allowed."""
+        """Whether the gate fails: it does not compile, or has a fault on a target where none is allowed."""
         return not self.figures or (self.code.target in STRICT and bool(self.faults))
 
 
@@ -125,7 +125,7 @@ def _divisible(value: Any) -> bool:
 
 
 def check(code: Code) -> Report:
-    """Compile, and read the result."""
+    """Compile it, and look for faults in the result."""
     nvidia = code.target.startswith("sm_")
     target = GPUTarget("cuda", int(code.target[3:]), 32) if nvidia else GPUTarget("hip", code.target, 64)
     name, signature, *others = code.source
@@ -162,7 +162,7 @@ def count(pattern: str, text: str) -> int:
 def _float32_products(stage: str) -> tuple[list[str], int]:
     """Precisions of the products of float32 in one of Triton's stages, and their multiply-adds.
 
-    These are compared, not the numbers of products: the compiler may cut one into several.
+    Multiply-adds are compared, not numbers of products, since the compiler may split one product into several.
     """
     found = FLOAT32_PRODUCT.findall(stage)
     return [precision for precision, *_ in found], sum(math.prod(map(int, sizes)) for _, *sizes in found)
@@ -185,7 +185,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 def check_all(codes: Sequence[Code], jobs: int) -> Iterator[Report]:
     """The report of each, checked in ``jobs`` processes (0: in this one).
 
-    The compiler is C++ and may end its process; then they are done one at a time, so that the culprit is known.
+    The compiler is C++ and may crash its process; the rest is then done one at a time, so that the culprit is known.
     """
     left = list(codes)
     while left and jobs:

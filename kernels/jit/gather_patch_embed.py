@@ -1,7 +1,7 @@
 """gather_patch_embed in Triton, forward: M visible tubelets of all clips, K = C * t * h * w values in each, D columns.
 
-Either one matrix product whose left operand is gathered from the clip as it is needed, or, where the launch choice is
-not ``fused`` and TMA is possible, one launch that gathers (gather_tubelets.py) and a product of what it wrote.
+Either one kernel, a matrix product whose left operand is gathered from the clip as it is needed; or, where the launch
+choice is not ``fused`` and TMA is possible, a kernel that gathers (gather_tubelets.py) and one for the product.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def finish_halves(b_out, first, bias, position, b_index, out, o_row, rows, colum
 
 @triton.jit
 def finish_tile(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE: tl.constexpr):
-    """A whole tile of positions beside the product does not fit into the registers; 64 columns at a time do."""
+    """`finish`, 64 columns at a time: all positions of a tile and its product do not fit into the registers."""
     if b_out.shape[1] <= 64:
         finish(b_out, first, bias, position, b_index, out, o_row, rows, columns, s_position, SCALE)
     elif b_out.shape[1] == 128:
@@ -92,11 +92,11 @@ def gather_patch_embed_forward_kernel(
         index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line, T, H, RUN, VECTOR
     )
     if not TMA:
-        # Columns beyond the last repeat that one: a mask would be held in registers all along.
+        # Columns beyond the last repeat it: a mask would stay in registers for the whole loop.
         p_weight = weight + tl.minimum(first + tl.arange(0, BLOCK_N), columns - 1)[None, :] * K
     # [BLOCK_M, BLOCK_N]
     b_out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # A run-time bound, K again: a constant one is unrolled, at the cost of registers.
+    # ``values`` is K as a run-time bound: the loop would be unrolled with a constant one, at the cost of registers.
     for k in range(0, values, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         p_video = (
@@ -120,8 +120,8 @@ def gather_patch_embed_product_kernel(
     patches, index, weight, bias, position, out, rows, columns, values, s_position,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gathered tubelets, patches (M, K), by weight (D, K), both TMA descriptors. Each program takes several tiles: the
-    first loads of the next one run beside the end of this one."""
+    """patches (M, K), the gathered tubelets, by weight (D, K), both TMA descriptors. A program takes several tiles in
+    turn: the first loads of the next one overlap with the end of this one."""
     column_tiles = tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * column_tiles, tl.num_programs(0), flatten=True):
         first_row, first = tile // column_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
@@ -175,8 +175,8 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     """Embedded tubelets, for the inputs of `outputs`.
 
     Args:
-        *inputs: The product works in ``work``, the last one.
-        kept: Where the weight as the product takes it is kept between calls; None if it must be made in each.
+        *inputs: The last one, ``work``, is the dtype of the product.
+        kept: A cache for the folded weight; None if each call must make it anew.
     """
     (video, keep_idx, weight, bias, pos_embed, clip_idx), options = inputs[:6], inputs[6:]
     (columns, channels, t, h, w), (mean, std, work) = weight.shape, options
@@ -199,7 +199,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     tile = choice.config
     tma = can_tma and tile.tma
     fused = tile.fused or not tma
-    centred = uint8 and fused  # pixels meet the weight as they are
+    centred = uint8 and fused  # the weight, not the pixels, carries the normalisation
     fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
     if fold is not None and kept is not None:
         fold = Slot(kept, (centred, layout.channels_last, *options), fold, *((weight, bias) if centred else (weight,)))

@@ -1,4 +1,4 @@
-"""gather_patch_embed in Triton, backward. Letters as in the forward: M visible tubelets of K values, D columns."""
+"""gather_patch_embed in Triton, backward: M visible tubelets of all clips, K values in each, D columns."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def gather_patch_embed_backward_position_kernel(
     grad, index, out, rows, length, columns, s_grad,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows of each position in its tile; a position without any gets zero."""
+    """A program adds up the rows of each position in its tile; a position without rows gets zero."""
     o_position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = o_column < columns
@@ -61,7 +61,7 @@ def gather_patch_embed_backward_position_kernel(
         # [BLOCK_M, BLOCK_K]
         m_here = o_position[:, None] == b_index[None, :]
         b_row = tl.zeros((BLOCK_M,), dtype=tl.int32) + rows
-        # Never for most blocks, and as often as there are clips in a block where those are small; the last row first.
+        # No round for most blocks, at most one for each clip of which a block has rows; the last row comes first.
         for _ in range(tl.max(tl.sum(m_here.to(tl.int32), axis=1), axis=0)):
             m_left = m_here & (o_row[None, :] < b_row[:, None])
             b_row = tl.max(tl.where(m_left, o_row[None, :], -1), axis=1)
@@ -76,7 +76,7 @@ def gather_patch_embed_backward_position_kernel(
 def config_video(arch: str, dtype: torch.dtype, *, pixel_bytes: int, rows: int) -> LaunchConfig:
     """``block_m`` tubelets by ``block_n`` values, ``block_k`` columns of the gradient at a time.
 
-    No choice of this file is measured, all compiled clean.
+    No choice in this file was measured; all compiled clean.
     """
     if arch not in TUNED:
         return LaunchConfig(64 if dtype == torch.float32 else 128, 64, 32, num_stages=2)  # fits 64 KB of shared memory
@@ -103,7 +103,7 @@ def gradients(
     work: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Of video, weight, bias and pos_embed."""
+    """Memory for the gradients of video, weight, bias and pos_embed."""
     return (
         gradient_memory(video) if needs[0] else None,
         torch.empty_like(weight, memory_format=DENSE) if needs[1] else None,
@@ -113,7 +113,7 @@ def gradients(
 
 
 def backward(*inputs: Any) -> Run:
-    """Each gradient by launches of its own, for the inputs of `gradients`; one that is not needed is not computed."""
+    """Separate launches for each gradient that is needed, for the inputs of `gradients`."""
     (grad, video, keep_idx, weight, pos_embed, clip_idx), options, needs = inputs[:6], inputs[6:9], inputs[9]
     work = options[2]
     if grad.numel() == 0:
@@ -136,7 +136,7 @@ def backward(*inputs: Any) -> Run:
             grad = grad.contiguous()
         if indices_copied:
             keep_idx, clip_idx = keep_idx.contiguous(), None if clip_idx is None else clip_idx.contiguous()
-        # Products read the gradient many times.
+        # Cast once, since the products read the gradient many times.
         rounded = grad.to(work, memory_format=torch.contiguous_format) if cast else grad
         if of_video is not None:
             grad_video = gradient_memory(video).zero_()
@@ -163,10 +163,10 @@ def _weight_gradient(
     std: Channels,
     work: torch.dtype,
 ) -> Run:
-    """``run(grad, video, keep_idx, clip_idx, weight)``: (M, D) -> (D, C, t, h, w), a product of PyTorch's.
+    """``run(grad, video, keep_idx, clip_idx, weight)``: (M, D) -> (D, C, t, h, w), by PyTorch's matrix product.
 
-    The tubelets are gathered again: kept from the forward pass they would be held through the whole step, 77 MB for
-    25088 of them in 16 bits, to save one launch.
+    The tubelets are gathered again. Keeping them from the forward pass would save one launch, but hold 77 MB for 25088
+    of them in 16 bits through the whole step.
     """
     columns, channels, t, h, w = weight.shape
     values, count = channels * t * h * w, keep_idx.numel()
@@ -180,7 +180,7 @@ def _weight_gradient(
     def run(grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor) -> Tensor:
         product = torch.empty_like(template, memory_format=DENSE)
         patches = gather(video, keep_idx, clip_idx)
-        # Autocast leaves a product with ``out`` alone.
+        # Autocast does not change a product with ``out``.
         out = product if moved else product.view(columns, values)
         torch.mm(grad.as_strided((columns, count), (1, stride)), patches, out=out)
         if not moved:

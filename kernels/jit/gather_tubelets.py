@@ -14,7 +14,7 @@ from .tubelets import Channels, layout_of, normalisation, of_channel, offset_in_
 @triton.jit
 def of_value(VALUES: tl.constexpr, o_k, CHANNELS_LAST: tl.constexpr, C: tl.constexpr, AREA: tl.constexpr,
              VECTOR: tl.constexpr):  # fmt: skip
-    """The number for the channel of each value: worked out for the first value of a vector, its neighbours follow."""
+    """The number for each value's channel: looked up once for a vector's first value; its neighbours follow in turn."""
     if CHANNELS_LAST:
         first = o_k // VECTOR * VECTOR % C
         b_value = of_channel(VALUES, first, C)
@@ -66,7 +66,7 @@ def gather_tubelets(
     mean: Channels = None,
     std: Channels = None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A function of video, keep_idx and clip_idx: (M, K) in ``dtype``, values in the clip's order (see `ClipLayout`).
+    """A function (video, keep_idx, clip_idx) -> (M, K) in ``dtype``, values in the clip's order (see `ClipLayout`).
 
     uint8 pixels are divided by 255 and normalised in float32; arguments are those of
     `mar_fast.kernels.gather_patch_embed`.

@@ -41,7 +41,7 @@ def gelu(x, EXACT: tl.constexpr):
 
 @triton.jit
 def gelu_derivative(x, EXACT: tl.constexpr):
-    """The same of GELU'."""
+    """GELU'(x); arguments as for `gelu`."""
     if EXACT:
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density

@@ -1,7 +1,7 @@
 """How kernels are launched: the choice of tiles, and launches that look nothing up a second time.
 
-A launcher makes one `Launch` for each kind of call, and calls it with the tensors of each call. On meta tensors it is
-recorded instead, for the compile check.
+An op makes one `Launch` for each kind of call, and calls it with the tensors of each call. With meta tensors nothing
+runs; the compile check records such launches.
 """
 
 import json
@@ -51,13 +51,13 @@ TUNED = ("sm_80", "sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and launch options of one kernel; beside each kernel is said which of them it reads.
+    """Tile sizes and launch options of one kernel; the ``config`` beside each kernel says which of them it reads.
 
-    ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (width, keys), ``block_k`` along the summed
-    dimension of a matrix product. The tile that a program owns is kept in registers, or loaded at each step if it is
-    not ``resident``. With ``tma`` operands come through the Tensor Memory Accelerator, where `takes_tma` allows it. A
-    pass that may run as one kernel or as several is one if it is ``fused``. With ``cudnn`` attention's forward pass is
-    cuDNN's, in 16 bits and where operands allow TMA.
+    ``block_m`` is along rows (tokens, queries), ``block_n`` along columns (channels, keys), ``block_k`` along the
+    summed dimension of a matrix product. The tile that a program owns is kept in registers if ``resident``, else loaded
+    at each step. With ``tma`` operands are loaded by the Tensor Memory Accelerator, where `takes_tma` allows it. With
+    ``fused`` a pass that may be one kernel or several is one. With ``cudnn`` attention's forward pass is cuDNN's, in 16
+    bits and where operands allow TMA.
     """
 
     block_m: int
@@ -79,7 +79,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a call, and what it was chosen by."""
+    """The configuration of a kernel for a call, and the dtype and shape that it was chosen for."""
 
     kernel: str
     config: LaunchConfig
@@ -92,7 +92,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Override:
-    """A row of the user's file: a configuration, its source, and the dtypes (none: all) and shapes that it is for."""
+    """A row of the user's file: a configuration, its source, and the dtypes (all if none) and shapes that it is for."""
 
     config: LaunchConfig
     origin: str
@@ -110,7 +110,7 @@ class Override:
             range(low, high)  # two integers
 
     def fits(self, dtype: str, shape: Mapping[str, int]) -> bool:
-        """Whether it is for such a call; a row with a range for a feature that the call lacks is not."""
+        """Whether the row is for such a call: never if it has a range for a feature that the call does not have."""
         inside = (name in shape and low <= shape[name] <= high for name, (low, high) in self.where.items())
         return (not self.dtypes or dtype in self.dtypes) and all(inside)
 
@@ -141,7 +141,7 @@ _overrides = cache(lambda: read_overrides(overrides_path()))
 
 
 def forget_choices() -> None:
-    """Have the user's choices read again at the next call: for a process that has just written them."""
+    """Read the user's choices again at the next call, for a process that has just written them."""
     _overrides.cache_clear()
     plan.forget()
 
@@ -167,7 +167,7 @@ def choose(
 ) -> Choice:
     """The configuration of a kernel for a call: the user's, or by ``config(architecture, dtype, **shape)``.
 
-    ``operand`` is a tensor on the device; ``dtype`` is what products work in, if not the operand's.
+    ``operand`` is a tensor on the device; ``dtype`` is that of the products, by default the operand's.
     """
     dtype, target = dtype or operand.dtype, architecture(operand)
     name = str(dtype).removeprefix("torch.")
@@ -197,9 +197,9 @@ _stubbed = False
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """Within this context CPU tensors take the Triton path and no kernel runs: what is left is the host's cost.
+    """Within this context CPU tensors take the Triton path but no kernel runs, which leaves the cost on the host.
 
-    Values of indices are not checked either, as on a GPU.
+    Values of indices are not checked, as on a GPU.
     """
     global _stubbed, current_device, current_stream
     plan.forget()
@@ -215,7 +215,7 @@ def stubbed() -> Iterator[None]:
 
 
 class Block(NamedTuple):
-    """What a TMA descriptor says of a tensor: a matrix of this shape and strides, which is read in blocks."""
+    """What a TMA descriptor says of a tensor: its shape and strides, and the block that one load or store moves."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -223,16 +223,16 @@ class Block(NamedTuple):
 
 
 class Launch:
-    """A launch, complete but for its tensors: it is called with these, in the kernel's order, None for one left out.
+    """A launch without its tensors: calling it with them, in the kernel's order (None to leave one out), launches it.
 
     Args:
         kernel: The Triton function; its parameters are tensors, numbers and constants, in this order.
         grid: Programs along each axis.
-        numbers: Integers and floats.
+        numbers: Its integers and floats, in order.
         choice: Its configuration.
-        copied: For each tensor whether it is copied first, because the kernel cannot address it; False beyond the end.
+        copied: For each tensor whether it is copied first, because the kernel cannot address it; False for the rest.
         blocks: By position, the tensors that the kernel gets as TMA descriptors.
-        **constants: By name.
+        **constants: Its constants, by name.
     """
 
     __slots__ = (
@@ -271,11 +271,11 @@ class Launch:
             return
         if self._described:
             tensors = self._as_described(tensors)
-        # Only the stream is looked up.
+        # Nothing but the stream is looked up.
         self._run(*self._grid, current_stream(self._index), *self._arguments[0], *tensors, *self._arguments[1])
 
     def _as_described(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """With descriptors, which are not checked again: the plan's key has shapes, strides and alignment."""
+        """Put in descriptors, not checked again: shapes, strides and alignment are in the plan's key."""
         given = list(tensors)
         for i, attributes in self._described:
             given[i] = descriptor = object.__new__(TensorDescriptor)
@@ -297,7 +297,7 @@ class Launch:
             given[i] = TensorDescriptor(tensors[i], *map(list, block))
         arguments = (*given, *self.numbers)
         if type(operand) not in (Tensor, torch.nn.Parameter) and is_wrap_triton_enabled():
-            # Traced: inductor launches the kernel itself, and takes no other options.
+            # Traced: inductor launches the kernel itself, and accepts no other options.
             torch.library.wrap_triton(kernel)[self.grid](*arguments, **self.constants, **options)
             return
         self._described = [(i, {k: v for k, v in vars(given[i]).items() if k != "base"}) for i in self.blocks]
@@ -314,12 +314,12 @@ class Launch:
             return
         compiled = kernel[self.grid](*arguments, **self.constants, **options)
         if DIRECT and operand.is_cuda and compiled is not None:
-            # Function, packed metadata, launch metadata, and hooks, of which there are none.
+            # Function and packed metadata; no launch metadata, no hooks.
             handles = (compiled.function, compiled.packed_metadata, None, None, None)
             self._ready(operand.get_device(), compiled.run, handles)
 
     def _ready(self, index: int, run: Any, handles: tuple[Any, ...]) -> None:
-        """Have the next call on this device go straight to ``run``."""
+        """Let the next calls on this device go straight to ``run``."""
         names = self.kernel.arg_names
         rest = [self.constants[name] for name in names[len(names) - len(self.constants) :]]
         self._arguments = (handles, (*self.numbers, *rest))
@@ -336,7 +336,7 @@ def _hooked() -> bool:
 
 
 def rows(x: Tensor) -> tuple[int, bool]:
-    """(stride, copied): values from one row of (..., D) to the next, and whether x must be copied to be so even."""
+    """(stride, copied): values from one row of (..., D) to the next; whether x, not evenly spaced, must be copied."""
     columns = x.shape[-1]
     if columns != 1 and x.stride(-1) != 1:
         return columns, True
@@ -367,7 +367,7 @@ def takes_tma(x: Tensor, stride: int) -> bool:
 
 
 def multiprocessors(operand: Tensor) -> int:
-    """Of the GPU that ``operand`` is on; where there is none, of an H200 or a B200."""
+    """How many the operand's GPU has; without a GPU, how many a B200 (for sm_100) or an H200 has."""
     if operand.is_cuda:
         return int(torch.cuda.get_device_properties(operand.device).multi_processor_count)
     return 148 if architecture(operand) == "sm_100" else 132
@@ -379,9 +379,9 @@ def scattered(vector: Tensor | None) -> bool:
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A template for ``torch.empty_like(..., memory_format=DENSE)``: it has this shape, but only one value, never read.
+    """A template for ``torch.empty_like(..., memory_format=DENSE)``: of this shape, but with memory for one value only.
 
-    No other tensor may be kept in a plan.
+    Plans may keep no other tensors.
     """
     return torch.empty((), dtype=dtype, device=device).expand(shape)
 

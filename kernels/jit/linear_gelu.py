@@ -1,15 +1,15 @@
 """linear_gelu in Triton. M rows of x, D output columns, K summed; sums in float32.
 
-Forward is one persistent kernel for 16-bit operands on GPUs with TMA; else, and where inductor traces it, the product
-by cuBLAS and then bias_gelu's kernel. In training it also writes the product without the bias, so that backward is
+Forward is one persistent kernel for 16-bit operands on GPUs with TMA. Elsewhere, and where inductor traces it, it is a
+product by cuBLAS and then bias_gelu's kernel. In training it also writes the product without the bias: backward is then
 bias_gelu's, which sums the bias gradient too, and two products by cuBLAS.
 
-What was weighed, for ViT-B, 32 clips, 50 % (25088 x 768 x 3072) on an H200:
+What was considered, for ViT-B, 32 clips, 50 % (25088 x 768 x 3072) on an H200:
 - Keeping GELU' in 8 bits (a step of 1.26 / 255, error 0.0014) in place of the product in 16: 77 MB less a layer, 1.1 GB
-  for 14 layers. It breaks the error bound: 2.3 times it in float16; in bfloat16 0.4 times for inputs about 0, but 1.02
+  for 14 layers. It exceeds the tolerance: 2.3 times it in float16; in bfloat16 0.4 times for inputs about 0, but 1.02
   and 1.8 for inputs about -2 and -3 (deviation 1), where GELU' itself is small.
-- GELU' in the prologue of the product for x: the pass over grad and product moves 3 x 154 MB, 108 us. A prologue would
-  save one read of the result, 36 us, but compute the polynomial for each of 3 column tiles, 44 us each.
+- GELU' in the prologue of the product for x: the separate pass over grad and product moves 3 x 154 MB, 108 us. A
+  prologue would save one read of its result, 36 us, but compute the polynomial in each of 3 column tiles, 44 us each.
 """
 
 import math
@@ -31,7 +31,7 @@ from .op import Op, Run
 
 @triton.jit
 def finish(b_sum, row, column, bias, row_scale, column_scale, out, product, rows, columns):
-    """Bias and GELU of sums [BLOCK_M, BLOCK_N / 2] at (row, column)."""
+    """Store GELU(sums + bias) of sums [BLOCK_M, BLOCK_N / 2] at (row, column)."""
     o_column = column + tl.arange(0, b_sum.shape[1])
     m_column = o_column < columns
     if row_scale is not None:
@@ -50,9 +50,9 @@ def linear_gelu_forward_kernel(
     x, weight, bias, row_scale, column_scale, out, product, rows, columns, summed, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Descriptors of x (M, K), weight (D, K), out and product (M, D); scales of the sums and product may be None.
+    """TMA descriptors of x (M, K), weight (D, K), out and product (M, D); both scales and product may be None.
 
-    Tiles along the columns come first: the weight stays in the L2 cache, and x is read from memory once.
+    Tiles go along the columns first: the weight stays in the L2 cache, and x is read from memory once.
     """
     column_tiles = tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * column_tiles, programs, flatten=True):
@@ -60,7 +60,7 @@ def linear_gelu_forward_kernel(
         b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, summed, BLOCK_K):
             b_sum = tl.dot(x.load([row, k]), weight.load([column, k]).T, b_sum)
-        # In halves: a whole tile beside its GELU does not fit into the registers.
+        # In halves: a whole tile and its GELU do not fit into the registers together.
         halves = tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         b_left, b_right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
         finish(b_left, row, column, bias, row_scale, column_scale, out, product, rows, columns)
@@ -70,7 +70,7 @@ def linear_gelu_forward_kernel(
 def programs_at_once(operand: Tensor, tile: LaunchConfig) -> int:
     """How many programs the device runs at a time.
 
-    Of tiles smaller than 128 x 256 a multiprocessor has room for several: one computes products while another stores.
+    A multiprocessor has room for several tiles smaller than 128 x 256: one computes products while another stores.
     """
     if architecture(operand) == "interpreter":
         return 3  # so that each walks several tiles
@@ -78,7 +78,7 @@ def programs_at_once(operand: Tensor, tile: LaunchConfig) -> int:
 
 
 def config(arch: str, dtype: torch.dtype, *, rows: int, columns: int, summed: int) -> LaunchConfig:
-    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; not ``fused``: cuBLAS, then bias_gelu."""
+    """``block_m`` rows by ``block_n`` columns, ``block_k`` at a time; unless ``fused``, cuBLAS and then bias_gelu."""
     if arch == "interpreter":
         return LaunchConfig(32, 64, 16, tma=True, fused=True)
     # Prototype, H200, Triton 3.6, bc236cf: 221 us for 25088 x 768 x 3072, cuBLAS and bias_gelu took 302; with operands
@@ -96,7 +96,7 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor
 
 
 def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launch | None:
-    """Of the kernel, for its tensors in order; None if the choice is its rival, or TMA cannot take the tensors."""
+    """The launch of the fused kernel; None if cuBLAS is chosen, or if TMA cannot take the tensors."""
     (columns, summed), (stride, copied), (weight_stride, weight_copied) = weight.shape, rows(x), rows(weight)
     count = math.prod(x.shape[:-1])
     choice = choose("linear_gelu_forward", config, x, rows=count, columns=columns, summed=summed)
@@ -151,7 +151,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
 def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor, save: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, weight and bias."""
+    """Memory for the gradients of x, weight and bias."""
     return tuple(
         torch.empty(one.shape, dtype=one.dtype, device=one.device) if needed else None
         for one, needed in zip((x, weight, bias), needs, strict=True)
@@ -161,7 +161,7 @@ def gradients(
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor, save: bool, needs: Sequence[bool]
 ) -> Run:
-    """The product's and the bias's gradient by bias_gelu; then products for x and weight."""
+    """The gradients of product and bias by bias_gelu; from these, by cuBLAS, those of x and weight."""
     through_gelu = activation.backward(grad, product, bias, (True, needs[2]))
     count, (columns, summed) = math.prod(x.shape[:-1]), weight.shape
 

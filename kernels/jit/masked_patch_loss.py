@@ -1,7 +1,7 @@
-"""masked_patch_loss in Triton: a warp makes the target of one dropped tubelet, which never leaves its registers.
+"""masked_patch_loss in Triton: the target of a dropped tubelet is computed in registers and never leaves them.
 
-A tubelet is chunks of WIDTH values side by side, in the order of the clip's memory; a piece is ROWS chunks, one for
-each thread. So addresses are worked out once a chunk, and a chunk is one load of 16 bytes.
+A tubelet is split into chunks of WIDTH values that are neighbours in memory, and these into pieces of ROWS chunks,
+usually one for each thread. So one address is computed for each chunk, and its values are loaded together.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def tubelet(
     drop_idx, clip_idx, o_row, per_clip, grid_h, grid_w, s_drop_clip, s_drop, s_clip, s_frame, s_line, s_value,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Offset of each row's first value. ``clip_idx`` says of which clip a row is; without it each has ``per_clip``."""
-    # Unsigned, and remainders from quotients: half the instructions. In 64 bits they would be as many as all others.
+    """Offset of each row's first value. ``clip_idx`` is each row's clip; without it a clip has ``per_clip`` rows."""
+    # Unsigned, and remainders from quotients: half the instructions. In 64 bits they would double the kernel.
     per_clip, grid_h, grid_w = tl.cast(per_clip, tl.uint32), tl.cast(grid_h, tl.uint32), tl.cast(grid_w, tl.uint32)
     o_row = o_row.to(tl.uint32)
     b_clip = o_row // per_clip
@@ -38,9 +38,10 @@ def tubelet(
     return b_clip.to(tl.int64) * s_clip + b_frame.to(tl.int64) * T * s_frame + line * s_line + column * s_value
 
 
-# Statistics are per channel. Within a piece the values are of C classes, those of a class in a thread all of one
-# channel, and which values these are is known to the compiler: nothing is compared or selected for a value. In planar
-# clips the class is the channel; in channels-last ones it is the channel but for what the thread's place adds to it.
+# Statistics are per channel. The values of a piece fall into C classes, such that those of one class in one chunk are
+# all of one channel. Values are summed by class, and only a chunk's sums are assigned to channels. In planar clips the
+# class is the channel. In channels-last clips, where the compiler knows the class of each value of a chunk, the channel
+# is (class + index of the chunk's first value) % C.
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def class_sums(b_piece, classes, channels, C: tl.constexpr, PIECES: tl.constexpr
 
 @triton.jit
 def of_classes(b_channel, channels, C: tl.constexpr):
-    """C times [BLOCK_M], by channel, as C times [BLOCK_M, ROWS], by class."""
+    """From numbers by channel, C times [BLOCK_M], to numbers by class, C times [BLOCK_M, ROWS]."""
     b_class = ()
     for a in tl.static_range(C):
         b_value = b_channel[0][:, None]
@@ -76,7 +77,7 @@ def of_classes(b_channel, channels, C: tl.constexpr):
 
 @triton.jit
 def of_values(b_class, o_class, C: tl.constexpr):
-    """The number for each value of a piece."""
+    """From numbers by class to one for each value of a piece."""
     b_value = b_class[0][:, :, None]
     for a in tl.static_range(1, C):
         b_value = tl.where(o_class == a, b_class[a][:, :, None], b_value)
@@ -95,7 +96,7 @@ def masked_patch_loss_kernel(
     RUN: tl.constexpr = W * C if CHANNELS_LAST else W
     AREA: tl.constexpr = T * H * W // WIDTH  # chunks of a channel of a planar clip
     CHUNKS: tl.constexpr = T * H * W * C // WIDTH
-    # Whether the mean has no rounding error: of 2^n bytes, whose sum has less than 24 bits.
+    # Whether the mean is exact: a sum of 2^n bytes that fits into the 24 bits of float32.
     EXACT: tl.constexpr = video.dtype.element_ty == tl.uint8 and T * H * W <= 65536 and T * H * W & (T * H * W - 1) == 0
     PIECES: tl.constexpr = (CHUNKS + ROWS - 1) // ROWS
     o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,7 +105,7 @@ def masked_patch_loss_kernel(
     p_row = pixels + (o_row.to(tl.int64) * s_row)[:, None, None]
     o_x = tl.arange(0, WIDTH)
     o_values = (tl.arange(0, ROWS) * WIDTH)[:, None] + o_x[None, :]
-    # By piece, [BLOCK_M, ROWS, WIDTH].
+    # One item for each piece, [BLOCK_M, ROWS, WIDTH].
     o_pixel, m_piece, classes, b_pixel, b_video = (), (), (), (), ()
     for piece in tl.static_range(PIECES):
         o_chunk = piece * ROWS + tl.arange(0, ROWS)
@@ -118,7 +119,7 @@ def masked_patch_loss_kernel(
         m_chunk = (o_chunk < CHUNKS)[None, :, None]
         o_pixel, m_piece, classes = o_pixel + (o_piece[None, :, :],), m_piece + (m_chunk,), classes + (o_class,)
         b_pixel = b_pixel + (tl.load(p_row + o_pixel[piece], mask=m_chunk, other=0.0),)
-    tl.debug_barrier()  # else the compiler puts these loads off until the target is made
+    tl.debug_barrier()  # otherwise the compiler delays these loads until the target is computed
     first = tubelet(
         drop_idx, clip_idx, o_row, per_clip, grid_h, grid_w, s_drop_clip, s_drop, s_clip, s_frame, s_line, s_value,
         T, H, RUN,
@@ -142,8 +143,8 @@ def masked_patch_loss_kernel(
 
     b_target = ()
     if NORMALIZE:
-        # Seen from the first pixel a flat patch is exactly zero, and a shift of the channel is gone. From the mean the
-        # squares lose no digits, whatever the first pixel is, and the difference is needed anyway.
+        # Subtracting the first pixel makes a flat patch exactly zero and removes any constant added to the channel. The
+        # squares are of differences from the mean, accurate whatever the first pixel is; the target needs them anyway.
         b_seen, b_centred, b_square, b_slope = (), (), (), ()
         for piece in tl.static_range(PIECES):
             b_value = b_video[piece].to(tl.float32)  # type: ignore[var-annotated]
@@ -201,20 +202,20 @@ def masked_patch_loss_sum_kernel(part, out, count, BLOCK_N: tl.constexpr):
 
 
 def config(arch: str, dtype: torch.dtype, *, backward: bool, values: int, channels_last: bool) -> LaunchConfig:
-    """``block_m`` tubelets of so many ``values``. Compiled clean, not measured.
+    """``block_m`` tubelets of ``values`` values each. Compiled clean, not measured.
 
     One warp for 2048 values: its sums need no shared memory and wait for no other warp. (H200, Triton 3.6, bc236cf, the
-    kernel before this one: 144 us by 1 warp, 210 by 4, each of which repeated the index arithmetic.)
+    kernel before this one: 144 us with 1 warp, 210 with 4, each of which repeated the index arithmetic.)
     """
     if arch == "interpreter":
         return LaunchConfig(16)  # fewer programs, one after the other
-    # sm_100: by fewer warps some calls have 8 to 32 bytes of stack.
+    # sm_100: with fewer warps some calls have 8 to 32 bytes of stack.
     warps = block(triton.cdiv(values, 2048)) * (8 if arch == "sm_100" else 1)
     return LaunchConfig(1, num_warps=min(8, warps))
 
 
 def config_sum(arch: str, dtype: torch.dtype) -> LaunchConfig:
-    """``block_n`` parts at a time, by the only program: 32 for each thread. Compiled clean, not measured."""
+    """``block_n`` parts at a time, in one program: 32 for each thread. Compiled clean, not measured."""
     return LaunchConfig(1, 32768, num_warps=32)
 
 
@@ -251,9 +252,9 @@ def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
         run, size, s_value = w * channels, min(size, pixels.element_size()), 1
     choice = choose(name, config, pixels, backward=backward, values=values, channels_last=channels_last)
     tile = choice.config
-    # The greatest power of two that a line is a multiple of.
+    # 16 bytes, or the greatest power of two that divides a line.
     width = min(16 // size, run & -run)
-    # One chunk of a piece for each thread, but not more pieces than can be compiled.
+    # One chunk for each thread; more where there would be over 32 pieces, too many to compile.
     piece_rows = max(32 * max(1, tile.num_warps // tile.block_m), block(triton.cdiv(values // width, 32)))
     return Launch(
         masked_patch_loss_kernel, (triton.cdiv(count, tile.block_m),),
@@ -298,12 +299,12 @@ def gradients(
     normalize: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor]:
-    """Of pixels."""
+    """Memory for the gradient of pixels."""
     return (torch.empty_like(pixels, memory_format=DENSE),)
 
 
 def backward(*inputs: Any) -> Run:
-    """From a target made once more, for the inputs of `gradients`; ``grad`` stays on the device."""
+    """Recomputes the target, for the inputs of `gradients`; ``grad`` is read on the device."""
     pixels, options = inputs[1], inputs[5:]
     if pixels.numel() == 0:
         return lambda *operands: gradients(*operands, *options)

@@ -2,9 +2,9 @@
 
 `Op.plan` returns a function of a call's tensors that serves every call with the same key:
 (a) normally the launches themselves, within a ``torch.autograd.Function`` only if a gradient can be asked for;
-(b) under torch.compile, fake tensors and dispatch modes a ``torch.library`` op, whose backward is such an op too.
-    Inductor sees its kernels (``triton_op``) and launches them itself, unless they are interpreted.
-Plain PyTorch does not come here: it is traced as it is, and inductor fuses it.
+(b) under torch.compile, with fake tensors and under dispatch modes, a ``torch.library`` op with another one for its
+    backward. Inductor sees their kernels (``triton_op``) and launches them itself, unless they are interpreted.
+Calls that run in plain PyTorch do not come here: they are traced as they are, and inductor fuses them.
 """
 
 import inspect
@@ -42,7 +42,7 @@ class _Once(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Planned:
-    """The plan of a call with gradients; its backward runs by what is wanted and by the layouts of the operands."""
+    """The plan of a call with gradients; ``backward`` has a run for each set of wanted gradients and layouts."""
 
     forward: Run
     options: tuple[Any, ...]
@@ -77,18 +77,18 @@ class Op:
             forward: ``forward(*tensors, *options) -> run``, where ``run(*tensors)`` returns the outputs, written.
             gradients: ``gradients(*output_gradients, *saved, *options, needs)`` allocates a gradient for each name in
                 ``differentiable``, None for one that is not written. Its parameters name the operands of backward. An
-                output's gradient is None if that output was not used; ``needs[i]``: whether gradient i is wanted.
+                output's gradient is None if that output was not used; ``needs[i]`` says whether gradient i is wanted.
             backward: The same arguments ``-> run``, where ``run(*output_gradients, *saved)`` returns the gradients,
                 written.
-            saves: ``saves(tensors, outputs)``: what backward needs.
+            saves: ``saves(tensors, outputs)`` returns what backward needs.
             differentiable: Names of the tensors that get a gradient; without any there is no backward pass to declare.
             public: How many of the outputs have gradients; the others are for backward. An op with such outputs has a
                 last option ``save``, whether to write them, which becomes True if a gradient can be asked for.
             finish: Rearranges backward's results, for gradients that share memory, which a library op may not return.
             flops: Formulas of forward and backward for PyTorch's flop counter.
-            raw_flops: Whether these take tensors, not shapes.
-            opaque: "forward", "backward": what inductor is not shown. It takes an index tensor for an output if a
-                kernel computes store addresses from it.
+            raw_flops: Whether these take tensors instead of shapes.
+            opaque: The passes ("forward", "backward") whose kernels are hidden from inductor, which mistakes an index
+                tensor for an output if a kernel computes store addresses from it.
 
         The op is once differentiable: a second derivative raises.
         """
@@ -192,7 +192,7 @@ class Op:
                     parts.append(None)
                 else:
                     parts += value.is_contiguous() or value.stride(), value.data_ptr() & 15
-        except RuntimeError as error:  # no memory: batched gradients, of is_grads_batched
+        except RuntimeError as error:  # batched gradients (is_grads_batched) have no data_ptr
             raise self._no_transforms() from error
         run = planned.backward.get(key := tuple(parts))
         if run is None:
@@ -244,7 +244,7 @@ class Op:
         def differentiate(ctx: Any, *given: Tensor | None) -> Any:
             needs = [ctx.needs_input_grad[position] for position in self._positions]
             given = given[:public]
-            if public > 1:  # a caller may have used the empty tensor that stands for None
+            if public > 1:  # a caller may have differentiated through the empty tensor that stands for None
                 given = tuple(map(_empty_as_none, given))
             if all(value is None for value in given):
                 return (None,) * (tensors + num_options)
@@ -258,7 +258,7 @@ class Op:
     def _register(
         self, name: str, opaque: bool, signature: inspect.Signature, run: Callable[..., Any], fake: Callable[..., Any]
     ) -> Any:
-        """Register a library op with this signature and the function for fake tensors."""
+        """Register a library op with this signature; ``fake`` allocates its results for fake tensors."""
 
         def checked(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*inputs: Any) -> Any:
@@ -276,7 +276,7 @@ class Op:
 
 
 def _none_as_empty(results: Any) -> Any:
-    """Empty tensors for None, which a library op cannot return. A tuple keeps at least two items, as its schema has."""
+    """Replace None, which a library op cannot return, by an empty tensor, and pad tuples to the schema's two items."""
     if not isinstance(results, tuple):
         return results
     like = next(result for result in results if result is not None)

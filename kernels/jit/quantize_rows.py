@@ -17,7 +17,7 @@ E4M3 = torch.float8_e4m3fn
 
 @triton.jit
 def quantized(b_x):
-    """[M, N] float32 in the range of e4m3, and the scales of its rows [M]; a cast to e4m3 rounds to nearest even."""
+    """b_x scaled into e4m3's range, [M, N] float32, and the rows' scales [M]; the caller casts to e4m3."""
     b_largest = tl.maximum(tl.max(tl.abs(b_x), axis=1), 7.888609052210118e-31)  # 2 ** -100
     return b_x * tl.div_rn(448.0, b_largest)[:, None], b_largest * (1.0 / 448.0)
 
@@ -36,7 +36,7 @@ def quantize_rows_kernel(x, values, scale, rows, columns, stride, BLOCK_M: tl.co
 
 
 def config(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
-    """``block_m`` rows: about 2048 values a program, and 16 a thread beyond. Compiled clean, not measured."""
+    """``block_m`` rows, about 2048 values a program; longer rows get up to 16 warps. Compiled clean, not measured."""
     values = block(width)
     return LaunchConfig(max(1, 2048 // values), num_warps=max(4, min(16, values // 512)))
 
@@ -47,7 +47,7 @@ def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def allocator(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What allocates `outputs` for tensors of x's shape."""
+    """A function that allocates `outputs` for tensors of x's shape."""
     scale = like((*x.shape[:-1], 1), torch.float32, x.device)
 
     def allocate(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def allocator(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def in_e4m3(values: Tensor, launch: Callable[[Tensor], None]) -> None:
-    """Have ``launch`` write ``values``; interpreted in float32, rounded here, as the interpreter's cast is wrong."""
+    """Let ``launch`` write ``values``. Interpreted it writes float32, rounded here: the interpreter's cast is wrong."""
     if not INTERPRETING or values.is_meta:
         return launch(values)
     wide = torch.empty_like(values, dtype=torch.float32)

@@ -17,15 +17,15 @@ from .sum_parts import sum_parts
 def find(
     keep_row, first, o_position, count, keep_stride, SAMPLES: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """Which visible token each of the positions ``first``, first + 1, ... of a clip takes: -1 for none.
+    """The visible token at each of the positions ``first``, first + 1, ... of a clip: -1 for none.
 
-    Visible positions are sorted, so those of a tile are neighbours in ``keep_row``; every STEP-th of them says where.
-    That is two dependent loads, where a binary search has ten, and needs no table from positions to tokens.
+    Visible positions are sorted, so those of a tile are neighbours in ``keep_row``; every STEP-th of all is loaded to
+    find where. These are two dependent loads; a binary search has ten. No table from positions to tokens is needed.
     """
     o_sample = tl.arange(0, SAMPLES) * STEP
     b_sample = tl.load(keep_row + o_sample.to(tl.int64) * keep_stride, mask=o_sample < count, other=0).to(tl.int32)
     b_passed = tl.sum(((o_sample < count) & (b_sample < first)).to(tl.int32), axis=0)
-    # The first sample not below the tile, or the STEP before it, is where the window begins.
+    # The window begins at the last sample below the tile, or at the first token if there is none.
     o_token = tl.maximum(b_passed - 1, 0) * STEP + tl.arange(0, WINDOW)
     b_position = tl.load(keep_row + o_token.to(tl.int64) * keep_stride, mask=o_token < count, other=-1).to(tl.int32)
     # [BLOCK_M, WINDOW]
@@ -79,8 +79,8 @@ def scatter_tokens_backward_kernel(
     batch, length, count, columns, clips, grad_stride, keep_stride_b, keep_stride_n,
     SAMPLES: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program walks over ``clips`` clips with one tile of positions. What it sums over them goes to rows of its
-    own in the parts, which are summed in a fixed order afterwards. A result that is not wanted is None."""
+    """A program takes one tile of positions through ``clips`` clips. Its sums go to rows of its own in the parts, which
+    are added up in a fixed order afterwards. A result that is not wanted is None."""
     group = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_M
     o_position = first + tl.arange(0, BLOCK_M)
@@ -119,10 +119,10 @@ def scatter_tokens_backward_kernel(
         )
 
 
-# Clips that one program of backward walks over: few keep a GPU full, more leave fewer partial sums of positions.
+# Clips that one program of backward goes through: few keep a GPU busy, more leave fewer partial sums of positions.
 CLIPS = 2
 CLIPS_WITH_POSITIONS = 8
-# Of how many visible tokens one is looked at to find a tile's.
+# `find` looks at every STEP-th visible token of a clip.
 STEP = 32
 
 
@@ -133,14 +133,14 @@ def config_forward(arch: str, dtype: torch.dtype, *, columns: int) -> LaunchConf
 
 
 def config_backward(arch: str, dtype: torch.dtype, *, columns: int, positions: bool) -> LaunchConfig:
-    """The same; ``positions`` says whether their gradient is summed too, which takes a tile of registers."""
+    """As `config_forward`; ``positions``: their gradient is summed too, which takes a tile of registers."""
     if arch in TUNED and 256 < columns <= 1024:
         return LaunchConfig(8 if positions else 16, 512, num_warps=8)  # at most 118 registers, 107
     return LaunchConfig(16, 128)  # at most 94 registers
 
 
 def _search(most: int, tile: LaunchConfig) -> dict[str, Any]:
-    """Constants of `find`, for clips of at most so many visible tokens."""
+    """Constants of `find`, for clips of at most ``most`` visible tokens."""
     return dict(SAMPLES=block(triton.cdiv(most, STEP)), STEP=STEP, WINDOW=block(STEP + tile.block_m))
 
 
@@ -197,7 +197,7 @@ def gradients(
     cu_seqlens: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of visible, mask_token and pos_embed."""
+    """Memory for the gradients of visible, mask_token and pos_embed."""
     device = grad.device
     return (
         torch.empty((*keep_idx.shape, grad.shape[2]), dtype=grad.dtype, device=device) if needs[0] else None,
@@ -229,7 +229,7 @@ def backward(*inputs: Any) -> Run:
         BLOCK_N=tile.block_n,
     )
     add_mask = sum_parts(grad, groups * tiles, columns) if needs[1] else None
-    # One group alone leaves its sums in the gradient itself.
+    # A single group writes its sums into the gradient itself.
     add_pos = sum_parts(grad, groups, length * columns) if needs[2] and groups > 1 else None
 
     def run(grad: Tensor, keep_idx: Tensor, *rest: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,6 +1,6 @@
-"""The last step of several backward passes: each of their programs stores a row of float32 partial sums.
+"""The last step of several backward passes, whose programs have each stored a row of float32 partial sums.
 
-One launch adds these up, in a fixed order, for up to four results with the same number of columns.
+One launch adds these rows up, in a fixed order, for up to four results with the same number of columns.
 """
 
 from collections.abc import Callable
@@ -51,13 +51,13 @@ def config(arch: str, dtype: torch.dtype, *, rows: int) -> LaunchConfig:
 
 
 def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Callable[..., None]:
-    """A function of ``part`` (results, rows, columns) float32 and the results to write, each (columns,) of any dtype.
+    """A function of ``part`` (results, rows, columns) float32 and of the results to write: (columns,), any dtype.
 
     Args:
         operand: A tensor on the device.
         rows: How many rows are added up.
-        columns: Values of a result.
-        results: At most 4.
+        columns: How many values a result has.
+        results: How many results there are, at most 4.
     """
     choice = choose("sum_parts", config, operand, torch.float32, rows=rows)
     tile = choice.config

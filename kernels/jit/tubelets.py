@@ -1,7 +1,7 @@
 """How a clip lies in memory for gather_patch_embed, and the weight in the same order.
 
-A tubelet of K = C * t * h * w values is lines of neighbours in memory: loads of a thread run along a line, so that they
-are 16 bytes wide.
+A tubelet of K = C * t * h * w values consists of lines, whose values are neighbours in memory: a thread loads along a
+line, 16 bytes at a time where possible.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ from .launch import DENSE, Launch, LaunchConfig, block, choose, like
 
 Channels = Sequence[float] | None
 
-# uint8 pixels enter products as -128 .. 127, exact in every dtype, and near the mean: what is taken off for that is a
-# small difference, not one of large sums. The weight carries 64 / 255: beside 1 / 255 alone, small weights would have
-# too few digits left in float16. A power of two is taken out of the sum again without rounding.
+# uint8 pixels enter products as -128 .. 127: exact in every dtype, and near the mean, for which the sum then needs only
+# a small correction. The weight is multiplied by 64 / 255: with 1 / 255 alone small weights would lose digits in
+# float16. The 64, a power of two, is divided out of the sum without rounding.
 UINT8_CENTRE, UINT8_SCALE = 128, 64
 
 
@@ -27,9 +27,9 @@ def tubelet_start(
     index, clip_idx, o_row, rows, per_clip, grid_rows, grid_columns, s_clip, s_frame, s_line,
     T: tl.constexpr, H: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Flat index of each row's tubelet, and the offset of its first pixel. Rows beyond the last repeat that one.
+    """Flat index of each row's tubelet, and the offset of its first pixel. Rows beyond the last repeat it.
 
-    ``clip_idx`` says of which clip a row is; without it each clip has ``per_clip`` rows.
+    ``clip_idx`` is each row's clip; without it a clip has ``per_clip`` rows.
     """
     o_row = tl.minimum(o_row, rows - 1)
     b_index = tl.load(index + o_row).to(tl.int32)
@@ -54,7 +54,7 @@ def offset_in_tubelet(
 
 @triton.jit
 def centred(b_video, dtype: tl.constexpr):
-    """Pixels as a product takes them; see UINT8_CENTRE."""
+    """Pixels as they enter a product; see UINT8_CENTRE."""
     if b_video.dtype == tl.uint8:
         return (b_video ^ 128).to(tl.int8, bitcast=True).to(dtype)
     return b_video.to(dtype)
@@ -92,7 +92,7 @@ def fold_weight_kernel(
         o_folded = o_k % (T * H * W) * C + o_channel if CHANNELS_LAST else o_k
         tl.store(folded + column * (C * T * H * W) + o_folded, b_folded, mask=m_k)
         if folded_bias is not None:
-            # Of the rounded weight, so that its rounding meets normalised pixels and not their offset.
+            # With the rounded weight: its rounding error is then multiplied by normalised pixels, not by their offset.
             b_offset += b_folded.to(tl.float32) * of_channel(OFFSET, o_channel, C)
     if folded_bias is not None:
         tl.store(folded_bias + column, tl.load(bias + column * s_bias).to(tl.float32) - tl.sum(b_offset))
@@ -102,8 +102,8 @@ class ClipLayout(NamedTuple):
     """A clip in memory: lines of ``run`` neighbours, in which ``vector`` values at a time are loaded.
 
     Planar clips have the values of a tubelet in the order (c, t, y, x) and a line of w; channels-last clips have
-    (t, y, x, c) and a line of w * C. Strides are those of clip, channel, frame and line, in units of ``vector``: their
-    divisibility need not be known to be used.
+    (t, y, x, c) and a line of w * C. Strides are those of clip, channel, frame and line, in units of ``vector``, so
+    that the compiler sees that offsets are multiples of it.
     """
 
     channels_last: bool
@@ -113,7 +113,7 @@ class ClipLayout(NamedTuple):
 
 
 def memory_order(video: Tensor) -> str | None:
-    """ "planar" where W has stride 1, "channels-last" where C has and W follows; None for anything else."""
+    """ "planar" if W has stride 1, "channels-last" if C has stride 1 and W stride C; None for anything else."""
     return _order(video.shape, video.stride())
 
 
@@ -143,7 +143,7 @@ def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[ClipLayout, boo
 
 
 def _aligned(video: Tensor) -> bool:
-    """To 16 bytes. Where there is no memory yet, what begins it will be."""
+    """Whether the clip begins at a multiple of 16 bytes, as memory yet to be allocated will."""
     if type(video) in (Tensor, torch.nn.Parameter) and not video.is_meta:
         return video.data_ptr() % 16 == 0
     return video.storage_offset() * video.element_size() % 16 == 0
@@ -191,15 +191,15 @@ def fold_weight(
     mean: Channels = None,
     std: Channels = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """A function of weight (D, C, t, h, w), and bias (D,) if given: both as the product with such a clip takes them.
+    """A function of weight (D, C, t, h, w), and bias (D,) if given, that returns both as the product needs them.
 
-    The weight is (D, K) in ``dtype``, its values in the clip's order. None where it is that already.
+    That is a weight (D, K) in ``dtype`` with its values in the clip's order. None if the weight is that already.
 
     Args:
         weight: The weight.
-        bias: Given for uint8 pixels alone, which are centred: the weight is w * 64 * slope then, and the bias float32.
+        bias: Only for `centred` uint8 pixels: the result is then weight * 64 * slope, and a float32 bias.
         layout: The clip's.
-        dtype: What the product works in.
+        dtype: The product's.
         mean: As in `mar_fast.kernels.gather_patch_embed`.
         std: The same.
     """

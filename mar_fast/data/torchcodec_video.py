@@ -1,6 +1,6 @@
-"""Frames of a video file by their numbers, decoded by torchcodec; which frame is which stays as PyAV has it.
+"""Frames of a video file by their numbers, decoded by torchcodec but numbered by PyAV.
 
-The index of `decoding.Video` numbers the frames, and the time stamp of each one that torchcodec gives is compared with
+The index of `decoding.Video` numbers the frames. The time stamp of each frame that torchcodec gives is compared with
 it, since torchcodec trusts every seek.
 """
 
@@ -16,7 +16,7 @@ from .framing import orientation
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-# Formats in which both convert to RGB alike, where the height is even; others differ by up to 41 of 255.
+# Formats that both decoders convert to the same RGB if the height is even; in others they differ by up to 41 of 255.
 _FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray", "rgb24", "bgr0")
 
 
@@ -43,9 +43,9 @@ def import_decoder() -> Any:
 class TorchCodecVideo(Video):
     """`Video` with frames from torchcodec: the same numbers, RGB, upright, as stored within 2 of 255 of PyAV's pixels.
 
-    Files are refused whose frames must be counted, of which torchcodec counts more or fewer frames or gives another one
-    than was asked for, whose colours differ (`_FORMATS`), or which are to be shown mirrored, or by quarter turns with
-    pixels that are not square. It may give a damaged picture where PyAV gives an error.
+    A file is refused if its frames must be counted, if torchcodec counts more or fewer frames or gives another frame
+    than was asked for, if its colours differ (`_FORMATS`), or if it must be shown mirrored, or turned by 90 degrees
+    with pixels that are not square. torchcodec may give a damaged picture where PyAV raises an error.
     """
 
     def __init__(self, source: Source, threads: int, files: ExitStack) -> None:

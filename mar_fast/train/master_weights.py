@@ -1,4 +1,4 @@
-"""16-bit copies of the weights of blocks, made by one launch a step, where autocast has one for each weight."""
+"""16-bit copies of the weights of blocks, made in one launch a step; autocast launches a cast for each weight."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..layers import Block
 
 
 class _Rounded(torch.autograd.Function):
-    """A master weight as its copy; the gradient goes to the master, as through autocast's own cast."""
+    """The copy in place of its master weight; the gradient goes to the master, as through autocast's own cast."""
 
     @staticmethod
     def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
@@ -26,8 +26,9 @@ class _Rounded(torch.autograd.Function):
 class MasterWeights:
     """The float32 weights of a model's blocks, and copies of them in the dtype of its products.
 
-    Results have the same bits as with autocast's casts. There is nothing to copy without autocast, where FSDP2 shards
-    the weights, or where torch.compile fuses casts itself. What gradient checkpointing computes again, autocast casts.
+    Results have the same bits as with autocast's casts. Nothing is copied without autocast, if FSDP2 shards the
+    weights, or if the model is compiled, since inductor fuses the casts. Where gradient checkpointing recomputes a
+    block, autocast casts its weights.
     """
 
     def __init__(self, model: MAR, dtype: torch.dtype | None) -> None:
@@ -39,13 +40,13 @@ class MasterWeights:
         self._copies = [torch.empty_like(master, dtype=dtype) for master in self._masters.values()]
 
     def refresh(self) -> None:
-        """Round them: after every change, before `call`."""
+        """Make the copies anew: after every change of the weights, before `call`."""
         with torch.no_grad():
             if self._copies:
                 torch._foreach_copy_(self._copies, list(self._masters.values()))
 
     def call(self, called: nn.Module, *inputs: Any, **options: Any) -> Any:
-        """``called(*inputs, **options)`` by the copies. ``called`` is the model, or DDP of it."""
+        """``called(*inputs, **options)`` with the copies as weights. ``called`` is the model, or DDP of it."""
         if not self._copies:
             return called(*inputs, **options)
         prefix = "module." if isinstance(called, DistributedDataParallel) else ""
