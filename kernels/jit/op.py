@@ -204,6 +204,7 @@ class Op:
     def _per_tensor(self, results: Results, needs: Sequence[bool]) -> list[Tensor | None]:
         """Results of a backward pass as one gradient, or None, for each tensor of the op."""
         results = self._finish(list(results)) if self._finish else results
+        assert len(results) == len(needs)
         return [None if i < 0 or not needs[i] else results[i] for i in self._results]
 
     def _library_op(self, outputs: Callable[..., Any], opaque: Sequence[str]) -> Any:
