@@ -82,8 +82,6 @@ def evaluate(
     except KeyboardInterrupt:
         common.tell(f"{out}: {journal.done} of {count} videos finished; the same command continues there")
         raise
-    finally:
-        journal.close()
     broken = [row for row in journal.rows.values() if "error" in row]
     common.show_broken(broken, out)
     if as_json:

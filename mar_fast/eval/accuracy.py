@@ -46,7 +46,7 @@ class Accuracy:
 
 
 class Journal:
-    """A file of JSON lines: first the settings of an evaluation, then a row for each video, appended and flushed.
+    """A file of JSON lines: first the settings of an evaluation, then a row for each video as soon as it is there.
 
     Args:
         path: The file. An existing one is continued if its settings are the same.
@@ -66,22 +66,20 @@ class Journal:
             write_whole(path, lambda temporary: temporary.write_text(json.dumps({"settings": settings}) + "\n"))
         else:
             self._resume(settings)
-        self._file = path.open("a")
 
     def _resume(self, settings: Mapping[str, Any]) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        before, *lines = [_parse(self.path, *line) for line in enumerate(whole.splitlines(), 1)] or [{}]
-        if set(before) != {"settings"}:
-            raise FileExistsError(f"{self.path}: got a file without settings, expected results of mar-fast eval")
-        check_settings(self.path, before["settings"], settings)
-        for number, row in enumerate(lines, 2):
-            if not {"video", "label"} <= set(row) or not ("error" in row or "classes" in row):
-                raise ValueError(f"{self.path}, line {number}: got {str(row)[:60]}, expected the result of a video")
-            self.rows[row["video"]] = row
-        if len(whole) < len(content):  # an interrupted write: that video is done again
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+        with self.path.open("r+b") as file:
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            before, *lines = [_parse(self.path, *line) for line in enumerate(whole.splitlines(), 1)] or [{}]
+            if set(before) != {"settings"}:
+                raise FileExistsError(f"{self.path}: got a file without settings, expected results of mar-fast eval")
+            check_settings(self.path, before["settings"], settings)
+            for number, row in enumerate(lines, 2):
+                if not {"video", "label"} <= set(row) or not ("error" in row or "classes" in row):
+                    raise ValueError(f"{self.path}, line {number}: got {str(row)[:60]}, expected the result of a video")
+                self.rows[row["video"]] = row
+            file.truncate(len(whole))  # the rest is of an interrupted write: that video is done again
 
     def finished(self, name: str) -> bool:
         """Whether this video was read and classified; one that could not be read is tried again."""
@@ -95,12 +93,8 @@ class Journal:
     def add(self, row: Result) -> None:
         """Append a row; it replaces an earlier one of the same video."""
         self.rows[row["video"]] = row
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

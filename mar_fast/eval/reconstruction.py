@@ -68,15 +68,15 @@ def reconstruct(model: MAR, video: Tensor, mask: TokenMask, *, ground_truth_stat
     if not bool(pixels.isfinite().all()):
         raise checks.bad("model", f"predictions that are not finite in {out.pixels.dtype}", "finite ones (try float32)")
     filled = video.clone(memory_format=torch.contiguous_format)
-    cells = tubelets(filled, config.patch_size)
+    mean, std = (per_channel(values, video.device).view(-1, 1, 1, 1) for values in (config.mean, config.std))
     if config.norm_pix_loss:
-        if ground_truth_statistics:
-            mean, deviation = _statistics(_to_unit(cells[masked], model))
-        else:
-            mean, deviation = _estimated(cells, masked, model)
+        unit = filled.float() / 255 if video.dtype == torch.uint8 else filled.float() * std + mean  # pixels in [0, 1]
+        cells = tubelets(unit, config.patch_size)
+        own_mean, own_deviation = _statistics(cells[masked]) if ground_truth_statistics else _estimated(cells, masked)
         # The target divides by the deviation + 1e-6 (mar_fast.reference.patch_targets).
-        pixels = pixels * (deviation + 1e-6) + mean
-    cells[masked] = _from_unit(pixels, model, video.dtype)
+        pixels = pixels * (own_deviation + 1e-6) + own_mean
+    pixels = (pixels * 255).round().clamp(0, 255) if video.dtype == torch.uint8 else (pixels - mean) / std
+    tubelets(filled, config.patch_size)[masked] = pixels.to(video.dtype)
     return Reconstruction(filled, float(out.reconstruction_loss))
 
 
@@ -86,11 +86,11 @@ def _statistics(tubelets: Tensor) -> tuple[Tensor, Tensor]:
     return mean, deviation
 
 
-def _estimated(tubelets: Tensor, masked: Tensor, model: MAR) -> tuple[Tensor, Tensor]:
+def _estimated(tubelets: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of dropped tubelets, (K, C, 1, 1, 1), from those of visible ones."""
     means, deviations = [], []
     for clip, hidden in zip(tubelets, masked, strict=True):
-        mean, deviation = _statistics(_to_unit(clip[~hidden], model))  # (N, C, 1, 1, 1)
+        mean, deviation = _statistics(clip[~hidden])  # (N, C, 1, 1, 1)
         weights = _weights(hidden)
         means.append((weights @ mean.flatten(1)).view(-1, *mean.shape[1:]))
         deviations.append((weights @ deviation.flatten(1)).view(-1, *mean.shape[1:]))
@@ -104,25 +104,3 @@ def _weights(hidden: Tensor) -> Tensor:
     distance = torch.cdist(dropped, visible, compute_mode="donot_use_mm_for_euclid_dist")
     weights = distance**-4
     return weights / weights.sum(1, keepdim=True)
-
-
-def _to_unit(tubelets: Tensor, model: MAR) -> Tensor:
-    """(K, C, t, h, w) as in the clip -> float32 with pixels in [0, 1]."""
-    if tubelets.dtype == torch.uint8:
-        return tubelets.float() / 255
-    mean, std = _normalisation(model, tubelets.device)
-    return tubelets.float() * std + mean
-
-
-def _from_unit(tubelets: Tensor, model: MAR, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_to_unit`."""
-    if dtype == torch.uint8:
-        return (tubelets * 255).round().clamp(0, 255).to(dtype)
-    mean, std = _normalisation(model, tubelets.device)
-    return ((tubelets - mean) / std).to(dtype)
-
-
-def _normalisation(model: MAR, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The clip's mean and std, (C, 1, 1, 1) float32."""
-    mean, std = (per_channel(values, device) for values in (model.config.mean, model.config.std))
-    return mean[:, None, None, None], std[:, None, None, None]

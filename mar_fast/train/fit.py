@@ -131,7 +131,4 @@ def multi_view_test(
         journal = accuracy.Journal(out, settings)
     except FileExistsError:
         journal = accuracy.Journal(out, settings, force=True)
-    try:
-        return accuracy.evaluate(model, samples, read, journal, workers=max(1, workers), on_video=on_video)
-    finally:
-        journal.close()
+    return accuracy.evaluate(model, samples, read, journal, workers=max(1, workers), on_video=on_video)

@@ -117,11 +117,7 @@ def run(listed, path, settings=None, broken=(), **options):
             raise ValueError(f"path: got {file.name}, expected a better one")
         return views[file]
 
-    journal = Journal(path, settings or {"views": "3x1"}, **options)
-    try:
-        return accuracy.evaluate(judge, samples, read, journal), reads
-    finally:
-        journal.close()
+    return accuracy.evaluate(judge, samples, read, Journal(path, settings or {"views": "3x1"}, **options)), reads
 
 
 def rows(path):
