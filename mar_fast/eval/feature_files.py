@@ -7,10 +7,10 @@ made. The JSON comes first, so that a file of features is always one that has be
 import json
 import os
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -104,27 +104,26 @@ class _Writer:
 
     def __init__(self, film: Film, count: int, extractor: Extractor) -> None:
         self.film, self.count, self.done = film, count, 0
-        self._shape = (count, *extractor.row_shape)
-        self._dtype = extractor.dtype
         self._row_bytes = int(np.prod(extractor.row_shape)) * extractor.dtype.itemsize
-        self._frames, self._seconds = array("q"), array("d")
+        self._frames, self._seconds = list[tuple[int, int]](), list[tuple[float, float]]()
         with ExitStack() as files:
             temporary = files.enter_context(whole_file(film.out))
             self._file: IO[bytes] = files.enter_context(temporary.open("wb"))
-            self._header(extractor.layers)
-            first = self._file.tell()
-            self._offsets = {number: first + i * count * self._row_bytes for i, number in enumerate(extractor.layers)}
+            self._header(extractor.layers, (count, *extractor.row_shape), extractor.dtype)
+            first, size = self._file.tell(), count * self._row_bytes
+            self._offsets = {layer: first + i * size for i, layer in enumerate(extractor.layers)}
             self._files = files.pop_all()
 
-    def _header(self, layers: Sequence[int]) -> None:
+    def _header(self, layers: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if self.film.out.suffix == ".npy":
-            header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(self._file, header)
             return
         size = self.count * self._row_bytes
-        tensor = {"dtype": _NAMES[self._dtype], "shape": self._shape}
-        ends = [(i * size, (i + 1) * size) for i in range(len(layers))]
-        tensors = {f"layer.{layer}": tensor | {"data_offsets": own} for layer, own in zip(layers, ends, strict=True)}
+        tensors = {
+            f"layer.{layer}": {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (i * size, (i + 1) * size)}
+            for i, layer in enumerate(layers)
+        }
         text = json.dumps(tensors).encode()
         text += b" " * (-len(text) % 8)  # so that what follows is aligned
         self._file.write(len(text).to_bytes(8, "little") + text)
@@ -134,31 +133,21 @@ class _Writer:
         for number, rows in layers.items():
             self._file.seek(self._offsets[number] + self.done * self._row_bytes)
             self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
-        for window in windows:
-            self._frames.extend(window.frames)
-            self._seconds.extend(window.seconds or ())
+        self._frames += [window.frames for window in windows]
+        self._seconds += [window.seconds for window in windows if window.seconds]
         self.done += len(windows)
 
     @property
     def seconds(self) -> float:
         """Of the film, up to the last window so far."""
-        return self._seconds[-1] if self._seconds else 0.0
+        return self._seconds[-1][1] if self._seconds else 0.0
 
     def finish(self, content: Mapping[str, Any]) -> None:
         """Give both files their names."""
         about = {"video": self.film.name, **content, "windows": self.count}
-
-        def write(temporary: Path) -> None:
-            with temporary.open("w") as file:
-                file.write(json.dumps(about)[:-1])
-                for name, ends in (("frames", self._frames), ("seconds", self._seconds)):
-                    file.write(f', "{name}": [')
-                    file.writelines(f"{', ' * (i > 0)}[{ends[i]}, {ends[i + 1]}]" for i in range(0, len(ends), 2))
-                    file.write("]")
-                file.write("}\n")
-
+        about |= {"frames": self._frames, "seconds": self._seconds}
         with self._files:
-            write_whole(self.film.about, write)
+            write_whole(self.film.about, lambda temporary: temporary.write_text(json.dumps(about) + "\n"))
 
     def abandon(self) -> None:
         """Delete what was written."""
@@ -245,26 +234,22 @@ class _Job:
     writers: dict[int, _Writer] = field(default_factory=dict)
 
     def batches(self, reports: Iterable[tuple[int, Report]]) -> Iterator[Batch]:
-        """Windows of all films as they come, in full batches and a last one; films begin and break meanwhile."""
-        items: list[Item] = []
+        """Windows of all films as they come, in full batches and a last one."""
+        windows = self._windows(reports)
+        while items := list(islice(windows, self.extractor.batch)):
+            yield items, self.extractor.gather([window for _, window in items])
+
+    def _windows(self, reports: Iterable[tuple[int, Report]]) -> Iterator[Item]:
+        """All windows; films begin and break meanwhile."""
         for number, report in reports:
             if isinstance(report, int):
                 self.writers[number] = _Writer(self.films[number], report, self.extractor)
             elif isinstance(report, Exception):
                 self.done.broken[self.films[number].name] = str(report)
-                items = [item for item in items if item[0] != number]
                 if number in self.writers:
                     self.writers.pop(number).abandon()
             elif report is not None:
-                items.append((number, report))
-            if len(items) == self.extractor.batch:
-                yield self._gathered(items)
-                items = []
-        if items:
-            yield self._gathered(items)
-
-    def _gathered(self, items: list[Item]) -> Batch:
-        return items, self.extractor.gather([window for _, window in items])
+                yield number, report
 
     def compute(self, batch: Batch) -> dict[int, Tensor]:
         """The features of a batch, by layer."""
