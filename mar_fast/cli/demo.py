@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .. import files, machine
 from ..data import read_clip, sample_clip
-from ..eval import plot, savings, savings_plot
+from ..eval import plot, savings
 from ..eval.measured import FP32_TOLERANCE
 from . import common, options
 
@@ -41,7 +41,7 @@ def demo(
     content = {"clip": path.name, **asdict(result)}
     common.write_json(content, written[0])
     if result.correct:
-        savings_plot.draw(result, video, written[1])
+        savings.draw(result, video, written[1])
     else:
         written[1].unlink(missing_ok=True)  # of an earlier run, and so not of these results
     if as_json:

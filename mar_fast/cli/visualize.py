@@ -8,7 +8,7 @@ import typer
 
 from .. import MAR, files, machine, named_config
 from ..data import read_clip, sample_clip
-from ..eval import frame_plot, reconstruct
+from ..eval import plot, reconstruct
 from ..eval.mask_settings import MaskKind, draw
 from ..kernels import checks
 from . import common, options
@@ -79,7 +79,7 @@ def visualize(
         visible = int((~masked).sum())
         form = ", training form" if train else ""
         title = f"{path.name}, {kind} masking, {ratio:.0%}{form}: {visible} of {len(masked)} patches visible"
-        rows = {"clip": frame_plot.frames(video, config), "masked": frame_plot.frames(video, config, masked)}
+        rows = {"clip": plot.frames(video, config), "masked": plot.frames(video, config, masked)}
         note, answer = "", dict[str, Any]()
         if model is not None:
             if not bool(masked.any()):
@@ -89,13 +89,13 @@ def visualize(
             filled = reconstruct(
                 model, video[None].to(where), mask.to(where), ground_truth_statistics=ground_truth_statistics
             )
-            rows["reconstruction"] = frame_plot.frames(filled.video[0], config)
+            rows["reconstruction"] = plot.frames(filled.video[0], config)
             source = "ground truth" if ground_truth_statistics else "visible" if config.norm_pix_loss else "predicted"
             title += f", reconstruction loss {filled.loss:.4f}"
             note = f"reconstruction: {STATISTICS[source]}"
             answer = {"checkpoint": checkpoint, "statistics": source, "reconstruction_loss": filled.loss}
         step("drawing", 0.7)
-        frame_plot.draw_frames(rows, config, out, title=title, note=note, columns=frames)
+        plot.draw_frames(rows, config, out, title=title, note=note, columns=frames)
     if as_json:
         answer |= {"clip": str(path), "kind": kind, "ratio": ratio, "visible": visible, "tokens": len(masked)}
         answer |= {"grid": config.grid, "keep_idx": (~masked).nonzero().flatten().tolist(), "png": str(out)}

@@ -14,7 +14,7 @@ from checkpoint_cases import LINEAR, PRETRAINING, small_model
 
 from mar_fast import masking, named_config, save_checkpoint
 from mar_fast.data import video
-from mar_fast.eval import frame_plot, reconstruct
+from mar_fast.eval import plot, reconstruct
 
 pytestmark = pytest.mark.real_clip
 CLIP = clips.real_clip("bikes.mp4")
@@ -32,13 +32,13 @@ def checkpoint(tmp_path):
 def drawn(monkeypatch):
     """The rows and texts of each picture, which is drawn all the same."""
     seen = []
-    original = frame_plot.draw_frames
+    original = plot.draw_frames
 
     def note(rows, config, path, **texts):
         seen.append((rows, texts))
         original(rows, config, path, **texts)
 
-    monkeypatch.setattr(frame_plot, "draw_frames", note)
+    monkeypatch.setattr(plot, "draw_frames", note)
     return seen
 
 
@@ -118,7 +118,7 @@ def test_kinds(run, checkpoint, drawn, kind):
     assert code == 0 and content["keep_idx"] == mask.keep_idx.flatten().tolist() and "statistics" not in content
     assert (content["visible"], content["tokens"], content["grid"]) == (392, 1568, [8, 14, 14])
     rows, texts = drawn[1]
-    veiled = frame_plot.frames(clip, named_config("mar_vit_base"), mask.bool_masked()[0])
+    veiled = plot.frames(clip, named_config("mar_vit_base"), mask.bool_masked()[0])
     assert list(rows) == ["clip", "masked"] and np.array_equal(rows["masked"], veiled) and texts["note"] == ""
     assert ("training form" in texts["title"]) == ("--train" in kind) and texts["columns"] == 3
 
@@ -198,11 +198,11 @@ def test_bad_files(run, checkpoint, tmp_path):
 def test_what_is_in_the_picture(tmp_path, monkeypatch, columns, frames):
     """Rows and columns as the axes have them."""
     figures = []
-    monkeypatch.setattr(frame_plot, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
     config = small_model(**SIZES).config
-    rows = {name: frame_plot.frames(torch.randint(256, (3, 8, 32, 64), dtype=torch.uint8), config) for name in "abc"}
+    rows = {name: plot.frames(torch.randint(256, (3, 8, 32, 64), dtype=torch.uint8), config) for name in "abc"}
     texts = {"title": "bikes.mp4, a $title$", "note": "what was done"}
-    frame_plot.draw_frames(rows, config, tmp_path / "a.png", **texts, columns=columns)
+    plot.draw_frames(rows, config, tmp_path / "a.png", **texts, columns=columns)
     (figure,) = figures
     axes = np.array(figure.axes).reshape(3, len(frames))
     assert [axis.get_title() for axis in axes[0]] == [f"frame {number}" for number in frames]
