@@ -1,7 +1,7 @@
 """mar-fast bench: the suites, their report, and what changed between two runs of them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,11 +53,9 @@ def bench(
     given = " ".join(suites or ())
     if compare is not None and (given or report):
         raise ValueError(f"--compare: got it together with {given or '--report'}, expected no suite beside it")
-    if compare is None and (fail_on_regression or allow_other_device):
-        option = "--fail-on-regression" if fail_on_regression else "--allow-other-device"
-        raise ValueError(f"{option}: got it without --compare, expected both")
-    if baseline is not None and not report:
-        raise ValueError("--baseline: got it without --report, expected both")
+    with_compare = dict(fail_on_regression=fail_on_regression, allow_other_device=allow_other_device)
+    options.only_with("--compare", compare, **with_compare)
+    options.only_with("--report", report, baseline=baseline)
     if compare is not None:
         found = compared(*(records.load([path]) for path in compare), allow_other_device=allow_other_device)
         show(str(found))
@@ -72,15 +70,8 @@ def bench(
     try:
         with machine.threads(threads), progress() as step:
             step("measuring this machine's ceilings", 0.0)
-            chosen, reason, rates = harness.options_for(
-                device=device,
-                dtype=dtype,
-                sizes=[str(one) for one in size or ()],
-                batches=batch or (),
-                quick=quick,
-                seconds=seconds,
-                clip=clip,
-            )
+            how: dict[str, Any] = dict(device=device, dtype=dtype, quick=quick, seconds=seconds, clip=clip)
+            chosen, reason, rates = harness.options_for(sizes=size or (), batches=batch or (), **how)
             show(f"dtype: {reason}")
             harness.run(names, chosen, rates, out=out, say=show, on_step=step, into=done)
     except KeyboardInterrupt:

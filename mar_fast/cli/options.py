@@ -26,13 +26,6 @@ Format = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "paths"
 Precision = Literal["fp32", "bf16", "fp16"]
 Quantize = Literal["fp8", "fp8-emulated"]
 
-
-def _check_seed(seed: int) -> int:
-    if not 0 <= seed < 2**63:
-        raise checks.bad("--seed", seed, "a whole number from 0 to 2^63 - 1")
-    return seed
-
-
 Videos = Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")]
 Clip = Annotated[Path | None, typer.Argument(help="A video file; a short real clip if none is given.")]
 Source = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A file, a Hugging Face folder or a hub id.")]
@@ -60,7 +53,7 @@ QuantizeOption = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bf16 if its matrix products are clearly faster.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU, if there is one.")]
 Seconds = Annotated[float, typer.Option(help="Time for the timed rounds; at least 5 are done.")]
-Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything random.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -76,6 +69,17 @@ Position = Annotated[str | None, typer.Option(help="Position table for another s
 ModelKey = Annotated[str | None, typer.Option(help="Which of a file's sets of weights, for example model_ema.")]
 AllowMissing = Annotated[list[str] | None, typer.Option(help="Names that may be missing; a pattern, repeatable.")]
 AllowUnknown = Annotated[list[str] | None, typer.Option(help="Names that may be left over; a pattern, repeatable.")]
+
+
+def only_with(option: str, given: object, **others: object) -> None:
+    """Check that options, by parameter name, are given beside ``option`` only.
+
+    Raises:
+        ValueError: one of them is given without it.
+    """
+    for name, value in others.items():
+        if value and not given:
+            raise checks.bad(f"--{name.replace('_', '-')}", f"it without {option}", "both or neither")
 
 
 def read_list(path: Path, root: Path | None, form: Format, labels: Path | None, split: int = 1) -> Annotations:

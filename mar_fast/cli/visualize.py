@@ -30,12 +30,8 @@ def visualize(
     seed: options.Seed = 0,
     stride: options.Stride = 4,
     frames: Annotated[int | None, typer.Option(help="Columns, evenly chosen. Default: one for each tubelet.")] = None,
-    ground_truth_statistics: Annotated[
-        bool,
-        typer.Option(
-            "--ground-truth-statistics",
-            help="With --checkpoint: take mean and contrast of each patch from the clip itself.",
-        ),
+    ground_truth: Annotated[
+        bool, typer.Option("--ground-truth-statistics", help="With --checkpoint: the clip's own mean and contrast.")
     ] = False,
     given: options.Given = None,
     position: options.Position = None,
@@ -58,15 +54,13 @@ def visualize(
         raise checks.bad("--ratio", ratio, "a number in [0, 1)")
     if train and kind != MaskKind.running:
         raise checks.bad("--train", f"it with --kind {kind}", "--kind running")
+    how = dict(position=position, model_key=model_key)
+    others = dict(dtype=dtype, device=device, ground_truth_statistics=ground_truth)
+    options.only_with("--checkpoint", checkpoint, set=given, **how, **others)
     model = None
     if checkpoint is not None:
-        model = _load(checkpoint, given, position, model_key, ground_truth_statistics)
+        model = _load(checkpoint, given, ground_truth, **how)
         model = model.to(machine.device(device or "auto"), machine.DTYPES[dtype or "fp32"]).eval()
-    else:
-        names = ("--set", "--position", "--model-key", "--dtype", "--device", "--ground-truth-statistics")
-        values = (given, position, model_key, dtype, device, ground_truth_statistics)
-        for name in (name for name, value in zip(names, values, strict=True) if value):
-            raise checks.bad(name, "it without --checkpoint", "both or neither")
     config = model.config if model is not None else named_config("mar_vit_base")
     if frames is not None and not 1 <= frames <= config.grid[0]:
         raise checks.bad("--frames", frames, f"1 to {config.grid[0]}, the tubelets of a clip in time")
@@ -86,11 +80,9 @@ def visualize(
                 raise checks.bad("--ratio", f"{ratio}, by which no patch is masked", "a larger one, below 1")
             step("reconstructing", 0.3)
             where = next(model.parameters()).device
-            filled = reconstruct(
-                model, video[None].to(where), mask.to(where), ground_truth_statistics=ground_truth_statistics
-            )
+            filled = reconstruct(model, video[None].to(where), mask.to(where), ground_truth_statistics=ground_truth)
             rows["reconstruction"] = plot.frames(filled.video[0], config)
-            source = "ground truth" if ground_truth_statistics else "visible" if config.norm_pix_loss else "predicted"
+            source = "ground truth" if ground_truth else "visible" if config.norm_pix_loss else "predicted"
             title += f", reconstruction loss {filled.loss:.4f}"
             note = f"reconstruction: {STATISTICS[source]}"
             answer = {"checkpoint": checkpoint, "statistics": source, "reconstruction_loss": filled.loss}
@@ -104,12 +96,10 @@ def visualize(
         common.show("\n".join(filter(None, (title, note, f"Written: {out}"))))
 
 
-def _load(
-    checkpoint: str, given: list[str] | None, position: str | None, model_key: str | None, ground_truth: bool
-) -> MAR:
+def _load(checkpoint: str, given: list[str] | None, ground_truth: bool, **how: str | None) -> MAR:
     """A model with a pixel decoder."""
     # A classifier has no part in this, so it is left out, unless --set asks for it: the last one counts.
-    model = options.load(checkpoint, ["classifier=none", *(given or ())], position=position, model_key=model_key)
+    model = options.load(checkpoint, ["classifier=none", *(given or ())], **how)
     if model.decoder is None:
         accepted = "one from pre-training, or from MAR's training; a fine-tuned classifier has none"
         raise checks.bad("--checkpoint", f"{checkpoint!r}, without a pixel decoder", accepted)
