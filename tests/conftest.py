@@ -107,3 +107,20 @@ def run(monkeypatch, capsys, tmp_path):
         return stop.value.code or 0, streams.out, streams.err
 
     return call
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Run mar-fast with bad input: exit code 2, nothing on stdout, no file changed; returns stderr as one line."""
+
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def call(*arguments):
+        before = files()
+        code, out, err = run(*arguments)
+        assert code == 2 and out == "" and "Traceback" not in err
+        assert files() == before
+        return " ".join(err.replace("│", " ").split())
+
+    return call

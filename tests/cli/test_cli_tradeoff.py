@@ -110,33 +110,26 @@ def test_a_wrong_model_makes_exit_code_1(mar, monkeypatch, tmp_path):
         (("--random-weights", "base"), "--checkpoint and --random-weights: got both, expected one of them"),
         (("--kind", "spiral"), "Invalid value"),
         (("--batch", "0"), "Invalid value"),
-        (("--seed", "-1"), "--seed: got -1, expected a whole number from 0"),
+        (("--seed", "-1"), "Invalid value for '--seed'"),
         (("--out", "names.txt"), "names.txt is a file, expected a folder"),
         (("--out", "old"), "already exists, expected a new file (or --force to replace it)"),
         (("--views", "1x1", "--stride", "1000"), "VIDEO: got none of 1 that can be read"),
     ],
 )
-def test_bad_input(run, checkpoint, tmp_path, arguments, said):
+def test_bad_input(refused, checkpoint, tmp_path, arguments, said):
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
     (tmp_path / "old").mkdir()
     (tmp_path / "old/tradeoff.json").write_text("kept")
-    before = sorted(path for path in tmp_path.rglob("*"))
-    code, out, err = run("tradeoff", PATHS[0], "--checkpoint", checkpoint, *QUICK, *arguments)
-    assert code == 2 and said in err.replace("\n", " ") and out == ""
-    assert (
-        sorted(path for path in tmp_path.rglob("*")) == before
-        and (tmp_path / "old/tradeoff.json").read_text() == "kept"
-    )
+    assert said in refused("tradeoff", PATHS[0], "--checkpoint", checkpoint, *QUICK, *arguments)
 
 
-def test_neither_checkpoint_nor_random(run):
-    code, _, err = run("tradeoff", PATHS[0], *QUICK)
-    assert code == 2 and "--checkpoint and --random-weights: got neither, expected one of them" in err
+def test_neither_checkpoint_nor_random(refused):
+    said = "--checkpoint and --random-weights: got neither, expected one of them"
+    assert said in refused("tradeoff", PATHS[0], *QUICK)
 
 
-def test_no_video_can_be_read(mar, tmp_path):
+def test_no_video_can_be_read(refused, checkpoint, tmp_path):
     (tmp_path / "bad.mp4").write_text("not a video")
-    code, out, err = mar("bad.mp4", "worse.mp4")
-    assert code == 2 and out == "" and "bad.mp4" in err and "worse.mp4" in err
-    assert not (tmp_path / "mar-fast-tradeoff").exists()
+    said = refused("tradeoff", "bad.mp4", "worse.mp4", "--checkpoint", checkpoint, *QUICK)
+    assert "bad.mp4" in said and "worse.mp4" in said
