@@ -7,7 +7,7 @@ made. The JSON comes first, so that a file of features is always one that has be
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.windows import Report, Sliding, Window, read_ahead
+from ..data.windows import Sliding, Window, read_ahead
 from ..files import may_write, remove_leftovers, whole_file, write_whole
 from ..kernels import checks
 from .accuracy import ahead, check_settings
 from .extraction import Extractor
 
 Form = Literal["safetensors", "npy"]
+Item = tuple[int, Window]  # a window and the number of its film
+Batch = tuple[list[Item], tuple[Tensor, Tensor]]  # windows, and what `Extractor.gather` makes of them
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors' names of dtypes
 
 
@@ -128,14 +130,15 @@ class _Writer:
         text += b" " * (-len(text) % 8)  # so that what follows is aligned
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def add(self, windows: Sequence[Window], layers: Mapping[int, Tensor]) -> None:
-        """The next rows (n, ...) of each layer, for n windows."""
-        for number, rows in layers.items():
+    def add(self, window: Window, layers: Mapping[int, Tensor]) -> None:
+        """The next row of each layer, and the window that it is of."""
+        for number, row in layers.items():
             self._file.seek(self._offsets[number] + self.done * self._row_bytes)
-            self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
-        self._frames += [window.frames for window in windows]
-        self._seconds += [window.seconds for window in windows if window.seconds]
-        self.done += len(windows)
+            self._file.write(row.contiguous().view(torch.uint8).numpy().data)
+        self._frames.append(window.frames)
+        if window.seconds is not None:
+            self._seconds.append(window.seconds)
+        self.done += 1
 
     @property
     def seconds(self) -> float:
@@ -205,69 +208,51 @@ def extract_films(
         ValueError: an argument does not fit.
     """
     checks.whole("workers", workers)
-    job = _Job(extractor, films, content, Extraction(len(films)))
-    begin, size, depth = time.perf_counter(), extractor.model.config.image_size, 2 * extractor.batch
+    begin, done, writers = time.perf_counter(), Extraction(len(films)), dict[int, _Writer]()
+    size, depth = extractor.model.config.image_size, 2 * extractor.batch
     reports = read_ahead([film.path for film in films], sliding, size, workers=workers, depth=depth)
-    try:
-        # The model has a thread of its own: meanwhile the next batch is gathered, and the last one is written.
-        for (items, _), found in ahead(job.compute, job.batches(reports), workers=1, more=1):
-            job.write(items, found.result())
-            job.done.seconds = time.perf_counter() - begin
-            on_batch(job.done)
-    finally:
-        for writer in job.writers.values():
-            writer.abandon()
-    job.done.seconds = time.perf_counter() - begin
-    return job.done
 
-
-Item = tuple[int, Window]  # a window and the number of its film
-Batch = tuple[list[Item], tuple[Tensor, Tensor]]  # windows, and what `Extractor.gather` makes of them
-
-
-@dataclass
-class _Job:
-    extractor: Extractor
-    films: Sequence[Film]
-    content: Mapping[str, Any]
-    done: Extraction
-    writers: dict[int, _Writer] = field(default_factory=dict)
-
-    def batches(self, reports: Iterable[tuple[int, Report]]) -> Iterator[Batch]:
-        """Windows of all films as they come, in full batches and a last one."""
-        windows = self._windows(reports)
-        while items := list(islice(windows, self.extractor.batch)):
-            yield items, self.extractor.gather([window for _, window in items])
-
-    def _windows(self, reports: Iterable[tuple[int, Report]]) -> Iterator[Item]:
-        """All windows; films begin and break meanwhile."""
+    def windows() -> Iterator[Item]:
+        """Of all films, as they come; films begin and break meanwhile."""
         for number, report in reports:
             if isinstance(report, int):
-                self.writers[number] = _Writer(self.films[number], report, self.extractor)
+                writers[number] = _Writer(films[number], report, extractor)
             elif isinstance(report, Exception):
-                self.done.broken[self.films[number].name] = str(report)
-                if number in self.writers:
-                    self.writers.pop(number).abandon()
+                done.broken[films[number].name] = str(report)
+                if number in writers:
+                    writers.pop(number).abandon()
             elif report is not None:
                 yield number, report
 
-    def compute(self, batch: Batch) -> dict[int, Tensor]:
-        """The features of a batch, by layer."""
-        begin = time.perf_counter()
-        found = self.extractor.compute(len(batch[0]), *batch[1])
-        self.done.model_seconds += time.perf_counter() - begin
+    def batches() -> Iterator[Batch]:
+        coming = windows()
+        while items := list(islice(coming, extractor.batch)):
+            yield items, extractor.gather([window for _, window in items])
+
+    def compute(batch: Batch) -> dict[int, Tensor]:
+        start = time.perf_counter()
+        found = extractor.compute(len(batch[0]), *batch[1])
+        done.model_seconds += time.perf_counter() - start
         return found
 
-    def write(self, items: Sequence[Item], computed: Mapping[int, Tensor]) -> None:
-        """Add a batch to the files of its films, and finish those that are complete."""
-        for number in dict.fromkeys(number for number, _ in items):
-            if number not in self.writers:  # it broke
-                continue
-            writer, rows = self.writers[number], [row for row, (film, _) in enumerate(items) if film == number]
-            writer.add([items[row][1] for row in rows], {layer: found[rows] for layer, found in computed.items()})
-            if writer.done == writer.count:
-                writer.finish(self.content)
-                del self.writers[number]
-                self.done.finished += 1
-                self.done.video_seconds += writer.seconds
-        self.done.windows += len(items)
+    try:
+        # The model has a thread of its own: meanwhile the next batch is gathered, and the last one is written.
+        for (items, _), computed in ahead(compute, batches(), workers=1, more=1):
+            layers = computed.result()
+            for row, (number, window) in enumerate(items):
+                if number not in writers:  # its film broke
+                    continue
+                writer = writers[number]
+                writer.add(window, {layer: features[row] for layer, features in layers.items()})
+                if writer.done == writer.count:
+                    writers.pop(number).finish(content)
+                    done.finished += 1
+                    done.video_seconds += writer.seconds
+            done.windows += len(items)
+            done.seconds = time.perf_counter() - begin
+            on_batch(done)
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    done.seconds = time.perf_counter() - begin
+    return done

@@ -45,7 +45,7 @@ def small(monkeypatch):
     return made
 
 
-def test_demo_table_and_files(run, small, tmp_path):
+def test_demo_table_and_files(run, small, known_rates, tmp_path):
     code, out, _ = run("demo", *QUICK, "--out", "results")
     assert code == 0
     for text in ("dense", "50 %", "75 %", "visible tokens", "1568", "784", "392", "multiply-adds", "p20 - p80"):
