@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mar_fast import named_config
+from mar_fast import named_config, reference
 from mar_fast.config import IMAGENET_MEAN, IMAGENET_STD
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -16,6 +16,13 @@ def relative(got, want) -> float:
     """Norm of the difference over the norm of ``want``, in float64."""
     got, want = (torch.as_tensor(value).detach().double().flatten() for value in (got, want))
     return float((got - want).norm() / want.norm())
+
+
+def plain(model):
+    """The plain reference in float64 and in eval mode, with a model's weights."""
+    made = reference.MAR(model.config).double().eval()
+    made.load_state_dict(model.state_dict())
+    return made
 
 
 def tiny_config(**overrides):

@@ -194,7 +194,8 @@ def test_eval_goes_on_and_refuses_other_settings(mar, listed, monkeypatch, tmp_p
         (("--sampling", "uniform"), "sampling 'stride', now 'uniform'"),
     ):
         code, _, err = mar(*options, *other)
-        assert code == 2 and "results of other settings" in err and told in err
+        assert code == 2 and "got results of other settings (" in err and told in err
+        assert "expected the same, another file, or --force to start anew" in err
     assert (tmp_path / "results.jsonl").read_bytes() == before
     code, out, _ = mar(*options, "--stride", "2", "--force")
     assert code == 0 and json.loads(out)["stride"] == 2

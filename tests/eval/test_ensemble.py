@@ -9,12 +9,12 @@ pytest.importorskip("hypothesis")
 
 import torch
 from checkpoint_cases import small_model
-from helpers import relative
+from helpers import plain, relative
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mar_fast
-from mar_fast import TokenMask, masking, reference
+from mar_fast import TokenMask, masking
 from mar_fast.eval import complementary, ensemble
 
 GRID = (8, 4, 6)
@@ -117,12 +117,6 @@ def test_errors(arguments, options, said):
 @pytest.fixture(scope="module")
 def model():
     return small_model(decoder_depth=0).double()
-
-
-def plain(model):
-    made = reference.MAR(model.config).double().eval()
-    made.load_state_dict(model.state_dict())
-    return made
 
 
 @pytest.mark.parametrize("kind", ["running", *RANDOM_KINDS[:2]])

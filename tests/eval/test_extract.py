@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from helpers import relative, small_config
+from helpers import plain, relative, small_config
 from PIL import Image
 
 import mar_fast
@@ -38,8 +38,7 @@ def model(**overrides):
 
 def reference_features(fast, images, kept):
     """Tokens after each block, (N, D) float64, of one window of T pictures; ``kept`` are the visible tokens."""
-    plain = mar_fast.reference.MAR(fast.config).eval().double()
-    plain.load_state_dict({name: value.double() for name, value in fast.state_dict().items()})
+    oracle = plain(fast)
     mean, std = (
         torch.tensor(value, dtype=torch.float64).view(3, 1, 1, 1) for value in (fast.config.mean, fast.config.std)
     )
@@ -47,10 +46,10 @@ def reference_features(fast, images, kept):
     masked = torch.ones(1, fast.config.num_tokens, dtype=torch.bool)
     masked[0, kept] = False
     after = []
-    for block in plain.encoder.blocks:
+    for block in oracle.encoder.blocks:
         block.register_forward_hook(lambda block, inputs, output: after.append(output[0]))
     with torch.no_grad():
-        last = plain.encoder(clip[None], masked)[0]
+        last = oracle.encoder(clip[None], masked)[0]
     return [*after[:-1], last]
 
 

@@ -11,11 +11,11 @@ pytest.importorskip("av")
 import torch
 import torch.nn.functional as F
 from checkpoint_cases import random_weights
-from helpers import small_config
+from helpers import plain, small_config
 from tradeoff_cases import PATHS, made
 
 import mar_fast
-from mar_fast import TokenMask, cost, masking, reference, timing
+from mar_fast import TokenMask, cost, masking, timing
 from mar_fast.data.video import read_views
 from mar_fast.eval import mask_settings, measured, tradeoff, tradeoff_plot
 from mar_fast.eval.mask_settings import MaskSetting, choose
@@ -58,17 +58,11 @@ def result():
 def truth():
     """Probabilities (views, classes) of each setting in float64, from the plain reference, one view at a time."""
     model = made()
-    plain = reference.MAR(model.config).double().eval()
-    plain.load_state_dict(model.state_dict())
-    config, views = model.config, [read(path) for path in PATHS]
+    oracle, config, views = plain(model), model.config, [read(path) for path in PATHS]
 
+    @torch.no_grad()
     def answer(view, masked):
-        mask = TokenMask.from_bool_masked(masked[None])
-        with torch.no_grad():
-            clip = (view.double() / 255 - torch.tensor(config.mean).view(-1, 1, 1, 1)) / torch.tensor(config.std).view(
-                -1, 1, 1, 1
-            )
-            return plain(clip[None].double(), mask).logits[0].softmax(0)
+        return oracle(view[None], TokenMask.from_bool_masked(masked[None])).logits[0].softmax(0)
 
     every = torch.cat(views)
     found = {
