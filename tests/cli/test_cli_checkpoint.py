@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip("typer")
-
 import torch
 from checkpoint_cases import LINEAR, PRETRAINING, clip, fine_tuned_names, same_weights, small_model
 from helpers import relative
@@ -190,7 +188,7 @@ def test_convert_says_what_was_trained_since(run, lost, tmp_path):
     assert code == 0 and "put back" in said and f"warning: {broken}: 1 of 28 weights that both have differ" in err
 
 
-def test_convert_repairs_nothing_else(run, lost, tmp_path):
+def test_convert_repairs_nothing_else(refused, lost):
     original, broken = lost
     for arguments, message in (
         ((original, "new", "--biases-from", original), "got biases of query and value that are not zero"),
@@ -205,8 +203,7 @@ def test_convert_repairs_nothing_else(run, lost, tmp_path):
         ),
         ((broken, "original", "--biases-from", original), "already exists"),
     ):
-        code, out, err = run("checkpoint", "convert", *arguments)
-        assert code == 2 and out == "" and message in err and not (tmp_path / "new").exists()
+        assert message in refused("checkpoint", "convert", *arguments)
 
 
 def test_convert_keeps_names_of_classes(run, tmp_path):
@@ -265,25 +262,24 @@ def test_verify_parts_and_nan(run, mar, classifier, tmp_path):
     ("arguments", "message"),
     [
         (("--tolerance", "-1"), "--tolerance: got -1.0, expected a number, 0 or more"),
-        (("--seed", "-1"), "--seed: got -1, expected"),
+        (("--seed", "-1"), "Invalid value for '--seed'"),
         (("--ratio", "1"), "ratio: got 1.0, expected a number in [0, 1)"),
         (("--set", "heads=3"), "--set: got 'heads=3', expected FIELD=VALUE with one of the fields num_frames"),
         (("--set", "num_heads"), "--set: got 'num_heads', expected FIELD=VALUE"),
         (("--set", "image_size=64"), "image_size: got 64, expected a tuple"),
     ],
 )
-def test_verify_bad_input(run, mar, arguments, message):
-    code, _, err = run("checkpoint", "verify", mar, mar, *arguments)
-    assert code == 2 and message in err
+def test_verify_bad_input(refused, mar, arguments, message):
+    assert message in refused("checkpoint", "verify", mar, mar, *arguments)
 
 
-def test_verify_other_clips(run, mar, tmp_path):
+def test_verify_other_clips(refused, mar, tmp_path):
     save_checkpoint(small_model(num_frames=4), tmp_path / "b.safetensors")
-    code, _, err = run("checkpoint", "verify", mar, "b.safetensors")
-    assert code == 2 and "second, num_frames: got 4, expected 6, as first" in err
+    said = refused("checkpoint", "verify", mar, "b.safetensors")
+    assert "second, num_frames: got 4, expected 6, as first" in said
 
 
-def test_bad_files(run, tmp_path):
+def test_bad_files(refused, tmp_path):
     (tmp_path / "a.pth").write_bytes(b"")
     save_file({"conv1.weight": torch.ones(2)}, tmp_path / "b.safetensors")
     for arguments, message in (
@@ -292,9 +288,8 @@ def test_bad_files(run, tmp_path):
         (("verify", "b.safetensors", "a.pth"), "conv1.weight"),
         (("inspect", "c/d.pth"), "which does not exist"),
     ):
-        code, out, err = run("checkpoint", *arguments)
-        assert code == 2 and out == "" and err.startswith("error: ") and message in err
-        assert "Traceback" not in err
+        said = refused("checkpoint", *arguments)
+        assert said.startswith("error: ") and message in said
 
 
 def test_videomae2_folders(tmp_path, run):
