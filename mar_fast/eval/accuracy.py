@@ -161,7 +161,7 @@ def evaluate(
     checks.whole("workers", workers)
     on_video(Accuracy.of(journal.rows, len(samples)))
     left = [sample for sample in samples if not journal.finished(sample.name)]
-    for sample, found in ahead(lambda sample: read(sample.path), left, workers=workers, more=workers):
+    for sample, found in ahead(lambda sample: read(sample.path), left, workers=workers):
         row: Result = {"video": sample.name, "label": sample.label}
         try:
             views = found.result()
@@ -175,16 +175,14 @@ def evaluate(
     return Accuracy.of(journal.rows, len(samples))
 
 
-def ahead(
-    run: Callable[[Item], Found], items: Iterable[Item], *, workers: int, more: int
-) -> Iterator[tuple[Item, Future[Found]]]:
-    """Each item in turn with the future of ``run(item)``; meanwhile threads run up to ``more`` of the next ones."""
+def ahead(run: Callable[[Item], Found], items: Iterable[Item], *, workers: int) -> Iterator[tuple[Item, Future[Found]]]:
+    """Each item in turn with the future of ``run(item)``; meanwhile as many threads run the next ``workers`` ones."""
     waiting: deque[tuple[Item, Future[Found]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for item in items:
             waiting.append((item, pool.submit(run, item)))
-            if len(waiting) > more:
+            if len(waiting) > workers:
                 yield waiting.popleft()
         yield from waiting
     finally:

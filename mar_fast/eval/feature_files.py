@@ -237,7 +237,7 @@ def extract_films(
 
     try:
         # The model has a thread of its own: meanwhile the next batch is gathered, and the last one is written.
-        for (items, _), computed in ahead(compute, batches(), workers=1, more=1):
+        for (items, _), computed in ahead(compute, batches(), workers=1):
             layers = computed.result()
             for row, (number, window) in enumerate(items):
                 if number not in writers:  # its film broke

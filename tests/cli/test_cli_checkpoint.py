@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 import torch
 from checkpoint_cases import LINEAR, PRETRAINING, clip, fine_tuned_names, same_weights, small_model
 from helpers import relative
