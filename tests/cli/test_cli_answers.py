@@ -271,17 +271,9 @@ def test_eval_of_hmdb51_and_ucf101(mar, tmp_path):
         (["eval", "good.csv", "--format", "kinetics"], "labels: got none, expected a file of class names"),
         (["eval", "good.csv", "--out", "two.txt"], "two.txt, line 1: got .*expected JSON"),
         (["eval", "good.csv", "--out", "two.txt/r.jsonl"], "two.txt is a file, expected a folder"),
-        (
-            ["eval", "good.csv", "--workers", "0"],
-            "Invalid value for '--workers': Input should be greater than or equal to 1",
-        ),
-        (
-            ["eval", "good.csv", "--stride", "0"],
-            "Invalid value for '--stride': Input should be greater than or equal to 1",
-        ),
-        (
-            ["eval", "good.csv", "--batch", "0"],
-            "Invalid value for '--batch': Input should be greater than or equal to 1",
+        *(
+            (["eval", "good.csv", name, "0"], f"Invalid value for '{name}': Input should be greater than or equal to 1")
+            for name in ("--workers", "--stride", "--batch")
         ),
     ],
 )

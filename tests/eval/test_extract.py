@@ -69,16 +69,13 @@ MASKS = {
     "50 %, complementary": (dict(keep=0.5, complementary=True), [0.5, 0.5], [0, 2]),
     "75 % kept, complementary": (dict(keep=0.75, complementary=True), [0.75] * 4, [0, 1, 2, 3]),
 }
+TIMES = [0, 40, 80, 90, 100, 400, 410, 420, 900]
 FILMS = {
     "long": (33, None, dict(stride=2, frame_stride=3)),
     "dropped end": (33, None, dict(stride=5, frame_stride=3, tail="drop")),
     "shorter than a window": (5, None, dict(stride=2, frame_stride=3)),
-    "variable rate": (9, [0, 40, 80, 90, 100, 400, 410, 420, 900], dict(stride=1, frame_stride=2)),
-    "variable rate, in seconds": (
-        9,
-        [0, 40, 80, 90, 100, 400, 410, 420, 900],
-        dict(stride=3, frame_stride=2, fps=12.5),
-    ),
+    "variable rate": (9, TIMES, dict(stride=1, frame_stride=2)),
+    "variable rate, in seconds": (9, TIMES, dict(stride=3, frame_stride=2, fps=12.5)),
 }
 
 
@@ -285,21 +282,31 @@ def test_readers_do_not_change_bits(films, tmp_path):
     assert results[0] == results[1] == results[2]
 
 
-KILLED = """
+BEGIN = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
+del sys.argv[1:3]
 import torch
 torch.ones(8).sqrt()
 torch.set_num_threads(1)
 from pathlib import Path
 import test_extract
-films = [Path(name) for name in sys.argv[5:]]
+from mar_fast import machine
+"""
 
+
+def in_a_process(code, *arguments):
+    folders = [Path(__file__).parent, Path(__file__).parent.parent]
+    command = [sys.executable, "-c", BEGIN + code, *map(str, (*folders, *arguments))]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+KILLED = """
 def on_batch(so_far):
-    if so_far.finished >= int(sys.argv[4]):  # two may finish in one batch
+    if so_far.finished >= int(sys.argv[2]):  # two may finish in one batch
         os.kill(os.getpid(), signal.SIGKILL)
 
-test_extract.job(films, sys.argv[3], workers=3, keep=0.5, on_batch=on_batch)
+test_extract.job([*map(Path, sys.argv[3:])], sys.argv[1], workers=3, keep=0.5, on_batch=on_batch)
 """
 
 
@@ -309,9 +316,7 @@ def test_killed_and_continued(films, tmp_path):
     job(films, root / "whole", keep=0.5)
     want = listing(root / "whole")
     out = root / "killed"
-    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    command = [sys.executable, "-c", KILLED, *folders, str(out), "3", *map(str, films)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = in_a_process(KILLED, out, 3, *films)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     there = listing(out)
     finished = {name: content for name, content in there.items() if not Path(name).name.startswith(".")}
@@ -331,14 +336,10 @@ def test_what_is_continued_and_what_is_refused(films, tmp_path):
     features, about = out / "part0/film 0.safetensors", out / "part0/film 0.json"
     features.unlink()  # killed between the two files
     assert job(films[:2], out)[1] == ["part0/film 0.mkv"] and listing(out) == before
-    with pytest.raises(
-        FileExistsError, match=r"film 0.json: got results of other settings \(sliding .*, now None; x No"
-    ):
+    with pytest.raises(FileExistsError, match=r"0.json: got results of other settings \(sliding .*, now None; x No"):
         job(films[:2], out, settings={"x": 1})
     about.write_text("[]")
-    with pytest.raises(
-        FileExistsError, match=r"film 0.json: got another kind of file, expected results of mar-fast ext"
-    ):
+    with pytest.raises(FileExistsError, match=r"0.json: got another kind of file, expected results of mar-fast ext"):
         job(films[:2], out)
     about.unlink()
     with pytest.raises(FileExistsError, match=r"film 0.safetensors: already exists, expected a new file"):
@@ -373,50 +374,36 @@ def test_broken_films(tmp_path):
         number: (b"no video", whole[: len(whole) // 2], bytes(damaged))[number // 20 % 3]
         for number in range(5, count, 20)
     }
-    films = []
-    for number in range(count):
-        films.append(tmp_path / f"{number}.mkv")
-        films[-1].write_bytes(broken.get(number, b"")) if number in broken else clips.textured(
-            films[-1], 2 + number % 9, SIZE
-        )
+    films = [tmp_path / f"{number}.mkv" for number in range(count)]
+    for number, film in enumerate(films):
+        if number in broken:
+            film.write_bytes(broken[number])
+        else:
+            clips.textured(film, 2 + number % 9, SIZE)
     done, _ = job(films, tmp_path / "out", workers=3)
     assert set(done.broken) == {f"{number}.mkv" for number in broken} and done.finished == count - len(broken)
     assert all(reason.startswith("path: got ") for reason in done.broken.values())
-    names = {
-        name for number in range(count) if number not in broken for name in (f"{number}.json", f"{number}.safetensors")
-    }
-    assert set(listing(tmp_path / "out")) == names
+    good = sorted(set(range(count)) - set(broken))
+    assert set(listing(tmp_path / "out")) == {f"{n}.{form}" for n in good for form in ("json", "safetensors")}
     clips.textured(films[5], 6, SIZE)  # copied again
     done, left = job(films, tmp_path / "out")
     assert left == [f"{number}.mkv" for number in broken] and done.finished == 1
-    job(
-        [film for number, film in enumerate(films) if number not in broken or number == 5],
-        tmp_path / "alone",
-        workers=1,
-    )
+    job([films[number] for number in sorted([5, *good])], tmp_path / "alone", workers=1)
     assert listing(tmp_path / "alone") == listing(tmp_path / "out")
 
 
 LONG = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-import test_extract
-from mar_fast import machine
-
 class Extractor(test_extract.Extractor):  # no model, but rows so wide that those of the long film are 400 MB
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.row_shape = (int(sys.argv[3]), 1)
+        self.row_shape = (int(sys.argv[1]), 1)
 
     def compute(self, count, pictures, shown):
         return {layer: torch.full((count, *self.row_shape), 1.5) for layer in self.layers}
 
 test_extract.Extractor = Extractor
-for film in [sys.argv[4], *sys.argv[4:6]]:
-    run = lambda: test_extract.job([Path(film)], sys.argv[6], workers=1, layers=(1, 3), pooled=False, force=True)
+for film in [sys.argv[2], *sys.argv[2:4]]:
+    run = lambda: test_extract.job([Path(film)], sys.argv[4], workers=1, layers=(1, 3), pooled=False, force=True)
     print(machine.peak_memory(run, torch.device("cpu")))
 """
 
@@ -426,10 +413,7 @@ def test_memory_does_not_grow_with_the_film(tmp_path):
     seconds = int(os.environ.get("MAR_FAST_FILM_SECONDS", "60"))
     group = [clips.texture(number, (32, 32)) for number in range(250)]
     films = [clips.write(tmp_path / f"{time}.mp4", group * (time // 10), codec="libx264") for time in (10, seconds)]
-    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    width = 400_000_000 * 3 // (seconds * 25 * 2 * 4)
-    command = [sys.executable, "-c", LONG, *folders, str(width), *map(str, films), str(tmp_path / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = in_a_process(LONG, 400_000_000 * 3 // (seconds * 25 * 2 * 4), *films, tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     written = (tmp_path / f"out/{seconds}.safetensors").stat().st_size
     _, short, long = map(int, ended.stdout.split())
