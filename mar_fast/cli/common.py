@@ -71,8 +71,8 @@ def show_warnings() -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
     """A progress bar on stderr; yields ``step(what, share of the whole that is done)``."""
-    what = TextColumn("{task.description}", markup=False)  # a file name may have brackets
-    columns = (what, BarColumn(), "{task.percentage:>3.0f} %", TimeElapsedColumn())
+    words = TextColumn("{task.description}", markup=False)  # a file name may have brackets
+    columns = (words, BarColumn(), "{task.percentage:>3.0f} %", TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)

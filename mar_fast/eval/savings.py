@@ -1,4 +1,4 @@
-"""What masking saves: a dense ViT against MAR at 50 % and 75 %, on one clip, checked before it is timed; a picture."""
+"""What masking saves: a dense ViT against MAR at 50 % and 75 %, on one clip, checked before it is timed, and drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
