@@ -1,14 +1,15 @@
 """What is measured: a case is one workload, its providers are the ways to do it, one of them the baseline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mar_fast.cost import Cost
-from mar_fast.machine import short_name
+from mar_fast.machine import environment, short_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class RunOptions:
     def on_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
+
+    @cached_property
+    def environment(self) -> Mapping[str, str | int]:
+        """What `machine.environment` says of the device, once for all records of a run."""
+        return environment(self.device)
 
 
 @dataclass(frozen=True)

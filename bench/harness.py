@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mar_fast import machine
+from mar_fast.eval.measured import OnStep, relative
 from mar_fast.kernels import checks
 from mar_fast.timing import Spread, interleaved
 
@@ -28,11 +30,6 @@ USUAL = {"cpu": (("base",), (1, 4)), "cuda": (("base", "large"), (1, 8, 32)), "q
 SLACK = 1e-3
 
 PRINT = functools.partial(print, flush=True)
-Step = Callable[[str, float], None]
-
-
-def quiet(what: str, share: float) -> None:
-    """A `Step` that shows nothing."""
 
 
 def chosen_suites(names: Sequence[str]) -> list[str]:
@@ -83,8 +80,7 @@ def options_for(
     if seconds is not None:
         checks.positive("seconds", seconds)
     for batch in batches:
-        if not isinstance(batch, int) or batch < 1:
-            raise checks.bad("batch", batch, "a whole number, 1 or more")
+        checks.whole("batch", batch)
     if clip is not None and not clip.is_file():
         raise FileNotFoundError(f"clip: got {str(clip)!r}, expected an existing video file")
     where = machine.device(device)
@@ -112,9 +108,9 @@ def run(
     *,
     out: Path | None = None,
     say: Callable[[str], None] = PRINT,
-    on_step: Step = quiet,
+    on_step: OnStep = lambda what, share: None,
     into: list[Record] | None = None,
-    chosen: Callable[[Case], Case | None] | None = None,
+    chosen: Callable[[Case], Case | None] = lambda case: case,
 ) -> list[Record]:
     """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
 
@@ -126,49 +122,46 @@ def run(
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
         into: Takes the records as they are made, so that they are there after an interruption; None makes a new list.
-        chosen: Gives the case that is measured in place of a suite's, or None to leave that out; None changes nothing.
+        chosen: Gives the case that is measured in place of a suite's, or None to leave that out.
     """
     found = into if into is not None else []
-    environment = machine.environment(options.device)
 
     def keep(made: list[Record]) -> None:
         found.extend(made)
         if out is not None:
             records.write(out, found)
 
-    keep(_ceilings(rates, environment))
+    keep(_ceilings(rates, options))
     for name in names:
-        suite, own = SUITES[name], []
+        suite, own = SUITES[name], list[Record]()
         # Not as a list: a case holds its models and operands once it has been measured.
         total = sum(1 for _ in suite.cases(options))
         for number, offered in enumerate(suite.cases(options)):
-            case = chosen(offered) if chosen else offered
+            case = chosen(offered)
             if case is None:
                 continue
-            made = measure(case, options, rates, environment, _within(on_step, name, number, total))
+            made = measure(case, options, rates, _within(on_step, name, number, total))
             say(text(made))
             own += made
             keep(made)
-        concluded = suite.conclude(options, own, environment)
+        concluded = suite.conclude(options, own)
         if concluded:
             say(figures(concluded))
             keep(concluded)
     return found
 
 
-def _within(on_step: Step, suite: str, number: int, total: int) -> Step:
+def _within(on_step: OnStep, suite: str, number: int, total: int) -> OnStep:
     return lambda what, share: on_step(f"{suite} {number + 1} of {total}: {what}", (number + share) / total)
 
 
-def _ceilings(rates: Mapping[str, float], environment: Mapping[str, str | int]) -> list[Record]:
+def _ceilings(rates: Mapping[str, float], options: RunOptions) -> list[Record]:
+    environment = options.environment
     note = ", ".join(f"{key} {environment[key]}" for key in ("threads", "clocks") if environment.get(key))
-    make = functools.partial(Record.of, environment, suite="machine", provider="machine", metric="rate", note=note)
-    return [
-        make(rate, case="copy", unit="B/s")
-        if name == "copy"
-        else make(rate, case="matrix product", unit="FLOP/s", dtype=name)
-        for name, rate in rates.items()
-    ]
+    where = {name: dict(case="matrix product", unit="FLOP/s", dtype=name) for name in rates}
+    where["copy"] = dict(case="copy", unit="B/s")
+    of_machine: dict[str, Any] = dict(suite="machine", provider="machine", metric="rate", note=note)
+    return [Record.of(environment, rate, **of_machine, **where[name]) for name, rate in rates.items()]
 
 
 def failures(found: Sequence[Record]) -> int:
@@ -180,8 +173,7 @@ def measure(
     case: Case,
     options: RunOptions,
     rates: Mapping[str, float],
-    environment: Mapping[str, str | int],
-    on_step: Step = quiet,
+    on_step: OnStep = lambda what, share: None,
 ) -> list[Record]:
     """All providers of a case: made ready, checked against the expected outputs, timed in turn, their memory measured.
 
@@ -191,13 +183,14 @@ def measure(
         Of provider "roofline": the least work, and the time it takes at this machine's ceilings.
     """
     torch.compiler.reset()  # a function is compiled for a few shapes only, all cases together
-    found: dict[str, list[Record]] = {name: [] for name in (*(provider.name for provider in case.providers), FLOOR)}
-    positions = {provider.name: provider.x for provider in case.providers if provider.x is not None}
+    found: list[Record] = []
+    positions = {provider.name: case.x if provider.x is None else provider.x for provider in case.providers}
+    positions[FLOOR] = case.x
     of_case = dict(suite=case.suite, case=case.name, mode=case.mode, dtype=case.dtype_name, baseline=case.baseline)
 
     def keep(name: str, metric: str, value: Spread | float, unit: str = "1", *, note: str = "") -> None:
-        names = dict(provider=name, metric=metric, unit=unit, x=positions.get(name, case.x), note=note)
-        found[name].append(Record.of(environment, value, **of_case, **names))
+        names = dict(provider=name, metric=metric, unit=unit, x=positions[name], note=note)
+        found.append(Record.of(options.environment, value, **of_case, **names))
 
     def lose(name: str, metric: str, note: str) -> None:
         keep(name, metric, Spread(0, 0, 0, 0), note=note)
@@ -238,7 +231,7 @@ def measure(
         except Exception as failure:
             lose(name, "unavailable", reason(failure))
             del ready[name]
-    runs = {name: ready[name].run for name in found if name in ready}
+    runs = {name: ready[name].run for name in positions if name in ready}
     if runs:
         times = interleaved(
             runs,
@@ -267,7 +260,7 @@ def measure(
     gc.collect()
     if options.on_gpu:
         torch.cuda.empty_cache()
-    return [record for own in found.values() for record in own]
+    return [record for name in positions for record in found if record.provider == name]
 
 
 def reason(error: Exception) -> str:
@@ -278,34 +271,25 @@ def reason(error: Exception) -> str:
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN."""
-    ratios = [
-        float((one.detach().double() - other.double()).norm() / other.double().norm())
-        for one, other in zip(got, want, strict=True)
-    ]
-    return max(ratio if ratio == ratio else math.inf for ratio in ratios)
+    return max(relative(one.detach(), other) for one, other in zip(got, want, strict=True))
 
 
 def text(found: Sequence[Record]) -> str:
     """A case in plain text: a line a provider, time with spread, speed-up over the baseline, share of the floor."""
-    first, times = found[0], {record.provider: record.p50 for record in found if record.metric == "time"}
-    base = times.get(first.baseline)
-    floor = next((record.p50 for record in found if record.metric == "floor"), None)
+    first, p50 = found[0], {(record.provider, record.metric): record.p50 for record in found}
+    base, floor = p50.get((first.baseline, "time")), p50.get((FLOOR, "floor"))
     lines = [f"{first.suite}: {first.case}, x = {first.x:g}, {first.mode}, {first.dtype}"]
     for provider, own in records.grouped(found, lambda record: record.provider).items():
         at = {record.metric: record for record in own}
-        lost = next((at[metric] for metric in NO_TIME if metric in at), None)
-        if lost is not None:
-            lines.append(f"  {provider:36} {lost.metric}: {lost.note}")
-        elif "time" in at:
+        parts = [f"{metric}: {at[metric].note}" for metric in NO_TIME if metric in at]
+        if "time" in at:
             time = at["time"]
-            spread = f"{in_words(time.p20, 's')} - {in_words(time.p80, 's')}"
-            parts = [
-                f"  {provider:36} {time.words:>10} ({spread})",
-                f"{base / time.p50:6.2f}x" if base else "",
-                f"{floor / time.p50:4.0%} of floor" if floor else "",
-                *(f"{name} {at[name].words}" for name in ("peak memory", "error", "compile time") if name in at),
-            ]
-            lines.append("  ".join(part for part in parts if part))
+            parts.append(f"{time.words:>10} ({time.spread})")
+            parts += [f"{base / time.p50:6.2f}x"] if base else []
+            parts += [f"{floor / time.p50:4.0%} of floor"] if floor else []
+            parts += [f"{name} {at[name].words}" for name in ("peak memory", "error", "compile time") if name in at]
+        if parts:
+            lines.append(f"  {provider:36} {'  '.join(parts)}")
     said = f"; floor: {in_words(floor, 's')}" if floor else ""
     lines.append(f"  (speed-up over {first.baseline}{said})")
     return "\n".join(lines)

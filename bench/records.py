@@ -1,7 +1,7 @@
 """Measurements as flat records, one JSON line each: made, written, read, and their figures in words."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,11 @@ class Record:
         """The figure with its unit: "12.3 ms"."""
         return in_words(self.p50, self.unit, self.metric)
 
+    @property
+    def spread(self) -> str:
+        """Its range, p20 to p80: "12.1 ms - 12.6 ms"."""
+        return " - ".join(in_words(value, self.unit, self.metric) for value in (self.p20, self.p80))
+
 
 def write(path: Path, found: Iterable[Record]) -> None:
     """Write all records to ``path``, whole or not at all."""
@@ -129,13 +134,10 @@ def load(paths: Iterable[Path]) -> list[Record]:
     return found
 
 
-def newest(found: Iterable[Record]) -> list[Record]:
+def newest(found: Sequence[Record]) -> list[Record]:
     """One record for each key: of several the one with the latest date, at the position of the first."""
-    latest: dict[Any, Record] = {}
-    for record in found:
-        if record.key not in latest or record.date >= latest[record.key].date:
-            latest[record.key] = record
-    return list(latest.values())
+    latest = {record.key: record for record in sorted(found, key=lambda record: record.date)}
+    return [latest[key] for key in dict.fromkeys(record.key for record in found)]
 
 
 def grouped(found: Iterable[Record], name: Callable[[Record], Any]) -> dict[Any, list[Record]]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .op_cases import PART
-from .records import NO_TIME, Record, in_words
+from .records import NO_TIME, Record
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -35,17 +35,10 @@ def frame(found: list[Record]) -> "pd.DataFrame":
 
     def words(one: Record) -> dict[str, str]:
         slower = base.get(one.workload), dense.get(replace(one, x=0).key), steps.get((one.workload, one.x - 1))
+        gains = [f"{other / one.p50:.2f}x" if other else "" for other in slower]
         least = floor.get(one.workload)
-        return {
-            "time": one.words,
-            "p20 - p80": f"{in_words(one.p20, 's')} - {in_words(one.p80, 's')}",
-            "rounds": str(one.n),
-            **{
-                name: f"{other / one.p50:.2f}x" if other else ""
-                for name, other in zip(COLUMNS[3:6], slower, strict=True)
-            },
-            "of the floor": f"{least / one.p50:.0%}" if least else "",
-        }
+        share = f"{least / one.p50:.0%}" if least else ""
+        return dict(zip(COLUMNS, (one.words, one.spread, str(one.n), *gains, share), strict=True))
 
     timed = set(times)
     return pd.DataFrame(

@@ -53,7 +53,7 @@ def test_provider(benchmark: Any, measured: tuple[str, int, str], options: RunOp
 
 def test_flops(benchmark: Any, options: RunOptions) -> None:
     """The suite that runs nothing: how long the arithmetic takes, and that its numbers are the paper's."""
-    found = benchmark(SUITES["flops"].conclude, options, [], machine.environment(options.device))
+    found = benchmark(SUITES["flops"].conclude, options, [])
     for record in found:
         if record.metric == "multiply-adds" and record.provider == "original, by formula":
             size = next((size for size in flops.PAPER if record.case == f"ViT-{flops.LETTERS[size]}"), None)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from mar_fast import machine
 from mar_fast.bench import harness, peers
 from mar_fast.bench.case import RunOptions
 from mar_fast.bench.suites import encoder
@@ -24,8 +23,7 @@ def test_targets_on_a_cpu(options: RunOptions) -> None:
     chosen = tuple(one for one in case.providers if one.name in {peers.REFERENCE, *WANTED})
     case = replace(case, providers=chosen, baseline=peers.REFERENCE)
     longer = replace(options, seconds=20.0, quick=False)
-    environment = machine.environment(options.device)
-    found = harness.measure(case, longer, harness.ceilings(options.device), environment)
+    found = harness.measure(case, longer, harness.ceilings(options.device))
     print(harness.text(found))
     times = {record.provider: record.p50 for record in found if record.metric in ("time", "floor")}
     for name, wanted in WANTED.items():

@@ -1,6 +1,6 @@
 """The suites by name: the cases that each measures, and the conclusions it draws from them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..case import Case, RunOptions
@@ -17,7 +17,7 @@ class Suite:
 
     about: str
     cases: Callable[[RunOptions], Iterator[Case]]
-    conclude: Callable[[RunOptions, list[Record], Mapping[str, str | int]], list[Record]] = lambda *_: []
+    conclude: Callable[[RunOptions, list[Record]], list[Record]] = lambda *_: []
     needs: str = ""
 
 

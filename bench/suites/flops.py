@@ -1,6 +1,7 @@
 """flops: multiply-adds and parameters by formula, beside the paper's and those counted in the original code."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 
 import mar_fast
 from mar_fast import cost
@@ -20,10 +21,11 @@ def cases(options: RunOptions) -> Iterator[Case]:
     return iter(())
 
 
-def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
+def conclude(options: RunOptions, found: list[Record]) -> list[Record]:
     """Multiply-adds and parameters, for the two sizes of the paper and those asked for."""
+    make = partial(Record.of, options.environment, suite="flops")
     return [
-        Record.of(environment, value, suite="flops", case=f"ViT-{LETTERS[size]}", provider=provider, metric=metric, x=x)
+        make(value, case=f"ViT-{LETTERS[size]}", provider=provider, metric=metric, x=x)
         for size in dict.fromkeys((*PAPER, *options.sizes))
         for provider, metric, x, value in _figures(size)
     ]

@@ -5,7 +5,7 @@ model works on this one runs at the pace of the slower of the two, which the ver
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -64,7 +64,7 @@ def pipeline_case(options: RunOptions, size: str, keep: float) -> Case:
     return model_case("pipeline", name, workload, providers, expected=exact, baseline=DECODE, floor=None, share=0.5)
 
 
-def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
+def conclude(options: RunOptions, found: list[Record]) -> list[Record]:
     """The share of decoding in the time of both, by keep ratio; the note says what bounds the pipeline."""
     shares = []
     for own in records.grouped(found, lambda record: record.workload).values():

@@ -3,7 +3,7 @@
 Each axis is a few configurations that differ in it alone. The exponent is the slope of log time over log x.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
     return replace(model_config(size, 0.5), **changes[axis]), int(x) if axis == "batch" else 1
 
 
-def conclude(options: RunOptions, found: list[Record], environment: Mapping[str, str | int]) -> list[Record]:
+def conclude(options: RunOptions, found: list[Record]) -> list[Record]:
     """An exponent for each axis and provider, and one for visible tokens, from all axes but batch."""
     size = options.sizes[0]
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -65,7 +65,7 @@ def conclude(options: RunOptions, found: list[Record], environment: Mapping[str,
     where = dict(suite="scaling", metric="exponent", mode="inference", dtype=short_name(options.dtype))
     note = f"time of ViT-{LETTERS[size]}, fitted over {{}} points"
     return [
-        Record.of(environment, exponent(own), case=axis, provider=provider, note=note.format(len(own)), **where)
+        Record.of(options.environment, exponent(own), case=axis, provider=provider, note=note.format(len(own)), **where)
         for (axis, provider), own in points.items()
         if len({x for x, _ in own}) > 1
     ]

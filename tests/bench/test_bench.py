@@ -97,7 +97,7 @@ def test_only_what_runs_and_is_right_gets_a_time(mode):
     )
     options = RunOptions(CPU, torch.float32, ("small",), (1,), seconds=1e-9)
     case = kernel_case(op_case, mode, on_gpu=True)
-    measured = harness.measure(case, options, {"fp32": 1e9, "copy": 1e9}, machine.environment(CPU))
+    measured = harness.measure(case, options, {"fp32": 1e9, "copy": 1e9})
     found = {(record.provider, record.metric): record for record in measured}
     timed = {"mar_fast", PART} if mode == "forward" else {"mar_fast"}
     for metric in ("time", "peak memory"):

@@ -44,6 +44,7 @@ def tiny(monkeypatch, request):
         return named_config(name, **{**sizes, **overrides})
 
     monkeypatch.setattr(mar_fast, "named_config", small, raising=False)
+    monkeypatch.setattr("mar_fast.bench.case.environment", lambda device: ENVIRONMENT)
 
 
 ENVIRONMENT = dict(device="a CPU", torch="2", triton="3", commit="abc", date="2026", threads=2, clocks="")
@@ -60,7 +61,7 @@ def names(case):
 def measured(case, dtype=torch.float32):
     """The records of a case, as {provider: {metric: record}}."""
     found = {}
-    for record in harness.measure(case, options(dtype), RATES, ENVIRONMENT):
+    for record in harness.measure(case, options(dtype), RATES):
         found.setdefault(record.provider, {})[record.metric] = record
     return found
 
@@ -140,7 +141,7 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
     right = attention.eager_attention
     monkeypatch.setattr(attention, "eager_attention", lambda qkv, scale: right(qkv, 1.01 * scale))
     case = encoder.inference_case(options(), "small", 1, 0.5, compiled=False)
-    found = harness.measure(case, options(), RATES, ENVIRONMENT)
+    found = harness.measure(case, options(), RATES)
     ours = {record.metric: record for record in found if record.provider == "mar_fast"}
     assert set(ours) == {"error", "withheld"} and ours["withheld"].note.startswith("wrong: differs from float64 by")
     assert harness.failures(found) == 1 and "withheld: wrong: differs" in harness.text(found)
@@ -196,7 +197,7 @@ def test_scaling_fits_a_power():
         tokens = scaling.configuration("small", case.name, case.x)[0].num_visible * max(case.clips, 1)
         where = dict(suite="scaling", case=case.name, provider="mar_fast", metric="time", x=case.x)
         times.append(Record.of(ENVIRONMENT, tokens**1.5, **where))
-    found = {record.case: record.p50 for record in scaling.conclude(options(), times, ENVIRONMENT)}
+    found = {record.case: record.p50 for record in scaling.conclude(options(), times)}
     assert found == pytest.approx(
         {"keep ratio": 1.5, "tokens": 1.5, "batch": 1.5, "frames": 1.5, "resolution": 3.0}, abs=1e-9
     )
@@ -222,7 +223,7 @@ def test_pipeline(monkeypatch):
     times = [found[name]["time"] for name in names(case)]
     for slower, verdict in ((pipeline.DECODE, "data-bound"), (pipeline.MODEL, "compute-bound")):
         slow = [replace(time, p50=3 if time.provider == slower else 1) for time in times]
-        (share,) = pipeline.conclude(options(), slow, ENVIRONMENT)
+        (share,) = pipeline.conclude(options(), slow)
         assert share.note.startswith(verdict) and share.metric == "share"
 
 
@@ -244,7 +245,7 @@ def test_extraction(monkeypatch, tmp_path):
 
 def test_flops_are_the_papers(monkeypatch):
     monkeypatch.setattr(mar_fast, "named_config", named_config)
-    found = flops.conclude(options(), [], ENVIRONMENT)
+    found = flops.conclude(options(), [])
     of = {(one.case, one.provider, one.metric, one.x): one.p50 for one in found}
     for case in ("ViT-B", "ViT-L"):
         for keep in (1.0, 0.5, 0.25):
@@ -353,7 +354,7 @@ def test_a_case_that_was_measured_holds_nothing(monkeypatch):
 def test_a_wrong_step_of_the_waterfall_is_ours(monkeypatch):
     case = replace(toy(masked=torch.ones(3), compiled=2 * torch.ones(3)), suite="waterfall")
     for suite, wrong in (("waterfall", 1), ("encoder", 0)):
-        assert harness.failures(harness.measure(replace(case, suite=suite), options(), RATES, ENVIRONMENT)) == wrong
+        assert harness.failures(harness.measure(replace(case, suite=suite), options(), RATES)) == wrong
 
 
 def test_module_says_what_is_wrong_with_its_arguments(capsys, tmp_path):
