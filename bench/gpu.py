@@ -109,9 +109,9 @@ def main(arguments: list[str]) -> int:
         files.may_write(list(paths.values()), options.force)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    figures = host.measure(device, quick=not options.full)
-    print(host.table(figures, device), flush=True)
-    records.write(paths[host.SUITE], host.rows(figures, device))
+    of_host = host.measure(device, quick=not options.full)
+    print(host.table(of_host, device), flush=True)
+    records.write(paths[host.SUITE], of_host)
     short_run = {} if options.full else dict(sizes=("base",), batches=(32, 8, 1), seconds=options.seconds)
     chosen, _, rates = harness.options_for(device="cuda", dtype="bf16", **short_run)
     everything: list[Record] = []

@@ -5,6 +5,7 @@ run, on operands so small that the device keeps up.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from mar_fast.timing import Spread
 
 from . import records
 from .plain import PlainMAR
-from .records import Record
+from .records import OURS, Record
 from .suites.kernels import listed
 
 Call = Callable[[], object]
@@ -33,7 +34,7 @@ Call = Callable[[], object]
 LIMITS = {"no gradients": 2.5, "with gradients": 5.0, "backward": 1.5}
 # The whole model against the same model in plain PyTorch.
 MODEL_LIMIT = 0.65
-SUITE = "host"
+SUITE, MODEL = "host", "model"
 
 
 def operands(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
@@ -140,22 +141,22 @@ def interleaved(found: Mapping[str, Call], device: torch.device, rounds: int, re
     return taken
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> Spread:
-    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
-
-
-Figures = dict[tuple[str, str], tuple[Spread, Spread]]
-
-
-def measure(device: torch.device, *, quick: bool = False) -> Figures:
-    """What calls cost the host, one thread: {(what, mode): (seconds, ratio)}.
+def measure(device: torch.device, *, quick: bool = False) -> list[Record]:
+    """What calls cost the host, one thread: of each case, provider and mode the time, and then a ratio.
 
     The ratio is to F.layer_norm of a CPU tensor without gradients; for "backward", which is forward and backward less
     the forward, to F.layer_norm's own forward and backward there; for a model to the first other one.
     """
     rounds, repeat = (15, 30) if quick else (60, 60)
-    found: Figures = {}
+    found: list[Record] = []
+    make = partial(Record.of, machine.environment(device), suite=SUITE, dtype="fp32")
     on_gpu = device.type == "cuda"
+
+    def keep(case: str, provider: str, mode: str, times: list[float], base: list[float]) -> None:
+        ratios = [a / b for a, b in zip(times, base, strict=True)]
+        for metric, unit, values in (("host time", "s", times), ("host ratio", "", ratios)):
+            found.append(make(Spread.of(values), case=case, provider=provider, mode=mode, metric=metric, unit=unit))
+
     context: AbstractContextManager[object] = nullcontext() if on_gpu else stubbed()
     with machine.threads(1), context:
         norm = layer_norm(torch.device("cpu"))
@@ -165,41 +166,35 @@ def measure(device: torch.device, *, quick: bool = False) -> Figures:
             both, training = times.pop("forward and backward"), times["with gradients"]
             times["backward"] = [whole - part for whole, part in zip(both, training, strict=True)]
             for mode in LIMITS:
-                base = times["unit of both" if mode == "backward" else "unit"]
-                found[name, mode] = Spread.of(times[mode]), _ratio(times[mode], base)
+                keep(name, OURS, mode, times[mode], times["unit of both" if mode == "backward" else "unit"])
         if on_gpu:
             there = layer_norm(device)
             for mode in ("no gradients", "forward and backward"):
                 times = interleaved({mode: there[mode], "unit": units["unit"]}, device, rounds, repeat)
-                found["F.layer_norm: PyTorch", mode] = Spread.of(times[mode]), _ratio(times[mode], times["unit"])
+                keep("F.layer_norm", "PyTorch", mode, times[mode], times["unit"])
         times = interleaved(models(device), device, rounds, 4)
         base_name = "PyTorch SDPA" if on_gpu else "mar_fast, eager backend"
         for name, values in times.items():
-            found[f"model: {name}", "no gradients"] = Spread.of(values), _ratio(values, times[base_name])
+            keep(MODEL, name, "no gradients", values, times[base_name])
     return found
 
 
-def table(figures: Figures, device: torch.device) -> str:
-    """The figures as text."""
+def limit(record: Record) -> float:
+    """Of a ratio of ours on a CPU; infinite for others."""
+    if record.provider != OURS:
+        return math.inf
+    return MODEL_LIMIT if record.case == MODEL else LIMITS[record.mode]
+
+
+def table(found: list[Record], device: torch.device) -> str:
+    """What was measured as text."""
     lines = [f"{'what':36} {'mode':16} {'us':>8} {'ratio':>7} {'p20':>6} {'p80':>6} {'limit':>6}"]
-    for (what, mode), (seconds, ratio) in figures.items():
-        limit = MODEL_LIMIT if what == "model: mar_fast" else None if what.startswith("model: ") else LIMITS.get(mode)
-        said = "" if limit is None or device.type == "cuda" else f"{limit:g}"
-        lines.append(
-            f"{what:36} {mode:16} {seconds.p50 * 1e6:8.1f} {ratio.p50:7.2f} {ratio.p20:6.2f} {ratio.p80:6.2f} {said:>6}"
-        )
+    for seconds, ratio in zip(found[::2], found[1::2], strict=True):
+        what = ratio.case if ratio.provider == OURS and ratio.case != MODEL else f"{ratio.case}: {ratio.provider}"
+        spread = f"{ratio.p50:7.2f} {ratio.p20:6.2f} {ratio.p80:6.2f}"
+        said = "" if limit(ratio) == math.inf or device.type == "cuda" else f"{limit(ratio):g}"
+        lines.append(f"{what:36} {ratio.mode:16} {seconds.p50 * 1e6:8.1f} {spread} {said:>6}")
     return "\n".join(lines)
-
-
-def rows(figures: Figures, device: torch.device) -> list[Record]:
-    """The figures as records; "case: provider" is split, and ours is the provider of an op."""
-    make = partial(Record.of, machine.environment(device), suite=SUITE, dtype="fp32")
-    return [
-        make(spread, case=case, provider=provider or records.OURS, mode=mode, metric=metric, unit=unit)
-        for (what, mode), spreads in figures.items()
-        for case, _, provider in [what.partition(": ")]
-        for spread, metric, unit in zip(spreads, ("host time", "host ratio"), ("s", ""), strict=True)
-    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -215,8 +210,8 @@ def main(arguments: list[str]) -> int:
         files.may_write([options.out] if options.out else [], options.force)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    figures = measure(device, quick=options.quick)
-    print(table(figures, device))
+    found = measure(device, quick=options.quick)
+    print(table(found, device))
     if options.out:
-        records.write(options.out, rows(figures, device))
+        records.write(options.out, found)
     return 0

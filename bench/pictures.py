@@ -78,13 +78,11 @@ def _of_device(found: list[Record]) -> Iterator[tuple[str, str, Callable[[str, P
 
 def _looks(providers: Iterable[str]) -> Looks:
     """How each provider is drawn: variants of mar_fast in one blue, others in colours of their own."""
+    blue, others = (itertools.cycle(itertools.product(range(len(DASHES)), colours)) for colours in ((OURS,), OTHERS))
     looks: Looks = {}
-    for number, name in enumerate(dict.fromkeys(providers)):
-        colours = (OURS,) if name.startswith("mar_fast") else OTHERS
-        same_kind = sum(look["color"] in colours for look in looks.values())
-        again = same_kind // len(colours) % len(DASHES)
-        marker = MARKERS[number % len(MARKERS)]
-        looks[name] = dict(color=colours[same_kind % len(colours)], marker=marker, again=again)
+    for name, marker in zip(dict.fromkeys(providers), itertools.cycle(MARKERS), strict=False):
+        again, colour = next(blue if name.startswith("mar_fast") else others)
+        looks[name] = dict(color=colour, marker=marker, again=again)
     return looks
 
 
@@ -102,11 +100,11 @@ def _percentiles(found: list[Record], factor: float) -> tuple[Any, tuple[Any, An
     return middle, (middle - low, high - middle)
 
 
-def _bars(axis: "Axes", times: list[Record], colours: list[str], texts: list[str], widest: float = 0.0) -> Any:
-    """A horizontal bar for each time, and a text beside it, not nearer than ``widest`` seconds."""
+def _bars(axis: "Axes", times: list[Record], texts: list[str], widest: float = 0.0, **style: Any) -> Any:
+    """A horizontal bar for each time, and a text beside it, not nearer than ``widest`` seconds; returns the lengths."""
     factor, unit = time_scale([widest, *(one.p80 for one in times)])
     middle, errors = _percentiles(times, factor)
-    bars = axis.barh(range(len(times)), middle, xerr=errors, height=0.72, color=colours, ecolor=WHISKER, capsize=2)
+    axis.barh(range(len(times)), middle, xerr=errors, height=0.72, ecolor=WHISKER, capsize=2, **style)
     for row, (text, end) in enumerate(zip(texts, np.maximum(middle + errors[1], widest * factor), strict=True)):
         axis.annotate(text, (end, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(times)), [textwrap.fill(one.provider, 36) for one in times], fontsize=8)
@@ -115,7 +113,7 @@ def _bars(axis: "Axes", times: list[Record], colours: list[str], texts: list[str
     axis.set_xlabel(f"time of a call, {unit}: median, p20 to p80", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    return bars, middle
+    return middle
 
 
 def _peers(panels: list[list[Record]], looks: Looks, title: str, path: Path) -> None:
@@ -128,9 +126,9 @@ def _peers(panels: list[list[Record]], looks: Looks, title: str, path: Path) -> 
         first = times[0]
         base = next((one.p50 for one in times if one.provider == first.baseline), None)
         texts = [one.words + (f" ({base / one.p50:.2f}x)" if base else "") for one in times]
-        bars, _ = _bars(axis, times, [looks[one.provider]["color"] for one in times], texts)
-        for bar, one in zip(bars, times, strict=True):
-            bar.set(hatch=HATCHES[looks[one.provider]["again"]], edgecolor="white", linewidth=0)
+        own = [looks[one.provider] for one in times]
+        hatches = [HATCHES[look["again"]] for look in own]
+        _bars(axis, times, texts, color=[look["color"] for look in own], hatch=hatches, edgecolor="white", linewidth=0)
         kept = f", keep ratio {first.x:g}" if first.suite in KEEP_RATIO_SUITES else ""
         axis.set_title(first.case + kept, fontsize=9, loc="left")
     save(figure, path)
@@ -148,7 +146,7 @@ def _waterfall(found: list[Record], title: str, path: Path) -> None:
     figure = _figure(title, times[0], 12, 0.42 * len(times) + 1.7)
     axis = figure.subplots()
     longest = max(one.p80 for one in times)
-    _, middle = _bars(axis, times, [OURS] * len(times), texts, longest)
+    middle = _bars(axis, times, texts, longest, color=OURS)
     axis.set_xlim(0, 2.2 * axis.get_xlim()[1] / 1.3)
     earlier = np.concatenate((middle[:1], middle[:-1]))
     rows, pale, hatched = range(len(times)), np.maximum(earlier - middle, 0), np.maximum(middle - earlier, 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mar_fast import MARConfig, reference
 from mar_fast.layers import Constant
@@ -49,12 +49,7 @@ def patch_loss(pixels: Tensor, clip: Tensor, index: Tensor, config: MARConfig) -
     return F.mse_loss(pixels.float(), target.flatten(2))
 
 
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """(B, L, D), (B, M) int64 -> (B, M, D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-class PlainMAR(nn.Module):
+class PlainMAR(reference.MAR):
     """MAR on visible tokens in plain PyTorch, with the reference's parameters.
 
     Args:
@@ -63,22 +58,18 @@ class PlainMAR(nn.Module):
     """
 
     def __init__(self, config: MARConfig, *, sdpa: bool = True) -> None:
-        super().__init__()
-        self.config = config
-        whole = reference.MAR(config)
-        for module in whole.modules():
+        super().__init__(config)
+        for module in self.modules():
             if sdpa and isinstance(module, reference.Attention):
                 module.__class__ = SdpaAttention
-        for name, child in whole.named_children():
-            self.add_module(name, child)
         self.table = Constant(partial(reference.resized_table, config, config.embed_dim))
-        if whole.decoder is not None:
+        if self.decoder is not None:
             self.decoder_table = Constant(partial(reference.resized_table, config, config.decoder_embed_dim))
-            self.mask_token = whole.mask_token
 
-    def forward(self, clip: Tensor, keep_idx: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, clip: Tensor, keep_idx: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalised (B, C, T, H, W), (B, N) int64 -> logits (B, classes), features (B, N, D)."""
         encoder: Any = self.encoder
+        classifier: Any = self.classifier
         proj = encoder.patch_embed["proj"]
         patches = tubelets(clip.to(proj.weight.dtype), keep_idx, self.config.patch_size, channels_last=False)
         x = F.linear(patches, proj.weight.flatten(1), proj.bias)
@@ -86,18 +77,16 @@ class PlainMAR(nn.Module):
         for block in encoder.blocks:
             x = block(x)
         features = encoder.norm(x)
-        classifier: Any = self.classifier
         return classifier(features), features
 
     def pixels(self, features: Tensor, keep_idx: Tensor, drop_idx: Tensor) -> Tensor:
         """(B, N, D), (B, N), (B, M) -> (B, M, t * h * w * C), of the dropped tubelets."""
-        to_decoder: Any = self.encoder_to_decoder
-        visible = to_decoder(features)
+        decoder: Any = self.decoder
+        visible = self.encoder_to_decoder(features)
         batch, _, width = visible.shape
         x = self.mask_token.to(visible.dtype).expand(batch, self.config.num_tokens, width)
         x = x.scatter(1, keep_idx[..., None].expand(-1, -1, width), visible)
         x = x + self.decoder_table.value
-        decoder: Any = self.decoder
         for block in decoder.blocks:
             x = block(x)
-        return decoder.head(decoder.norm(take(x, drop_idx)))
+        return decoder.head(decoder.norm(x.gather(1, drop_idx[..., None].expand(-1, -1, width))))

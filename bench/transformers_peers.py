@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mar_fast
+from mar_fast import reference
 from mar_fast.checkpoint.config_json import for_transformers
 
 from .case import Prepared, Provider
@@ -24,7 +25,7 @@ CLASSIFICATION, PRE_TRAINING = "VideoMAEForVideoClassification", "VideoMAEForPre
 BASELINE, BY_HAND = "transformers", "transformers, masked by hand"
 
 # Of a model, clips (B, T, C, H, W), bools (B, L) and classes (B,): the logits, or in training the loss.
-Call = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+Call = Callable[[Any, Tensor, Tensor, Tensor], Any]
 Change = Callable[[Any], Any]
 
 
@@ -44,29 +45,25 @@ def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
     return getattr(transformers, kind)(theirs).to(workload.device).train(workload.training)
 
 
-def dense_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
+def dense_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Any:
     """Of a classifier's own call: from all tokens, or from those that ``keep`` of `mar_fast.accelerate` leaves."""
-    logits: Tensor = model(clips).logits
-    return logits
+    return model(clips).logits
 
 
-def masked_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
+def masked_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Any:
     """From visible tokens, by calling the parts of a classifier: what can be had from transformers alone."""
     tokens = model.videomae(clips, bool_masked_pos=bools).last_hidden_state
-    logits: Tensor = model.classifier(model.fc_norm(tokens.mean(1)))
-    return logits
+    return model.classifier(model.fc_norm(tokens.mean(1)))
 
 
 def classification_loss(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
     """From all tokens."""
-    logits = dense_logits(model, clips, bools, target)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+    return F.cross_entropy(reference.wide(model(clips).logits), target)
 
 
-def reconstruction_loss(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Tensor:
+def reconstruction_loss(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Any:
     """Of VideoMAEForPreTraining."""
-    loss: Tensor = model(clips, bool_masked_pos=bools).loss
-    return loss
+    return model(clips, bool_masked_pos=bools).loss
 
 
 def operands(model: Any, workload: Workload) -> tuple[Any, Tensor, Tensor, Tensor]:

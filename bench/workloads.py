@@ -154,5 +154,5 @@ def first_call_timed(prepared: Prepared) -> Prepared:
 def original_loss(out: Any, workload: Workload) -> Tensor:
     """The classifier's loss alone, where nothing is masked and so nothing predicted."""
     if not workload.config.mask_ratio:
-        return F.cross_entropy(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)), workload.target)
+        return F.cross_entropy(reference.wide(out.logits), workload.target)
     return reference.loss(out, workload.target, WEIGHT)

@@ -13,29 +13,26 @@ if importlib.util.find_spec("triton") is None or device.INTERPRETING:
 from mar_fast.bench import host
 
 
-def over(figures):
-    """What is beyond its limit."""
-    limits = host.LIMITS | {"model: mar_fast": host.MODEL_LIMIT}
-    return {
-        (what, mode): round(ratio.p50, 2)
-        for (what, mode), (_, ratio) in figures.items()
-        if ratio.p50 > limits.get(what, limits[mode] if not what.startswith("model: ") else float("inf"))
-    }
+def over(found):
+    """What of ours is beyond its limit."""
+    ratios = [one for one in found if (one.metric, one.provider) == ("host ratio", "mar_fast")]
+    return {(one.case, one.mode): round(one.p50, 2) for one in ratios if one.p50 > host.limit(one)}
 
 
 @pytest.fixture(scope="module")
-def figures():
+def measured():
     return host.measure(torch.device("cpu"), quick=True)
 
 
-def test_calls_and_a_model_are_cheap(figures):
+def test_calls_and_a_model_are_cheap(measured):
     """At most 2.5 times F.layer_norm, 5 with gradients, 1.5 times its forward and backward for a backward pass; the
     model at most 0.65 times itself in plain PyTorch. Before plans 5.2 to 9.5 without gradients, and the model 1.38.
 
     What another process does meanwhile only adds: a figure that was once below its limit is.
     """
-    assert {mode for _, mode in figures} == set(host.LIMITS)
-    left = over(figures)
+    limits = {(one.mode, host.limit(one)) for one in measured if one.provider == "mar_fast"}
+    assert limits == {("no gradients", 2.5), ("with gradients", 5), ("backward", 1.5), ("no gradients", 0.65)}
+    left = over(measured)
     for _ in range(4):
         if left:
             again = over(host.measure(torch.device("cpu"), quick=True))
@@ -43,10 +40,9 @@ def test_calls_and_a_model_are_cheap(figures):
     assert not left
 
 
-def test_the_table_says_the_limits(figures):
-    text = host.table(figures, torch.device("cpu"))
+def test_the_table_says_the_limits(measured):
+    text = host.table(measured, torch.device("cpu"))
     assert text.count("2.5\n") == text.count(" no gradients") - 3 and "model: PyTorch SDPA" in text
-    rows = host.rows(figures, torch.device("cpu"))
-    assert len(rows) == 2 * len(figures) and {row.metric for row in rows} == {"host time", "host ratio"}
-    others = {(row.case, row.provider) for row in rows if row.provider != "mar_fast"}
+    assert len(measured) == 2 * text.count("\n") and {one.metric for one in measured} == {"host time", "host ratio"}
+    others = {(one.case, one.provider) for one in measured if one.provider != "mar_fast"}
     assert others == {("model", "mar_fast, eager backend"), ("model", "PyTorch SDPA")}
