@@ -96,7 +96,7 @@ def expected(workload: Workload) -> list[Tensor]:
     """The reference in float64: logits, or with training the loss and all gradients in one."""
     few, model = workload.few(), built(workload, reference.MAR, torch.float64)
     with torch.inference_mode(not workload.training):
-        out = model(few.clips.double(), few.mask)
+        out = model(few.clips, few.mask)
     return loss_and_gradients(original_loss(out, few), model) if workload.training else [out.logits]
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mar_fast
 from mar_fast import MARConfig, cost
@@ -35,12 +34,6 @@ def model_config(size: str, keep: float, *, decoder: bool = False) -> MARConfig:
 def film(options: RunOptions) -> Path:
     """The video file of a run."""
     return options.clip or sample_clip()
-
-
-def normalised(clips: Tensor, config: MARConfig, dtype: torch.dtype) -> Tensor:
-    """(B, C, T, H, W) uint8 -> as models take them, in plain arithmetic of ``dtype``."""
-    mean, std = (torch.tensor(value, dtype=dtype).view(-1, 1, 1, 1) for value in (config.mean, config.std))
-    return (clips.to(dtype) / 255 - mean) / std
 
 
 def case_name(size: str, batch: int) -> str:

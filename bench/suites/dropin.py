@@ -58,7 +58,7 @@ def step_case(options: RunOptions, size: str, batch: int, keep: float, with_comp
     what, kind, call, ours = "fine-tuning", theirs.CLASSIFICATION, theirs.classification_loss, theirs.accelerated
     if keep < 1:
         what, kind, call = "pre-training", theirs.PRE_TRAINING, theirs.reconstruction_loss
-        ours, config = partial(ours, num_visible=workload.mask.num_visible), replace(config, classifier=None)
+        ours, config = partial(ours, num_visible=config.num_visible), replace(config, classifier=None)
     ways = {"": theirs.eager, ", compiled": theirs.compiled} if with_compiled else {"": theirs.eager}
     return model_case(
         "dropin",

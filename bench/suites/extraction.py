@@ -7,7 +7,7 @@ compute the features of one batch in each dtype, without reading.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mar_fast.eval.extraction import Extractor
 from .. import transformers_peers
 from ..case import Case, Prepared, Provider, RunOptions
 from ..workloads import Workload, built
-from .common import LETTERS, TOLERANCE, film, model_case, model_config, normalised
+from .common import LETTERS, TOLERANCE, film, model_case, model_config
 
 OURS, LOOP, COPIED = "mar_fast", "each window anew", "each window anew, transformers, dense"
 STRIDE = FRAME_STRIDE = 4
@@ -53,7 +53,7 @@ def _workload(options: RunOptions, size: str, keep: float, dtype: torch.dtype) -
 def _expected(workload: Workload, windows: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
     """Pooled features of windows (C, T, H, W) uint8, by the reference in float64."""
     model = built(workload, reference.MAR, torch.float64)
-    clips = (normalised(window[None], workload.config, torch.float64).to(workload.device) for window in windows())
+    clips = (window[None].to(workload.device) for window in windows())
     return [torch.cat([model(clip).features.mean(1) for clip in clips]).cpu()]
 
 
@@ -63,7 +63,6 @@ def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
     config = workload.config
     shape = (WINDOWS, config.num_frames, *config.image_size, config.channels)
 
-    @cache
     def pixels() -> Tensor:
         return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +72,6 @@ def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
         return Prepared(lambda: take(windows), lambda: [take(windows)[config.depth][:1]])
 
     exact = partial(_expected, workload, lambda: pixels()[:1].permute(0, 4, 1, 2, 3))
-
     # Each with outputs of its own to expect: 16 bits may be further off than twice the error of float32.
     providers = tuple(
         Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact) for name, dtype in machine.DTYPES.items()
@@ -124,9 +122,7 @@ def features_case(options: RunOptions, size: str, keep: float) -> Case:
     """Pooled features of a few windows on the CPU, from the film on."""
     path, workload = film(options), _workload(options, size, keep, options.dtype)
     config = workload.config
-    windows = partial(_anew, path, config, range(WINDOWS))
-
-    model = partial(built, workload, mar_fast.MAR)
+    windows, model = partial(_anew, path, config, range(WINDOWS)), partial(built, workload, mar_fast.MAR)
 
     def peer(dtype: torch.dtype = options.dtype) -> Any:
         return transformers_peers.build(workload).to(dtype).videomae
@@ -142,7 +138,8 @@ def features_case(options: RunOptions, size: str, keep: float) -> Case:
 
     @torch.inference_mode()
     def copied(model: Any) -> Tensor:
-        clips = (normalised(window[None], config, model.dtype).transpose(1, 2) for window in windows())
+        mean, std = (torch.tensor(value, dtype=model.dtype).view(-1, 1, 1, 1) for value in (config.mean, config.std))
+        clips = (((window[None].to(model.dtype) / 255 - mean) / std).transpose(1, 2) for window in windows())
         found = [model(clip.to(options.device)).last_hidden_state for clip in clips]
         return torch.cat([tokens.mean(1) for tokens in found]).cpu()
 

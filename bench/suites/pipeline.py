@@ -19,7 +19,7 @@ from .. import records
 from ..case import Case, Prepared, Provider, RunOptions
 from ..records import Record
 from ..workloads import Workload, built, expected
-from .common import LETTERS, film, model_case, model_config, normalised
+from .common import LETTERS, film, model_case, model_config
 
 DECODE, MODEL, BOTH = "decode", "mar_fast", "mar_fast, decode and model"
 
@@ -48,7 +48,7 @@ def pipeline_case(options: RunOptions, size: str, keep: float) -> Case:
 
     def exact() -> list[Tensor]:
         with_clip = workload.few()
-        vars(with_clip)["clips"] = normalised(read(), config, torch.float64).to(options.device)
+        vars(with_clip)["clips"] = decoded()
         return expected(with_clip)
 
     def prepared(clip: Callable[[], Tensor]) -> Prepared:
