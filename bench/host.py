@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mar_fast import files, kernels, machine
 from mar_fast.config import MARConfig
@@ -27,7 +28,6 @@ from mar_fast.timing import Spread
 from . import records
 from .plain import PlainMAR
 from .records import OURS, Record
-from .suites.kernels import listed
 
 Call = Callable[[], object]
 # What a call of an op may cost, in units, and its backward in times F.layer_norm's own forward and backward.
@@ -84,7 +84,7 @@ def modes(op: Callable[..., Any], operands: Mapping[str, Any]) -> dict[str, Call
     }
     wanted = tuple(leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad)
     first = op(**leaves)
-    seeds, several = tuple(torch.ones_like(out) for out in listed(first)), isinstance(first, tuple)
+    seeds, several = tuple(torch.ones_like(out) for out in tree_leaves(first)), isinstance(first, tuple)
     engine: Any = torch.autograd.Variable._execution_engine
 
     def training() -> Any:

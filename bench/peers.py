@@ -19,7 +19,7 @@ from mar_fast.inference import Backend
 from .case import Prepared, Provider
 from .plain import PlainMAR, patch_loss
 from .transformers_peers import hugging_face
-from .workloads import WEIGHT, Workload, built, first_call_timed, frozen, original_loss, ready
+from .workloads import WEIGHT, Workload, built, first_call_timed, frozen, of_reference, ready
 
 REFERENCE, BASELINE = "reference, autocast", "PyTorch SDPA"
 Prepare = Callable[[Workload], Prepared]
@@ -74,12 +74,7 @@ def ours_plain_loss(workload: Workload) -> Prepared:
 def original(workload: Workload) -> Prepared:
     """reference.MAR as the original runs it: all tubelets embedded, attention written out, float32 under autocast."""
     model = built(workload, reference.MAR, torch.float32)
-
-    def call(workload: Workload) -> Tensor:
-        out = model(workload.clips, workload.mask)
-        return original_loss(out, workload) if workload.training else out.logits
-
-    return ready(workload, model, call, autocast=True)
+    return ready(workload, model, partial(of_reference, model), autocast=True)
 
 
 def plain(

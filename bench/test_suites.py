@@ -6,7 +6,6 @@ machine falls on some of them only: for a comparison take ``mar-fast bench``, wh
 
 import gc
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from mar_fast import machine
 from mar_fast.bench import harness
 from mar_fast.bench.case import RunOptions
 from mar_fast.bench.records import OURS, OWN_SUITES
-from mar_fast.bench.suites import SUITES, flops
+from mar_fast.bench.suites import SUITES
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +48,3 @@ def test_provider(benchmark: Any, measured: tuple[str, int, str], options: RunOp
     }
     benchmark.pedantic(prepared.run, rounds=5, warmup_rounds=2)
     benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, options.device)
-
-
-def test_flops(benchmark: Any, options: RunOptions) -> None:
-    """The suite that runs nothing: how long the arithmetic takes, and that its numbers are the paper's."""
-    found = benchmark(SUITES["flops"].conclude, options, [])
-    for record in found:
-        if record.metric == "multiply-adds" and record.provider == "original, by formula":
-            size = next((size for size in flops.PAPER if record.case == f"ViT-{flops.LETTERS[size]}"), None)
-            if size is not None:
-                assert math.isclose(round(record.p50 / 1e9), flops.PAPER[size][0][record.x])

@@ -19,7 +19,7 @@ from mar_fast import reference
 from mar_fast.checkpoint.config_json import for_transformers
 
 from .case import Prepared, Provider
-from .workloads import Workload, first_call_timed, frozen, loss_and_gradients, ready
+from .workloads import Workload, first_call_timed, frozen, of_few, ready
 
 CLASSIFICATION, PRE_TRAINING = "VideoMAEForVideoClassification", "VideoMAEForPreTraining"
 BASELINE, BY_HAND = "transformers", "transformers, masked by hand"
@@ -73,11 +73,8 @@ def operands(model: Any, workload: Workload) -> tuple[Any, Tensor, Tensor, Tenso
 
 def expected(workload: Workload, call: Call, kind: str = CLASSIFICATION) -> list[Tensor]:
     """transformers' own code in float64: logits, or with training the loss and all gradients in one."""
-    few, model = workload.few(), build(workload, kind).double()
-    if workload.training:
-        return loss_and_gradients(call(*operands(model, few)), model)
-    with torch.inference_mode():
-        return [call(*operands(model, few))]
+    model = build(workload, kind).double()
+    return of_few(workload, model, lambda few: call(*operands(model, few)))
 
 
 def accelerated(model: Any, **options: Any) -> Any:

@@ -6,7 +6,7 @@ In inference weights have the workload's dtype; a training step has float32 weig
 import functools
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,12 +71,6 @@ class Workload:
             return masking.random(self.batch, config.grid, 0.0, device=self.device)
         return masking.cell_running(self.batch, config.grid, config.mask_ratio, phase=0, device=self.device)
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Low precision by autocast, as the original has it; nothing for float32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
     def few(self) -> "Workload":
         """The same with only so many clips as a check needs."""
         smaller, kept = replace(self, batch=min(self.batch, CHECKED_CLIPS)), slice(CHECKED_CLIPS)
@@ -92,18 +86,34 @@ def built(workload: Workload, kind: Callable[[MARConfig], nn.Module], dtype: tor
     return model.to(dtype or (torch.float32 if workload.training else workload.dtype))
 
 
+def of_reference(model: nn.Module, workload: Workload) -> Tensor:
+    """The logits of reference.MAR; in training its loss, the classifier's alone where nothing is masked."""
+    out = model(workload.clips, workload.mask)
+    if not workload.training:
+        return out.logits
+    if not workload.config.mask_ratio:
+        return F.cross_entropy(reference.wide(out.logits), workload.target)
+    return reference.loss(out, workload.target, WEIGHT)
+
+
 def expected(workload: Workload) -> list[Tensor]:
     """The reference in float64: logits, or with training the loss and all gradients in one."""
-    few, model = workload.few(), built(workload, reference.MAR, torch.float64)
-    with torch.inference_mode(not workload.training):
-        out = model(few.clips, few.mask)
-    return loss_and_gradients(original_loss(out, few), model) if workload.training else [out.logits]
+    model = built(workload, reference.MAR, torch.float64)
+    return of_few(workload, model, functools.partial(of_reference, model))
 
 
-def loss_and_gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    """The loss and, as one long vector, every gradient, in the order of the parameters' names."""
-    named = sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    gradients = torch.autograd.grad(loss, [parameter for _, parameter in named])
+def of_few(workload: Workload, model: nn.Module, call: Callable[[Workload], Tensor]) -> list[Tensor]:
+    """What is compared of a ``call``, on as many clips as a check needs.
+
+    The logits; in training the loss and, as one long vector, every gradient, in the order of the parameters' names.
+    """
+    few = workload.few()
+    if not workload.training:
+        with torch.inference_mode():
+            return [call(few)]
+    loss = call(few)
+    differentiated = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, differentiated)
     return [loss.detach(), torch.cat([gradient.double().flatten() for gradient in gradients])]
 
 
@@ -113,9 +123,10 @@ def ready(
     """A model whose ``call`` with what a workload has gives logits, or in training, always under autocast, the loss."""
     # Made now, and not by the first call.
     assert len(workload.clips) == len(workload.target) == workload.mask.batch
+    low = (autocast or workload.training) and workload.dtype != torch.float32
 
     def result(workload: Workload) -> Tensor:
-        with workload.autocast() if autocast or workload.training else nullcontext():
+        with torch.autocast(workload.device.type, workload.dtype) if low else nullcontext():
             return call(workload)
 
     @torch.inference_mode()
@@ -131,7 +142,7 @@ def ready(
         result(workload).backward()
         optimizer.step()
 
-    return Prepared(step, lambda: loss_and_gradients(result(workload.few()), model))
+    return Prepared(step, lambda: of_few(workload, model, result))
 
 
 def frozen(model: nn.Module, operands: tuple[Any, ...], logits: Callable[[Any], Tensor], backend: Backend) -> Prepared:
@@ -149,10 +160,3 @@ def first_call_timed(prepared: Prepared) -> Prepared:
     begin = time.perf_counter()
     prepared.run()
     return replace(prepared, compile_seconds=time.perf_counter() - begin)
-
-
-def original_loss(out: Any, workload: Workload) -> Tensor:
-    """The classifier's loss alone, where nothing is masked and so nothing predicted."""
-    if not workload.config.mask_ratio:
-        return F.cross_entropy(reference.wide(out.logits), workload.target)
-    return reference.loss(out, workload.target, WEIGHT)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mar_fast.cost import Cost, Part
 from mar_fast.inference import captured
@@ -102,9 +103,9 @@ def measured_peers(op_case: OpCase, mode: str, on_gpu: bool) -> dict[str, Functi
     return {name: function for name, function in op_case.peers.items() if name not in left_out}
 
 
-def few(operands: Operands, clips: int = 2) -> Operands:
-    """The first clips only: a check needs no more."""
-    return {key: value[:clips] if key in BATCHED else value for key, value in operands.items()}
+def few(operands: Operands) -> Operands:
+    """The first two clips only: a check needs no more."""
+    return {key: value[:2] if key in BATCHED else value for key, value in operands.items()}
 
 
 def double(operands: Operands) -> Operands:
@@ -115,32 +116,20 @@ def double(operands: Operands) -> Operands:
 def results(function: Function, operands: Operands, differentiated: tuple[str, ...], mode: str) -> list[Tensor]:
     """Outputs, or with mode "backward" the gradients of the differentiated operands for random seeds."""
     if mode == "forward":
-        return listed(forward_of(function, operands)())
-    if not differentiated:
-        return []
-    return list(backward_of(function, operands, differentiated)())
-
-
-def listed(output: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    """One output or several as a list."""
-    return list(output) if isinstance(output, tuple) else [output]
+        return tree_leaves(forward_of(function, operands)())
+    return list(backward_of(function, operands, differentiated)()) if differentiated else []
 
 
 def forward_of(function: Function, operands: Operands) -> Callable[[], Any]:
     """A function that runs the forward pass alone."""
-
-    def run() -> Any:
-        with torch.no_grad():
-            return function(**operands)
-
-    return run
+    return torch.no_grad()(functools.partial(function, **operands))
 
 
 def backward_of(function: Function, operands: Operands, differentiated: tuple[str, ...]) -> Callable[[], Any]:
     """A function that runs the backward pass alone, again and again; the forward pass is done here."""
     leaves = {key: operands[key].detach().requires_grad_() for key in differentiated}
     with functorch_config.patch(donated_buffer=False):  # a compiled function's backward pass runs again and again
-        outputs = [out for out in listed(function(**{**operands, **leaves})) if out.requires_grad]
+        outputs = [out for out in tree_leaves(function(**{**operands, **leaves})) if out.requires_grad]
     generator = torch.Generator("cpu" if outputs[0].is_meta else outputs[0].device).manual_seed(1)
     seeds = [
         torch.randn(out.shape, device=out.device, generator=generator, dtype=torch.float32).to(out.dtype)
