@@ -21,7 +21,6 @@ from mar_fast.checkpoint.config_json import for_transformers
 from .case import Prepared, Provider
 from .workloads import Workload, first_call_timed, frozen, of_few, ready
 
-CLASSIFICATION, PRE_TRAINING = "VideoMAEForVideoClassification", "VideoMAEForPreTraining"
 BASELINE, BY_HAND = "transformers", "transformers, masked by hand"
 
 # Of a model, clips (B, T, C, H, W), bools (B, L) and classes (B,): the logits, or in training the loss.
@@ -29,8 +28,10 @@ Call = Callable[[Any, Tensor, Tensor, Tensor], Any]
 Change = Callable[[Any], Any]
 
 
-def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
-    """A model of transformers of the size of the workload's encoder, and of its decoder in pre-training, with SDPA.
+def build(workload: Workload, dtype: torch.dtype | None = None) -> Any:
+    """A model of transformers of the size of the workload's, with SDPA: for pre-training where that has no classifier.
+
+    Its dtype is as `workloads.built` has it.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -42,7 +43,9 @@ def build(workload: Workload, kind: str = CLASSIFICATION) -> Any:
         raise ValueError(f"VideoMAE of transformers has square patches, not {config.patch_size[1:]}")
     torch.manual_seed(0)
     theirs = transformers.VideoMAEConfig(**for_transformers(config, "float32"), attn_implementation="sdpa")
-    return getattr(transformers, kind)(theirs).to(workload.device).train(workload.training)
+    kind = transformers.VideoMAEForVideoClassification if config.classifier else transformers.VideoMAEForPreTraining
+    dtype = dtype or (torch.float32 if workload.training else workload.dtype)
+    return kind(theirs).to(workload.device, dtype).train(workload.training)
 
 
 def dense_logits(model: Any, clips: Tensor, bools: Tensor, target: Tensor) -> Any:
@@ -71,9 +74,9 @@ def operands(model: Any, workload: Workload) -> tuple[Any, Tensor, Tensor, Tenso
     return model, workload.clips.to(model.dtype).transpose(1, 2), workload.mask.bool_masked(), workload.target
 
 
-def expected(workload: Workload, call: Call, kind: str = CLASSIFICATION) -> list[Tensor]:
+def expected(workload: Workload, call: Call) -> list[Tensor]:
     """transformers' own code in float64: logits, or with training the loss and all gradients in one."""
-    model = build(workload, kind).double()
+    model = build(workload, torch.float64)
     return of_few(workload, model, lambda few: call(*operands(model, few)))
 
 
@@ -84,27 +87,22 @@ def accelerated(model: Any, **options: Any) -> Any:
         return mar_fast.accelerate(model, **options)
 
 
-def eager(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
+def eager(workload: Workload, call: Call, change: Change | None = None) -> Prepared:
     """Without a compiler; ``change`` is done to the model first."""
-    model = _built(workload, kind, change)
+    model = build(workload)
+    model = change(model) if change else model
     return ready(workload, model, lambda workload: call(*operands(model, workload)))
 
 
-def compiled(workload: Workload, call: Call, kind: str = CLASSIFICATION, change: Change | None = None) -> Prepared:
+def compiled(workload: Workload, call: Call, change: Change | None = None) -> Prepared:
     """Under torch.compile; where transformers chooses tokens by bools the graph breaks."""
-    return first_call_timed(eager(workload, torch.compile(call, dynamic=False), kind, change))
+    return first_call_timed(eager(workload, torch.compile(call, dynamic=False), change))
 
 
 def accelerated_and_compiled(workload: Workload, change: Change) -> Prepared:
     """A classifier that was accelerated, through `mar_fast.compile_for_inference`."""
-    model = _built(workload, CLASSIFICATION, change)
+    model = change(build(workload))
     return frozen(model, operands(model, workload)[1:2], lambda out: out.logits, "inductor")
-
-
-def _built(workload: Workload, kind: str, change: Change | None) -> Any:
-    model = build(workload, kind)
-    model = model if workload.training else model.to(workload.dtype)
-    return change(model) if change else model
 
 
 def hugging_face(workload: Workload) -> Provider:

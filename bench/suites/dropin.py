@@ -8,7 +8,7 @@ from .. import transformers_peers as theirs
 from ..case import Case, Provider, RunOptions
 from ..records import OURS
 from ..workloads import Workload
-from .common import case_name, least_work, model_case, model_config
+from .common import case_name, model_case, model_config
 
 
 def cases(options: RunOptions) -> Iterator[Case]:
@@ -54,22 +54,21 @@ def inference_case(options: RunOptions, size: str, batch: int, keep: float, with
 def step_case(options: RunOptions, size: str, batch: int, keep: float, with_compiled: bool) -> Case:
     """Forward, backward, AdamW: fine-tuning on all tokens, or pre-training where some are masked."""
     config = model_config(size, keep, decoder=keep < 1)
-    workload = Workload(config, batch, options.device, options.dtype, training=True)
-    what, kind, call, ours = "fine-tuning", theirs.CLASSIFICATION, theirs.classification_loss, theirs.accelerated
+    what, call, ours = "fine-tuning", theirs.classification_loss, theirs.accelerated
     if keep < 1:
-        what, kind, call = "pre-training", theirs.PRE_TRAINING, theirs.reconstruction_loss
-        ours, config = partial(ours, num_visible=config.num_visible), replace(config, classifier=None)
+        config = replace(config, classifier=None)
+        what, call, ours = "pre-training", theirs.reconstruction_loss, partial(ours, num_visible=config.num_visible)
+    workload = Workload(config, batch, options.device, options.dtype, training=True)
     ways = {"": theirs.eager, ", compiled": theirs.compiled} if with_compiled else {"": theirs.eager}
     return model_case(
         "dropin",
         f"{what}, {case_name(size, batch)}",
         workload,
         tuple(
-            Provider(name + how, partial(way, workload, call, kind, change))
+            Provider(name + how, partial(way, workload, call, change))
             for name, change in ((theirs.BASELINE, None), (OURS, ours))
             for how, way in ways.items()
         ),
-        expected=partial(theirs.expected, workload, call, kind),
+        expected=partial(theirs.expected, workload, call),
         baseline=theirs.BASELINE,
-        floor=least_work(replace(workload, config=config)),
     )

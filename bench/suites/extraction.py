@@ -125,7 +125,7 @@ def features_case(options: RunOptions, size: str, keep: float) -> Case:
     windows, model = partial(_anew, path, config, range(WINDOWS)), partial(built, workload, mar_fast.MAR)
 
     def peer(dtype: torch.dtype = options.dtype) -> Any:
-        return transformers_peers.build(workload).to(dtype).videomae
+        return transformers_peers.build(workload, dtype).videomae
 
     @torch.inference_mode()
     def loop(model: Any) -> Tensor:
