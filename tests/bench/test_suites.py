@@ -67,18 +67,25 @@ def measured(case, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep", [1.0, 0.25])
-def test_every_classifier_gives_the_logits(dtype, keep):
+@pytest.mark.parametrize(
+    ("make", "keep", "mode", "in_bfloat16"),
+    [
+        (encoder.inference_case, 1.0, "inference", 3e-2),
+        (encoder.inference_case, 0.25, "inference", 3e-2),
+        (training.training_case, 0.5, "training step", 5e-2),
+    ],
+)
+def test_every_way_gives_the_logits_or_the_loss_and_gradients(make, keep, mode, in_bfloat16, dtype):
     pytest.importorskip("transformers")
-    case = encoder.inference_case(options(dtype), "small", 2, keep, compiled=False)
+    case = make(options(dtype), "small", 2, keep, compiled=False)
     found = measured(case, dtype)
     floor = found.pop("roofline")["floor"]
     assert list(found) == ["reference, autocast", "PyTorch SDPA", "mar_fast", "Hugging Face VideoMAE, dense"]
     for own in found.values():
-        assert own["time"].p50 > 0 and own["error"].p50 < (1e-5 if dtype == torch.float32 else 3e-2)
+        assert own["time"].p50 > 0 and own["error"].p50 < (1e-5 if dtype == torch.float32 else in_bfloat16)
         clips = own["throughput"]
         assert clips.p50 == pytest.approx(2 / own["time"].p50) and clips.p20 <= clips.p80
-        assert own["time"].baseline == "PyTorch SDPA" and own["time"].x == keep and own["time"].mode == "inference"
+        assert own["time"].baseline == "PyTorch SDPA" and own["time"].x == keep and own["time"].mode == mode
     assert floor.p50 == pytest.approx(case_floor(case))
 
 
@@ -108,16 +115,6 @@ def test_classifiers_in_cuda_graphs(monkeypatch):
         prepared = way(work, backend="graph")
         assert relative(prepared.outputs()[0], workloads.expected(work)[0]) < 1e-5 and prepared.compile_seconds > 0
         assert prepared.run().shape == (2, work.config.num_classes)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_training_step_has_the_loss_and_gradients(dtype):
-    pytest.importorskip("transformers")
-    case = training.training_case(options(dtype), "small", 2, 0.5, compiled=False)
-    found = measured(case, dtype)
-    assert len(case.providers) == 4 and case.mode == "training step"
-    for name in names(case):
-        assert found[name]["time"] and found[name]["error"].p50 < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_steps_of_the_waterfall_are_one_function():
