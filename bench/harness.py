@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mar_fast import machine
-from mar_fast.eval.measured import OnStep, relative
+from mar_fast.eval.measured import OnStep, part, relative
 from mar_fast.kernels import checks
 from mar_fast.timing import Spread, interleaved
 
@@ -140,7 +140,7 @@ def run(
             case = chosen(offered)
             if case is None:
                 continue
-            made = measure(case, options, rates, _within(on_step, name, number, total))
+            made = measure(case, options, rates, part(on_step, number / total, 1 / total))
             say(text(made))
             own += made
             keep(made)
@@ -149,10 +149,6 @@ def run(
             say(figures(concluded))
             keep(concluded)
     return found
-
-
-def _within(on_step: OnStep, suite: str, number: int, total: int) -> OnStep:
-    return lambda what, share: on_step(f"{suite} {number + 1} of {total}: {what}", (number + share) / total)
 
 
 def _ceilings(rates: Mapping[str, float], options: RunOptions) -> list[Record]:
@@ -184,6 +180,7 @@ def measure(
     """
     torch.compiler.reset()  # a function is compiled for a few shapes only, all cases together
     found: list[Record] = []
+    label = f"{case.suite}, {case.name}"
     positions = {provider.name: case.x if provider.x is None else provider.x for provider in case.providers}
     positions[FLOOR] = case.x
     of_case = dict(suite=case.suite, case=case.name, mode=case.mode, dtype=case.dtype_name, baseline=case.baseline)
@@ -201,7 +198,7 @@ def measure(
     # The baseline goes first: it says how much others may differ.
     order = sorted(case.providers, key=lambda provider: provider.name != case.baseline)
     for number, provider in enumerate(order):
-        on_step(f"{case.name}: preparing {provider.name}", 0.5 * number / len(order))
+        on_step(f"{label}: preparing {provider.name}", 0.5 * number / len(order))
         want = expected(provider.expected or case.expected) if provider.checked else []
         gc.collect()
         try:
@@ -240,10 +237,10 @@ def measure(
             warm=1,
             max_rounds=200,
             min_rounds=3 if options.quick else 5,
-            on_round=lambda share: on_step(f"{case.name}: timing {len(runs)} in turn", 0.5 + 0.45 * share),
+            on_round=lambda share: on_step(f"{label}: timing {len(runs)} in turn", 0.5 + 0.45 * share),
         )
         for name, time in times.items():
-            on_step(f"{case.name}: memory of {name}", 0.95)
+            on_step(f"{label}: memory of {name}", 0.95)
             keep(name, "time", time, "s")
             if case.clips:
                 clips = Spread(case.clips / time.p80, case.clips / time.p50, case.clips / time.p20, time.n)

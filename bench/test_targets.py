@@ -6,7 +6,7 @@ import pytest
 
 from mar_fast.bench import harness, peers
 from mar_fast.bench.case import RunOptions
-from mar_fast.bench.suites import encoder
+from mar_fast.bench.suites.models import by_every_peer
 
 # Speed-up over the reference under autocast: ViT-B, 50 % masked, batch 1, medians of one interleaved run.
 WANTED = {"mar_fast": 1.3, "mar_fast, compiled": 1.7}
@@ -19,7 +19,7 @@ def test_targets_on_a_cpu(options: RunOptions) -> None:
     """Our encoder against the original's way of running it, both in the run's low precision."""
     if options.on_gpu:
         pytest.skip("a CPU's targets")
-    case = encoder.inference_case(options, "base", 1, 0.5, compiled=True)
+    case = by_every_peer(options, "base", 1, 0.5, compiled=True)
     chosen = tuple(one for one in case.providers if one.name in {peers.REFERENCE, *WANTED})
     case = replace(case, providers=chosen, baseline=peers.REFERENCE)
     longer = replace(options, seconds=20.0, quick=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..case import Case, RunOptions
 from ..records import Record
-from . import dropin, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
+from . import dropin, extraction, flops, kernels, models, pipeline, scaling, waterfall
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Suite:
 
 SUITES = {
     "flops": Suite("multiply-adds and parameters against the paper; nothing is run", flops.cases, flops.conclude),
-    "encoder": Suite("clips to logits, against every peer", encoder.cases),
-    "training": Suite("forward, backward and optimizer, against every peer", training.cases),
+    "encoder": Suite("clips to logits, against every peer", models.encoder_cases),
+    "training": Suite("forward, backward and optimizer, against every peer", models.training_cases),
     "waterfall": Suite("from the dense model to ours, one step at a time", waterfall.cases),
     "dropin": Suite("models of transformers, before and after mar_fast.accelerate", dropin.cases, needs="transformers"),
     "kernels": Suite("each op against its peers, forward and backward", kernels.cases),

@@ -25,14 +25,13 @@ AXES: dict[str, tuple[float, ...]] = {
     "frames": (8, 16, 32),
     "resolution": (160, 224, 320),
 }
-QUICK_AXES = ("keep ratio",)
 
 
 def cases(options: RunOptions) -> Iterator[Case]:
     """Every position on every axis; a quick run takes the ends of one."""
     size = options.sizes[0]
     for axis, positions in AXES.items():
-        if options.quick and axis not in QUICK_AXES:
+        if options.quick and axis != "keep ratio":
             continue
         for x in positions[:: len(positions) - 1] if options.quick else positions:
             config, batch = configuration(size, axis, x)

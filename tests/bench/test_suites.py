@@ -17,8 +17,9 @@ from mar_fast.bench import __main__ as module
 from mar_fast.bench import harness, peers, records, workloads
 from mar_fast.bench.case import Case, Prepared, Provider, RunOptions
 from mar_fast.bench.records import Record
-from mar_fast.bench.suites import SUITES, encoder, extraction, flops, kernels, pipeline, scaling, training, waterfall
-from mar_fast.bench.suites.common import least_work
+from mar_fast.bench.suites import SUITES, extraction, flops, kernels, pipeline, scaling, waterfall
+from mar_fast.bench.suites.common import least_work, model_config
+from mar_fast.bench.suites.models import by_every_peer
 from mar_fast.cost import Cost, Part
 
 CPU = torch.device("cpu")
@@ -68,16 +69,11 @@ def measured(case, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("make", "keep", "mode", "in_bfloat16"),
-    [
-        (encoder.inference_case, 1.0, "inference", 3e-2),
-        (encoder.inference_case, 0.25, "inference", 3e-2),
-        (training.training_case, 0.5, "training step", 5e-2),
-    ],
+    ("mode", "keep", "in_bfloat16"), [("inference", 1.0, 3e-2), ("inference", 0.25, 3e-2), ("training step", 0.5, 5e-2)]
 )
-def test_every_way_gives_the_logits_or_the_loss_and_gradients(make, keep, mode, in_bfloat16, dtype):
+def test_every_way_gives_the_logits_or_the_loss_and_gradients(mode, keep, in_bfloat16, dtype):
     pytest.importorskip("transformers")
-    case = make(options(dtype), "small", 2, keep, compiled=False)
+    case = by_every_peer(options(dtype), "small", 2, keep, compiled=False, training=mode == "training step")
     found = measured(case, dtype)
     floor = found.pop("roofline")["floor"]
     assert list(found) == ["reference, autocast", "PyTorch SDPA", "mar_fast", "Hugging Face VideoMAE, dense"]
@@ -90,11 +86,11 @@ def test_every_way_gives_the_logits_or_the_loss_and_gradients(make, keep, mode, 
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("make", [encoder.inference_case, training.training_case])
-def test_compiled(make):
-    case = make(options(), "small", 1, 0.5, compiled=True)
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled(training):
+    case = by_every_peer(options(), "small", 1, 0.5, compiled=True, training=training)
     chosen = tuple(one for one in case.providers if one.name.endswith((", compiled", ", frozen")))
-    frozen = ["PyTorch SDPA, frozen"] if case.mode == "inference" else []
+    frozen = [] if training else ["PyTorch SDPA, frozen"]
     assert [one.name for one in chosen] == ["PyTorch SDPA, compiled", *frozen, "mar_fast, compiled"]
     found = measured(replace(case, providers=chosen))
     for one in chosen:
@@ -108,9 +104,9 @@ def test_classifiers_in_cuda_graphs(monkeypatch):
     monkeypatch.setattr(inference, "_GRAPH_DEVICES", ("cpu",))
     gpu = replace(options(), device=torch.device("cuda"))
     for compiled in (False, True):
-        found = names(encoder.inference_case(gpu, "small", 1, 0.5, compiled))
+        found = names(by_every_peer(gpu, "small", 1, 0.5, compiled))
         assert [name for name in found if "graph" in name] == ["PyTorch SDPA, CUDA graph", "mar_fast, CUDA graph"]
-    work = workloads.Workload(encoder.model_config("small", 0.5), 2, CPU, torch.float32)
+    work = workloads.Workload(model_config("small", 0.5), 2, CPU, torch.float32)
     for way in (peers.plain_frozen, peers.ours_compiled):
         prepared = way(work, backend="graph")
         assert relative(prepared.outputs()[0], workloads.expected(work)[0]) < 1e-5 and prepared.compile_seconds > 0
@@ -137,7 +133,7 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
     attention = sys.modules["mar_fast.kernels.attention"]
     right = attention.eager_attention
     monkeypatch.setattr(attention, "eager_attention", lambda qkv, scale: right(qkv, 1.01 * scale))
-    case = encoder.inference_case(options(), "small", 1, 0.5, compiled=False)
+    case = by_every_peer(options(), "small", 1, 0.5, compiled=False)
     found = harness.measure(case, options(), RATES)
     ours = {record.metric: record for record in found if record.provider == "mar_fast"}
     assert set(ours) == {"error", "withheld"} and ours["withheld"].note.startswith("wrong: differs from float64 by")
@@ -287,7 +283,7 @@ def test_floor_is_the_slower_ceiling():
     for moved, seconds in ((10**9, 1.0), (10**11, 10.0)):
         case = replace(toy(mar_fast=torch.ones(3)), floor=Cost((Part("toy", 0, 50 * 10**9, moved),)))
         assert measured(case)["roofline"]["floor"].p50 == seconds
-    work = workloads.Workload(encoder.model_config("small", 0.5, decoder=True), 2, CPU, torch.float32, training=True)
+    work = workloads.Workload(model_config("small", 0.5, decoder=True), 2, CPU, torch.float32, training=True)
     step = mar_fast.cost.count(
         work.config, batch=2, reconstruct=True, training=True, bytes_per_value=4, bytes_per_pixel=4
     )
@@ -375,7 +371,7 @@ def test_choice_of_suites():
 
 
 def test_a_few_clips_are_of_the_same_workload():
-    work = workloads.Workload(encoder.model_config("small", 0.5), 3, CPU, torch.float32)
+    work = workloads.Workload(model_config("small", 0.5), 3, CPU, torch.float32)
     few = work.few()
     assert all(torch.equal(value, work.weights[name]) for name, value in few.weights.items())
     assert torch.equal(few.clips, work.clips[:1]) and torch.equal(few.mask.keep_idx, work.mask.keep_idx[:1])
