@@ -110,7 +110,7 @@ def run(
     say: Callable[[str], None] = PRINT,
     on_step: OnStep = lambda what, share: None,
     into: list[Record] | None = None,
-    chosen: Callable[[Case], Case | None] = lambda case: case,
+    chosen: Callable[[Case], Case | None] | None = None,
 ) -> list[Record]:
     """Run suites. After every case the file at ``out`` is written anew, whole, so an interrupted run keeps its cases.
 
@@ -122,7 +122,7 @@ def run(
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
         into: Takes the records as they are made, so that they are there after an interruption; None makes a new list.
-        chosen: Gives the case that is measured in place of a suite's, or None to leave that out.
+        chosen: Gives the case that is measured in place of a suite's, or None to leave that out; None changes nothing.
     """
     found = into if into is not None else []
 
@@ -137,7 +137,7 @@ def run(
         # Not as a list: a case holds its models and operands once it has been measured.
         total = sum(1 for _ in suite.cases(options))
         for number, offered in enumerate(suite.cases(options)):
-            case = chosen(offered)
+            case = chosen(offered) if chosen else offered
             if case is None:
                 continue
             made = measure(case, options, rates, part(on_step, number / total, 1 / total))

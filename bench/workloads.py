@@ -66,10 +66,7 @@ class Workload:
     @functools.cached_property
     def mask(self) -> TokenMask:
         """The test mask of the config's ratio."""
-        config = self.config
-        if not config.mask_ratio:
-            return masking.random(self.batch, config.grid, 0.0, device=self.device)
-        return masking.cell_running(self.batch, config.grid, config.mask_ratio, phase=0, device=self.device)
+        return masking.cell_running(self.batch, self.config.grid, self.config.mask_ratio, phase=0, device=self.device)
 
     def few(self) -> "Workload":
         """The same with only so many clips as a check needs."""
