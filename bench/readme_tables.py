@@ -9,14 +9,49 @@ import difflib
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mar_fast.files import write_whole
 
-from . import records, tables
+from . import records
+from .op_cases import PART
+from .report import frame, markdown
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
 
 ROOM = Path(__file__).resolve().parent
-TABLES = {"savings": tables.savings, "kernels": tables.kernels}
+KEPT = {1.0: "dense", 0.5: "50 % masked", 0.25: "75 % masked"}
 BLOCK = re.compile(r"(<!-- (\S+): (\S+) -->)\n(.*?)(<!-- end -->|(?=<!-- )|\Z)", re.DOTALL)
+
+
+def savings(table: "pd.DataFrame") -> list[str]:
+    """A line for each case and provider, a column for each keep ratio, and how much less time than the dense model."""
+    times = table[table.timed].copy()
+    times["cell"] = times.time + times["speed-up"].map(lambda gain: f" ({gain})" if gain else "")
+    made = times.pivot(index=["case", "provider"], columns="x", values=["cell", "over its dense"])
+    order = times[["case", "provider"]].drop_duplicates()
+    columns = {("cell", x): name for x, name in KEPT.items()}
+    columns |= {("over its dense", x): f"dense / {KEPT[x][:4]}" for x in (0.5, 0.25)}
+    made = made.loc[:, [name for name in columns if name in made.columns]]
+    made.columns = [columns[name] for name in made.columns]
+    return markdown(order.join(made, on=["case", "provider"]))
+
+
+def kernels(table: "pd.DataFrame") -> list[str]:
+    """A line for each op and pass, at the op's longest case: ours, the best peer, their ratio, share of the floor."""
+    times = table[table.timed & (table.provider != PART)].sort_values("p50")
+    longest = times[times.ours].groupby(times.case.str.partition(":")[0], sort=False).case.last()
+    best = times[~times.ours].drop_duplicates(["case", "mode"]).set_index(["case", "mode"])
+    own = times[times.ours & times.case.isin(longest)].sort_index()
+    made = own.join(best[["provider", "time", "p50"]].add_suffix(" of the best peer"), on=["case", "mode"])
+    made["ratio"] = (made["p50 of the best peer"] / made.p50).map("{:.2f}x".format)
+    names = ["case", "pass", "mar_fast", "best peer", "its time", "ratio", "of the floor"]
+    made = made[["case", "mode", "time", "provider of the best peer", "time of the best peer", "ratio", "of the floor"]]
+    return markdown(made.set_axis(names, axis=1))
+
+
+TABLES = {"savings": savings, "kernels": kernels}
 
 
 def replaced(text: str, results: Path) -> str:
@@ -36,7 +71,7 @@ def replaced(text: str, results: Path) -> str:
         measured = records.read(results / file)
         row = next(record for record in measured if record.metric == "time")
         origin = f"{row.device}, torch {row.torch}, {row.dtype}, commit {row.commit}, {row.date[:10]}."
-        return "\n".join([start, "", *TABLES[name](tables.frame(measured)), "", origin, "", end])
+        return "\n".join([start, "", *TABLES[name](frame(measured)), "", origin, "", end])
 
     return BLOCK.sub(fresh, text)
 

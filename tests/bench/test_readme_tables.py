@@ -7,7 +7,7 @@ import bench_records
 import pytest
 from bench_records import Maker
 
-from mar_fast.bench import readme_tables, records, tables
+from mar_fast.bench import readme_tables, records, report
 
 ROOM = Path(__file__).parents[2] / "bench"
 pytest.importorskip("pandas")
@@ -35,7 +35,7 @@ def test_tables_are_written_and_checked(room, capsys):
     assert "README.md is stale" in capsys.readouterr().err and (room / "README.md").read_text() == before
     assert readme_tables.main([], room) == 0 and readme_tables.main(["--check"], room) == 0
     text = (room / "README.md").read_text()
-    made = "\n".join(tables.savings(tables.frame(records.read(room / "results/cpu/encoder.jsonl"))))
+    made = "\n".join(readme_tables.savings(report.frame(records.read(room / "results/cpu/encoder.jsonl"))))
     said = f"{bench_records.DEVICE}, torch 2.13.0, bf16, commit 0123456789ab, 2026-01-02."
     assert text.startswith(
         f"# Title\n\n<!-- savings: cpu/encoder.jsonl -->\n\n{made}\n\n{said}\n\n<!-- end -->\nbetween"

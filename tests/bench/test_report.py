@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bench_records import Maker, row
 
-from mar_fast.bench import pictures, records, report, tables
+from mar_fast.bench import pictures, readme_tables, records, report
 from mar_fast.timing import Spread
 
 pytest.importorskip("matplotlib")
@@ -260,14 +260,14 @@ def test_each_provider_has_a_look_of_its_own():
 
 def test_tables_of_the_readme():
     found = [one for one in measured() if one.suite == "encoder"]
-    lines = "\n".join(["# savings", *tables.savings(tables.frame(found)), ""])
+    lines = "\n".join(["# savings", *readme_tables.savings(report.frame(found)), ""])
     first = next(one for one in lines_of(lines, "savings") if one["provider"] == "mar_fast")
     at = dict(suite="encoder", case="ViT-B, batch 1", metric="time")
     dense, half = (find(provider="mar_fast", x=x, **at) for x in (1.0, 0.5))
     assert first["50 % masked"] == f"{half.words} ({find(provider='PyTorch SDPA', x=0.5, **at).p50 / half.p50:.2f}x)"
     assert first["dense"].startswith(dense.words) and first["dense / 50 %"] == f"{dense.p50 / half.p50:.2f}x"
     found = [one for one in measured() if one.suite == "kernels"]
-    lines = lines_of("\n".join(["# kernels", *tables.kernels(tables.frame(found)), ""]), "kernels")
+    lines = lines_of("\n".join(["# kernels", *readme_tables.kernels(report.frame(found)), ""]), "kernels")
     assert [(one["case"].split(":")[0], one["pass"]) for one in lines] == list(
         itertools.product(bench_records.KERNELS, ("forward", "backward"))
     )
