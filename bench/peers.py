@@ -23,22 +23,19 @@ from .workloads import WEIGHT, Workload, built, first_call_timed, frozen, of_ref
 
 REFERENCE, BASELINE = "reference, autocast", "PyTorch SDPA"
 Prepare = Callable[[Workload], Prepared]
+Compiler = Callable[[Any], Any]
 
 
-def as_it_is(function: Any) -> Any:
-    """What is not compiled."""
-    return function
+def one_graph(peer: Callable[..., Prepared], workload: Workload, mode: str | None = None) -> Prepared:
+    """A peer under torch.compile, of fixed shapes."""
+    compiler = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+    return first_call_timed(peer(workload, compiler=compiler))
 
 
-def one_graph(function: Any, mode: str | None = None) -> Any:
-    """Under torch.compile, of fixed shapes."""
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-
-
-def ours(workload: Workload, how: Callable[[Any], Any] = as_it_is) -> Prepared:
+def ours(workload: Workload, *, compiler: Compiler | None = None) -> Prepared:
     """mar_fast.MAR; in training its loss straight from the clip."""
     model = built(workload, mar_fast.MAR)
-    run = how(model)
+    run = compiler(model) if compiler else model
 
     def call(workload: Workload) -> Tensor:
         if not workload.training:
@@ -51,7 +48,7 @@ def ours(workload: Workload, how: Callable[[Any], Any] = as_it_is) -> Prepared:
 def ours_compiled(workload: Workload, backend: Backend = "inductor") -> Prepared:
     """The same through compile_for_inference, in training under torch.compile."""
     if workload.training:
-        return first_call_timed(ours(workload, one_graph))
+        return one_graph(ours, workload)
     return frozen(built(workload, mar_fast.MAR), (workload.clips,), lambda out: out.logits, backend)
 
 
@@ -78,21 +75,17 @@ def original(workload: Workload) -> Prepared:
 
 
 def plain(
-    workload: Workload, *, sdpa: bool = True, autocast: bool = False, how: Callable[[Any], Any] = as_it_is
+    workload: Workload, *, sdpa: bool = True, autocast: bool = False, compiler: Compiler | None = None
 ) -> Prepared:
     """PlainMAR, in training with its losses; in inference its weights in the workload's dtype, or under autocast."""
     model = built(workload, partial(PlainMAR, sdpa=sdpa), torch.float32 if autocast else None)
-    run, operands = how(plain_loss if workload.training else model), _operands(workload)
+    function: Any = plain_loss if workload.training else model
+    run, operands = compiler(function) if compiler else function, _operands(workload)
 
     def call(workload: Workload) -> Tensor:
         return run(model, *_operands(workload)) if workload.training else run(*operands[:2])[0]
 
     return ready(workload, model, call, autocast=autocast)
-
-
-def plain_compiled(workload: Workload, mode: str | None = None) -> Prepared:
-    """The same under torch.compile."""
-    return first_call_timed(plain(workload, how=partial(one_graph, mode=mode)))
 
 
 def plain_frozen(workload: Workload, backend: Backend = "inductor") -> Prepared:
@@ -123,8 +116,8 @@ def providers(workload: Workload, *, compiled: bool = True) -> tuple[Provider, .
         (REFERENCE, original, True),
         (BASELINE, plain, True),
         (f"{BASELINE}, CUDA graph", partial(plain_frozen, backend="graph"), graphs),
-        (f"{BASELINE}, compiled", plain_compiled, compiled),
-        (f"{BASELINE}, max-autotune", partial(plain_compiled, mode="max-autotune"), compiled),
+        (f"{BASELINE}, compiled", partial(one_graph, plain), compiled),
+        (f"{BASELINE}, max-autotune", partial(one_graph, plain, mode="max-autotune"), compiled),
         (f"{BASELINE}, frozen", plain_frozen, compiled and not workload.training),
         ("mar_fast", ours, True),
         ("mar_fast, CUDA graph", partial(ours_compiled, backend="graph"), graphs),
