@@ -166,10 +166,7 @@ def failures(found: Sequence[Record]) -> int:
 
 
 def measure(
-    case: Case,
-    options: RunOptions,
-    rates: Mapping[str, float],
-    on_step: OnStep = lambda what, share: None,
+    case: Case, options: RunOptions, rates: Mapping[str, float], on_step: OnStep = lambda what, share: None
 ) -> list[Record]:
     """All providers of a case: made ready, checked against the expected outputs, timed in turn, their memory measured.
 

@@ -57,16 +57,13 @@ def _caller() -> str:
     return " > ".join(names)
 
 
-def table(found: Kept, least: float = 0.002) -> str:
-    """In Markdown, the largest first; what has less than a share ``least`` of the whole is summed up."""
+def table(found: Kept) -> str:
+    """In Markdown, the largest first; what has less than 0.2 % of the whole is summed up."""
     whole = sum(found.values())
+    large = [(what, size) for what, size in found.most_common() if size >= 0.002 * whole]
+    small = whole - sum(size for _, size in large)
     lines = ["| bytes | shape | dtype | kept by |", "|---|---|---|---|"]
-    small = 0
-    for (shape, dtype, caller), size in found.most_common():
-        if size < least * whole:
-            small += size
-        else:
-            lines.append(f"| {size / 1e6:,.0f} MB | {tuple(shape)} | {str(dtype)[6:]} | {caller} |")
+    lines += [f"| {size / 1e6:,.0f} MB | {shape} | {str(dtype)[6:]} | {by} |" for (shape, dtype, by), size in large]
     return "\n".join([*lines, f"| {small / 1e6:,.0f} MB | others | | |", f"| {whole / 1e9:.2f} GB | all | | |"])
 
 

@@ -41,10 +41,6 @@ def test_provider(benchmark: Any, measured: tuple[str, int, str], options: RunOp
         assert error <= case.tolerance
         benchmark.extra_info["error"] = error
     benchmark.group = f"{case.suite}: {case.name}, x = {case.x:g}, {case.mode}"
-    benchmark.extra_info |= {
-        "provider": name,
-        "dtype": case.dtype_name,
-        "compile seconds": prepared.compile_seconds,
-    }
+    benchmark.extra_info |= {"provider": name, "dtype": case.dtype_name, "compile seconds": prepared.compile_seconds}
     benchmark.pedantic(prepared.run, rounds=5, warmup_rounds=2)
     benchmark.extra_info["peak memory"] = machine.peak_memory(prepared.run, options.device)

@@ -61,12 +61,7 @@ def test_an_accelerated_model_that_is_wrong_gets_no_speed(monkeypatch):
 def test_cases():
     """Dense and at 50 %, inference and training; short of time inference alone, and nothing that compiles."""
     found = [(case.mode, case.x, len(case.providers)) for case in dropin.cases(options(batches=(2,), quick=False))]
-    assert found == [
-        ("inference", 1.0, 4),
-        ("inference", 0.5, 5),
-        ("training step", 1.0, 4),
-        ("training step", 0.5, 4),
-    ]
+    assert found == [("inference", 1.0, 4), ("inference", 0.5, 5), ("training step", 1.0, 4), ("training step", 0.5, 4)]
     quick = [(case.mode, case.x, len(case.providers)) for case in dropin.cases(options(batches=(2,)))]
     assert quick == [("inference", 1.0, 2), ("inference", 0.5, 3)]
 
