@@ -277,12 +277,14 @@ def reason(error: Exception) -> str:
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN."""
-    ratios = [
-        float((one.detach().double() - other.double()).norm() / other.double().norm())
-        for one, other in zip(got, want, strict=True)
-    ]
-    return max(ratio if ratio == ratio else math.inf for ratio in ratios)
+    """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN or a shape."""
+    worst = 0.0
+    for one, other in zip(got, want, strict=True):
+        if one.shape != other.shape:
+            return math.inf
+        ratio = float((one.detach().double() - other.double()).norm() / other.double().norm())
+        worst = max(worst, ratio if ratio == ratio else math.inf)
+    return worst
 
 
 def text(found: Sequence[Record]) -> str:
