@@ -264,7 +264,7 @@ def reason(error: Exception) -> str:
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN."""
+    """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN or a shape."""
     return max(relative(one.detach(), other) for one, other in zip(got, want, strict=True))
 
 

@@ -11,58 +11,57 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from mar_fast import files, machine, timing
+from mar_fast import files, machine
 from mar_fast.kernels import device, use_backend
 from mar_fast.kernels.jit.compile_check import Code, check_all, code
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
-from mar_fast.timing import Spread
 
-from .matrix import PASSES, calls, launched, launches
-from .op_cases import Operands
+from .case import Case, Prepared, Provider, RunOptions
+from .harness import measure
+from .matrix import calls, launched, launches
+from .records import Record
 from .suites import kernels as suite
 
-ROUNDS = 40
-# Two results agree if they differ by no more than this share of the value, and of the largest value; 8 bits not at all.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float8_e4m3fn: 0.0}
-Times = dict[LaunchConfig, list[Spread]]  # for each call
+Times = dict[LaunchConfig, list[Record]]  # for each call
 
 
-@lru_cache(1)
-def _operands(call: str) -> Operands:
-    return calls("cuda")[call].operands()
+def workload(call: str, where: str, mode: str, kernel: str, configs: Sequence[LaunchConfig]) -> Case:
+    """A call's pass as a case of the suite, with launch choices as its providers: the first is the one in force."""
+    op_case = calls(where)[call]
+    # An op without FLOPs is captured in a CUDA graph.
+    ours = suite.kernel_case(replace(op_case, flops=0.0), mode, on_gpu=True, sets=1, clips=None)
 
+    def prepared(config: LaunchConfig) -> Prepared:
+        @use_backend("triton")
+        @forced({kernel: config})
+        def outputs() -> list[Tensor]:
+            torch.use_deterministic_algorithms(True, warn_only=True)  # what a kernel leaves unwritten is NaN
+            try:
+                return made.outputs()
+            finally:
+                torch.use_deterministic_algorithms(False)
 
-def results(call: str, kernel: str, config: LaunchConfig) -> list[Tensor]:
-    """Outputs and gradients of a call; what a kernel leaves unwritten is NaN, not what was there before."""
-    case = calls("cuda")[call]
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
-    try:
         with use_backend("triton"), forced({kernel: config}):
-            found = [suite.results(case.ours, _operands(call), case.differentiated, mode) for mode in PASSES]
-            torch.cuda.synchronize()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return [result for result in tree_leaves(found) if isinstance(result, Tensor)]
+            made = ours.providers[0].prepare()
+            made.run()  # the last one that chooses: a graph, or what autograd keeps, has its launches now
+        return Prepared(made.run, outputs)
 
+    def expected() -> list[Tensor]:
+        return prepared(configs[0]).outputs()
 
-def seconds(call: str, backward: bool, kernel: str, config: LaunchConfig) -> float:
-    """The device's time for a call's forward or backward pass."""
-    ours, wanted, operands = calls("cuda")[call].ours, calls("cuda")[call].differentiated, _operands(call)
-    with use_backend("triton"), forced({kernel: config}):
-        run = suite.backward_of(ours, operands, wanted) if backward else suite.forward_of(ours, operands)
-        run()  # has its launches looked up
-        return timing.seconds(run, torch.device("cuda"))
+    providers = tuple(Provider(str(config), partial(prepared, config), expected) for config in configs)
+    tolerance = max(torch.finfo(op_case.dtype).eps, 1e-5)  # of a norm; TF32 three times for float32
+    return replace(ours, providers=providers, expected=expected, tolerance=tolerance, baseline=str(configs[0]))
 
 
 def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
@@ -95,6 +94,8 @@ class Unit:
     choice: Choice
     calls: Sequence[str]
     architecture: str
+    where: str
+    run: Callable[[Case], list[Record]]
 
     def compiled_clean(self, configs: Sequence[LaunchConfig]) -> list[LaunchConfig]:
         """Those that may be run, each code once; the one in force must only compile."""
@@ -107,46 +108,30 @@ class Unit:
                 codes.setdefault(tuple(one for one in made if one.kernel == self.choice.kernel), config)
         reports = check_all([one for told in codes for one in told], os.cpu_count() or 0)
         bad = {one.code.config for one in reports if one.faults and (one.code.config != in_force or not one.figures)}
+        if in_force in bad:
+            raise ArithmeticError("the configuration in force does not compile")
         return [config for config in codes.values() if config not in bad]
 
-    def agrees(self, config: LaunchConfig) -> bool:
-        """Whether it gives what the configuration in force gives, which must be finite."""
-        kernel, in_force = self.choice.kernel, self.choice.config
-        try:
-            for call in self.calls:
-                for mine, theirs in zip(results(call, kernel, config), results(call, kernel, in_force), strict=True):
-                    share, largest = TOLERANCE[theirs.dtype], float(theirs.float().abs().max())
-                    assert math.isfinite(largest)
-                    torch.testing.assert_close(mine, theirs, rtol=share, atol=share * largest)
-        except Exception:  # the driver may also refuse what the compiler took
-            return False
-        return True
-
     def race(self, configs: Sequence[LaunchConfig]) -> Times:
-        """Time them in turn, so that a drift of the clock hits all alike."""
-        kernel, times = self.choice.kernel, Times({config: [] for config in configs})
+        """The times of those that give in every call what the first one gives, the configuration in force."""
+        times = Times({config: [] for config in configs})
         for call in self.calls:
             forward = {launch.choice.kernel for launch, _ in launches(call, self.architecture, ["forward"])}
-            taken = [[seconds(call, kernel not in forward, kernel, one) for one in configs] for _ in range(ROUNDS)]
-            for config, values in zip(configs, zip(*taken, strict=True), strict=True):
-                times[config].append(Spread.of([*values]))
+            mode = "forward" if self.choice.kernel in forward else "backward"
+            found = self.run(workload(call, self.where, mode, self.choice.kernel, [*times]))
+            taken = {record.provider: record for record in found if record.metric == "time"}
+            if str(self.choice.config) not in taken:
+                raise ArithmeticError("the configuration in force gives no finite results")
+            times = {config: [*every, taken[str(config)]] for config, every in times.items() if str(config) in taken}
         return times
 
     def search(self) -> tuple[LaunchConfig, Times]:
-        """The best configuration, or the one in force, and the times of the last race.
-
-        Raises:
-            ArithmeticError: the configuration in force does not compile, or gives no finite results.
-        """
+        """The best configuration, or the one in force, and the times of the last race."""
         best, winner, seen, times = None, self.choice.config, {self.choice.config}, Times()
         while winner != best:
             best, fresh = winner, [config for config in neighbours(winner) if config not in seen]
             seen.update(fresh)
-            compiled = self.compiled_clean([*dict.fromkeys([self.choice.config, best, *fresh])])
-            candidates = [one for one in compiled if self.choice.config in compiled and self.agrees(one)]
-            if self.choice.config not in candidates:
-                raise ArithmeticError("the configuration in force does not compile, or gives no finite results")
-            times = self.race(candidates)
+            times = self.race(self.compiled_clean([*dict.fromkeys([self.choice.config, best, *fresh])]))
             winner = fastest(times, self.choice.config)
         return winner, times
 
@@ -181,10 +166,9 @@ def add_override(path: Path, architecture: str, choice: Choice, config: LaunchCo
 
 
 def gpu() -> tuple[torch.device, str]:
-    """The current GPU, and its architecture; RuntimeError where torch finds none."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch finds no GPU here, expected one to measure on")
-    return torch.device("cuda"), device.architecture(torch.empty(0, device="cuda"))
+    """The current GPU, and its architecture; ValueError where torch finds none."""
+    where = machine.device("cuda")
+    return where, device.architecture(torch.empty(0, device=where))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -192,26 +176,27 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mar_fast.bench tune", description=__doc__)
     parser.add_argument("--kernel", action="append", default=[], help="an op or a kernel; may be given again")
     parser.add_argument("--out", type=Path, default=overrides_path(), help="the file to write")
-    options, rows = parser.parse_args(arguments), 0
+    given, rows = parser.parse_args(arguments), 0
     try:
         where, architecture = gpu()
-        about = machine.environment(where)
+        options = RunOptions(where, torch.bfloat16, (), ())
+        run, about = partial(measure, options=options, rates={}), options.environment
         measured = "measured: " + ", ".join(f"{about[key]}" for key in ("device", "torch", "triton", "commit", "date"))
-        read_overrides(options.out)
-        for choice, made_by in launched(lambda launch, *_: launch.choice, [architecture], options.kernel).items():
+        read_overrides(given.out)
+        for choice, made_by in launched(lambda launch, *_: launch.choice, [architecture], given.kernel).items():
             try:
-                best, times = Unit(choice, made_by, architecture).search()
-            except ArithmeticError as error:
+                best, times = Unit(choice, made_by, architecture, where.type, run).search()
+            except Exception as error:  # the driver may refuse what the compiler took
                 print(f"{choice}: {error}", flush=True)
                 continue
             every = zip(times[best], times[choice.config], made_by, strict=True)
-            said = "; ".join(f"{a.p50 * 1e6:.1f} us against {b.p50 * 1e6:.1f} us ({call})" for a, b, call in every)
+            said = "; ".join(f"{a.words} against {b.words} ({call})" for a, b, call in every)
             if best != choice.config:
-                add_override(options.out, architecture, choice, best, f"{measured}: {said}")
+                add_override(given.out, architecture, choice, best, f"{measured}: {said}")
                 rows += 1
             print(f"{choice}: {best if best != choice.config else 'stays'}, {said}", flush=True)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     finally:
-        print(f"{rows} rows written: {options.out}")
+        print(f"{rows} rows written: {given.out}")
     return 0

@@ -52,26 +52,32 @@ def every_op_case(options: RunOptions) -> Iterator[OpCase]:
     return iter(first.values())
 
 
-def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool) -> Case:
-    """One op, shape and pass as a case of the suite: the pass alone is timed, another set of operands in each call."""
+def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool, sets: int = SETS, clips: int | None = 2) -> Case:
+    """One op, shape and pass as a case of the suite: the pass alone is timed, another set of operands in each call.
+
+    Results are compared for the first ``clips``, which is enough for a check; None compares those of all.
+    """
 
     @functools.cache
-    def sets() -> list[Operands]:
-        return [op_case.operands() for _ in range(SETS)]
+    def operands() -> list[Operands]:
+        return [op_case.operands() for _ in range(sets)]
 
     def prepared(function: Function) -> Prepared:
         if mode == "forward":
-            calls = [forward_of(function, operands) for operands in sets()]
+            calls = [forward_of(function, one) for one in operands()]
             # Launching an op that computes next to nothing costs the host more than it costs the device.
             calls = [captured(call) for call in calls] if on_gpu and not op_case.flops else calls
         else:
-            calls = [backward_of(function, operands, op_case.differentiated) for operands in sets()]
+            calls = [backward_of(function, one, op_case.differentiated) for one in operands()]
         turns = itertools.cycle(calls)  # no operand is still in a cache
-        return Prepared(lambda: next(turns)(), lambda: results(function, few(sets()[0]), op_case.differentiated, mode))
+        return Prepared(lambda: next(turns)(), lambda: results(function, first(), op_case.differentiated, mode))
+
+    def first() -> Operands:
+        return {key: value[:clips] if key in BATCHED else value for key, value in operands()[0].items()}
 
     def expected() -> list[Tensor]:
         """The op itself in float64, where it is plain PyTorch."""
-        return results(op_case.ours, double(few(sets()[0])), op_case.differentiated, mode)
+        return results(op_case.ours, double(first()), op_case.differentiated, mode)
 
     peers = measured_peers(op_case, mode, on_gpu)
     flops, moved = (1.0, 1.0) if mode == "forward" else op_case.backward
@@ -101,11 +107,6 @@ def measured_peers(op_case: OpCase, mode: str, on_gpu: bool) -> dict[str, Functi
     if not on_gpu and not (in_blocks and cpu_attention.PREFERRED):
         left_out.add(next(iter(op_case.peers)))
     return {name: function for name, function in op_case.peers.items() if name not in left_out}
-
-
-def few(operands: Operands) -> Operands:
-    """The first two clips only: a check needs no more."""
-    return {key: value[:2] if key in BATCHED else value for key, value in operands.items()}
 
 
 def double(operands: Operands) -> Operands:

@@ -87,7 +87,9 @@ def check(
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``, in float64; NaN counts as infinitely far."""
+    """Norm of the difference over the norm of ``want``, in float64; NaN and another shape count as infinitely far."""
+    if got.shape != want.shape:
+        return float("inf")
     ratio = float((got.double() - want.double()).norm() / want.double().norm())
     return ratio if ratio == ratio else float("inf")
 

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ pytest.importorskip("triton")
 if device.INTERPRETING:
     pytest.skip("needs a Triton that compiles", allow_module_level=True)
 
+from mar_fast import timing
 from mar_fast.bench import __main__, matrix, tune
+from mar_fast.kernels.jit import launch
 from mar_fast.kernels.jit.compile_check import Report
 from mar_fast.kernels.jit.launch import LaunchConfig, forget_choices, read_overrides
 from mar_fast.timing import Spread
@@ -35,11 +38,10 @@ def path(monkeypatch, tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Does what a test tells it to, by configuration: seconds (1 ms by default), results, and faults."""
+    """Its compiler, clock and kernels do what a test says, by configuration: faults, seconds (1 ms), results. The
+    rest is real: calls are captured, compared and timed by the harness."""
     made = SimpleNamespace(speed={}, result={}, faults={}, compiled=set(), ran=set(), timed=[])
-    noise, every = random.Random(0), matrix.calls("meta").items()
-    few = {call: case for call, case in every if case.op in ("bias_gelu", "mlp")}  # to record the others takes long
-    monkeypatch.setattr(matrix, "calls", lambda device: few)
+    noise = random.Random(0)
 
     def check_all(codes, jobs):
         for told in codes:
@@ -47,25 +49,40 @@ def machine(monkeypatch):
             faults = made.faults.get(told.config, [])
             yield Report(told, faults, {} if "does not compile" in faults else {"registers": 32})
 
-    def results(call, kernel, config):
+    def op(x):
+        (config,) = launch._forced.values()
         made.ran.add(config)
         if isinstance(result := made.result.get(config, 1.0), BaseException):
             raise result
-        return result if isinstance(result, list) else [torch.tensor([1.0, -2.0, result])]
+        made.running = config
+        return x * torch.as_tensor(result, dtype=x.dtype)
 
-    def seconds(call, backward, kernel, config):
-        made.timed.append(config)
-        return made.speed.get(config, 1e-3) * noise.uniform(0.97, 1.03)
+    def captured(run):
+        run()
+        return lambda config=made.running: setattr(made, "running", config)
 
-    for stand_in in (check_all, results, seconds):
-        monkeypatch.setattr(tune, stand_in.__name__, stand_in)
+    def seconds(run, where):
+        run()
+        made.timed.append(made.running)
+        return made.speed.get(made.running, 1e-3) * noise.uniform(0.97, 1.03)
+
+    few, planted = {}, {}  # to record all calls takes long
+    for call, case in matrix.calls("meta").items():
+        if case.op in ("bias_gelu", "mlp"):
+            x = torch.tensor([1.0, -2.0, 1.0]).to(case.dtype)
+            few[call], planted[call] = case, replace(case, operands=partial(dict, x=x), ours=op)
+    for module in (matrix, tune):
+        monkeypatch.setattr(module, "calls", lambda where: few if where == "meta" else planted)
+    monkeypatch.setattr(tune, "check_all", check_all)
+    monkeypatch.setattr(tune.suite, "captured", captured)
+    monkeypatch.setattr(timing, "seconds", seconds)
     monkeypatch.setattr(tune, "gpu", lambda: (torch.device("cpu"), TARGET))
     return made
 
 
-def unit(kernel=KERNEL, where="bfloat16"):
+def unit(kernel=KERNEL, where="bfloat16", run=None):
     choices = tune.launched(lambda launch, *_: launch.choice, [TARGET], [kernel])
-    (found,) = [tune.Unit(*one, TARGET) for one in choices.items() if where in str(one[0])]
+    (found,) = [tune.Unit(*one, TARGET, "cpu", run) for one in choices.items() if where in str(one[0])]
     return found
 
 
@@ -100,20 +117,27 @@ def test_compiler_and_launchers_drop_candidates(monkeypatch):
     assert unit().compiled_clean([NOW, *same, FASTER, *bad]) == [NOW, FASTER]
 
 
-@pytest.mark.parametrize(("kernel", "backward"), [("add_layer_norm_forward", False), ("add_layer_norm_backward", True)])
-def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypatch, kernel, backward):
-    seen = set()
-    monkeypatch.setattr(tune, "seconds", lambda call, *passed: seen.add((call, passed[0])) or 1.0)
-    unit(kernel, "bfloat16, width 1024").race([NOW])
-    labels = ("", ", bias of x, layer scale and drop path")
-    assert seen == {(f"add_layer_norm, 32 clips, 784 tokens, width 1024{more}, bfloat16", backward) for more in labels}
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypatch, mode):
+    kernel = f"add_layer_norm_{mode}"
+    seen, labels = [], ("", ", bias of x, layer scale and drop path")
+    monkeypatch.setattr(tune, "workload", lambda *passed: passed)
+
+    def run(case):
+        seen.append(case)
+        return [SimpleNamespace(metric="time", provider=str(config)) for config in case[-1]]
+
+    one = unit(kernel, "bfloat16, width 1024", run)
+    assert len(one.race([one.choice.config, NOW])[NOW]) == 2
+    calls = [f"add_layer_norm, 32 clips, 784 tokens, width 1024{more}, bfloat16" for more in labels]
+    assert seen == [(call, "cpu", mode, kernel, [one.choice.config, NOW]) for call in calls]
 
 
 # What becomes of planted candidates.
 
 
-SPILLS, LOST = ["8 bytes of spills and stack"], "False: the configuration in force does not compile, or gives no finite"
-WRONG = (1.01, float("nan"), RuntimeError("refused"), [], [torch.ones(2)], [torch.ones(3).double()])
+SPILLS, LOST = ["8 bytes of spills and stack"], "False: the configuration in force "
+WRONG = (1.05, float("nan"), RuntimeError("refused"), [1.0, 1.0, 1.05], torch.ones(2, 3))
 NOTHING_WINS = [
     (FASTER, 0.99e-3, 1.0, [], "compiled ran timed"),  # a gain within the spread
     (FASTER, 0.1e-3, 1.0, SPILLS, "compiled"),
@@ -130,19 +154,15 @@ def test_configuration_that_does_not_win(machine, path, capsys, config, speed, r
     assert __main__.main(COMMAND) == 0 and not path.exists()
     assert capsys.readouterr().out.count(LOST if config == NOW else ": stays, ") == 3
     assert [name for name in ("compiled", "ran", "timed") if config in getattr(machine, name)] == stages.split()
-    assert bool(machine.timed) == (config != NOW)
+    assert config != NOW or NOW not in machine.timed
 
 
-AGREE = [(torch.float32, 1e-5, 1e-3), (torch.bfloat16, 0.02, 0.08), (torch.float8_e4m3fn, 0, 0.01)]
-
-
-@pytest.mark.parametrize(("dtype", "near", "off"), AGREE)
-def test_agreement(machine, dtype, near, off):
-    """An error counts by the value, and by the largest one."""
-    configs = [NOW, *(replace(NOW, num_warps=warps) for warps in (2, 8, 16))]
-    values = ([1, -100, 0], [1 + near, -100, 0], [1, -100, 90 * near], [1, -100, 100 * off])
-    machine.result = {one: [torch.tensor(v, dtype=dtype)] for one, v in zip(configs, values, strict=True)}
-    assert [*map(unit().agrees, configs)] == [True, True, True, False]
+@pytest.mark.parametrize(("off", "dtypes"), [(1e-5, 3), (2e-3, 2), (1.6e-2, 1), (3.2e-2, 0)])
+def test_agreement(machine, path, off, dtypes):
+    """Over the norm, sqrt(6), up to one eps: what rounding explains in one dtype is an error in another."""
+    machine.speed, machine.result = {FASTER: 0.5e-3}, {FASTER: [1, 1, 1 + off]}
+    assert __main__.main(COMMAND) == 0
+    assert len(read_overrides(path).get((TARGET, KERNEL), ())) == dtypes
 
 
 A, B, C = (LaunchConfig(size) for size in (16, 32, 64))
@@ -184,7 +204,7 @@ def test_fastest_is_written_read_and_goes_first(machine, path, capsys):
         assert __main__.main(COMMAND) == 0
         assert unit().choice.config == winner != before  # without a new process
         assert {before, winner} <= machine.compiled  # it is the candidate's launch that is compiled
-        assert machine.timed.count(before) >= machine.timed.count(winner) >= 3 * tune.ROUNDS  # of three dtypes
+        assert machine.timed.count(before) >= machine.timed.count(winner) >= 3 * 5  # rounds of three dtypes
         said = capsys.readouterr().out
         assert f"3 rows written: {path}" in said and f"bfloat16, backward False: {winner}, " in said
     content = json.loads(path.read_text())
@@ -192,8 +212,8 @@ def test_fastest_is_written_read_and_goes_first(machine, path, capsys):
     rows = content[TARGET][KERNEL]
     assert sorted(row["dtypes"] for row in rows) == [["bfloat16"], ["float16"], ["float32"], ["float64"]]
     assert all(row["where"] == {"backward": [0, 0]} for row in rows[:3])
-    medians = re.match(r"measured: .*: (.*) us against (.*) us \(bias_gelu, 32 clips", rows[0]["origin"]).groups()
-    assert [*map(float, medians)] == [pytest.approx(500, rel=0.05), pytest.approx(1000, rel=0.05)]
+    medians = re.match(r"measured: .*: (.*) us against (.*) ms \(bias_gelu, 32 clips", rows[0]["origin"]).groups()
+    assert [*map(float, medians)] == [pytest.approx(500, rel=0.05), pytest.approx(1, rel=0.05)]
     good = path.read_text()
     with pytest.raises(ValueError, match="powers of two"):
         tune.add_override(path, TARGET, unit().choice, LaunchConfig(3), "mine")  # whole or not at all
