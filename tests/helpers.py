@@ -32,6 +32,28 @@ def small_config(**overrides):
     return named_config("mar_vit_base", **{**small, **overrides})
 
 
+def small_clips(batch=2, dtype=torch.uint8, seed=7):
+    """(B, 3, 4, 64, 64), for models of `small_config`."""
+    shape, generator = (batch, 3, 4, 64, 64), torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+    return torch.randn(shape, dtype=dtype, generator=generator)
+
+
+@torch.no_grad()
+def draw_weights(model):
+    """Give every weight a random value, none of them a special one; returns the model."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        z = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            z = 1 + 0.1 * z if "norm" in name and name.endswith("weight") else 0.1 * z
+        else:
+            z = z / parameter[0].numel() ** 0.5
+        parameter.copy_(z)
+    return model
+
+
 # MAR's layout on the left, ours on the right.
 _RENAMED = (
     ("backbone.", "encoder."),

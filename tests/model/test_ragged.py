@@ -1,13 +1,12 @@
 """Ragged batches: the model on packed tokens against the plain model on each clip alone."""
 
-import functools
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import INTERPRETING
-from helpers import relative, small_config
+from helpers import draw_weights, relative, small_clips, small_config
 from test_jit_model import LARGE_TILES
 
 import mar_fast
@@ -32,32 +31,8 @@ def ragged(lengths, seed=3):
     return TokenMask.ragged([torch.randperm(TOKENS, generator=generator)[:n] for n in lengths], GRID)
 
 
-def clips(batch, seed=7, dtype=torch.uint8):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, 3, 4, 64, 64)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
-    return torch.randn(shape, dtype=dtype, generator=generator)
-
-
-@functools.cache
-def weights(**overrides):
-    """None of them at a special value."""
-    generator = torch.Generator().manual_seed(5)
-    state = reference.MAR(small_config(**overrides)).state_dict()
-    for name, value in state.items():
-        z = torch.randn(value.shape, generator=generator)
-        if value.ndim == 1:
-            state[name] = 1 + 0.1 * z if "norm" in name and name.endswith("weight") else 0.1 * z
-        else:
-            state[name] = z / value[0].numel() ** 0.5
-    return state
-
-
 def build(kind, dtype=torch.float32, device="cpu", **overrides):
-    model = kind(small_config(**overrides))
-    model.load_state_dict(weights(**overrides))
-    return model.to(device, dtype).train()
+    return draw_weights(kind(small_config(**overrides))).to(device, dtype).train()
 
 
 def alone(model, video, mask, reconstruct):
@@ -142,20 +117,20 @@ def assert_as_alone(mask, video, dtype, **overrides):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_each_clip_as_alone(dtype, lengths):
-    assert_as_alone(ragged(lengths), clips(len(lengths)), dtype)
+    assert_as_alone(ragged(lengths), small_clips(len(lengths)), dtype)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize("dtype", ["autocast", torch.float64], ids=str)
 def test_each_clip_as_alone_in_plain_pytorch(dtype, lengths):
     """In float64 a float64 clip, since the plain model normalises bytes in float32."""
-    video = clips(len(lengths), dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
+    video = small_clips(len(lengths), dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
     assert_as_alone(ragged(lengths), video, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_linear_classifier_without_final_norm(dtype):
-    video = clips(4, dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
+    video = small_clips(4, dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
     assert_as_alone(ragged(LENGTHS["mixed"]), video, dtype, classifier="linear", final_norm=False, decoder_depth=0)
 
 
@@ -164,7 +139,7 @@ def test_equal_lengths_are_a_dense_batch():
     """Drop path and dropout too: drawn for the same clips and tokens, in the same order."""
     lengths, overrides = (9, 9, 9), dict(drop_path_rate=0.6, bridge_dropout=0.2, head_dropout=0.2)
     overrides |= dict(decoder_depth=1, bridge_depth=1)
-    mask, video, model = ragged(lengths), clips(3), build(mar_fast.MAR, **overrides)
+    mask, video, model = ragged(lengths), small_clips(3), build(mar_fast.MAR, **overrides)
     outs = []
     for form in (mask, TokenMask.from_bool_masked(mask.bool_masked())):
         torch.manual_seed(11)
@@ -192,7 +167,7 @@ def test_drop_path_is_one_draw_for_a_clip():
 def test_clips_do_not_touch_each_other():
     """A clip of NaN leaves the others as they are."""
     mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, bridge_depth=1, decoder_depth=1).eval()
-    video = clips(4, dtype=torch.float32)
+    video = small_clips(4, dtype=torch.float32)
     before = model(video, mask, reconstruct=True)
     video[1] = torch.nan
     after = model(video, mask, reconstruct=True)
@@ -209,7 +184,7 @@ def test_compiles_without_graph_break():
     """Which also shows that no shape and no branch depends on values of the mask."""
     torch.compiler.reset()
     overrides = dict(depth=1, decoder_depth=1, bridge_depth=1)
-    mask, video, model = ragged(LENGTHS["mixed"]), clips(4), build(mar_fast.MAR, **overrides)
+    mask, video, model = ragged(LENGTHS["mixed"]), small_clips(4), build(mar_fast.MAR, **overrides)
     compiled, found = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     for run in (model, compiled):
         model.zero_grad()
@@ -227,12 +202,12 @@ def test_compiles_without_graph_break():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_each_clip_as_alone_on_a_gpu(dtype, lengths):
-    assert_as_alone(ragged(lengths).to("cuda"), clips(len(lengths)).cuda(), dtype)
+    assert_as_alone(ragged(lengths).to("cuda"), small_clips(len(lengths)).cuda(), dtype)
 
 
 @pytest.mark.gpu
 def test_nothing_waits_for_a_gpu():
-    model, mask, video = build(mar_fast.MAR, device="cuda"), ragged(LENGTHS["mixed"]).to("cuda"), clips(4).cuda()
+    model, mask, video = build(mar_fast.MAR, device="cuda"), ragged(LENGTHS["mixed"]).to("cuda"), small_clips(4).cuda()
     for mode in ("default", "error"):  # the first time loads the kernels, which may wait
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -245,6 +220,6 @@ def test_nothing_waits_for_a_gpu():
 @pytest.mark.parametrize("classifier", ["bridging", "linear"])
 def test_empty_batch(classifier):
     model = build(mar_fast.MAR, classifier=classifier).eval()
-    out = model(clips(0), TokenMask.ragged([], GRID), reconstruct=True)
+    out = model(small_clips(0), TokenMask.ragged([], GRID), reconstruct=True)
     assert out.logits.shape == (0, 11) and out.features.shape == (0, 96)
     assert out.pixels.shape == (0, 1536) and out.reconstruction_loss == 0
