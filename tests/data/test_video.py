@@ -67,9 +67,6 @@ def damaged(tmp_path, kind):
         return tmp_path / "nowhere.mp4" if kind == "missing" else tmp_path
     if kind in ("empty", "text"):
         file.write_text("not a video " * 100 if kind == "text" else "")
-    if kind == "truncated":
-        file = write(tmp_path / "whole.mkv", options={"g": "10"})
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     if kind == "no header":
         whole = write(tmp_path / "whole.mp4").read_bytes()  # an mp4 keeps its index at the end
         file.write_bytes(whole[: len(whole) // 2])
@@ -94,7 +91,6 @@ def damaged(tmp_path, kind):
         ("empty", ValueError, "path: got .*clip.mp4.*FFmpeg can decode"),
         ("text", ValueError, "path: got .*clip.mp4.*FFmpeg can decode"),
         ("no header", ValueError, "path: got .*clip.mp4.*FFmpeg can decode"),
-        ("truncated", ValueError, "path: got .*whole.mkv., cut off: .* of 2.0 s, expected a complete video file"),
         ("audio only", ValueError, "path: got .*sound.wav' without a video stream"),
         ("too short", ValueError, "path: got a video of 10 frames, expected at least 61: 16 frames at stride 4"),
     ],

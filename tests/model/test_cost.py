@@ -118,20 +118,6 @@ def test_visible_tokens_in_place_of_a_ratio(ratio):
     assert got == pytest.approx(cost.count(config, visible=13, batch=2).multiply_adds, rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (dict(visible=0), "visible: got 0, expected a whole number from 1 to 32"),
-        (dict(visible=33), "visible: got 33"),
-        (dict(visible=2.5), "visible: got 2.5"),
-        (dict(visible=16, mask_ratio=0.5), "mask_ratio and visible: got 0.5 and 16, expected one of them"),
-    ],
-)
-def test_visible_tokens_errors(options, said):
-    with pytest.raises(ValueError, match=said):
-        cost.count(small_config(), **options)
-
-
 def test_memory_bound_floor():
     """With an infinite peak rate the floor is the bytes over the bandwidth, with infinite bandwidth the products."""
     total = cost.count(named_config("mar_vit_base"))

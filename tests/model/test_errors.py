@@ -107,6 +107,13 @@ VALUE_ERRORS = [
         lambda: TokenMask(index(0, 1), index(2, 3), (1, 2, 3)),
         r"keep_idx and drop_idx: got 2 and 2 values, expected 6 .*grid \(1, 2, 3\)",
     ),
+    (lambda: cost.count(small_config(), visible=0), "visible: got 0, expected a whole number from 1 to 32"),
+    (lambda: cost.count(small_config(), visible=33), "visible: got 33"),
+    (lambda: cost.count(small_config(), visible=2.5), "visible: got 2.5"),
+    (
+        lambda: cost.count(small_config(), 0.5, visible=16),
+        "mask_ratio and visible: got 0.5 and 16, expected one of them",
+    ),
     (lambda: cost.count(small_config(), method="fast"), "method: got 'fast', expected 'visible' or 'original'"),
     (lambda: cost.count(small_config(), batch=-1), "batch: got -1, expected a whole number"),
     (lambda: cost.count(small_config(decoder_depth=0), reconstruct=True), "reconstruct: got True, expected False"),
