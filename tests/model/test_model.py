@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch._inductor.config as inductor
-from helpers import draw_weights, relative, small_clips, small_config
+from helpers import assert_near, draw_weights, relative, small_clips, small_config, training_step, values
 
 import mar_fast
 from mar_fast import TokenMask, masking, reference
@@ -49,22 +49,8 @@ def pair(shape, classifier):
 
 
 def step(model, mask, dtype):
-    """Forward and backward: all values and gradients by name."""
-    model.to({"bf16": torch.bfloat16, "fp64": torch.float64}.get(dtype, torch.float32)).train().zero_grad()
-    target = torch.tensor([3, 10])
-    reconstruct = mask.drop_idx.shape[1] > 0
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-        out = model(small_clips(), mask, reconstruct=reconstruct)
-    wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(wide, target)
-    if reconstruct:
-        loss = loss + 0.1 * out.reconstruction_loss
-    loss.backward()
-    values = {"logits": out.logits, "features": out.features, "loss": loss}
-    if reconstruct:
-        values |= {"pixels": out.pixels, "reconstruction_loss": out.reconstruction_loss}
-    values |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach().double().clone() for name, value in values.items()}
+    model.to({"bf16": torch.bfloat16, "fp64": torch.float64}.get(dtype, torch.float32))
+    return training_step(values, model, small_clips(), mask, dtype == "autocast")
 
 
 def assert_close(fast, plain, mask, dtype):
@@ -72,18 +58,9 @@ def assert_close(fast, plain, mask, dtype):
     ours, theirs = step(fast, mask, dtype), step(plain, mask, dtype)
     for model in (fast, plain):  # undo the rounding of .bfloat16()
         model.float().load_state_dict(weights)
-    truth = step(plain, mask, "fp64")
+    exact = step(plain, mask, "fp64")
     plain.float().load_state_dict(weights)
-    assert set(ours) == set(theirs) == set(truth)
-    largest = max(float(value.norm()) for value in truth.values())
-    for name, want in truth.items():
-        if want.norm() == 0:  # the query bias, where there is only one key
-            assert ours[name].norm() <= FLOOR[dtype] * largest, name
-            continue
-        # The error of a single number may be small by luck: what went into it counts.
-        compared = [name] if want.numel() > 1 else [key for key in ("logits", "pixels") if key in truth]
-        allowed = 2 * max(relative(theirs[key], truth[key]) for key in compared) + FLOOR[dtype]
-        assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
+    assert_near(ours, exact, {name: relative(theirs[name], value) for name, value in exact.items()}, FLOOR[dtype])
 
 
 @pytest.mark.parametrize("kind", MASKS)

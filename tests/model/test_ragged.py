@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import INTERPRETING
-from helpers import draw_weights, relative, small_clips, small_config
+from helpers import assert_near, draw_weights, relative, small_clips, small_config, training_step, values
 from test_jit_model import LARGE_TILES
 
 import mar_fast
@@ -53,28 +52,9 @@ def alone(model, video, mask, reconstruct):
 
 
 def together(model, video, mask, reconstruct):
-    out = model(video, mask, reconstruct=reconstruct)
-    assert torch.equal(out.cu_seqlens, mask.cu_seqlens)
-    names = ("logits", "features") + (("pixels", "reconstruction_loss") if reconstruct else ())
-    return {name: getattr(out, name) for name in names}
-
-
-def in_a_batch(model, video, mask, reconstruct):
-    out = vars(model(video, mask, reconstruct=reconstruct))
-    return {name: value for name, value in out.items() if value is not None}
-
-
-def results(run, model, video, mask, autocast=False):
-    """All values, and all gradients of a training step, in float64."""
-    reconstruct = model.decoder is not None and mask.drop_idx.numel() > 0
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = run(model, video, mask, reconstruct)
-    logits, target = out["logits"], torch.arange(mask.batch, device=video.device) * 2 + 3
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
-    (loss + 0.1 * out.get("reconstruction_loss", 0)).backward()
-    out |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {name: value.detach().double() for name, value in out.items()}
+    out = values(model, video, mask, reconstruct)
+    assert torch.equal(out.pop("cu_seqlens"), mask.cu_seqlens)
+    return out
 
 
 def assert_as_alone(mask, video, dtype, **overrides):
@@ -82,35 +62,24 @@ def assert_as_alone(mask, video, dtype, **overrides):
     autocast = dtype == "autocast"
     own = torch.float32 if autocast else dtype
     made = partial(build, device=video.device, **overrides)
-    ours = results(together, made(mar_fast.MAR, own), video, mask, autocast)
-    theirs = results(alone, made(reference.MAR, own), video, mask, autocast)
-    truth = results(alone, made(reference.MAR, torch.float64), video, mask)
+    ours = training_step(together, made(mar_fast.MAR, own), video, mask, autocast)
+    theirs = training_step(alone, made(reference.MAR, own), video, mask, autocast)
+    truth = training_step(alone, made(reference.MAR, torch.float64), video, mask)
     # In 16 bits PyTorch sums the gradients of a LayerNorm over a whole batch with twice the error that it makes clip by
     # clip, so the plain model's error on a batch with as many tokens counts too.
     dense = masking.random(mask.batch, GRID, len(mask.drop_idx) / (mask.batch * TOKENS), device=video.device)
-    batch = results(in_a_batch, made(reference.MAR, own), video, dense, autocast)
-    batch_truth = results(in_a_batch, made(reference.MAR, torch.float64), video, dense)
+    batch = training_step(values, made(reference.MAR, own), video, dense, autocast)
+    batch_truth = training_step(values, made(reference.MAR, torch.float64), video, dense)
     own_error = {name: relative(theirs[name], want) for name, want in truth.items()}
     for name in own_error:
         if "norm" in name:
             own_error[name] = max(own_error[name], relative(batch[name], batch_truth[name]))
-    assert set(ours) == set(theirs) == set(truth)
     floor = FLOOR[dtype]
     if video.is_cuda and dtype == torch.float32:
         # As in test_gpu.py: a softmax made anew from its log-sum-exp, and three TF32 products, in each layer that a
         # gradient passes. It shows in the query biases, sums over all tokens that nearly cancel.
         floor = 64 * torch.finfo(dtype).eps
-    largest = max(float(value.norm()) for value in truth.values())
-    for name, want in truth.items():
-        assert ours[name].shape == want.shape
-        if want.norm() == 0:  # the query bias, where there is only one key
-            assert ours[name].norm() <= floor * largest, name
-            continue
-        # The error of a few numbers may be small by luck: what went into them counts too.
-        few = want.numel() <= len(truth["logits"][0])
-        compared = [name, *(key for key in ("logits", "pixels") if few and key in truth)]
-        allowed = 2 * max(own_error[key] for key in compared) + floor
-        assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
+    assert_near(ours, truth, own_error, floor, few=len(truth["logits"][0]))
 
 
 @pytest.mark.triton_too
