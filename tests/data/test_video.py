@@ -63,11 +63,7 @@ def damaged(tmp_path, kind):
     if kind == "audio only":
         file = tmp_path / "sound.wav"
         with av.open(str(file), "w") as container:
-            stream = container.add_stream("pcm_s16le", rate=8000)
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-            frame.sample_rate = 8000
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+            container.mux(clips.silence(container.add_stream("pcm_s16le", rate=44100)))
     if kind == "too short":
         write(file, frames=10)
     return file
