@@ -65,11 +65,11 @@ def test_training_by_flop_counter(ratio):
 
 
 def test_original_forward_by_flop_counter():
-    config = named_config("mar_vit_base", num_classes=174, decoder_depth=0)
+    """One block of each kind; the whole of ViT-B is in `test_published_numbers`."""
+    config = named_config("mar_vit_base", num_classes=174, decoder_depth=0, depth=1, bridge_depth=1)
     with torch.no_grad():
         got = counted(reference.MAR(config).eval(), torch.zeros(1, 3, 16, 224, 224))
     assert got == pytest.approx(cost.count(config, method="original").multiply_adds, rel=1e-3)
-    assert round(got / 1e9, 2) == 86.27
 
 
 @pytest.mark.parametrize("name", list_models())
