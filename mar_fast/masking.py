@@ -215,7 +215,7 @@ def _change(video: Tensor, grid: Grid) -> tuple[Tensor, float]:
     if channels == 0 or any(extent == 0 or extent % side for extent, side in zip(extents, grid, strict=True)):
         accepted = f"(B, C, T, H, W) with channels, whose T, H and W the grid {grid} divides"
         raise checks.bad("video", f"shape {tuple(video.shape)}", accepted)
-    patch = tuple(extent // side for extent, side in zip(extents, grid, strict=True))
+    t, h, w = (extent // side for extent, side in zip(extents, grid, strict=True))
     whole = video.dtype == torch.uint8
     clip = video if whole else video.to(torch.promote_types(video.dtype, torch.float32))
     before, after = clip[:, :, :-1], clip[:, :, 1:]
@@ -225,7 +225,6 @@ def _change(video: Tensor, grid: Grid) -> tuple[Tensor, float]:
     steps = steps if extents[0] > 1 else clip - clip
     steps = steps.sum(1, dtype=torch.int64 if whole else None)  # (B, T - 1, H, W), or (B, 1, H, W)
     steps = torch.cat((steps[:, :1], steps), 1)[:, -extents[0] :]
-    t, h, w = patch
     split = steps.view(len(video), grid[0], t, grid[1], h, grid[2], w)
     change = split.sum((2, 4, 6)).flatten(1)
     values = channels * t * h * w
