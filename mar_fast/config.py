@@ -218,9 +218,10 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
 
 def known_heads(embed_dim: int, depth: int) -> int | None:
     """Heads of the named encoder with these sizes, if there is one."""
-    return {row[:2]: row[2] for row in _ROWS.values()}.get((embed_dim, depth))
+    found = (size for size in _SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth))
+    return next((size["num_heads"] for size in found), None)
 
 
 def known_decoder_heads(embed_dim: int) -> int | None:
     """Heads of the named pixel decoders with this embed_dim, if there are any; their depth is an option."""
-    return {row[3]: row[5] for row in _ROWS.values()}.get(embed_dim)
+    return next((size["decoder_num_heads"] for size in _SIZES.values() if size["decoder_embed_dim"] == embed_dim), None)
