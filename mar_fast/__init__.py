@@ -32,7 +32,6 @@ _NAMES = {
     "quantization": ("quantize",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = ("checkpoint", "cost", "data", "eval", "kernels", "masking", "reference")
 
 __all__ = [
     "MAR",
@@ -69,11 +68,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_HOME.get(name, name)}", __name__)
+    return getattr(module, name) if name in _HOME else module
 
 
 def __dir__() -> list[str]:

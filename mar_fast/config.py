@@ -171,22 +171,16 @@ def check_cell(cell: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
 
 # Encoders are VideoMAE's (arXiv 2203.12602), giant is VideoMAE v2's (arXiv 2303.16727). The pixel decoders of base and
 # large are MAR's, the others are the pre-training decoders of these papers.
-_SIZES: dict[str, dict[str, Any]] = {
-    "small": dict(embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3),
-    "base": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6),
-    "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=12, decoder_num_heads=8),
-    "huge": dict(embed_dim=1280, depth=32, num_heads=16, decoder_embed_dim=640, decoder_depth=12, decoder_num_heads=8),
-    "giant": dict(
-        embed_dim=1408,
-        depth=40,
-        num_heads=16,
-        mlp_ratio=48 / 11,
-        patch_size=(2, 14, 14),
-        decoder_embed_dim=512,
-        decoder_depth=4,
-        decoder_num_heads=8,
-    ),
+_COLUMNS = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+_ROWS = {
+    "small": (384, 12, 6, 192, 4, 3),
+    "base": (768, 12, 12, 384, 4, 6),
+    "large": (1024, 24, 16, 512, 12, 8),
+    "huge": (1280, 32, 16, 640, 12, 8),
+    "giant": (1408, 40, 16, 512, 4, 8),
 }
+_SIZES: dict[str, dict[str, Any]] = {size: dict(zip(_COLUMNS, row, strict=True)) for size, row in _ROWS.items()}
+_SIZES["giant"] |= dict(mlp_ratio=48 / 11, patch_size=(2, 14, 14))
 
 # A dense VideoMAE classifier: mean pooling and its own norm instead of the encoder's last one, no decoder.
 _DENSE: dict[str, Any] = dict(classifier="linear", final_norm=False, mask_ratio=0.0, decoder_depth=0)

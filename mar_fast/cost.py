@@ -114,24 +114,27 @@ def count(
         raise checks.bad("method", repr(method), "'visible' or 'original'")
     if reconstruct and not config.decoder_depth:
         raise checks.bad("reconstruct", reconstruct, "False: this model has no decoder (decoder_depth is 0)")
-    counter = _Counter(batch, visible, bytes_per_value, bytes_per_pixel, original=method == "original")
-    parts = [*counter.encoder(config), *counter.classifier(config)]
-    if reconstruct:
-        parts += counter.decoder(config)
-    if training:
-        parts = [_with_backward(part) for part in parts]
-    return Cost(tuple(part for part in parts if part.parameters or part.bytes_moved))
+    counter = _Counter(config, batch, visible, bytes_per_value, bytes_per_pixel, original=method == "original")
+    parts = [*counter.encoder(), *counter.classifier(), *(counter.decoder() if reconstruct else ())]
+    return Cost(tuple(_merged(parts, training)))
 
 
-def _with_backward(part: Part) -> Part:
-    times = 2 if part.name == "encoder.patch_embed" else 3  # its only gradient is the weight's
-    return replace(part, multiply_adds=times * part.multiply_adds, bytes_moved=times * part.bytes_moved)
+def _merged(parts: list[Part], training: bool) -> Iterator[Part]:
+    """Parts with the same name added up, in the order of their first appearance; in training with backward."""
+    for name in dict.fromkeys(part.name for part in parts):
+        own = Cost(tuple(part for part in parts if part.name == name))
+        times = 1
+        if training:
+            times = 2 if name == "encoder.patch_embed" else 3  # its only gradient is the weight's
+        if own.parameters or own.bytes_moved:
+            yield Part(name, own.parameters, times * own.multiply_adds, times * own.bytes_moved)
 
 
 @dataclass(frozen=True)
 class _Counter:
     """Formulas of the parts; ``value`` and ``pixel`` are bytes."""
 
+    config: MARConfig
     batch: int
     visible: int
     value: int
@@ -181,47 +184,36 @@ class _Counter:
             yield self.norms(f"{name}.norms", tokens, dim, depth)
             yield self.norms(f"{name}.norms", rows, dim, depth)
 
-    def encoder(self, config: MARConfig) -> list[Part]:
-        visible, dim = self.visible, config.embed_dim
+    def encoder(self) -> Iterator[Part]:
+        config, visible, dim = self.config, self.visible, self.config.embed_dim
         embedded = config.num_tokens if self.original else visible
         patch = self.linear("encoder.patch_embed", embedded, config.patch_values, dim)
         pixels = self.batch * embedded * config.patch_values
-        patch = replace(patch, bytes_moved=patch.bytes_moved + pixels * (self.pixel - self.value))
-        blocks = self.blocks("encoder", visible, dim, config.num_heads, config.mlp_ratio, config.depth)
-        return _merge([patch, *blocks, self.norms("encoder.norms", visible, dim, int(config.final_norm))])
+        yield replace(patch, bytes_moved=patch.bytes_moved + pixels * (self.pixel - self.value))
+        yield from self.blocks("encoder", visible, dim, config.num_heads, config.mlp_ratio, config.depth)
+        yield self.norms("encoder.norms", visible, dim, int(config.final_norm))
 
-    def classifier(self, config: MARConfig) -> list[Part]:
-        visible, dim, blocks = self.visible, config.embed_dim, list[Part]()
+    def classifier(self) -> Iterator[Part]:
+        config, visible, dim = self.config, self.visible, self.config.embed_dim
         if config.classifier is None:
-            return []
+            return
         if config.classifier == "bridging":
             dim = config.bridge_embed_dim
             shape = (visible, dim, config.bridge_num_heads, config.bridge_mlp_ratio, config.bridge_depth)
-            blocks = [self.linear("classifier.proj_in", visible, config.embed_dim, dim, bias=False)]
-            blocks += self.blocks("classifier", *shape, key_bias=True)
-        blocks.append(self.norms("classifier.norms", 1, dim, 1))
+            yield self.linear("classifier.proj_in", visible, config.embed_dim, dim, bias=False)
+            yield from self.blocks("classifier", *shape, key_bias=True)
+        yield self.norms("classifier.norms", 1, dim, 1)
         if config.num_classes:
-            blocks.append(self.linear("classifier.head", 1, dim, config.num_classes))
-        return _merge(blocks)
+            yield self.linear("classifier.head", 1, dim, config.num_classes)
 
-    def decoder(self, config: MARConfig) -> list[Part]:
-        visible, tokens, dim = self.visible, config.num_tokens, config.decoder_embed_dim
+    def decoder(self) -> Iterator[Part]:
+        config, visible, dim = self.config, self.visible, self.config.decoder_embed_dim
+        tokens = config.num_tokens
         rows = tokens if self.original else tokens - visible
         shape = (tokens, dim, config.decoder_num_heads, config.decoder_mlp_ratio, config.decoder_depth)
-        loss_bytes = self.batch * rows * config.patch_values * (self.pixel + self.value)
-        parts = [
-            self.linear("decoder.proj_in", visible, config.embed_dim, dim, bias=False),
-            Part("decoder.scatter", dim, 0, self.batch * (visible + tokens) * dim * self.value),
-            *self.blocks("decoder", *shape, last_rows=rows),
-            self.norms("decoder.norms", rows, dim, 1),
-            self.linear("decoder.head", rows, dim, config.patch_values),
-            Part("decoder.loss", 0, 0, loss_bytes),
-        ]
-        return _merge(parts)
-
-
-def _merge(parts: list[Part]) -> list[Part]:
-    """Parts with the same name added up, in the order of their first appearance."""
-    names = dict.fromkeys(part.name for part in parts)
-    sums = {name: Cost(tuple(part for part in parts if part.name == name)) for name in names}
-    return [Part(name, own.parameters, own.multiply_adds, own.bytes_moved) for name, own in sums.items()]
+        yield self.linear("decoder.proj_in", visible, config.embed_dim, dim, bias=False)
+        yield Part("decoder.scatter", dim, 0, self.batch * (visible + tokens) * dim * self.value)
+        yield from self.blocks("decoder", *shape, last_rows=rows)
+        yield self.norms("decoder.norms", rows, dim, 1)
+        yield self.linear("decoder.head", rows, dim, config.patch_values)
+        yield Part("decoder.loss", 0, 0, self.batch * rows * config.patch_values * (self.pixel + self.value))

@@ -2,8 +2,8 @@
 
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,17 +34,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` to fill within this context; then it is renamed, or after an error deleted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    """The path of a temporary file, to write within this context; then it is renamed, or after an error deleted."""
+    temporary = _beside(path)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        _like_new(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what `whole_file` left beside ``path`` where its process was killed."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
+        left.unlink()
 
 
 def write_whole_files(paths: Sequence[Path], write: Callable[[Path], object]) -> None:
@@ -54,11 +57,12 @@ def write_whole_files(paths: Sequence[Path], write: Callable[[Path], object]) ->
     others are replaced, so that it never reads the wrong ones. Where this process is killed just then it is missing,
     and the old files are in the temporary folder.
     """
-    paths[-1].parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=paths[-1].parent, prefix=f".{paths[-1].name}-"))
+    temporary = _beside(paths[-1])
     old = temporary / "old"
+    temporary.mkdir()
     try:
         write(temporary)
+        _like_new(temporary)
         old.mkdir()
         with ExitStack() as on_error:
             for path in reversed(paths):
@@ -66,7 +70,6 @@ def write_whole_files(paths: Sequence[Path], write: Callable[[Path], object]) ->
                     path.rename(old / path.name)
                     on_error.callback((old / path.name).rename, path)
             for path in paths:
-                (temporary / path.name).chmod(0o666 & ~_umask())
                 (temporary / path.name).rename(path)
                 on_error.callback(path.unlink)
             on_error.pop_all()
@@ -74,34 +77,33 @@ def write_whole_files(paths: Sequence[Path], write: Callable[[Path], object]) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete what `whole_file` left beside ``path`` where its process was killed."""
-    for left in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
-        left.unlink()
-
-
 def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:
     """`write_whole` for a folder: ``write`` fills a temporary one beside ``path``, which then replaces it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    old = temporary.with_name(temporary.name + "-old")
+    temporary, old = _beside(path), _beside(path)
+    temporary.mkdir()
     try:
         write(temporary)
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            path.rename(old)
-        try:
+        _like_new(temporary)
+        with ExitStack() as on_error:
+            if path.exists():
+                path.rename(old)
+                on_error.callback(old.rename, path)
             temporary.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+            on_error.pop_all()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _umask() -> int:
+def _beside(path: Path) -> Path:
+    """A new name beside ``path``, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def _like_new(path: Path) -> None:
+    """Give a file, or a folder with all in it, the modes of new ones: safetensors writes files for their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for part in (path, *path.rglob("*")):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~mask)

@@ -9,11 +9,10 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .kernels import checks, derived
@@ -265,13 +264,5 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _cloned(value: Any) -> Any:
-    """``value`` with a clone of every tensor in it."""
-
-    def leaf(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part.clone()
-        if is_dataclass(part) and not isinstance(part, type):
-            return replace(part, **{item.name: _cloned(getattr(part, item.name)) for item in fields(part) if item.init})
-        return part
-
-    return pytree.tree_map(leaf, value)
+    """A copy of ``value``, with a clone of every tensor in it."""
+    return copy.deepcopy(value, {id(tensor): tensor.clone() for tensor in _tensors(value)})

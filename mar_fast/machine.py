@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,10 +89,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {key}")
+    return int(found[1]) * 1024
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -127,11 +128,6 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -140,7 +136,8 @@ def _device_name(device: torch.device) -> str:
     if info.exists():
         models = (line for line in info.read_text().splitlines() if line.startswith("model name"))
         name = next(models, f":{name}").split(":", 1)[1].strip()
-    return f"{name}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _clocks(device: torch.device) -> str:
@@ -148,12 +145,9 @@ def _clocks(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     wanted = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader", f"--id={device.index or 0}"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return f"{wanted}: {answer.stdout.strip()}" if answer.returncode == 0 else ""
+    options = f"--query-gpu={wanted}", "--format=csv,noheader", f"--id={device.index or 0}"
+    answer = _answer("nvidia-smi", *options)
+    return f"{wanted}: {answer}" if answer else ""
 
 
 def _version(package: str) -> str:
@@ -165,11 +159,15 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """The commit of this checkout, with "-dirty" if it was changed; empty outside a checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    here = Path(__file__).resolve()
+    git = "git", "-C", str(here.parent)
+    tracked = _answer(*git, "ls-files", "--error-unmatch", str(here))
+    return tracked and _answer(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _answer(*command: str) -> str:
+    """What a command prints; nothing if it fails or is not there."""
     try:
-        tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
-        answer = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return answer.stdout.strip() if tracked.returncode == 0 and answer.returncode == 0 else ""

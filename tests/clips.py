@@ -58,6 +58,13 @@ def textured(path, frames=40, size=(48, 64), **options):
     return write(path, [texture(number, size) for number in range(frames)], **options)
 
 
+def silence(stream):
+    """The packets of two seconds of it."""
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 44100), np.int16), format="s16", layout="stereo")
+    frame.sample_rate = 44100
+    return [*stream.encode(frame), *stream.encode()]
+
+
 def copied(source, path, skip_keys=0, skip=0, time=None):
     """Copy a film without encoding it anew, from a later key frame or packet on, or at other times."""
     keys = 0

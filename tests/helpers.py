@@ -39,6 +39,65 @@ def small_config(**overrides):
     return named_config("mar_vit_base", **{**small, **overrides})
 
 
+def small_clips(batch=2, dtype=torch.uint8, seed=7):
+    """(B, 3, 4, 64, 64), for models of `small_config`."""
+    shape, generator = (batch, 3, 4, 64, 64), torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+    return torch.randn(shape, dtype=dtype, generator=generator)
+
+
+@torch.no_grad()
+def draw_weights(model):
+    """Give every weight a random value, none of them a special one; returns the model."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        z = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            z = 1 + 0.1 * z if "norm" in name and name.endswith("weight") else 0.1 * z
+        else:
+            z = z / parameter[0].numel() ** 0.5
+        parameter.copy_(z)
+    return model
+
+
+def values(model, video, mask, reconstruct):
+    """What a model or the reference gives, by name; without targets, which the reference alone has."""
+    out = model(video, mask, reconstruct=reconstruct)
+    found = out._asdict() if hasattr(out, "_asdict") else vars(out)
+    return {name: value for name, value in found.items() if value is not None and name != "targets"}
+
+
+def training_step(run, model, video, mask, autocast=False):
+    """What ``run(model, video, mask, reconstruct)`` gives, as `values` does, and all gradients, in float64."""
+    reconstruct = model.decoder is not None and mask.drop_idx.numel() > 0
+    model.train().zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = run(model, video, mask, reconstruct)
+    logits, target = out["logits"], torch.arange(mask.batch, device=video.device) * 2 + 3
+    loss = torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+    (loss + 0.1 * out.get("reconstruction_loss", 0)).backward()
+    out |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: value.detach().double().clone() for name, value in out.items()}
+
+
+def assert_near(got, want, own_error, floor, few=1):
+    """Nothing is further from ``want`` than twice the error ``own_error`` of the plain model, and ``floor``.
+
+    The error of up to ``few`` numbers may be small by luck: what went into them counts too.
+    """
+    assert set(got) == set(own_error) == set(want)
+    largest = max(float(value.norm()) for value in want.values())
+    for name, value in want.items():
+        assert got[name].shape == value.shape
+        if value.norm() == 0:  # the query bias, where there is only one key
+            assert got[name].norm() <= floor * largest, name
+            continue
+        compared = [name, *(key for key in ("logits", "pixels") if value.numel() <= few and key in want)]
+        allowed = 2 * max(own_error[key] for key in compared) + floor
+        assert relative(got[name], value) <= allowed, (name, relative(got[name], value), allowed)
+
+
 # MAR's layout on the left, ours on the right.
 _RENAMED = (
     ("backbone.", "encoder."),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mar_fast.files import write_whole_files
+from mar_fast.files import write_whole, write_whole_files, write_whole_folder
 
 OLD, NEW = {"model": "old", "data": "old data"}, {"model": "new", "data": "new data"}
 RENAMES = 4  # both out of the way, both in place
@@ -65,5 +65,19 @@ def test_new_files_and_an_error(tmp_path):
     assert not list(paths[0].parent.iterdir())
     write_whole_files(paths, fill)
     assert contents(paths[0].parent) == NEW and len(list(paths[0].parent.iterdir())) == 2
-    (tmp_path / "plain").touch()
-    assert {path.stat().st_mode for path in paths} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_modes_are_those_of_new_files(tmp_path):
+    """Though safetensors writes files that only their owner may read."""
+
+    def private(path):
+        path.write_text("")
+        path.chmod(0o600)
+
+    write_whole(tmp_path / "one", private)
+    write_whole_files([tmp_path / "data", tmp_path / "model"], lambda folder: [private(folder / n) for n in NEW])
+    write_whole_folder(tmp_path / "folder", lambda folder: private(folder / "model"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*")}
+    assert modes == {(tmp_path / "plain").stat().st_mode, (tmp_path / "plain" / "file").stat().st_mode}

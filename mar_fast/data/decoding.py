@@ -134,7 +134,6 @@ class Video:
             self._index.begin(frame.pts for frame in self._from_start())
         counted = self._index.counted
         self.total = sum(1 for _ in self._from_start()) if counted else len(self._index.stamps)
-        self._keys = self._index.keys
 
     def _open(self) -> None:
         """Open the file, again if it is open."""
@@ -152,8 +151,7 @@ class Video:
         """
         if not self._index.counted:
             return (self._index.stamps[number] - self._index.stamps[0]) * Fraction(self._stream.time_base or 0)
-        rate = self._stream.average_rate
-        return number / rate if rate else None
+        return number / self.rate if self.rate else None
 
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
         """Decode these frames; numbers ascend, and count in order of presentation.
@@ -166,11 +164,13 @@ class Video:
         source: Iterator[tuple[int, VideoFrame]] | None = None
         reached = -1
         for wanted in numbers:
-            if source is None or self._keys[bisect_right(self._keys, wanted) - 1] > reached + 1:
+            keys = self._index.keys
+            if source is None or keys[bisect_right(keys, wanted) - 1] > reached + 1:
                 source = self._start(wanted)
             found = next((numbered for numbered in source if numbered[0] >= wanted), None)
             if found is None or found[0] != wanted or found[1].is_corrupt:
-                got = f"{self.name}, of which frame {wanted}{self._seconds(wanted)} cannot be decoded"
+                time = "" if self._index.counted else f", {float(self.time(wanted) or 0):.2f} s from the start,"
+                got = f"{self.name}, of which frame {wanted}{time} cannot be decoded"
                 raise checks.bad("path", got, "a complete video file")
             reached = wanted
             yield found
@@ -181,16 +181,17 @@ class Video:
         Where a container seeks by time of decoding, it can land on the key frame after the right one; so earlier ones
         are tried, twice as far back each time. If none of several is trusted, no other seek will be tried either.
         """
-        before, back = bisect_right(self._keys, wanted), 1
-        while back <= before and not self._index.counted:
-            source = self._sought(self._keys[before - back], wanted)
+        index, back = self._index, 1
+        before = bisect_right(index.keys, wanted)
+        while back <= before and not index.counted:
+            source = self._sought(index.keys[before - back], wanted)
             if source is not None:
                 return source
             back *= 2
         if before > 1:  # an mp4 that an editor trimmed may have no key frame at its beginning
-            self._keys = array("q", [0])
+            index.keys = array("q", [0])
         frames = self._from_start()
-        return enumerate(frames) if self._index.counted else self._numbered(frames)
+        return enumerate(frames) if index.counted else self._numbered(frames)
 
     def _sought(self, key: int, wanted: int) -> Iterator[tuple[int, "VideoFrame"]] | None:
         """Seek to a key frame and decode from there; None if the seek is not to be trusted."""
@@ -214,9 +215,6 @@ class Video:
         """Each frame with its number; one with an unknown time stamp is left out."""
         numbered = ((self._index.number(frame.pts), frame) for frame in frames)
         return (found for found in numbered if found[0] >= 0)
-
-    def _seconds(self, number: int) -> str:
-        return "" if self._index.counted else f", {float(self.time(number) or 0):.2f} s from the start,"
 
 
 @contextmanager

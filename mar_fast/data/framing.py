@@ -35,15 +35,15 @@ def pictures(frame: "VideoFrame", aspect: Fraction, size: tuple[int, int] | None
     Raises:
         ValueError: the frame is to be shown turned by other than quarter turns.
     """
-    turns, mirrored = orientation(frame)
     if size is None:
-        return [_upright(_rgb(frame, frame.height, frame.width), turns, mirrored)] * crops
+        return [_upright(frame, frame.height, frame.width)] * crops
+    turns, _ = orientation(frame)
     height, width = size if turns % 2 == 0 else size[::-1]  # of the frame as it is stored
     shown_width = frame.width * float(aspect)  # in heights of a pixel
     scale = max(height / frame.height, width / shown_width)
     full_height = max(height, round(frame.height * scale))
     full_width = max(width, round(shown_width * scale))
-    image = _upright(_rgb(frame, full_height, full_width), turns, mirrored)
+    image = _upright(frame, full_height, full_width)
     spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
     shares = [(k, crops - 1) for k in range(crops)] if crops > 1 else [(1, 2)]
     corners = [(spare_height * k // steps, spare_width * k // steps) for k, steps in shares]
@@ -56,10 +56,9 @@ def picture(frame: "VideoFrame", aspect: Fraction, short_side: int) -> Image:
     Raises:
         ValueError: the frame is to be shown turned by other than quarter turns.
     """
-    turns, mirrored = orientation(frame)
     shown_width = frame.width * float(aspect)
     scale = min(1.0, short_side / min(frame.height, shown_width))
-    return _upright(_rgb(frame, round(frame.height * scale), round(shown_width * scale)), turns, mirrored)
+    return _upright(frame, round(frame.height * scale), round(shown_width * scale))
 
 
 def orientation(frame: "VideoFrame") -> tuple[int, bool]:
@@ -78,16 +77,13 @@ def orientation(frame: "VideoFrame") -> tuple[int, bool]:
     return round(degrees / 90) % 4, mirrored
 
 
-def _rgb(frame: "VideoFrame", height: int, width: int) -> Image:
-    """(H, W, 3), by one converter for each thread: to make one costs more than to convert most frames."""
+def _upright(frame: "VideoFrame", height: int, width: int) -> Image:
+    """(H, W, 3), or (W, H, 3) if the frame is shown turned by a quarter: resized as it is stored, then turned."""
     from av.video.reformatter import VideoReformatter
 
-    if not hasattr(_THREAD, "converter"):
+    turns, mirrored = orientation(frame)
+    if not hasattr(_THREAD, "converter"):  # to make one costs more than to convert most frames
         _THREAD.converter = VideoReformatter()
     converted = _THREAD.converter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1)
-    return converted.to_ndarray()
-
-
-def _upright(image: Image, turns: int, mirrored: bool) -> Image:
-    image = np.rot90(image, turns)
+    image = np.rot90(converted.to_ndarray(), turns)
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)

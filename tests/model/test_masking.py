@@ -238,26 +238,18 @@ def test_to_keeps_everything_but_the_device(mask):
         assert getattr(moved, name) == getattr(mask, name)
 
 
+# Besides the calls of test_errors.py.
 i32, three = partial(torch.tensor, dtype=torch.int32), partial(TokenMask, grid=(3,))
-HALF, UNEVEN = torch.tensor([[True, False], [False, True]]), torch.tensor([[True, False], [True, True]])
-running = partial(cell_running, 2, GRID, 0.5)
+HALF, running = torch.tensor([[True, False], [False, True]]), partial(cell_running, 2, GRID, 0.5)
 REFUSED = [
-    ("keep_idx and drop_idx together", three, i32([[0, 1]]), i32([[1]])),
     ("keep_idx", three, i32([[0, 1], [1, 0]]), i32([[2], [2]])), ("drop_idx", three, i32([[0]]), i32([[2, 1]])),
     ("keep_idx", three, i32([[0, 0]]), i32([[1]])), ("drop_idx", three, i32([[0]]), i32([[1], [2]])),
-    ("keep_idx", three, i32([[0, 3]]), i32([[1]])), ("drop_idx", three, i32([[0, 1]]), i32([[-1]])),
+    ("keep_idx", three, i32([0]), i32([[1, 2]])), ("drop_idx", three, i32([[0, 1]]), i32([[-1]])),
     ("keep_idx", three, i32([[0]]).long(), i32([[1, 2]])), ("drop_idx", three, i32([[0]]), i32([[1, 2]]).float()),
-    ("keep_idx", three, i32([0]), i32([[1, 2]])), ("keep_idx and drop_idx", three, i32([[0]]), i32([[1]])),
-    ("grid", TokenMask, i32([[0]]), i32([[1, 2]]), (1, 3)), ("num_visible", partial(from_bool, num_visible=2), HALF),
-    ("masked", from_bool, HALF.int()), ("masked", from_bool, HALF[0]), ("masked", from_bool, UNEVEN),
-    ("num_visible", partial(from_bool, num_visible=3), HALF.to("meta")),
-    ("batch", cell_running, -1, GRID, 0.5), ("grid", cell_running, 2, (8, 4), 0.5),
-    ("ratio", cell_running, 2, GRID, 0.3), ("grid", masking.frame, 2, (0, 4, 4), 0.5),
-    ("ratio", masking.random, 2, GRID, 1.0), ("ratio", masking.tube, 2, GRID, -0.1),
-    ("cell", partial(running, cell=(1, 3, 2))), ("cell", partial(running, cell=(0, 2, 2))),
-    ("direction", partial(running, direction=2)), ("phase", partial(running, phase=0.5)),
+    ("grid", TokenMask, i32([[0]]), i32([[1, 2]]), (1, 3)), ("ratio", masking.tube, 2, GRID, -0.1),
+    ("num_visible", partial(from_bool, num_visible=3), HALF.to("meta")), ("cell", partial(running, cell=(0, 2, 2))),
+    ("grid", cell_running, 2, (8, 4), 0.5), ("grid", masking.frame, 2, (0, 4, 4), 0.5),
     ("phase", partial(running, phase=torch.zeros(2))), ("phase", partial(running, phase=HALF[0])),
-    ("phase", partial(running, phase=torch.arange(3))),
 ]  # fmt: skip
 
 

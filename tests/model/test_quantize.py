@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import relative, small_config
+from helpers import relative, small_clips, small_config
 from torch import nn
 
 import mar_fast
@@ -24,11 +24,6 @@ def small_model(**overrides):
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model
-
-
-def clips(model, count=2):
-    config = model.config
-    return torch.randint(256, (count, 3, config.num_frames, *config.image_size), dtype=torch.uint8)
 
 
 def fp8(x):
@@ -77,7 +72,7 @@ def quantised_reference(model):
 def test_against_the_reference():
     """As near as float32 gets: where it rounds a value to the other side of a tie, that value is off by a step."""
     model = small_model()
-    quantised, video = quantize(model, "fp8", emulate=True), clips(model)
+    quantised, video = quantize(model, "fp8", emulate=True), small_clips()
     mask = masking.random(2, model.config.grid, 0.5)
     got, before = (run(video, mask, reconstruct=True) for run in (quantised, model))
     plain = quantised_reference(model)
@@ -109,7 +104,7 @@ def test_what_is_quantised():
 def test_dtypes():
     """The rest of the model may change its dtype; layers in fp8 keep their bits, and follow the activations' dtype."""
     quantised = quantize(small_model(), "fp8", emulate=True)
-    video = clips(quantised)
+    video = small_clips()
     want, state = quantised(video).logits, quantised.state_dict()
     for dtype, bound in ((torch.bfloat16, 3e-2), (torch.float16, 2e-2)):
         low = copy.deepcopy(quantised).to(dtype).float().to(dtype)
@@ -127,7 +122,7 @@ def test_dtypes():
 def test_ragged():
     """Packed clips give what each gives alone: every token has a scale of its own."""
     quantised = quantize(small_model(decoder_depth=0), "fp8", emulate=True)
-    video, masked = clips(quantised), torch.zeros(2, math.prod(quantised.config.grid), dtype=torch.bool)
+    video, masked = small_clips(), torch.zeros(2, math.prod(quantised.config.grid), dtype=torch.bool)
     masked[0, ::2], masked[1, ::3] = True, True
     together, *alone = (
         quantised(video[clips], mar_fast.TokenMask.ragged(masked[clips])).logits
@@ -140,7 +135,7 @@ def test_ragged():
 def test_layers_with_hooks():
     """Hooks see tensors, and layers that have them still run."""
     quantised = quantize(small_model(decoder_depth=0), "fp8", emulate=True)
-    video, seen = clips(quantised), []
+    video, seen = small_clips(), []
     want = quantised(video).logits
     block = quantised.encoder.blocks[0]
     for module in (block.attn, block.attn.qkv, block.mlp, block.mlp.fc1, block.mlp.fc2):
@@ -156,7 +151,7 @@ def test_stored(tmp_path):
     quantised = quantize(small_model(), "fp8", keep="encoder.blocks.1", emulate=True)
     quantised.save_pretrained(tmp_path / "folder")
     mar_fast.save_checkpoint(quantised, tmp_path / "file.safetensors")
-    state, video = quantised.state_dict(), clips(quantised)
+    state, video = quantised.state_dict(), small_clips()
     for source in (tmp_path / "folder", tmp_path / "file.safetensors"):
         back = mar_fast.from_pretrained(source)
         assert "9 layers in fp8" in str(back.load_report)

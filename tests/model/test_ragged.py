@@ -1,13 +1,11 @@
 """Ragged batches: the model on packed tokens against the plain model on each clip alone."""
 
-import functools
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import INTERPRETING
-from helpers import relative, small_config
+from helpers import assert_near, draw_weights, relative, small_clips, small_config, training_step, values
 from test_jit_model import LARGE_TILES
 
 import mar_fast
@@ -32,32 +30,8 @@ def ragged(lengths, seed=3):
     return TokenMask.ragged([torch.randperm(TOKENS, generator=generator)[:n] for n in lengths], GRID)
 
 
-def clips(batch, seed=7, dtype=torch.uint8):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, 3, 4, 64, 64)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
-    return torch.randn(shape, dtype=dtype, generator=generator)
-
-
-@functools.cache
-def weights(**overrides):
-    """None of them at a special value."""
-    generator = torch.Generator().manual_seed(5)
-    state = reference.MAR(small_config(**overrides)).state_dict()
-    for name, value in state.items():
-        z = torch.randn(value.shape, generator=generator)
-        if value.ndim == 1:
-            state[name] = 1 + 0.1 * z if "norm" in name and name.endswith("weight") else 0.1 * z
-        else:
-            state[name] = z / value[0].numel() ** 0.5
-    return state
-
-
 def build(kind, dtype=torch.float32, device="cpu", **overrides):
-    model = kind(small_config(**overrides))
-    model.load_state_dict(weights(**overrides))
-    return model.to(device, dtype).train()
+    return draw_weights(kind(small_config(**overrides))).to(device, dtype).train()
 
 
 def alone(model, video, mask, reconstruct):
@@ -78,28 +52,9 @@ def alone(model, video, mask, reconstruct):
 
 
 def together(model, video, mask, reconstruct):
-    out = model(video, mask, reconstruct=reconstruct)
-    assert torch.equal(out.cu_seqlens, mask.cu_seqlens)
-    names = ("logits", "features") + (("pixels", "reconstruction_loss") if reconstruct else ())
-    return {name: getattr(out, name) for name in names}
-
-
-def in_a_batch(model, video, mask, reconstruct):
-    out = vars(model(video, mask, reconstruct=reconstruct))
-    return {name: value for name, value in out.items() if value is not None}
-
-
-def results(run, model, video, mask, autocast=False):
-    """All values, and all gradients of a training step, in float64."""
-    reconstruct = model.decoder is not None and mask.drop_idx.numel() > 0
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = run(model, video, mask, reconstruct)
-    logits, target = out["logits"], torch.arange(mask.batch, device=video.device) * 2 + 3
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
-    (loss + 0.1 * out.get("reconstruction_loss", 0)).backward()
-    out |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {name: value.detach().double() for name, value in out.items()}
+    out = values(model, video, mask, reconstruct)
+    assert torch.equal(out.pop("cu_seqlens"), mask.cu_seqlens)
+    return out
 
 
 def assert_as_alone(mask, video, dtype, **overrides):
@@ -107,55 +62,44 @@ def assert_as_alone(mask, video, dtype, **overrides):
     autocast = dtype == "autocast"
     own = torch.float32 if autocast else dtype
     made = partial(build, device=video.device, **overrides)
-    ours = results(together, made(mar_fast.MAR, own), video, mask, autocast)
-    theirs = results(alone, made(reference.MAR, own), video, mask, autocast)
-    truth = results(alone, made(reference.MAR, torch.float64), video, mask)
+    ours = training_step(together, made(mar_fast.MAR, own), video, mask, autocast)
+    theirs = training_step(alone, made(reference.MAR, own), video, mask, autocast)
+    truth = training_step(alone, made(reference.MAR, torch.float64), video, mask)
     # In 16 bits PyTorch sums the gradients of a LayerNorm over a whole batch with twice the error that it makes clip by
     # clip, so the plain model's error on a batch with as many tokens counts too.
     dense = masking.random(mask.batch, GRID, len(mask.drop_idx) / (mask.batch * TOKENS), device=video.device)
-    batch = results(in_a_batch, made(reference.MAR, own), video, dense, autocast)
-    batch_truth = results(in_a_batch, made(reference.MAR, torch.float64), video, dense)
+    batch = training_step(values, made(reference.MAR, own), video, dense, autocast)
+    batch_truth = training_step(values, made(reference.MAR, torch.float64), video, dense)
     own_error = {name: relative(theirs[name], want) for name, want in truth.items()}
     for name in own_error:
         if "norm" in name:
             own_error[name] = max(own_error[name], relative(batch[name], batch_truth[name]))
-    assert set(ours) == set(theirs) == set(truth)
     floor = FLOOR[dtype]
     if video.is_cuda and dtype == torch.float32:
         # As in test_gpu.py: a softmax made anew from its log-sum-exp, and three TF32 products, in each layer that a
         # gradient passes. It shows in the query biases, sums over all tokens that nearly cancel.
         floor = 64 * torch.finfo(dtype).eps
-    largest = max(float(value.norm()) for value in truth.values())
-    for name, want in truth.items():
-        assert ours[name].shape == want.shape
-        if want.norm() == 0:  # the query bias, where there is only one key
-            assert ours[name].norm() <= floor * largest, name
-            continue
-        # The error of a few numbers may be small by luck: what went into them counts too.
-        few = want.numel() <= len(truth["logits"][0])
-        compared = [name, *(key for key in ("logits", "pixels") if few and key in truth)]
-        allowed = 2 * max(own_error[key] for key in compared) + floor
-        assert relative(ours[name], want) <= allowed, (name, relative(ours[name], want), allowed)
+    assert_near(ours, truth, own_error, floor, few=len(truth["logits"][0]))
 
 
 @pytest.mark.triton_too
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_each_clip_as_alone(dtype, lengths):
-    assert_as_alone(ragged(lengths), clips(len(lengths)), dtype)
+    assert_as_alone(ragged(lengths), small_clips(len(lengths)), dtype)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize("dtype", ["autocast", torch.float64], ids=str)
 def test_each_clip_as_alone_in_plain_pytorch(dtype, lengths):
     """In float64 a float64 clip, since the plain model normalises bytes in float32."""
-    video = clips(len(lengths), dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
+    video = small_clips(len(lengths), dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
     assert_as_alone(ragged(lengths), video, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_linear_classifier_without_final_norm(dtype):
-    video = clips(4, dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
+    video = small_clips(4, dtype=torch.float64 if dtype == torch.float64 else torch.uint8)
     assert_as_alone(ragged(LENGTHS["mixed"]), video, dtype, classifier="linear", final_norm=False, decoder_depth=0)
 
 
@@ -164,7 +108,7 @@ def test_equal_lengths_are_a_dense_batch():
     """Drop path and dropout too: drawn for the same clips and tokens, in the same order."""
     lengths, overrides = (9, 9, 9), dict(drop_path_rate=0.6, bridge_dropout=0.2, head_dropout=0.2)
     overrides |= dict(decoder_depth=1, bridge_depth=1)
-    mask, video, model = ragged(lengths), clips(3), build(mar_fast.MAR, **overrides)
+    mask, video, model = ragged(lengths), small_clips(3), build(mar_fast.MAR, **overrides)
     outs = []
     for form in (mask, TokenMask.from_bool_masked(mask.bool_masked())):
         torch.manual_seed(11)
@@ -192,7 +136,7 @@ def test_drop_path_is_one_draw_for_a_clip():
 def test_clips_do_not_touch_each_other():
     """A clip of NaN leaves the others as they are."""
     mask, model = ragged(LENGTHS["mixed"]), build(mar_fast.MAR, bridge_depth=1, decoder_depth=1).eval()
-    video = clips(4, dtype=torch.float32)
+    video = small_clips(4, dtype=torch.float32)
     before = model(video, mask, reconstruct=True)
     video[1] = torch.nan
     after = model(video, mask, reconstruct=True)
@@ -209,7 +153,7 @@ def test_compiles_without_graph_break():
     """Which also shows that no shape and no branch depends on values of the mask."""
     torch.compiler.reset()
     overrides = dict(depth=1, decoder_depth=1, bridge_depth=1)
-    mask, video, model = ragged(LENGTHS["mixed"]), clips(4), build(mar_fast.MAR, **overrides)
+    mask, video, model = ragged(LENGTHS["mixed"]), small_clips(4), build(mar_fast.MAR, **overrides)
     compiled, found = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     for run in (model, compiled):
         model.zero_grad()
@@ -227,12 +171,12 @@ def test_compiles_without_graph_break():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_each_clip_as_alone_on_a_gpu(dtype, lengths):
-    assert_as_alone(ragged(lengths).to("cuda"), clips(len(lengths)).cuda(), dtype)
+    assert_as_alone(ragged(lengths).to("cuda"), small_clips(len(lengths)).cuda(), dtype)
 
 
 @pytest.mark.gpu
 def test_nothing_waits_for_a_gpu():
-    model, mask, video = build(mar_fast.MAR, device="cuda"), ragged(LENGTHS["mixed"]).to("cuda"), clips(4).cuda()
+    model, mask, video = build(mar_fast.MAR, device="cuda"), ragged(LENGTHS["mixed"]).to("cuda"), small_clips(4).cuda()
     for mode in ("default", "error"):  # the first time loads the kernels, which may wait
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -245,6 +189,6 @@ def test_nothing_waits_for_a_gpu():
 @pytest.mark.parametrize("classifier", ["bridging", "linear"])
 def test_empty_batch(classifier):
     model = build(mar_fast.MAR, classifier=classifier).eval()
-    out = model(clips(0), TokenMask.ragged([], GRID), reconstruct=True)
+    out = model(small_clips(0), TokenMask.ragged([], GRID), reconstruct=True)
     assert out.logits.shape == (0, 11) and out.features.shape == (0, 96)
     assert out.pixels.shape == (0, 1536) and out.reconstruction_loss == 0

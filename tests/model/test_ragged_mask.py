@@ -5,7 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_ragged import build, clips, ragged
+from helpers import small_clips as clips
+from test_ragged import build, ragged
 
 import mar_fast
 from mar_fast import TokenMask
