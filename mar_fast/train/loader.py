@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator
 
 import torch
@@ -13,14 +12,13 @@ from .dataset import Batch, Item, Videos, collate
 from .sampler import StepSampler
 
 
-def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int, prefetch: int = 2) -> "DataLoader[Item]":
+def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int) -> "DataLoader[Item]":
     """A loader of `Batch`es; iterate over it by `batches`.
 
     Args:
         dataset: The clips.
         sampler: Its `StepSampler.set_epoch` chooses what the next iteration gives.
         workers: Processes, which stay from epoch to epoch; 0 reads in this one.
-        prefetch: Batches that each worker reads ahead.
     """
     return DataLoader(
         dataset,
@@ -29,7 +27,6 @@ def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int, prefetch
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),  # for copies to it that do not block
         persistent_workers=workers > 0,
-        prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,
         multiprocessing_context=_context() if workers else None,
         # Of its own: an iteration draws from it, and must not move the generator that the run keeps.
@@ -54,21 +51,6 @@ def batches(loader: "DataLoader[Item]") -> Iterator[Batch]:
             accepted = "workers that stay alive: is there enough memory for them, also in /dev/shm? (or fewer workers)"
             raise ChildProcessError(f"workers: got one that died ({text}), expected {accepted}") from error
         raise
-
-
-def clips_per_second(dataset: Videos, seconds: float = 5.0) -> float:
-    """Clips that one core reads and augments in a second, without a model.
-
-    Measured in CPU time of this process on random videos, so that a busy machine does not matter.
-    """
-    keys = iter(StepSampler(len(dataset), 1))
-    begin, clips = time.process_time(), 0
-    while (spent := time.process_time() - begin) < seconds:
-        key = next(keys, None)
-        if key is None:
-            break
-        clips += len(collate([dataset[item] for item in key]).video)
-    return clips / spent
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -21,7 +21,7 @@ from torch.utils.data import dataloader
 
 from mar_fast.data.annotations import Sample, read_annotations
 from mar_fast.train.dataset import BrokenVideos, ClipDataset, collate, draw_frames
-from mar_fast.train.loader import _start_worker, batches, clips_per_second, make_loader
+from mar_fast.train.loader import _start_worker, batches, make_loader
 from mar_fast.train.recipe import Augment, Data, Mask, Recipe
 from mar_fast.train.sampler import Key, StepSampler
 
@@ -293,7 +293,8 @@ def test_workers_that_die_and_errors_in_workers(folder, monkeypatch):
     wait = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(wait, "__defaults__", (0.2,))  # seconds between looks at the workers
     sampler = StepSampler(4, 1)
-    dying = make_loader(dataset(folder), sampler, workers=1, prefetch=1)
+    dying = make_loader(dataset(folder), sampler, workers=1)
+    dying.prefetch_factor = 1  # or all batches may have been read before the first is given
     with pytest.raises(ChildProcessError, match=r"workers: got one that died \(.*, expected workers that stay"):
         for _ in batches(dying):
             # Ctrl-C goes to the trainer's whole group, and is not to end its workers.
@@ -327,7 +328,3 @@ def test_workers_end_with_the_trainer():
     process.kill()
     with pytest.raises(EOFError):  # nobody holds the other end any more
         assert ours.poll(20) and ours.recv()
-
-
-def test_speed_is_in_clips(folder):
-    assert 1 < clips_per_second(dataset(folder, STRONG, repeats=2), 0.05) < 1e5
