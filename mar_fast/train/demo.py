@@ -79,7 +79,7 @@ class Motions(Videos):
         film = self.frames[int(rng.integers(len(self.frames)))]
         frame = film[int(rng.integers(len(film)))]
         clip = _move(frame, list(MOTIONS.values())[label], self.num_frames, self.side, rng)
-        return Item(clip.numpy()[None], label, key.video_index, [NO_BOX], key.counts, [])
+        return Item(clip.numpy()[None], label, key.video_index, [NO_BOX], key.counts, {})
 
 
 @cache

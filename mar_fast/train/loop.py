@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from .. import MAR
 from ..files import remove_leftovers
 from ..kernels import checks
-from .dataset import Batch, Broken, BrokenVideos, Item, Videos
+from .dataset import Batch, Item, Videos, add_broken
 from .distributed import World, spread, to_host
 from .loader import batches, make_loader
 from .log import Log
@@ -103,8 +103,7 @@ class Run:
         common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "processes": world.size}
         common |= {"accumulate": accumulate, **settings}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
-        self.broken = BrokenVideos(len(videos), recipe.data.max_broken)
-        self.done, self.best = 0, dict[str, float]()
+        self.done, self.best, self.broken = 0, dict[str, float](), dict[str, str]()
         self.stopped = self.due = False
         self.steps = self.sampler.steps * recipe.schedule.epochs
         self._losses = deque[float](maxlen=REMEMBERED)
@@ -125,7 +124,7 @@ class Run:
         self.done, extra = self.checkpoints.load(self.stepper, allow_changes=allow_changes)
         if self.done > self.steps:
             raise checks.bad("--resume", f"a run after step {self.done}", f"{self.steps} steps or fewer, as asked now")
-        self.best, self.broken.errors = extra["best"], extra["broken"]
+        self.best, self.broken = extra["best"], extra["broken"]
         if self.world.main:
             for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
                 remove_leftovers(self.out / name)
@@ -155,7 +154,7 @@ class Run:
                 self.stopped = False
                 with self.stepper.averaged():
                     export(self.stepper.model, self.out / "last.safetensors", self.world)
-        return Result(self.done, self.best, self.broken.errors, self.stopped)
+        return Result(self.done, self.best, self.broken, self.stopped)
 
     def _epoch(self, epoch: int, asked: list[int]) -> None:
         per_epoch = self.sampler.steps
@@ -186,7 +185,7 @@ class Run:
             batch = next(read)
             step.waited += time.perf_counter() - began
             step.clips += len(batch.video)
-            step.broken += batch.broken
+            step.broken |= batch.broken
             step.index += batch.video_index.tolist()
             seed = seed_of(recipe.seed, step.number, self.world.rank, number)
             torch.manual_seed(seed)  # of dropout and drop path
@@ -203,8 +202,9 @@ class Run:
             return
         loss, classification, reconstruction, right, norm, broken, asked, due = step.told()
         if broken:
-            new = self.broken.add([one for some in self.world.gather(step.broken) for one in some])
-            self._say({"step": step.number, "broken": [one._asdict() for one in new]} if new else None)
+            every = self._gather_broken(step.broken)
+            new = add_broken(self.broken, every, len(self.videos), self.recipe.data.max_broken)
+            self._say_broken(step.number, new)
         mean = sum(self._losses) / len(self._losses) if len(self._losses) == REMEMBERED else math.inf
         if not math.isfinite(loss) or loss > EXPLODED * mean:
             names = sorted({self.videos.paths[index] for some in self.world.gather(step.index) for index in some})
@@ -232,10 +232,17 @@ class Run:
         self._say(row)
         self.stopped, self.due = asked > 0, due > 0
 
-    def _say(self, row: dict[str, Any] | None) -> None:
-        if row is not None and self.log is not None:
+    def _say(self, row: dict[str, Any]) -> None:
+        if self.log is not None:
             self.log.add(row)
             self._on_row(row)
+
+    def _gather_broken(self, broken: Mapping[str, str]) -> dict[str, str]:
+        return dict(pair for some in self.world.gather(broken) for pair in some.items())
+
+    def _say_broken(self, step: int, broken: Mapping[str, str]) -> None:
+        if broken:
+            self._say({"step": step, "broken": [dict(path=path, error=error) for path, error in broken.items()]})
 
     def _validate(self, epoch: int) -> None:
         """Validate after ``epoch`` epochs the weights that are exported too, and keep the best ones."""
@@ -252,10 +259,10 @@ class Run:
         stepper, device, pretrain = self.stepper, self.world.device, self.recipe.task == "pretrain"
         stepper.called.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # videos, loss, first, among the first five
-        broken = list[Broken]()
+        broken = dict[str, str]()
         assert self.validation is not None
         for number, batch in enumerate(batches(self.validation)):
-            broken += batch.broken
+            broken |= batch.broken
             mask, decoder_mask = validation_masks(self.recipe, self.config, len(batch.video), number, device)
             video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
@@ -267,8 +274,7 @@ class Run:
             rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
             loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
             sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
-        if told := [one._asdict() for some in self.world.gather(broken) for one in dict.fromkeys(some)]:
-            self._say({"step": self.done, "broken": told})
+        self._say_broken(self.done, self._gather_broken(broken))
         videos, *rest = self.world.sum(sums).tolist()
         means = dict(zip(("loss",) if pretrain else ("loss", "top1", "top5"), rest, strict=False))
         return {"videos": videos} | {name: value / max(videos, 1) for name, value in means.items()}
@@ -276,7 +282,7 @@ class Run:
     def _save(self) -> None:
         self._settle()  # no checkpoint of weights that are not finite
         self._saved, self.due = time.monotonic(), False
-        extra = {"best": self.best, "broken": self.broken.errors}
+        extra = {"best": self.best, "broken": self.broken}
         self.checkpoints.save(self.done, self.stepper, extra, self.world)
 
 
@@ -290,7 +296,7 @@ class _Step:
     told: Callable[[], list[float]] = list
     waited: float = 0.0
     clips: int = 0
-    broken: list[Broken] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
     index: list[int] = field(default_factory=list)
 
 
