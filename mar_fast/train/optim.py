@@ -26,15 +26,14 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
         lr: The learning rate to start from; `set_lr` changes it.
 
     Returns:
-        Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor, and ``name``.
-        Each trainable parameter is in one of them, in the model's order.
+        Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor. Each trainable
+        parameter is in one of them, in the model's order.
 
     Raises:
         ValueError: no parameter is trainable.
     """
     depth = model.config.depth
     groups: dict[tuple[float, float], Group] = {}
-    layers: dict[tuple[float, float], set[int]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -44,12 +43,8 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
         key = scale, optimizer.weight_decay if matrix else 0.0
         group = groups.setdefault(key, dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=key[1]))
         group["params"].append(parameter)
-        layers.setdefault(key, set()).add(layer)
     if not groups:
         raise checks.bad("model", "no parameter that requires a gradient", "at least one")
-    for key, group in groups.items():
-        kind = ": matrices" if key[1] else ": biases, norms" if optimizer.weight_decay else ""
-        group["name"] = _span(layers[key], depth) + kind
     return sorted(groups.values(), key=lambda group: (group["lr_scale"], group["weight_decay"]))
 
 
@@ -58,16 +53,6 @@ def _layer(name: str, depth: int) -> int:
     if not name.startswith("encoder.") or part not in ("patch_embed", "blocks"):
         return depth + 1
     return 0 if part == "patch_embed" else int(rest.partition(".")[0]) + 1
-
-
-def _span(layers: set[int], depth: int) -> str:
-    """In words: "patch embedding", "block 3", "head", or from the first of these to the last."""
-
-    def word(layer: int) -> str:
-        return "patch embedding" if layer == 0 else "head" if layer > depth else f"block {layer - 1}"
-
-    first, last = word(min(layers)), word(max(layers))
-    return first if first == last else f"{first} to {last}"
 
 
 def adamw(model: MAR, optimizer: Optimizer, lr: float) -> torch.optim.AdamW:

@@ -49,8 +49,9 @@ class StepSampler(Sampler[list[Key]]):
         if accumulate < 1 or batch < 1 or batch % (world * accumulate):
             accepted = f"a multiple of {world} processes x {accumulate} batches a step"
             raise checks.bad("data.batch", batch, accepted)
-        if videos < (batch if training else 1):
-            raise checks.bad("list", f"{videos} videos", f"at least {batch if training else 1}, those of one step")
+        least = batch if training else 1
+        if videos < least:
+            raise checks.bad("list", f"{videos} videos", f"at least {least}, those of a step (--set data.batch)")
         self.videos, self.batch, self.accumulate, self.seed = videos, batch, accumulate, seed
         self.rank, self.world, self.training = rank, world, training
         self.steps = videos // batch if training else -(-videos // batch)

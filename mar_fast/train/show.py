@@ -12,10 +12,10 @@ from ..cost import Cost, count
 from ..eval.plot import OTHERS, OURS, legend_below, new_figure, save
 from ..kernels import checks
 from ..model import MAR
-from ..timing import interleaved
 from .masks import draw_mask
 from .optim import Group, accumulation, learning_rate, lr_factor, parameter_groups, peak_lr
 from .recipe import Recipe
+from .sampler import StepSampler
 
 
 def visible_tokens(recipe: Recipe) -> int:
@@ -84,14 +84,6 @@ def cost_of_step(recipe: Recipe) -> Cost:
     return count(recipe.config(), batch=clips, visible=visible_tokens(recipe), reconstruct=reconstruct, training=True)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product, measured in a fraction of a second: what `describe` calls a device's rate."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    spread = interleaved({"product": lambda: left @ right}, device, budget=0.3)["product"]
-    return 2 * size**3 / spread.p50
-
-
 def describe(
     recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float | None = None
 ) -> str:
@@ -102,14 +94,14 @@ def describe(
         videos: In the list to train on.
         processes: Of the run.
         clips_per_process: As many as a process takes at a time, see `accumulation`.
-        flops: FLOP/s of one process, given or by `product_rate`; None leaves the time out.
+        flops: FLOP/s of one process, for example by `matmul_rates`; None leaves the time out.
 
     Raises:
         ValueError: fewer videos than a batch, or the batch cannot be shared, see `accumulation`.
     """
     data, optimizer = recipe.data, recipe.optimizer
     micro_batches = accumulation(recipe, processes, clips_per_process)
-    per_epoch = steps_per_epoch(recipe, videos)
+    per_epoch = StepSampler(videos, data.batch).steps
     clips = data.batch * data.repeats // processes // micro_batches
     steps = per_epoch * recipe.schedule.epochs
     model = _shapes(recipe.config())
@@ -126,7 +118,7 @@ def describe(
         ("learning rate", _rates(recipe, per_epoch)),
         ("AdamW", f"betas {optimizer.betas}, eps {optimizer.eps:g}, gradients "
          + (f"clipped to norm {optimizer.clip_grad:g}" if optimizer.clip_grad else "not clipped")),
-        *_groups(parameter_groups(model, optimizer, peak_lr(recipe))),
+        *_groups(model, parameter_groups(model, optimizer, peak_lr(recipe))),
         ("memory", f"about {sum(kept.values()) / 1e9:.2f} GB a process, by arithmetic; "
          "the activations are an estimate"),
         ("", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kept.items())),
@@ -144,24 +136,13 @@ def describe(
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in rows)
 
 
-def steps_per_epoch(recipe: Recipe, videos: int) -> int:
-    """Optimizer steps of an epoch: whole batches.
-
-    Raises:
-        ValueError: not even one.
-    """
-    if videos < recipe.data.batch:
-        raise checks.bad("videos", videos, f"at least data.batch = {recipe.data.batch} (or a smaller --set data.batch)")
-    return videos // recipe.data.batch
-
-
 def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
     """A PNG of the learning rates of the run: of the head, of a block in the middle and of the patch embedding.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    per_epoch = steps_per_epoch(recipe, videos)
+    per_epoch = StepSampler(videos, recipe.data.batch).steps
     schedule, optimizer, depth = recipe.schedule, recipe.optimizer, recipe.config().depth
     steps = schedule.epochs * per_epoch
     # All steps of a short run; of a long one enough for a smooth curve.
@@ -230,14 +211,11 @@ def _rates(recipe: Recipe, per_epoch: int) -> str:
     return f"{peak_lr(recipe):.4g} ({of}), cosine by iteration: {told}"
 
 
-def _groups(groups: list[Group]) -> Iterator[tuple[str, str]]:
-    """A row for each learning rate: parameters with and without weight decay."""
-    for number, scale in enumerate(dict.fromkeys(group["lr_scale"] for group in groups)):
-        same, told, before = [group for group in groups if group["lr_scale"] == scale], "", ""
-        for group in same:
-            span, _, kind = group["name"].partition(": ")
-            size = sum(parameter.numel() for parameter in group["params"]) / 1e6
-            told += "; " * bool(told) + (f"{span}: " if span != before else "")
-            told += f"{kind} {size:.3f} M, weight decay {group['weight_decay']:g}".lstrip()
-            before = span
-        yield ("" if number else "groups"), f"lr {same[0]['lr']:.3g} (x {scale:.3g}): {told}"
+def _groups(model: MAR, groups: list[Group]) -> Iterator[tuple[str, str]]:
+    """A row for each group of parameters: its rates, its size, and the first and the last of them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for number, group in enumerate(groups):
+        rates = f"lr {group['lr']:.3g} (x {group['lr_scale']:.3g}), weight decay {group['weight_decay']:g}"
+        size = sum(parameter.numel() for parameter in group["params"]) / 1e6
+        span = " to ".join(dict.fromkeys(names[id(group["params"][end])] for end in (0, -1)))
+        yield ("" if number else "groups"), f"{rates}: {size:.3f} M, {span}"

@@ -268,7 +268,7 @@ def test_validation_counts_each_video_once(world):
 @pytest.mark.parametrize(
     ("videos", "options", "message"),
     [
-        (3, {}, "list: got 3 videos, expected at least 4, those of one step"),
+        (3, {}, r"list: got 3 videos, expected at least 4, those of a step \(--set data.batch\)"),
         (9, dict(world=3), "data.batch: got 4, expected a multiple of 3 processes x 1 batches a step"),
         (9, dict(accumulate=3), "data.batch: got 4, expected a multiple of 1 processes x 3"),
         (9, dict(rank=2, world=2), "rank: got 2, expected 0 to 1"),
