@@ -222,7 +222,7 @@ class Run:
         row |= {"loss": loss, "lr": step.lr}
         if self.recipe.task == "finetune":
             row |= {"classification": classification, "accuracy": right}
-        if self.recipe.task == "pretrain" or self.recipe.reconstruction_weight:
+        if self.recipe.reconstructs:
             row["reconstruction"] = reconstruction
         if self.recipe.optimizer.clip_grad:
             row["norm"] = norm if math.isfinite(norm) else None  # fp16 may overflow; JSON has no inf

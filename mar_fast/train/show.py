@@ -25,11 +25,6 @@ def visible_tokens(recipe: Recipe) -> int:
     return config.num_tokens if mask is None else mask.num_visible
 
 
-def decodes(recipe: Recipe) -> bool:
-    """Whether a step runs the pixel decoder."""
-    return recipe.task == "pretrain" or recipe.reconstruction_weight > 0
-
-
 def activation_bytes(recipe: Recipe, clips: int) -> int:
     """Bytes of activations that one micro-batch keeps for backward: an estimate.
 
@@ -47,7 +42,7 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     if config.classifier == "bridging":
         stacks.append((visible, config.bridge_embed_dim, config.bridge_mlp_ratio, config.bridge_depth))
     kept = visible * config.patch_values * value
-    if decodes(recipe):
+    if recipe.reconstructs:
         stacks.append((config.num_tokens, config.decoder_embed_dim, config.decoder_mlp_ratio, config.decoder_depth))
         kept += (config.num_tokens - visible) * config.patch_values * 8
     full = [round(tokens * dim * ((6 + 2 * ratio) * value + 8)) for tokens, dim, ratio, _ in stacks]
@@ -79,7 +74,7 @@ def cost_of_step(recipe: Recipe) -> Cost:
 
     So is the pixel decoder where it predicts a part of what was dropped (dual masking): the count stays a lower bound.
     """
-    reconstruct = decodes(recipe) and recipe.mask.decoder == "dropped"
+    reconstruct = recipe.reconstructs and recipe.mask.decoder == "dropped"
     clips = recipe.data.batch * recipe.data.repeats
     return count(recipe.config(), batch=clips, visible=visible_tokens(recipe), reconstruct=reconstruct, training=True)
 
