@@ -17,16 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mar_fast import MAR, from_pretrained
+from mar_fast import MAR
 from mar_fast.timing import interleaved
-from mar_fast.train import World, fit, read_recipe
+from mar_fast.train import World, read_recipe
 from mar_fast.train.dataset import collate
-from mar_fast.train.demo import CHECKED, CLIPS, Motions, Split, accuracy
-from mar_fast.train.loop import Result
+from mar_fast.train.demo import CLIPS, SPLITS, Motions, demo
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import Mixing
 from mar_fast.train.optim import adamw
-from mar_fast.train.recipe import Recipe
 from mar_fast.train.sampler import StepSampler
 from mar_fast.train.step import Inputs, Stepper
 
@@ -42,28 +40,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no reconstruction": ("reconstruction_weight=0.0", "model.decoder_depth=0"),
     "pre-trained start": (),
 }
-SPLITS: tuple[Split, ...] = ("same films", "other film")
 
 
 def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     """One run, in a process of its own; its row. One that was killed goes on from its newest checkpoint."""
     torch.set_num_threads(1)
-    alone = World(0, 1, torch.device("cpu"))
     common = [f"schedule.epochs={epochs}", f"seed={seed}", f"test.every={epochs}"]
-    videos, init = Motions("train", CLIPS, seed=seed), None
-
-    def stage(recipe: Recipe, out: Path, init: Path | None) -> Result:
-        silent: dict[str, Any] = dict(clips=32, workers=0, say=lambda text: None)
-        return fit(recipe, videos, (), out, alone, init=init, resume=(out / "checkpoints").exists(), **silent)
-
-    if name == "pre-trained start":
-        init = folder / "pretrain" / "last.safetensors"
-        stage(read_recipe("motions_pretrain", [f"seed={seed}"]), init.parent, None)
-    recipe = read_recipe(NAME, [*VARIANTS[name], *common])
-    result = stage(recipe, folder / "finetune", init)
-    model = from_pretrained(folder / "finetune" / "last.safetensors").eval()
-    found: dict[str, float] = {split: accuracy(model, Motions(split, CHECKED), recipe) for split in SPLITS}
-    return {"variant": name, "seed": seed, "steps": result.step, **found}
+    recipe, alone = read_recipe(NAME, [*VARIANTS[name], *common]), World(0, 1, torch.device("cpu"))
+    how: dict[str, Any] = dict(resume=True, clips=32, workers=0, say=lambda text: None)
+    found = demo(recipe, folder, alone, pretrain=name == "pre-trained start", **how)
+    if found is None:
+        raise KeyboardInterrupt
+    accuracies = {split: found[f"accuracy, {split}"] for split in SPLITS}
+    return {"variant": name, "seed": seed, "steps": found["steps"], **accuracies}
 
 
 def throughput(seconds: float) -> str:
