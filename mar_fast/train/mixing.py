@@ -23,13 +23,10 @@ class Mixing:
     Args:
         augment: Rates of erasing, mixup, cutmix and label smoothing.
         config: Classes, mean and standard deviation of the model.
-        dtype: Of clips where mixup or erasing are on.
     """
 
-    def __init__(self, augment: Augment, config: MARConfig, dtype: torch.dtype = torch.float32) -> None:
-        self.augment, self.dtype = augment, dtype
-        self.classes = config.num_classes
-        self.mean, self.std = config.mean, config.std
+    def __init__(self, augment: Augment, config: MARConfig) -> None:
+        self.augment, self.config = augment, config
         # By recipe and not by batch: every batch has the same dtype.
         self.normalises = augment.erase > 0 or (augment.mixup > 0 and augment.mix > 0)
 
@@ -46,8 +43,8 @@ class Mixing:
 
         Returns:
             The clips and (B, classes) float32 soft targets, None without labels. Where mixup or erasing are on, clips
-            are normalised, (video / 255 - mean) / std, in ``dtype``; else they keep their dtype. ``video`` itself is
-            not changed.
+            are normalised, (video / 255 - mean) / std, in float32; else they keep their dtype. ``video`` itself is not
+            changed.
 
         Raises:
             ValueError, TypeError: an argument does not fit.
@@ -61,14 +58,14 @@ class Mixing:
         share = self._mix(mixed, rng)
         if labels is None:
             return mixed, None
-        return mixed, soft_targets(labels, self.classes, share, self.augment.smoothing)
+        return mixed, soft_targets(labels, self.config.num_classes, share, self.augment.smoothing)
 
     def _normalised(self, video: Tensor) -> Tensor:
         mean, std = (
-            torch.tensor(values, dtype=self.dtype).to(video.device, non_blocking=True).view(-1, 1, 1, 1)
-            for values in (self.mean, self.std)
+            torch.tensor(values).to(video.device, non_blocking=True).view(-1, 1, 1, 1)
+            for values in (self.config.mean, self.config.std)
         )
-        return video.to(self.dtype).div_(255).sub_(mean).div_(std)
+        return video.float().div_(255).sub_(mean).div_(std)
 
     def _erase(self, video: Tensor, boxes: list[list[int]], rng: np.random.Generator) -> None:
         """Normal noise of its own for every value of the boxes."""

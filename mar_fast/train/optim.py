@@ -125,9 +125,8 @@ def accumulation(recipe: Recipe, processes: int, clips_per_process: int) -> int:
         ValueError: the batch cannot be shared equally, or the clips of one video are too many.
     """
     batch, repeats = recipe.data.batch, recipe.data.repeats
-    for name, value in (("processes", processes), ("clips_per_process", clips_per_process)):
-        if not isinstance(value, int) or value < 1:
-            raise checks.bad(name, repr(value), "a whole number, 1 or more")
+    checks.whole("processes", processes)
+    checks.whole("clips_per_process", clips_per_process)
     if batch % processes:
         accepted = f"a divisor of data.batch = {batch} (or another batch: --set data.batch=...)"
         raise checks.bad("processes", processes, accepted)

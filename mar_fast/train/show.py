@@ -79,9 +79,7 @@ def cost_of_step(recipe: Recipe) -> Cost:
     return count(recipe.config(), batch=clips, visible=visible_tokens(recipe), reconstruct=reconstruct, training=True)
 
 
-def describe(
-    recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float | None = None
-) -> str:
+def describe(recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float) -> str:
     """What a run will do, as text: model, mask, data, learning rates, groups, memory and time.
 
     Args:
@@ -89,11 +87,12 @@ def describe(
         videos: In the list to train on.
         processes: Of the run.
         clips_per_process: As many as a process takes at a time, see `accumulation`.
-        flops: FLOP/s of one process, for example by `matmul_rates`; None leaves the time out.
+        flops: FLOP/s of one process, for example by `matmul_rates`.
 
     Raises:
         ValueError: fewer videos than a batch, or the batch cannot be shared, see `accumulation`.
     """
+    checks.positive("flops", flops)
     data, optimizer = recipe.data, recipe.optimizer
     micro_batches = accumulation(recipe, processes, clips_per_process)
     per_epoch = StepSampler(videos, data.batch).steps
@@ -102,6 +101,7 @@ def describe(
     model = _shapes(recipe.config())
     kept = memory(recipe, clips, shards=processes if recipe.shard else 1)
     work = 2 * cost_of_step(recipe).multiply_adds
+    seconds = work / flops / processes
     rows = [
         ("task", {"finetune": "fine-tuning", "pretrain": "pre-training"}[recipe.task] + _losses(recipe)),
         ("model", f"{recipe.model.get('name', 'mar_vit_base')}: {_parameters(model)}"),
@@ -118,15 +118,9 @@ def describe(
          "the activations are an estimate"),
         ("", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kept.items())),
         ("work", f"{work / 1e12:.3g} TFLOP a step, {work * steps / 1e18:.3g} EFLOP in all"),
+        ("time", f"at least {seconds:.3g} s a step, {seconds * steps / 3600:.3g} hours in all, at {flops:.3g} FLOP/s"),
+        ("", "a process: a floor, without loading, communication, validation and what is no matrix product"),
     ]  # fmt: skip
-    if flops is not None:
-        checks.positive("flops", flops)
-        seconds = work / flops / processes
-        hours = seconds * steps / 3600
-        rows += [
-            ("time", f"at least {seconds:.3g} s a step, {hours:.3g} hours in all, at {flops:.3g} FLOP/s"),
-            ("", "a process: a floor, without loading, communication, validation and what is no matrix product"),
-        ]
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in rows)
 
