@@ -213,35 +213,31 @@ def test_bad_values(change):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "changes", "message"),
     [
-        (["mask.kind=none", "mask.ratio=0"], "reconstruction_weight: got 0.01, expected 0: without a mask"),
-        (["mask.decoder=cell_running", "mask.decoder_ratio=0.1"], "mask.decoder_ratio: got 0.1, expected a whole"),
-        (["model.patch_size=[2, 32, 32]"], "model.cell: got (1, 2, 2), expected a cell whose sides divide the grid"),
-        (["model.patch_size=[2, 32, 32]", "model.mask_ratio=0"], "cell: got (1, 2, 2), expected a cell whose sides"),
+        ("mar_k400_base", ["mask.kind=none", "mask.ratio=0"],
+         "reconstruction_weight: got 0.01, expected 0: without a mask"),
+        ("mar_k400_base", ["mask.decoder=cell_running", "mask.decoder_ratio=0.1"],
+         "mask.decoder_ratio: got 0.1, expected a whole"),
+        ("mar_k400_base", ["model.patch_size=[2, 32, 32]"],
+         "model.cell: got (1, 2, 2), expected a cell whose sides divide the grid"),
+        ("mar_k400_base", ["model.patch_size=[2, 32, 32]", "model.mask_ratio=0"],
+         "cell: got (1, 2, 2), expected a cell whose sides"),
+        ("mar_k400_base", ["mask.kind=none", "mask.ratio=0.0", "reconstruction_weight=0", "model.mask_ratio=0.5"],
+         "model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"),
+        ("videomae_k400_base", ["mask.decoder=cell_running"],
+         "mask.decoder: got 'cell_running', expected 'dropped': this model"),
+        ("videomae_pretrain_base", ["augment.mixup=0.8"],
+         "augment.mixup: got 0.8, expected 0 in pre-training, which has no labels"),
+        ("videomae_pretrain_base", ["model.decoder_depth=0"],
+         "model.decoder_depth: got 0, expected 1 or more: pre-training decodes"),
+        ("videomae_pretrain_base", ["model.classifier=linear"],
+         "model.classifier: got 'linear', expected 'none' in pre-training"),
     ],
-)
-def test_values_that_do_not_fit_together(changes, message):
+)  # fmt: skip
+def test_values_that_do_not_fit_together(name, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe("mar_k400_base", changes)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("augment.mixup=0.8", "augment.mixup: got 0.8, expected 0 in pre-training, which has no labels"),
-        ("model.decoder_depth=0", "model.decoder_depth: got 0, expected 1 or more: pre-training decodes"),
-        ("model.classifier=linear", "model.classifier: got 'linear', expected 'none' in pre-training"),
-    ],
-)
-def test_bad_pretraining(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe("videomae_pretrain_base", [change])
-
-
-def test_decoder_mask_needs_a_decoder():
-    with pytest.raises(ValueError, match=re.escape("mask.decoder: got 'cell_running', expected 'dropped': this model")):
-        read_recipe("videomae_k400_base", ["mask.decoder=cell_running"])
+        read_recipe(name, changes)
 
 
 def test_models_follow_the_mask_and_the_loss():
@@ -250,8 +246,6 @@ def test_models_follow_the_mask_and_the_loss():
         config = read_recipe("mar_k400_base", changes).config()
         assert (config.mask_ratio, config.decoder_depth) == (ratio, depth)
     assert read_recipe("mar_k400_base", ["mask.ratio=0.75", "model.mask_ratio=0.5"]).config().mask_ratio == 0.5
-    with pytest.raises(ValueError, match=r"model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"):
-        read_recipe("mar_k400_base", [*none, "model.mask_ratio=0.5"])
 
 
 def test_changes():
@@ -290,7 +284,7 @@ def test_recipes_made_in_python_are_checked_too(wrong):
 
 def write(folder, **files):
     for name, text in files.items():
-        (folder / f"{name}.toml").write_text(text)
+        (folder / f"{name}.toml").write_text(text, encoding="latin-1")
 
 
 def test_extends(tmp_path):
@@ -319,17 +313,12 @@ def test_extends(tmp_path):
         ("[[optimizer]]\nlr = 3", "optimizer: got [{'lr': 3}], expected a section"),
         ("seed = ", "which is not TOML"),
         ("seed = 1\nseed = 2", "which is not TOML"),
+        ("\xff\xfe", "which is not TOML"),  # written as bytes that are no UTF-8
     ],
 )
 def test_bad_files(tmp_path, text, message):
     write(tmp_path, a=text, b='extends = "a"')
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe(tmp_path / "a.toml")
-
-
-def test_bytes_that_are_no_text(tmp_path):
-    (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="which is not TOML"):
         read_recipe(tmp_path / "a.toml")
 
 

@@ -30,7 +30,9 @@ CASES = {
         ["model.classifier=linear", "model.final_norm=false", "model.mask_ratio=0.0", "model.decoder_depth=0",
          "mask.kind=none", "mask.ratio=0.0", "reconstruction_weight=0.0", "optimizer.clip_grad=0.0"],
     ),
-    "pre-training": ("motions_pretrain", ["optimizer.clip_grad=0.02", "optimizer.betas=[0.9, 0.95]"]),
+    "pre-training": (
+        "motions_pretrain", ["optimizer.clip_grad=0.02", "optimizer.betas=[0.9, 0.95]", "optimizer.eps=1e-6"]
+    ),
     "dual masking": ("motions_pretrain", ["mask.decoder=cell_running", "optimizer.clip_grad=0.0"]),
 }  # fmt: skip
 LR = 1e-3
@@ -124,7 +126,8 @@ def our_step(model, parts, recipe):
             gradients[name] = p.grad.clone()
 
         parameter.register_post_accumulate_grad_hook(seen)
-    stepper = Stepper(model, model, adamw(model, recipe.optimizer, LR), recipe, ALONE)
+    stepper = Stepper(model, model, adamw(model, recipe.optimizer, 1.0), recipe, ALONE)  # a step sets the rates
+    assert stepper.optimizer.defaults["fused"] and stepper.optimizer.defaults["betas"] == recipe.optimizer.betas
     told = stepper.step(iter(parts), len(parts), LR)
     return told, gradients, stepper
 
