@@ -15,6 +15,7 @@ from ..data.annotations import Sample, check_samples
 from ..data.framing import Image, picture, pictures
 from ..data.torchcodec_video import import_decoder
 from ..data.video import Decoder, Sampling, open_film
+from ..eval.accuracy import list_fingerprint
 from ..kernels import checks
 from .augment import Box, ClipAugment
 from .recipe import Recipe
@@ -54,9 +55,11 @@ class Videos(Dataset[Item]):
 
     Attributes:
         paths: Of all videos, for messages.
+        fingerprint: A run that is resumed must have the same one.
     """
 
     paths: list[str]
+    fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -92,6 +95,7 @@ class ClipDataset(Videos):
                 raise checks.bad("list", got, "videos of every class (or a smaller model.num_classes)")
         # Strings and an array: workers get a copy.
         self.paths = [str(sample.path) for sample in samples]
+        self.fingerprint = list_fingerprint(samples)
         self.labels = np.array([sample.label for sample in samples])
         self.data, self.seed, self.training = recipe.data, recipe.seed, training
         self.decoder: Decoder = recipe.data.decoder if training else "pyav"

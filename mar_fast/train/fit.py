@@ -74,8 +74,7 @@ def fit(
         tell(line)
     if accumulate > 1:
         tell(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
-    identity = "" if isinstance(samples, Videos) else accuracy.list_fingerprint(samples)
-    how: dict[str, Any] = dict(accumulate=accumulate, workers=workers, settings={"list": identity}, on_row=on_row)
+    how: dict[str, Any] = dict(accumulate=accumulate, workers=workers, on_row=on_row)
     run = Run(recipe, model.to(world.device), training, checked, out, world, **how)
     if resume:
         run.resume(allow_changes=allow_changes)

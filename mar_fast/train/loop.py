@@ -24,7 +24,7 @@ from ..kernels import checks
 from .dataset import Batch, Item, Videos, add_broken
 from .distributed import World, spread, to_host
 from .loader import batches, make_loader
-from .log import Log
+from .log import add_row, begin_log
 from .masks import draw_mask, seed_of, validation_masks
 from .mixing import Mixing
 from .optim import adamw, learning_rate, peak_lr
@@ -64,7 +64,6 @@ class Run:
     Args:
         model: On the device of this process; it is trained in place.
         accumulate: Micro-batches a step.
-        settings: What else must be the same when the run is resumed, such as a fingerprint of the list.
 
     Raises:
         ValueError: too few videos for a step, or a batch that cannot be shared out.
@@ -81,7 +80,6 @@ class Run:
         *,
         accumulate: int,
         workers: int,
-        settings: Mapping[str, Any],
         on_row: Callable[[dict[str, Any]], None],
     ) -> None:
         self.recipe, self.config, self.world, self.out, self.accumulate = recipe, model.config, world, out, accumulate
@@ -100,15 +98,14 @@ class Run:
         optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
         self.stepper = Stepper(model, called, optimizer, recipe, world)
         self.mixing = Mixing(recipe.augment, self.config)
-        common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "processes": world.size}
-        common |= {"accumulate": accumulate, **settings}
+        common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "list": videos.fingerprint}
+        common |= {"processes": world.size, "accumulate": accumulate}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
         self.done, self.best, self.broken = 0, dict[str, float](), dict[str, str]()
         self.stopped = self.due = False
         self.steps = self.sampler.steps * recipe.schedule.epochs
         self._losses = deque[float](maxlen=REMEMBERED)
         self._pending: _Step | None = None
-        self.log: Log | None = None
         self._clock, self._saved = time.perf_counter(), time.monotonic()
 
     def resume(self, *, allow_changes: bool = False) -> None:
@@ -138,7 +135,8 @@ class Run:
             OSError: something cannot be written.
         """
         recipe, per_epoch, self._clock = self.recipe, self.sampler.steps, time.perf_counter()
-        self.log = Log(self.out / "log.jsonl", self.done) if self.world.main else None
+        if self.world.main:
+            begin_log(self.out / "log.jsonl", self.done)
         with _asked_to_stop() as asked:
             for epoch in range(self.done // per_epoch, recipe.schedule.epochs):
                 self._epoch(epoch, asked)
@@ -233,8 +231,8 @@ class Run:
         self.stopped, self.due = asked > 0, due > 0
 
     def _say(self, row: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.add(row)
+        if self.world.main:
+            add_row(self.out / "log.jsonl", row)
             self._on_row(row)
 
     def _gather_broken(self, broken: Mapping[str, str]) -> dict[str, str]:
