@@ -65,7 +65,7 @@ def throughput(seconds: float) -> str:
 
     def inputs() -> Iterator[Inputs]:
         batch = collate([videos[key] for key in next(keys)])
-        mask, _ = draw_mask(recipe.mask, len(batch.video), config.grid, config.cell, generator)
+        mask, _ = draw_mask(recipe.mask, len(batch.video), config, generator)
         video, target = mixing(batch.video, batch.labels, batch.boxes, generator)
         yield Inputs(video, target, mask)
 

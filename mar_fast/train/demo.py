@@ -97,7 +97,7 @@ def _frames(path: Path) -> list[Tensor]:
 
 
 def _move(frame: Tensor, motion: tuple[float, ...], rng: np.random.Generator) -> Tensor:
-    """(NUM_FRAMES, SIDE, SIDE, C) uint8: a camera that moves over a picture, at a speed and from a start that are drawn."""
+    """(T, H, W, C) uint8: a camera that moves over a picture, at a speed and from a start that are drawn."""
     right, down, growth, turn = motion
     shift, grow, degrees = (rng.uniform(*limits) for limits in (SHIFT, GROWTH, TURN))
     time = torch.arange(NUM_FRAMES, dtype=torch.float32) - (NUM_FRAMES - 1) / 2

@@ -188,7 +188,7 @@ class Run:
             seed = seed_of(recipe.seed, step.number, self.world.rank, number)
             torch.manual_seed(seed)  # of dropout and drop path
             generator = torch.Generator().manual_seed(seed)
-            masks = draw_mask(recipe.mask, len(batch.video), config.grid, config.cell, generator, device)
+            masks = draw_mask(recipe.mask, len(batch.video), config, generator, device)
             video, labels = (value.to(device, non_blocking=True) for value in (batch.video, batch.labels))
             video, target = self.mixing(video, labels if recipe.task == "finetune" else None, batch.boxes, generator)
             yield Inputs(video, target, *masks)

@@ -21,7 +21,7 @@ from .sampler import StepSampler
 def visible_tokens(recipe: Recipe) -> int:
     """Tokens of a clip that the encoder sees in training."""
     config = recipe.config()
-    mask, _ = draw_mask(recipe.mask, 1, config.grid, config.cell, torch.Generator())
+    mask, _ = draw_mask(recipe.mask, 1, config, torch.Generator())
     return config.num_tokens if mask is None else mask.num_visible
 
 

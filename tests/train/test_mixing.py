@@ -1,13 +1,14 @@
 """Mixup, cutmix, erasing and soft targets against formulas; the masks of a batch; what comes from which generator."""
 
-import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import small_config
 
+from mar_fast import masking
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import Mixing, cut_box, soft_targets
 from mar_fast.train.recipe import Augment, Mask
@@ -184,50 +185,29 @@ def test_arguments_that_do_not_fit(video, labels, boxes, message):
         Mixing(BOTH, CONFIG)(video, labels, boxes, source())
 
 
-def masked_counts(mask, grid):
-    return mask.bool_masked().view(-1, *grid)
+RUNNING = dict(kind="cell_running", ratio=0.75)
+GRID = CONFIG.grid  # (2, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("kind", "ratio", "each"),
-    [("random", 0.75, (0, 1, 2)), ("tube", 0.9, (1, 2)), ("frame", 0.5, (0,)), ("cell_running", 0.5, ())],
-)
-def test_masks_of_each_kind(kind, ratio, each):
-    grid, generator = (8, 4, 6), source(3)
-    encoder, decoder = draw_mask(Mask(kind=kind, ratio=ratio), 5, grid, (1, 2, 2), generator)
-    masked = masked_counts(encoder, grid)
-    assert decoder is None and encoder.batch == 5 and encoder.grid == grid
-    if kind == "tube":
-        assert (masked == masked[:, :1]).all() and masked[:, 0].sum((1, 2)).tolist() == [21] * 5
-    elif kind == "frame":
-        assert (masked == masked[:, :, :1, :1]).all() and masked[:, :, 0, 0].sum(1).tolist() == [4] * 5
-    elif kind == "random":
-        assert masked.sum((1, 2, 3)).tolist() == [144] * 5
-    else:
-        cells = masked.unflatten(2, (2, 2)).unflatten(4, (3, 2))
-        assert (cells.sum((3, 5)) == 2).all() and (cells == cells[:, :, :1, :, :1]).all()  # spatial repeat
-        turns = masked[:, :, :2, :2].flatten(2)
-        assert not torch.equal(turns[:, 1:], turns[:, :-1].roll(1, -1))  # temporal shuffle
-    again, _ = draw_mask(Mask(kind=kind, ratio=ratio), 5, grid, (1, 2, 2), source(3))
-    other, _ = draw_mask(Mask(kind=kind, ratio=ratio), 5, grid, (1, 2, 2), generator)
-    assert torch.equal(again.keep_idx, encoder.keep_idx) and not torch.equal(other.keep_idx, encoder.keep_idx)
-
-
-def test_cells_without_shuffle_and_repeat():
-    mask = Mask(kind="cell_running", ratio=0.75, temporal_shuffle=False, spatial_repeat=False)
-    encoder, _ = draw_mask(mask, 16, (4, 4, 4), (1, 2, 2), source())
-    masked = masked_counts(encoder, (4, 4, 4)).unflatten(2, (2, 2)).unflatten(4, (2, 2))  # (B, T, y, dy, x, dx)
-    slots = masked.permute(0, 1, 2, 4, 3, 5).flatten(4)  # (B, T, y, x, 4)
-    assert torch.equal(slots[:, 1:], slots[:, :-1].roll(1, -1))  # one slot further each time
-    assert not torch.equal(slots, slots[:, :, :1, :1].expand_as(slots))
-
-
-def test_dual_masks():
-    mask = Mask(kind="tube", ratio=0.9, decoder="cell_running", decoder_ratio=0.5)
-    encoder, decoder = draw_mask(mask, 16, (8, 4, 4), (1, 2, 2), source())
-    predicted = ~masked_counts(decoder, (8, 4, 4))
-    assert encoder.num_visible == 8 * (16 - math.floor(14.4)) and decoder.num_visible == 64
-    slots = predicted[:, :, :2, :2].flatten(2)
-    assert torch.equal(slots[:, 1:], slots[:, :-1].roll(-1, -1))  # the other way round
-    assert len({tuple(clip.flatten().tolist()) for clip in slots}) == 4  # every phase
-    assert draw_mask(Mask(), 2, (8, 4, 4), (1, 2, 2), source()) == (None, None)
+    ("mask", "expected", "decoded"),
+    [
+        (Mask(), None, None),
+        (Mask(kind="random", ratio=0.75), partial(masking.random, 5, GRID, 0.75), None),
+        (Mask(kind="tube", ratio=0.9), partial(masking.tube, 5, GRID, 0.9), None),
+        (Mask(kind="frame", ratio=0.5), partial(masking.frame, 5, GRID, 0.5), None),
+        (Mask(**RUNNING), partial(masking.cell_running, 5, GRID, 0.75, temporal_shuffle=True), None),
+        (Mask(**RUNNING, temporal_shuffle=False, spatial_repeat=False),
+         partial(masking.cell_running, 5, GRID, 0.75, spatial_repeat=False), None),
+        (Mask(kind="tube", ratio=0.9, decoder="cell_running", decoder_ratio=0.25),
+         partial(masking.tube, 5, GRID, 0.9), partial(masking.cell_running, 5, GRID, 0.25, direction=-1)),
+    ],
+)  # fmt: skip
+def test_masks_of_each_kind(mask, expected, decoded):
+    """What they look like is tested with `masking`; here, which one is drawn, the encoder's first."""
+    ours, theirs = source(3), source(3)
+    for _ in range(2):
+        for got, draw in zip(draw_mask(mask, 5, CONFIG, ours), (expected, decoded), strict=True):
+            want = draw and draw(generator=theirs)
+            assert (got is None) == (want is None)
+            assert got is None or torch.equal(got.keep_idx, want.keep_idx)

@@ -61,7 +61,7 @@ def inputs_of(recipe, clips=4):
     config = recipe.config()
     video = torch.randn(clips, 3, 8, 64, 64, generator=generator, dtype=torch.float64)
     target = torch.randn(clips, 11, generator=generator, dtype=torch.float64).softmax(1)
-    mask, decoder_mask = draw_mask(recipe.mask, clips, config.grid, config.cell, generator)
+    mask, decoder_mask = draw_mask(recipe.mask, clips, config, generator)
     return Inputs(video, None if recipe.task == "pretrain" else target, mask, decoder_mask)
 
 
