@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,8 +191,8 @@ def _progress(row: dict[str, Any], first: int, seconds: float) -> str:
     )
     if row["step"] == first:
         return text
-    left = int((row["steps"] - row["step"]) * seconds / (row["step"] - first))
-    return f"{text}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    left = (row["steps"] - row["step"]) * seconds / (row["step"] - first)
+    return f"{text}, {timedelta(seconds=round(left))} left"
 
 
 def _test(recipe: "Recipe", samples: "Sequence[Sample]", out: Path, world: "World", workers: int) -> None:

@@ -98,7 +98,7 @@ class Run:
         optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
         self.stepper = Stepper(model, called, optimizer, recipe, world)
         self.mixing = Mixing(recipe.augment, self.config)
-        common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "list": videos.fingerprint}
+        common = {"recipe": asdict(recipe), "config": asdict(model.config), "list": videos.fingerprint}
         common |= {"processes": world.size, "accumulate": accumulate}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
         self.done, self.best, self.broken = 0, dict[str, float](), dict[str, str]()
@@ -151,7 +151,7 @@ class Run:
             if self.done == self.steps:
                 self.stopped = False
                 with self.stepper.averaged():
-                    export(self.stepper.model, self.out / "last.safetensors", self.world)
+                    export(self.stepper, self.out / "last.safetensors", self.world)
         return Result(self.done, self.best, self.broken, self.stopped)
 
     def _epoch(self, epoch: int, asked: list[int]) -> None:
@@ -249,7 +249,7 @@ class Run:
             score = found.get("top1", -found["loss"])
             if not self.best or score > self.best.get("top1", -self.best["loss"]):
                 self.best = {"epoch": epoch, **found}
-                export(self.stepper.model, self.out / "best.safetensors", self.world)
+                export(self.stepper, self.out / "best.safetensors", self.world)
         self._say({"step": self.done, "epoch": epoch, "validation": found, "best": self.best})
 
     def _measure(self) -> dict[str, float]:

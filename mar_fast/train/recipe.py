@@ -181,11 +181,6 @@ class Recipe:
         """Whether a step runs the pixel decoder."""
         return self.task == "pretrain" or self.reconstruction_weight > 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
-        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return content
-
     def config(self, **overrides: Any) -> MARConfig:
         """The model's configuration.
 

@@ -42,7 +42,7 @@ def step(here, case, shard, out, micro_batches=2):
         one = rows(inputs, 0, 1)
         called.eval()(one.video, one.mask)
     assert stepper.sharded == shard
-    export(model, out / "model.safetensors", here)
+    export(stepper, out / "model.safetensors", here)
     told = here.sum(told / here.size)
     if here.main:
         torch.save({"gradients": kept, "weights": weights, "told": told}, out / "result.pt")
