@@ -24,7 +24,6 @@ from mar_fast.train.dataset import collate
 from mar_fast.train.demo import CLIPS, SPLITS, Motions, demo
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import Mixing
-from mar_fast.train.optim import adamw
 from mar_fast.train.sampler import StepSampler
 from mar_fast.train.step import Inputs, Stepper
 
@@ -70,7 +69,7 @@ def throughput(seconds: float) -> str:
         yield Inputs(video, target, mask)
 
     model, plain = MAR(config), PlainMAR(config).train()
-    stepper = Stepper(model, model, adamw(model, recipe.optimizer, 1e-3), recipe, World(0, 1, device))
+    stepper = Stepper(model, recipe, World(0, 1, device))
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
     def plain_step() -> None:

@@ -22,12 +22,12 @@ from .. import MAR
 from ..files import remove_leftovers
 from ..kernels import checks
 from .dataset import Batch, Item, Videos, add_broken
-from .distributed import World, spread, to_host
+from .distributed import World, to_host
 from .loader import batches, make_loader
 from .log import add_row, begin_log
 from .masks import draw_mask, seed_of, validation_masks
 from .mixing import Mixing
-from .optim import adamw, learning_rate, peak_lr
+from .optim import learning_rate
 from .recipe import Recipe
 from .sampler import StepSampler
 from .state import Checkpoints, export
@@ -92,11 +92,7 @@ class Run:
             size = recipe.data.batch // (world.size * accumulate) * recipe.data.repeats  # clips of a micro-batch
             every = StepSampler(len(validation), size * world.size, training=False, **share)
             self.validation = make_loader(validation, every, workers=workers)
-        # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
-        torch.ones(8, device=world.device).sqrt()
-        called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
-        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
-        self.stepper = Stepper(model, called, optimizer, recipe, world)
+        self.stepper = Stepper(model, recipe, world)
         self.mixing = Mixing(recipe.augment, self.config)
         common = {"recipe": asdict(recipe), "config": asdict(model.config), "list": videos.fingerprint}
         common |= {"processes": world.size, "accumulate": accumulate}

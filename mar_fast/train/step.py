@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from .. import MAR, TokenMask, machine
 from ..loss import mar_loss
 from ..model import MAROutput
-from .distributed import World, last_only
+from .distributed import World, last_only, spread
 from .master_weights import MasterWeights
-from .optim import set_lr
+from .optim import adamw, peak_lr, set_lr
 from .recipe import Recipe
 
 
@@ -40,21 +40,23 @@ class Stepper:
     """Takes steps with a model, and has all that changes in them.
 
     Args:
-        model: On its device; with FSDP2 its parameters are spread.
-        called: What `distributed.spread` makes of it.
-        optimizer: Of its parameters, see `optim.adamw`.
-        recipe: Precision, clipping, moving average, weight of the reconstruction.
+        model: On the device of this process; it is trained in place, and with ``recipe.shard`` spread (FSDP2).
+        recipe: The optimizer and its precision, what the loss is, how the model is compiled and spread.
         world: All processes.
 
     Attributes:
+        called: The model as it is called in training, see `distributed.spread`.
+        optimizer: See `optim.adamw`; its learning rates are those of the last step.
         scaler: Of gradients; does nothing but for fp16.
         average: The moving average of each parameter by name, empty where there is none.
     """
 
-    def __init__(
-        self, model: MAR, called: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World
-    ) -> None:
-        self.model, self.called, self.optimizer, self.recipe, self.world = model, called, optimizer, recipe, world
+    def __init__(self, model: MAR, recipe: Recipe, world: World) -> None:
+        # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
+        torch.ones(8, device=world.device).sqrt()
+        self.model, self.recipe, self.world = model, recipe, world
+        self.called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
+        self.optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
         precision = recipe.optimizer.precision
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         named = dict(model.named_parameters())

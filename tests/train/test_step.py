@@ -11,7 +11,6 @@ from mar_fast import TokenMask, reference
 from mar_fast.train.distributed import World
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.master_weights import MasterWeights
-from mar_fast.train.optim import adamw
 from mar_fast.train.recipe import read_recipe
 from mar_fast.train.start import start
 from mar_fast.train.step import Inputs, Stepper
@@ -20,7 +19,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 SMALL = [
     "model.num_frames=8", "model.image_size=[64, 64]", "model.embed_dim=64", "model.depth=2", "model.num_heads=2",
     "model.bridge_embed_dim=32", "model.bridge_num_heads=2", "model.decoder_embed_dim=32", "model.decoder_num_heads=2",
-    "optimizer.precision=fp32", "optimizer.layer_decay=0.75",
+    "optimizer.precision=fp32", "optimizer.layer_decay=0.75", "optimizer.lr=2e-3",
 ]  # fmt: skip
 CASES = {
     "MAR": ("motions", ["optimizer.layer_decay_of=weights", "optimizer.clip_grad=0.0"]),
@@ -35,7 +34,7 @@ CASES = {
     ),
     "dual masking": ("motions_pretrain", ["mask.decoder=cell_running", "optimizer.clip_grad=0.0"]),
 }  # fmt: skip
-LR = 1e-3
+LR = 1e-3  # not that of the recipes: each step sets it
 
 
 def recipe_of(case, *changes):
@@ -126,7 +125,7 @@ def our_step(model, parts, recipe):
             gradients[name] = p.grad.clone()
 
         parameter.register_post_accumulate_grad_hook(seen)
-    stepper = Stepper(model, model, adamw(model, recipe.optimizer, 1.0), recipe, ALONE)  # a step sets the rates
+    stepper = Stepper(model, recipe, ALONE)
     assert stepper.optimizer.defaults["fused"] and stepper.optimizer.defaults["betas"] == recipe.optimizer.betas
     told = stepper.step(iter(parts), len(parts), LR)
     return told, gradients, stepper
@@ -185,7 +184,7 @@ def test_low_precision(precision):
     inputs = inputs_of(recipe)
     inputs = Inputs(inputs.video.float(), inputs.target.float(), inputs.mask)
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    stepper = Stepper(ours, ours, adamw(ours, recipe.optimizer, LR), recipe, ALONE)
+    stepper = Stepper(ours, recipe, ALONE)
     assert stepper.scaler.is_enabled() == (precision == "fp16")
     if precision == "fp16":
         stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
@@ -214,7 +213,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_states_put_back_with_another_recipe():
     """Rates are those of the recipe; a moving average that was not there begins with the weights."""
     old, new = recipe_of("MAR"), recipe_of("MAR", "optimizer.weight_decay=0.2", "optimizer.ema=0.9")
-    first, second = (Stepper(m, m, adamw(m, r.optimizer, LR), r, ALONE) for r in (old, new) for m in [start(r)[0]])
+    first, second = (Stepper(start(recipe)[0], recipe, ALONE) for recipe in (old, new))
     with torch.no_grad():
         for parameter in first.model.parameters():
             parameter.add_(1.0)
@@ -234,7 +233,7 @@ def test_weights_rounded_at_once(precision, changes, monkeypatch):
     for by_autocast in (True, False):
         model, inputs = models(recipe)[0].float(), inputs_of(recipe)
         inputs = Inputs(inputs.video.float(), inputs.target.float(), inputs.mask)
-        stepper = Stepper(model, model, adamw(model, recipe.optimizer, LR), recipe, ALONE)
+        stepper = Stepper(model, recipe, ALONE)
         if by_autocast:
             stepper._weights = MasterWeights(model, None)
         for _ in range(2):
