@@ -23,7 +23,7 @@ from mar_fast.train import World, read_recipe
 from mar_fast.train.dataset import collate
 from mar_fast.train.demo import CLIPS, SPLITS, Motions, demo
 from mar_fast.train.masks import draw_mask
-from mar_fast.train.mixing import Mixing
+from mar_fast.train.mixing import mix_batch
 from mar_fast.train.sampler import StepSampler
 from mar_fast.train.step import Inputs, Stepper
 
@@ -58,14 +58,14 @@ def throughput(seconds: float) -> str:
     """Steps of ours against a plain PyTorch loop: the same clips, augmentation, masks, model and optimizer."""
     recipe = read_recipe(NAME, ["augment.mixup=0.8", "augment.cutmix=1.0", "augment.smoothing=0.1"])
     config, device = recipe.config(), torch.device("cpu")
-    videos, mixing = Motions("train", CLIPS), Mixing(recipe.augment, config)
+    videos = Motions("train", CLIPS)
     generator = torch.Generator().manual_seed(0)
     keys = itertools.cycle(StepSampler(len(videos), recipe.data.batch))
 
     def inputs() -> Iterator[Inputs]:
         batch = collate([videos[key] for key in next(keys)])
         mask, _ = draw_mask(recipe.mask, len(batch.video), config, generator)
-        video, target = mixing(batch.video, batch.labels, batch.boxes, generator)
+        video, target = mix_batch(recipe.augment, config, batch.video, batch.labels, batch.boxes, generator)
         yield Inputs(video, target, mask)
 
     model, plain = MAR(config), PlainMAR(config).train()

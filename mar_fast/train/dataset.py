@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     video: Tensor  # (B, C, T, H, W) uint8, a view of channels-last memory
     labels: Tensor  # (B,) int64
     video_index: Tensor  # (B,) int64, those of the videos read
-    boxes: Tensor  # (B, 4) int64: top, left, height, width; `Mixing` erases them
+    boxes: Tensor  # (B, 4) int64: top, left, height, width; `mix_batch` erases them
     counts: Tensor  # (B,) bool
     broken: dict[str, str]  # of all items
 

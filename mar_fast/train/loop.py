@@ -26,7 +26,7 @@ from .distributed import World, to_host
 from .loader import batches, make_loader
 from .log import add_row, begin_log
 from .masks import draw_mask, seed_of, validation_masks
-from .mixing import Mixing
+from .mixing import mix_batch
 from .optim import learning_rate
 from .recipe import Recipe
 from .sampler import StepSampler
@@ -93,7 +93,6 @@ class Run:
             every = StepSampler(len(validation), size * world.size, training=False, **share)
             self.validation = make_loader(validation, every, workers=workers)
         self.stepper = Stepper(model, recipe, world)
-        self.mixing = Mixing(recipe.augment, self.config)
         common = {"recipe": asdict(recipe), "config": asdict(model.config), "list": videos.fingerprint}
         common |= {"processes": world.size, "accumulate": accumulate}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
@@ -185,8 +184,9 @@ class Run:
             torch.manual_seed(seed)  # of dropout and drop path
             generator = torch.Generator().manual_seed(seed)
             masks = draw_mask(recipe.mask, len(batch.video), config, generator, device)
-            video, labels = (value.to(device, non_blocking=True) for value in (batch.video, batch.labels))
-            video, target = self.mixing(video, labels if recipe.task == "finetune" else None, batch.boxes, generator)
+            video = batch.video.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True) if recipe.task == "finetune" else None
+            video, target = mix_batch(recipe.augment, config, video, labels, batch.boxes, generator)
             yield Inputs(video, target, *masks)
 
     def _settle(self) -> None:

@@ -10,7 +10,7 @@ from helpers import small_config
 
 from mar_fast import masking
 from mar_fast.train.masks import draw_mask
-from mar_fast.train.mixing import Mixing, cut_box, soft_targets
+from mar_fast.train.mixing import cut_box, mix_batch, soft_targets
 from mar_fast.train.recipe import Augment, Mask
 
 CONFIG = small_config()  # 11 classes
@@ -51,7 +51,7 @@ def share_of(targets):
 
 
 def test_mixed_clips_and_their_targets():
-    mixing, video = Mixing(BOTH, CONFIG), clips()
+    mixing, video = partial(mix_batch, BOTH, CONFIG), clips()
     before, plain = video.clone(), normalised(video)
     kinds = []
     for seed in range(200):
@@ -82,7 +82,7 @@ def test_mixed_clips_and_their_targets():
     ],
 )
 def test_how_often_each_is_done(augment, mixup, cutmix):
-    mixing = Mixing(augment, replace(CONFIG, mean=(1.0,), std=(1.0,), channels=1))
+    mixing = partial(mix_batch, augment, replace(CONFIG, mean=(1.0,), std=(1.0,), channels=1))
     video = clips(size=(64, 64))[:, :1, :1]
     found, generator = [0, 0], source()
     for _ in range(400):
@@ -95,7 +95,7 @@ def test_how_often_each_is_done(augment, mixup, cutmix):
 
 
 def test_shares_have_the_beta_distribution():
-    mixing, video = Mixing(replace(BOTH, cutmix=0.0), CONFIG), clips(size=(2, 2))
+    mixing, video = partial(mix_batch, replace(BOTH, cutmix=0.0), CONFIG), clips(size=(2, 2))
     generator = source()
     shares = np.array([share_of(mixing(video, LABELS, NO_BOXES, generator)[1]) for _ in range(3000)])
     assert abs(shares.mean() - 0.5) < 0.03 and abs(shares.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.006
@@ -115,7 +115,7 @@ def test_boxes_of_cutmix():
 def test_erased_boxes_hold_noise():
     augment, video = Augment(erase=0.25, smoothing=0.1), clips(4, (64, 80))
     boxes = torch.tensor([[0, 0, 0, 0], [10, 20, 30, 40], [0, 0, 64, 79], [0, 0, 0, 0]])
-    got, targets = Mixing(augment, CONFIG)(video, LABELS[:4], boxes, source())
+    got, targets = mix_batch(augment, CONFIG, video, LABELS[:4], boxes, source())
     plain = normalised(video)
     assert got.stride() == video.stride() and np.allclose(targets, soft_targets(LABELS[:4], 11, 1.0, 0.1))
     for clip, expected, (top, left, height, width) in zip(got.numpy(), plain, boxes.tolist(), strict=True):
@@ -141,7 +141,7 @@ def test_erased_boxes_hold_noise():
     ],
 )
 def test_dtypes_follow_from_the_recipe(augment, dtype):
-    mixing, video = Mixing(augment, CONFIG), clips()
+    mixing, video = partial(mix_batch, augment, CONFIG), clips()
     for seed in range(6):
         got, targets = mixing(video, None, NO_BOXES, source(seed))
         assert got.dtype == dtype and targets is None and got.data_ptr() != video.data_ptr()
@@ -155,7 +155,7 @@ def test_dtypes_follow_from_the_recipe(augment, dtype):
 def test_all_draws_come_from_the_generator():
     augment, video, boxes = replace(BOTH, erase=0.25), clips(), NO_BOXES.clone()
     boxes[2] = torch.tensor([1, 2, 5, 6])
-    mixing, generator = Mixing(augment, CONFIG), source(7)
+    mixing, generator = partial(mix_batch, augment, CONFIG), source(7)
     mixing(video, LABELS, boxes, generator)
     kept = generator.get_state()
     run = [mixing(video, LABELS, boxes, generator) for _ in range(4)]
@@ -165,7 +165,7 @@ def test_all_draws_come_from_the_generator():
     assert all(torch.equal(a, b) for one, two in zip(run, again, strict=True) for a, b in zip(one, two, strict=True))
     assert not torch.equal(run[0][0], run[1][0])
     # Any recipe draws as much, so what comes after does not depend on it.
-    generator.set_state(kept), Mixing(Augment(), CONFIG)(video, LABELS, boxes, generator)
+    generator.set_state(kept), mix_batch(Augment(), CONFIG, video, LABELS, boxes, generator)
     after = generator.get_state()
     generator.set_state(kept), mixing(video, LABELS, boxes, generator)
     assert torch.equal(after, generator.get_state())
@@ -182,7 +182,7 @@ def test_all_draws_come_from_the_generator():
 )
 def test_arguments_that_do_not_fit(video, labels, boxes, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        Mixing(BOTH, CONFIG)(video, labels, boxes, source())
+        mix_batch(BOTH, CONFIG, video, labels, boxes, source())
 
 
 RUNNING = dict(kind="cell_running", ratio=0.75)
