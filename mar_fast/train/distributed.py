@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -48,13 +49,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process passes in, for all."""
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, for all."""
         if self.size == 1:
-            return [value]
-        box = [None] * self.size
-        dist.all_gather_object(box, value)
-        return box
+            return values
+        box: list[list[Any]] = [[]] * self.size
+        dist.all_gather_object(box, values)
+        return list(chain.from_iterable(box))
 
 
 @contextmanager

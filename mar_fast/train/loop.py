@@ -196,12 +196,12 @@ class Run:
             return
         loss, classification, reconstruction, right, norm, broken, asked, due = step.told()
         if broken:
-            every = self._gather_broken(step.broken)
+            every = dict(self.world.gather([*step.broken.items()]))
             new = add_broken(self.broken, every, len(self.videos), self.recipe.data.max_broken)
             self._say_broken(step.number, new)
         mean = sum(self._losses) / len(self._losses) if len(self._losses) == REMEMBERED else math.inf
         if not math.isfinite(loss) or loss > EXPLODED * mean:
-            names = sorted({self.videos.paths[index] for some in self.world.gather(step.index) for index in some})
+            names = sorted({self.videos.paths[index] for index in self.world.gather(step.index)})
             before = self.checkpoints.steps()
             raise DivergedError(
                 f"loss: got {loss:.3g} in step {step.number}, after a mean of {mean:.3g}, expected a finite one below "
@@ -230,9 +230,6 @@ class Run:
         if self.world.main:
             add_row(self.out / "log.jsonl", row)
             self._on_row(row)
-
-    def _gather_broken(self, broken: Mapping[str, str]) -> dict[str, str]:
-        return dict(pair for some in self.world.gather(broken) for pair in some.items())
 
     def _say_broken(self, step: int, broken: Mapping[str, str]) -> None:
         if broken:
@@ -268,7 +265,7 @@ class Run:
             rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
             loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
             sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
-        self._say_broken(self.done, self._gather_broken(broken))
+        self._say_broken(self.done, dict(self.world.gather([*broken.items()])))
         videos, *rest = self.world.sum(sums).tolist()
         means = dict(zip(("loss",) if pretrain else ("loss", "top1", "top5"), rest, strict=False))
         return {"videos": videos} | {name: value / max(videos, 1) for name, value in means.items()}
