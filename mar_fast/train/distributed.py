@@ -90,13 +90,10 @@ def leave(code: int) -> NoReturn:
 
 
 def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module:
-    """The model as it is called in training: compiled, and shared by all processes.
+    """The model, on the device of its process, as it is called in training: with ``compile`` by torch.compile.
 
-    Args:
-        model: On the device of this process; with ``shard`` its parameters are spread in place (FSDP2).
-        world: All processes.
-        shard: Spread parameters, gradients and states of the optimizer over the processes, and not only clips.
-        compile: By torch.compile.
+    By DDP each process has the whole model; with ``shard`` parameters, gradients and states of the optimizer are spread
+    over the processes too, in place (FSDP2).
     """
     if compile:
         model.compile()

@@ -13,12 +13,9 @@ from .sampler import StepSampler
 
 
 def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int) -> "DataLoader[Item]":
-    """A loader of `Batch`es; iterate over it by `batches`.
+    """A loader of `Batch`es, to be iterated over by `batches`; ``sampler.set_epoch`` chooses the next ones.
 
-    Args:
-        dataset: The clips.
-        sampler: Its `StepSampler.set_epoch` chooses what the next iteration gives.
-        workers: Processes, which stay from epoch to epoch; 0 reads in this one.
+    Its ``workers`` are processes that stay from epoch to epoch; 0 reads in this one.
     """
     return DataLoader(
         dataset,

@@ -104,10 +104,7 @@ class Run:
         self._clock, self._saved = time.perf_counter(), time.monotonic()
 
     def resume(self, *, allow_changes: bool = False) -> None:
-        """Go on from the newest checkpoint.
-
-        Args:
-            allow_changes: Even if the recipe, the list or the number of processes is another one.
+        """Go on from the newest checkpoint; `fit` says what ``allow_changes`` allows.
 
         Raises:
             FileNotFoundError: there is none.

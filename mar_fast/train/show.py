@@ -82,12 +82,8 @@ def cost_of_step(recipe: Recipe) -> Cost:
 def describe(recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float) -> str:
     """What a run will do, as text: model, mask, data, learning rates, groups, memory and time.
 
-    Args:
-        recipe: What to run.
-        videos: In the list to train on.
-        processes: Of the run.
-        clips_per_process: As many as a process takes at a time, see `accumulation`.
-        flops: FLOP/s of one process, for example by `matmul_rates`.
+    The list has ``videos`` to train on, a process does ``flops`` FLOP/s, such as `matmul_rates` measures; for
+    ``processes`` and ``clips_per_process`` see `accumulation`.
 
     Raises:
         ValueError: fewer videos than a batch, or the batch cannot be shared, see `accumulation`.
