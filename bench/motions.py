@@ -22,9 +22,9 @@ from mar_fast.timing import interleaved
 from mar_fast.train import World, read_recipe
 from mar_fast.train.dataset import collate
 from mar_fast.train.demo import CLIPS, SPLITS, Motions, demo
+from mar_fast.train.loader import StepSampler
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import mix_batch
-from mar_fast.train.sampler import StepSampler
 from mar_fast.train.step import Inputs, Stepper
 
 from .plain import PlainMAR, patch_loss

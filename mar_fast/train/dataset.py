@@ -19,13 +19,20 @@ from ..eval.accuracy import list_fingerprint
 from ..kernels import checks
 from .augment import Box, ClipAugment
 from .recipe import Recipe
-from .sampler import Key
 
 # Films whose short side is longer than that of the clip times this are resized to it as they are decoded: 320 for 224,
 # as the originals store Kinetics.
 SPARE_SIZE = 10 / 7
 TRIES = 10  # videos tried for one item before the run ends
 NO_BOX = (0, 0, 0, 0)
+
+
+class Key(NamedTuple):
+    """What `ClipDataset` takes as an index."""
+
+    video_index: int  # the video, in the order of the list
+    epoch: int = 0  # its draws differ from those of other epochs
+    counts: bool = True  # False for one that only fills the last batch of a validation
 
 
 class Item(NamedTuple):
@@ -51,7 +58,7 @@ class Batch(NamedTuple):
 
 
 class Videos(Dataset[Item]):
-    """What a run reads: items by `sampler.Key`.
+    """What a run reads: items by `Key`.
 
     Attributes:
         paths: Of all videos, for messages.

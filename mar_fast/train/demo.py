@@ -20,13 +20,12 @@ from ..data import sample_clip
 from ..data.annotations import Sample
 from ..data.decoding import open_video
 from ..data.framing import pictures
-from .dataset import NO_BOX, Item, Videos, collate
+from .dataset import NO_BOX, Item, Key, Videos, collate
 from .distributed import World
 from .fit import fit
 from .loop import Result
 from .masks import validation_masks
 from .recipe import Recipe, read_recipe
-from .sampler import Key
 
 # Camera motion a step in time: shift right and down (shares of the picture), growth, turn (degrees).
 MOTIONS: dict[str, tuple[float, float, float, float]] = {

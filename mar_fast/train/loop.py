@@ -23,13 +23,12 @@ from ..files import remove_leftovers
 from ..kernels import checks
 from .dataset import Batch, Item, Videos, add_broken
 from .distributed import World, to_host
-from .loader import batches, make_loader
+from .loader import StepSampler, batches, make_loader
 from .log import add_row, begin_log
 from .masks import draw_mask, seed_of, validation_masks
 from .mixing import mix_batch
 from .optim import learning_rate
 from .recipe import Recipe
-from .sampler import StepSampler
 from .state import Checkpoints, export
 from .step import Inputs, Stepper
 

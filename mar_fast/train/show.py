@@ -12,10 +12,10 @@ from ..cost import Cost, count
 from ..eval.plot import OTHERS, OURS, legend_below, new_figure, save
 from ..kernels import checks
 from ..model import MAR
+from .loader import StepSampler
 from .masks import draw_mask
 from .optim import Group, accumulation, learning_rate, lr_factor, parameter_groups, peak_lr
 from .recipe import Recipe
-from .sampler import StepSampler
 
 
 def visible_tokens(recipe: Recipe) -> int:

@@ -20,10 +20,9 @@ from PIL import Image
 from torch.utils.data import dataloader
 
 from mar_fast.data.annotations import Sample, read_annotations
-from mar_fast.train.dataset import ClipDataset, add_broken, collate, draw_frames
-from mar_fast.train.loader import _start_worker, batches, make_loader
+from mar_fast.train.dataset import ClipDataset, Key, add_broken, collate, draw_frames
+from mar_fast.train.loader import StepSampler, _start_worker, batches, make_loader
 from mar_fast.train.recipe import Augment, Data, Mask, Recipe
-from mar_fast.train.sampler import Key, StepSampler
 
 PLAIN = Augment(flip=0, crop="center")
 STRONG = Augment(rand_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", erase=0.5)
