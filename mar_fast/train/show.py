@@ -140,17 +140,16 @@ def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
         layers |= {depth // 2 + 1: f"{of}block {depth // 2}", 0: f"{of}the patch embedding"}
     figure = new_figure(figsize=(8, 6.5))
     linear, logarithmic = figure.subplots(2, sharex=True)
-    for (layer, name), colour in zip(layers.items(), (OURS, *OTHERS), strict=False):
-        factor = optimizer.layer_decay ** (depth + 1 - layer)
-        for axis in (linear, logarithmic):
-            axis.plot(epochs, [factor * rate for rate in rates], color=colour, label=f"{name} (x {factor:.3g})")
-    logarithmic.set_yscale("log", nonpositive="mask")  # a warm-up may begin at 0
-    linear.set_ylim(0, 1.05 * max(rates))
-    linear.ticklabel_format(axis="y", scilimits=(-3, 3))
     for axis in (linear, logarithmic):
+        for (layer, name), colour in zip(layers.items(), (OURS, *OTHERS), strict=False):
+            factor = optimizer.layer_decay ** (depth + 1 - layer)
+            axis.plot(epochs, [factor * rate for rate in rates], color=colour, label=f"{name} (x {factor:.3g})")
         axis.axvline(schedule.warmup_epochs, color="#555555", linestyle=":", linewidth=1, label="end of the warm-up")
         axis.set(ylabel="learning rate", xlim=(0, schedule.epochs))
         axis.grid(alpha=0.3)
+    linear.set_ylim(0, 1.05 * max(rates))
+    linear.ticklabel_format(axis="y", scilimits=(-3, 3))
+    logarithmic.set_yscale("log", nonpositive="mask")  # a warm-up may begin at 0
     logarithmic.set_xlabel(f"epoch (steps {per_epoch}, videos a step {recipe.data.batch})")
     legend_below(figure, [linear])
     save(figure, path)
