@@ -23,6 +23,7 @@ from mar_fast.train import World, read_recipe
 from mar_fast.train.dataset import collate
 from mar_fast.train.demo import CLIPS, SPLITS, Motions, demo
 from mar_fast.train.loader import StepSampler
+from mar_fast.train.log import add_row
 from mar_fast.train.masks import draw_mask
 from mar_fast.train.mixing import mix_batch
 from mar_fast.train.step import Inputs, Stepper
@@ -41,9 +42,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
+def train(name: str, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     """One run, in a process of its own; its row. One that was killed goes on from its newest checkpoint."""
     torch.set_num_threads(1)
+    folder = out / f"{list(VARIANTS).index(name)}-{seed}"
     common = [f"schedule.epochs={epochs}", f"seed={seed}", f"test.every={epochs}"]
     recipe, alone = read_recipe(NAME, [*VARIANTS[name], *common]), World(0, 1, torch.device("cpu"))
     how: dict[str, Any] = dict(resume=True, clips=32, workers=0, say=lambda text: None)
@@ -125,14 +127,10 @@ def main(arguments: list[str]) -> int:
     done = {(row["variant"], row["seed"]) for row in rows}
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [(name, seed) for seed in range(options.seeds) for name in VARIANTS if (name, seed) not in done]
-    with ProcessPoolExecutor(options.processes) as pool, results.open("a") as file:
-        folders = [options.out / f"{list(VARIANTS).index(name)}-{seed}" for name, seed in wanted]
-        jobs = [pool.submit(train, *job, options.epochs, folder) for job, folder in zip(wanted, folders, strict=True)]
-        for job in as_completed(jobs):
-            row = job.result()
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(json.dumps(row), flush=True)
+    with ProcessPoolExecutor(options.processes) as pool:
+        for job in as_completed([pool.submit(train, *one, options.epochs, options.out) for one in wanted]):
+            rows.append(job.result())
+            add_row(results, rows[-1])
+            print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     return 0
