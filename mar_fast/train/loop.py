@@ -42,19 +42,12 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        step: Steps done.
-        best: The best validation: its numbers and its epoch; empty if there was none.
-        broken: Videos that could not be read, and why.
-        stopped: Whether somebody asked it to stop before its end.
-    """
-
-    step: int
-    best: Mapping[str, float]
-    broken: Mapping[str, str]
-    stopped: bool
+    step: int  # steps done
+    best: Mapping[str, float]  # the numbers of the best validation and its epoch; empty if there was none
+    broken: Mapping[str, str]  # videos that could not be read, and why
+    stopped: bool  # whether somebody asked it to stop before its end
 
 
 class Run:

@@ -21,19 +21,12 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro-batch on the device, ready for the model.
+    """A micro-batch on the device, ready for the model."""
 
-    Attributes:
-        video: (B, C, T, H, W), uint8 or normalised.
-        target: (B,) classes or (B, classes) soft targets; None in pre-training.
-        mask: Which tokens are visible; None where all are.
-        decoder_mask: Which positions the decoder predicts; None for all that are dropped.
-    """
-
-    video: Tensor
-    target: Tensor | None
-    mask: TokenMask | None
-    decoder_mask: TokenMask | None = None
+    video: Tensor  # (B, C, T, H, W), uint8 or normalised
+    target: Tensor | None  # (B,) classes or (B, classes) soft targets; None in pre-training
+    mask: TokenMask | None  # which tokens are visible; None where all are
+    decoder_mask: TokenMask | None = None  # which positions the decoder predicts; None for all that are dropped
 
 
 class Stepper:
