@@ -79,6 +79,9 @@ def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int) -> "Data
 
     Its ``workers`` are processes that stay from epoch to epoch; 0 reads in this one.
     """
+    # Workers are forked off a process with one thread: locks of the trainer's threads might never open in a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -87,7 +90,7 @@ def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int) -> "Data
         pin_memory=torch.cuda.is_available(),  # for copies to it that do not block
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
-        multiprocessing_context=_context() if workers else None,
+        multiprocessing_context=context if workers else None,
         # Of its own: an iteration draws from it, and must not move the generator that the run keeps.
         generator=torch.Generator(),
     )
@@ -110,15 +113,6 @@ def batches(loader: "DataLoader[Item]") -> Iterator[Batch]:
             accepted = "workers that stay alive: is there enough memory for them, also in /dev/shm? (or fewer workers)"
             raise ChildProcessError(f"workers: got one that died ({text}), expected {accepted}") from error
         raise
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Workers are forked off a process with one thread: locks of the trainer's threads might never open in a fork."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def _start_worker(worker: int) -> None:

@@ -18,12 +18,8 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
     The patch embedding is layer 0, block i of the encoder layer i + 1, and all else layer depth + 1. The learning rate
     of a layer is ``lr * layer_decay ** (depth + 1 - layer)``: for all its parameters ("all", VideoMAE), or for the
     encoder's matrices alone ("weights", MAR), while biases, norms and what follows the encoder keep ``lr``. Biases,
-    norms and the mask token have no weight decay.
-
-    Args:
-        model: Not wrapped by DDP, which changes names; after `fully_shard`, which keeps them but replaces parameters.
-        optimizer: Weight decay, layer decay and its rule.
-        lr: The learning rate to start from; `set_lr` changes it.
+    norms and the mask token have no weight decay. The model is not wrapped by DDP, which changes names; `fully_shard`,
+    which replaces parameters, comes before.
 
     Returns:
         Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor. Each trainable
@@ -88,12 +84,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     last step is one short of the end of the cosine, where min_lr would be reached. With ``warmup_to = "peak"`` the W
     steps of the warm-up go linearly to lr, which step W - 1 has, and the cosine begins at step W, with lr again
     (VideoMAE). With "cosine" the cosine begins at step 0, and the warm-up goes linearly to the value that it has at
-    step W, the first one after it (MAR).
-
-    Args:
-        recipe: Rates, epochs, warm-up and batch, see `lr_factor`.
-        step: The optimizer's step, not the micro-batch.
-        steps_per_epoch: Videos // batch: an incomplete last batch is left out.
+    step W, the first one after it (MAR). Rates are multiplied by `lr_factor`.
 
     Raises:
         ValueError: there is no such step.

@@ -42,13 +42,10 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}.pt"
 
     def save(self, step: int, stepper: Stepper, extra: Mapping[str, Any], world: World) -> None:
-        """Write a checkpoint, then remove those that are too old.
+        """Write a checkpoint after ``step`` steps, then remove those that are too old.
 
-        Args:
-            step: How many steps are done.
-            stepper: Its model, optimizer, scaler and moving average.
-            extra: What else goes on: best accuracy, unreadable videos.
-            world: All processes. Rank 0 writes; where parameters are spread (FSDP2), each process writes its share.
+        Rank 0 writes; where parameters are spread (FSDP2), each process writes its share. ``extra`` is what else goes
+        on: the best validation, unreadable videos.
 
         Raises:
             OSError: it cannot be written; older checkpoints are untouched.
