@@ -5,7 +5,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -57,8 +57,7 @@ def train(
     from .. import train as training
 
     if recipe == "list":
-        for name in training.list_recipes():
-            common.show(name)
+        common.show("\n".join(training.list_recipes()))
         return
     if demo and (recipe or videos or val or init):
         raise checks.bad("--demo", "also --recipe, --train, --val or --init", "none of them: the demo has its own")
@@ -149,7 +148,7 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install tensorboard") from error
     board, first, began, told = None, 0, 0.0, -math.inf
-    with common.progress() as step:
+    with common.progress() as step, ExitStack() as opened:
 
         def on_row(row: dict[str, Any]) -> None:
             nonlocal board, first, began, told
@@ -170,15 +169,12 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
             numbers = row | {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
             if tensorboard and board is None:  # only now: a run that is refused leaves nothing behind
                 board = SummaryWriter(str(out / "tensorboard"), purge_step=row["step"])
+                opened.callback(board.close)
             for name, value in numbers.items():
                 if board is not None and isinstance(value, int | float):
                     board.add_scalar(name, value, row["step"])
 
-        try:
-            yield on_row
-        finally:
-            if board is not None:
-                board.close()
+        yield on_row
 
 
 def _progress(row: dict[str, Any], first: int, seconds: float) -> str:
