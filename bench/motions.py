@@ -52,7 +52,7 @@ def train(name: str, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     found = demo(recipe, folder, alone, pretrain=name == "pre-trained start", **how)
     if found is None:
         raise KeyboardInterrupt
-    accuracies = {split: found[f"accuracy, {split}"] for split in SPLITS}
+    accuracies: dict[str, float] = {split: found[f"accuracy, {split}"] for split in SPLITS}
     return {"variant": name, "seed": seed, "steps": found["steps"], **accuracies}
 
 

@@ -18,17 +18,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .. import MAR
 from ..files import remove_leftovers
 from ..kernels import checks
 from .dataset import Batch, Item, Videos, add_broken
-from .distributed import World, to_host
+from .distributed import to_host
 from .loader import StepSampler, batches, make_loader
 from .log import add_row, begin_log
 from .masks import draw_mask, seed_of, validation_masks
 from .mixing import mix_batch
 from .optim import learning_rate
-from .recipe import Recipe
 from .state import Checkpoints, export
 from .step import Inputs, Stepper
 
@@ -51,11 +49,7 @@ class Result:
 
 
 class Run:
-    """A run in this process, one of ``world.size``; arguments that are not here are those of `fit`.
-
-    Args:
-        model: On the device of this process; it is trained in place.
-        accumulate: Micro-batches a step.
+    """A run in this process, one of all; a step takes ``accumulate`` micro-batches, the rest is as in `fit`.
 
     Raises:
         ValueError: too few videos for a step, or a batch that cannot be shared out.
@@ -63,19 +57,18 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
-        model: MAR,
+        stepper: Stepper,
         videos: Videos,
         validation: Videos | None,
         out: Path,
-        world: World,
         *,
         accumulate: int,
         workers: int,
         on_row: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.recipe, self.config, self.world, self.out, self.accumulate = recipe, model.config, world, out, accumulate
-        self.videos, self._on_row = videos, on_row
+        self.stepper, self.videos, self.out, self.accumulate, self._on_row = stepper, videos, out, accumulate, on_row
+        recipe, world, self.config = stepper.recipe, stepper.world, stepper.model.config
+        self.recipe, self.world = recipe, world
         share: dict[str, Any] = dict(rank=world.rank, world=world.size)
         self.sampler = StepSampler(len(videos), recipe.data.batch, accumulate=accumulate, seed=recipe.seed, **share)
         self.loader = make_loader(videos, self.sampler, workers=workers)
@@ -84,8 +77,7 @@ class Run:
             size = recipe.data.batch // (world.size * accumulate) * recipe.data.repeats  # clips of a micro-batch
             every = StepSampler(len(validation), size * world.size, training=False, **share)
             self.validation = make_loader(validation, every, workers=workers)
-        self.stepper = Stepper(model, recipe, world)
-        common = {"recipe": asdict(recipe), "config": asdict(model.config), "list": videos.fingerprint}
+        common: dict[str, Any] = {"recipe": asdict(recipe), "config": asdict(self.config), "list": videos.fingerprint}
         common |= {"processes": world.size, "accumulate": accumulate}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
         self.done, self.best, self.broken = 0, dict[str, float](), dict[str, str]()

@@ -19,7 +19,7 @@ from ..kernels import checks
 from .distributed import World
 from .step import Stepper
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
