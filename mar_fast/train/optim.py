@@ -53,9 +53,8 @@ def _layer(name: str, depth: int) -> int:
 
 def adamw(model: MAR, optimizer: Optimizer, lr: float) -> torch.optim.AdamW:
     """torch's fused AdamW on `parameter_groups`."""
-    beta1, beta2 = optimizer.betas
     groups = parameter_groups(model, optimizer, lr)
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=optimizer.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
 
 def set_lr(adamw: torch.optim.Optimizer, lr: float) -> None:

@@ -26,10 +26,12 @@ Factor = Annotated[float, "a number above 0, up to 1", lambda value: 0 < value <
 Positive = Annotated[float, "a number above 0", lambda value: value > 0]
 NotNegative = Annotated[float, "0 or more", lambda value: value >= 0]
 NotNegativeInt = Annotated[int, "0 or more", lambda value: value >= 0]
-Numbers = tuple[float, ...]
-Pair = Annotated[Numbers, "two numbers above 0, the smaller first", lambda two: len(two) == 2 and 0 < two[0] <= two[1]]
-Shares = Annotated[Numbers, "numbers above 0, up to 1", lambda found: found and 0 < min(found) <= max(found) <= 1]
-Rates = Annotated[Numbers, "two rates in [0, 1)", lambda two: len(two) == 2 and 0 <= min(two) <= max(two) < 1]
+Two = tuple[float, float]
+Pair = Annotated[Two, "two numbers above 0, the smaller first", lambda two: 0 < two[0] <= two[1]]
+Rates = Annotated[Two, "two rates in [0, 1)", lambda two: 0 <= min(two) <= max(two) < 1]
+Shares = Annotated[
+    tuple[float, ...], "numbers above 0, up to 1", lambda found: found and 0 < min(found) <= max(found) <= 1
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,6 @@ class Stepper:
         named = dict(model.named_parameters())
         self.average = {name: p.detach().clone() for name, p in named.items()} if recipe.optimizer.ema else {}
         self._averaged: list[Tensor] = [named[name] for name in self.average]
-        self._trained = [p for p in named.values() if p.requires_grad]
         self._autocast = None if precision == "fp32" else machine.DTYPES[precision]
         self._weights = MasterWeights(model, self._autocast)
 
@@ -81,7 +80,7 @@ class Stepper:
             told[:4] += torch.stack(_numbers(out, batch.target, loss, self.recipe.reconstruction_weight)) / count
         if self.recipe.optimizer.clip_grad:
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(self._trained, self.recipe.optimizer.clip_grad)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
             told[4] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         scaler.step(optimizer)
         scaler.update()
