@@ -17,17 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mar_fast import MAR, from_pretrained
+from mar_fast import MAR
 from mar_fast.timing import interleaved
-from mar_fast.train import World, fit, read_recipe
+from mar_fast.train import World, read_recipe
 from mar_fast.train.dataset import collate
-from mar_fast.train.demo import CHECKED, CLIPS, Motions, Split, accuracy
-from mar_fast.train.loop import Result
+from mar_fast.train.demo import CLIPS, SPLITS, Motions, demo
+from mar_fast.train.loader import StepSampler
+from mar_fast.train.log import add_row
 from mar_fast.train.masks import draw_mask
-from mar_fast.train.mixing import Mixing
-from mar_fast.train.optim import adamw
-from mar_fast.train.recipe import Recipe
-from mar_fast.train.sampler import StepSampler
+from mar_fast.train.mixing import mix_batch
 from mar_fast.train.step import Inputs, Stepper
 
 from .plain import PlainMAR, patch_loss
@@ -42,46 +40,38 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no reconstruction": ("reconstruction_weight=0.0", "model.decoder_depth=0"),
     "pre-trained start": (),
 }
-SPLITS: tuple[Split, ...] = ("same films", "other film")
 
 
-def train(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
+def train(name: str, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     """One run, in a process of its own; its row. One that was killed goes on from its newest checkpoint."""
     torch.set_num_threads(1)
-    alone = World(0, 1, torch.device("cpu"))
+    folder = out / f"{list(VARIANTS).index(name)}-{seed}"
     common = [f"schedule.epochs={epochs}", f"seed={seed}", f"test.every={epochs}"]
-    videos, init = Motions("train", CLIPS, seed=seed), None
-
-    def stage(recipe: Recipe, out: Path, init: Path | None) -> Result:
-        silent: dict[str, Any] = dict(clips=32, workers=0, say=lambda text: None)
-        return fit(recipe, videos, (), out, alone, init=init, resume=(out / "checkpoints").exists(), **silent)
-
-    if name == "pre-trained start":
-        init = folder / "pretrain" / "last.safetensors"
-        stage(read_recipe("motions_pretrain", [f"seed={seed}"]), init.parent, None)
-    recipe = read_recipe(NAME, [*VARIANTS[name], *common])
-    result = stage(recipe, folder / "finetune", init)
-    model = from_pretrained(folder / "finetune" / "last.safetensors").eval()
-    found: dict[str, float] = {split: accuracy(model, Motions(split, CHECKED), recipe) for split in SPLITS}
-    return {"variant": name, "seed": seed, "steps": result.step, **found}
+    recipe, alone = read_recipe(NAME, [*VARIANTS[name], *common]), World(0, 1, torch.device("cpu"))
+    how: dict[str, Any] = dict(resume=True, clips=32, workers=0, say=lambda text: None)
+    found = demo(recipe, folder, alone, pretrain=name == "pre-trained start", **how)
+    if found is None:
+        raise KeyboardInterrupt
+    accuracies: dict[str, float] = {split: found[f"accuracy, {split}"] for split in SPLITS}
+    return {"variant": name, "seed": seed, "steps": found["steps"], **accuracies}
 
 
 def throughput(seconds: float) -> str:
     """Steps of ours against a plain PyTorch loop: the same clips, augmentation, masks, model and optimizer."""
     recipe = read_recipe(NAME, ["augment.mixup=0.8", "augment.cutmix=1.0", "augment.smoothing=0.1"])
     config, device = recipe.config(), torch.device("cpu")
-    videos, mixing = Motions("train", CLIPS), Mixing(recipe.augment, config)
+    videos = Motions("train", CLIPS)
     generator = torch.Generator().manual_seed(0)
     keys = itertools.cycle(StepSampler(len(videos), recipe.data.batch))
 
     def inputs() -> Iterator[Inputs]:
         batch = collate([videos[key] for key in next(keys)])
-        mask, _ = draw_mask(recipe.mask, len(batch.video), config.grid, config.cell, generator)
-        video, target = mixing(batch.video, batch.labels, batch.boxes, generator)
+        mask, _ = draw_mask(recipe.mask, len(batch.video), config, generator)
+        video, target = mix_batch(recipe.augment, config, batch.video, batch.labels, batch.boxes, generator)
         yield Inputs(video, target, mask)
 
     model, plain = MAR(config), PlainMAR(config).train()
-    stepper = Stepper(model, model, adamw(model, recipe.optimizer, 1e-3), recipe, World(0, 1, device))
+    stepper = Stepper(model, recipe, World(0, 1, device))
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
     def plain_step() -> None:
@@ -137,14 +127,10 @@ def main(arguments: list[str]) -> int:
     done = {(row["variant"], row["seed"]) for row in rows}
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [(name, seed) for seed in range(options.seeds) for name in VARIANTS if (name, seed) not in done]
-    with ProcessPoolExecutor(options.processes) as pool, results.open("a") as file:
-        folders = [options.out / f"{list(VARIANTS).index(name)}-{seed}" for name, seed in wanted]
-        jobs = [pool.submit(train, *job, options.epochs, folder) for job, folder in zip(wanted, folders, strict=True)]
-        for job in as_completed(jobs):
-            row = job.result()
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(json.dumps(row), flush=True)
+    with ProcessPoolExecutor(options.processes) as pool:
+        for job in as_completed([pool.submit(train, *one, options.epochs, options.out) for one in wanted]):
+            rows.append(job.result())
+            add_row(results, rows[-1])
+            print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     return 0

@@ -5,8 +5,9 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,8 +57,7 @@ def train(
     from .. import train as training
 
     if recipe == "list":
-        for name in training.list_recipes():
-            common.show(name)
+        common.show("\n".join(training.list_recipes()))
         return
     if demo and (recipe or videos or val or init):
         raise checks.bad("--demo", "also --recipe, --train, --val or --init", "none of them: the demo has its own")
@@ -92,7 +92,8 @@ def train(
 def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) -> None:
     from ..train import show
 
-    flops = show.product_rate(machine.device(), machine.DTYPES[recipe.optimizer.precision])
+    dtype = "fp32" if recipe.optimizer.precision == "fp32" else "bf16"  # as fast as fp16, and for a CPU much faster
+    (flops,) = machine.matmul_rates(machine.device(), (dtype,), budget=0.3).values()
     common.show(show.describe(recipe, videos, processes, clips, flops=flops))
     picture = out.absolute().with_name(f"{out.absolute().name}.schedule.png")
     show.draw_schedule(recipe, videos, picture)
@@ -147,7 +148,7 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install tensorboard") from error
     board, first, began, told = None, 0, 0.0, -math.inf
-    with common.progress() as step:
+    with common.progress() as step, ExitStack() as opened:
 
         def on_row(row: dict[str, Any]) -> None:
             nonlocal board, first, began, told
@@ -168,15 +169,12 @@ def _rows(out: Path, world: "World", tensorboard: bool) -> Iterator[Callable[[di
             numbers = row | {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
             if tensorboard and board is None:  # only now: a run that is refused leaves nothing behind
                 board = SummaryWriter(str(out / "tensorboard"), purge_step=row["step"])
+                opened.callback(board.close)
             for name, value in numbers.items():
                 if board is not None and isinstance(value, int | float):
                     board.add_scalar(name, value, row["step"])
 
-        try:
-            yield on_row
-        finally:
-            if board is not None:
-                board.close()
+        yield on_row
 
 
 def _progress(row: dict[str, Any], first: int, seconds: float) -> str:
@@ -189,8 +187,8 @@ def _progress(row: dict[str, Any], first: int, seconds: float) -> str:
     )
     if row["step"] == first:
         return text
-    left = int((row["steps"] - row["step"]) * seconds / (row["step"] - first))
-    return f"{text}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    left = (row["steps"] - row["step"]) * seconds / (row["step"] - first)
+    return f"{text}, {timedelta(seconds=round(left))} left"
 
 
 def _test(recipe: "Recipe", samples: "Sequence[Sample]", out: Path, world: "World", workers: int) -> None:

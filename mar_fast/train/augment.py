@@ -14,6 +14,7 @@ from .rand_augment import Box, RandAugment, corners
 from .recipe import Augment
 
 GRAY = (128, 128, 128)
+NO_BOX: Box = (0, 0, 0, 0)
 CROP_TRIES, ERASE_TRIES = 10, 100
 NEAR = 3  # a side of a multi-scale crop that is as near as this to the clip's takes its size: nothing to resize
 
@@ -81,7 +82,7 @@ class ClipAugment:
                 rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
                 if rows < height and columns < width:
                     return _anywhere(height, width, rows, columns, rng)
-        return 0, 0, 0, 0
+        return NO_BOX
 
 
 def random_resized_crop(

@@ -3,7 +3,7 @@
 So a run that is resumed reads what it would have read, whatever workers had read ahead, in whatever order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,23 +15,23 @@ from ..data.annotations import Sample, check_samples
 from ..data.framing import Image, picture, pictures
 from ..data.torchcodec_video import import_decoder
 from ..data.video import Decoder, Sampling, open_film
+from ..eval.accuracy import list_fingerprint
 from ..kernels import checks
-from .augment import Box, ClipAugment
+from .augment import NO_BOX, Box, ClipAugment
 from .recipe import Recipe
-from .sampler import Key
 
 # Films whose short side is longer than that of the clip times this are resized to it as they are decoded: 320 for 224,
 # as the originals store Kinetics.
 SPARE_SIZE = 10 / 7
 TRIES = 10  # videos tried for one item before the run ends
-NO_BOX = (0, 0, 0, 0)
 
 
-class Broken(NamedTuple):
-    """A video that could not be read, and why."""
+class Key(NamedTuple):
+    """What `ClipDataset` takes as an index."""
 
-    path: str
-    error: str
+    video_index: int  # the video, in the order of the list
+    epoch: int = 0  # its draws differ from those of other epochs
+    counts: bool = True  # False for one that only fills the last batch of a validation
 
 
 class Item(NamedTuple):
@@ -42,7 +42,7 @@ class Item(NamedTuple):
     video_index: int  # of the video read, in the order of the list
     boxes: list[Box]  # one for each clip: what is erased
     counts: bool  # whether it is to be counted in a validation
-    broken: list[Broken]  # videos that should have been read, and could not be
+    broken: dict[str, str]  # videos that should have been read and could not be, and why
 
 
 class Batch(NamedTuple):
@@ -51,19 +51,21 @@ class Batch(NamedTuple):
     video: Tensor  # (B, C, T, H, W) uint8, a view of channels-last memory
     labels: Tensor  # (B,) int64
     video_index: Tensor  # (B,) int64, those of the videos read
-    boxes: Tensor  # (B, 4) int64: top, left, height, width; `Mixing` erases them
+    boxes: Tensor  # (B, 4) int64: top, left, height, width; `mix_batch` erases them
     counts: Tensor  # (B,) bool
-    broken: list[Broken]  # of all items
+    broken: dict[str, str]  # of all items
 
 
 class Videos(Dataset[Item]):
-    """What a run reads: items by `sampler.Key`.
+    """What a run reads: items by `Key`.
 
     Attributes:
         paths: Of all videos, for messages.
+        fingerprint: A run that is resumed must have the same one.
     """
 
     paths: list[str]
+    fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -99,6 +101,7 @@ class ClipDataset(Videos):
                 raise checks.bad("list", got, "videos of every class (or a smaller model.num_classes)")
         # Strings and an array: workers get a copy.
         self.paths = [str(sample.path) for sample in samples]
+        self.fingerprint = list_fingerprint(samples)
         self.labels = np.array([sample.label for sample in samples])
         self.data, self.seed, self.training = recipe.data, recipe.seed, training
         self.decoder: Decoder = recipe.data.decoder if training else "pyav"
@@ -110,21 +113,22 @@ class ClipDataset(Videos):
     def __getitem__(self, key: Key) -> Item:
         repeats = self.data.repeats if self.training else 1
         rngs = [np.random.default_rng([self.seed, key.epoch, key.video_index, repeat]) for repeat in range(repeats)]
-        index, counts, broken = key.video_index, key.counts, list[Broken]()
-        while True:
+        index, counts, broken = key.video_index, key.counts, dict[str, str]()
+        for number in range(1, TRIES + 1):
             try:
                 clips = self._read(index, rngs)
                 break
             except (ValueError, OSError) as error:
-                broken.append(Broken(self.paths[index], str(error)))
+                broken[self.paths[index]] = str(error)
             if not self.training:
                 clips, counts = [list(np.zeros((self.num_frames, *self.size, 3), np.uint8))], False
                 break
-            if len(broken) == TRIES:
-                got = f"{TRIES} unreadable videos one after the other, the last {broken[-1].path} ({broken[-1].error})"
-                raise checks.bad("list", got, "videos that can be read")
-            entropy = [self.seed, key.epoch, key.video_index, repeats + len(broken)]
+            entropy = [self.seed, key.epoch, key.video_index, repeats + number]
             index = int(np.random.default_rng(entropy).integers(len(self)))
+        else:
+            path, reason = broken.popitem()
+            got = f"{TRIES} unreadable videos one after the other, such as {path} ({reason})"
+            raise checks.bad("list", got, "videos that can be read")
         augmented = [
             self.augment(frames, rng) if self.training else (np.stack(frames), NO_BOX)
             for frames, rng in zip(clips, rngs, strict=True)
@@ -187,29 +191,19 @@ def collate(items: Sequence[Item]) -> Batch:
     )
     video = torch.from_numpy(np.concatenate([item.video for item in items])).permute(0, 4, 1, 2, 3)
     boxes = torch.tensor([box for item in items for box in item.boxes])
-    return Batch(video, labels, index, boxes, counts, [broken for item in items for broken in item.broken])
+    return Batch(video, labels, index, boxes, counts, dict(broken for item in items for broken in item.broken.items()))
 
 
-class BrokenVideos:
-    """The broken videos of a run so far, of ``videos`` in the list; the share ``allowed`` of these may be broken.
+def add_broken(known: dict[str, str], broken: Mapping[str, str], videos: int, allowed: float) -> dict[str, str]:
+    """Add broken videos to those ``known`` in a run, and return the ones that are new, each with its error.
 
-    ``errors``, from path to error, is to be kept in checkpoints.
+    Raises:
+        ValueError: they are more than the share ``allowed`` of all ``videos``; the message names three.
     """
-
-    def __init__(self, videos: int, allowed: float) -> None:
-        self.videos, self.allowed = videos, allowed
-        self.errors: dict[str, str] = {}
-
-    def add(self, broken: Sequence[Broken]) -> list[Broken]:
-        """Count those of a batch, and return the ones that are new.
-
-        Raises:
-            ValueError: there are more than allowed; the message names three.
-        """
-        new = {path: error for path, error in broken if path not in self.errors}
-        self.errors |= new
-        if len(self.errors) > self.allowed * self.videos:
-            some = "; ".join(f"{path} ({error})" for path, error in list(self.errors.items())[-3:])
-            got = f"{len(self.errors)} unreadable videos of {self.videos}, the last {some}"
-            raise checks.bad("list", got, f"at most {self.allowed:.2%} of them (data.max_broken)")
-        return [Broken(*pair) for pair in new.items()]
+    new = {path: error for path, error in broken.items() if path not in known}
+    known.update(new)
+    if len(known) > allowed * videos:
+        some = "; ".join(f"{path} ({error})" for path, error in list(known.items())[-3:])
+        got = f"{len(known)} unreadable videos of {videos}, the last {some}"
+        raise checks.bad("list", got, f"at most {allowed:.2%} of them (data.max_broken)")
+    return new

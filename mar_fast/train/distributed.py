@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -48,13 +49,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process passes in, for all."""
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, for all."""
         if self.size == 1:
-            return [value]
-        box = [None] * self.size
-        dist.all_gather_object(box, value)
-        return box
+            return values
+        box: list[list[Any]] = [[]] * self.size
+        dist.all_gather_object(box, values)
+        return list(chain.from_iterable(box))
 
 
 @contextmanager
@@ -89,13 +90,10 @@ def leave(code: int) -> NoReturn:
 
 
 def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module:
-    """The model as it is called in training: compiled, and shared by all processes.
+    """The model, on the device of its process, as it is called in training: with ``compile`` by torch.compile.
 
-    Args:
-        model: On the device of this process; with ``shard`` its parameters are spread in place (FSDP2).
-        world: All processes.
-        shard: Spread parameters, gradients and states of the optimizer over the processes, and not only clips.
-        compile: By torch.compile.
+    By DDP each process has the whole model; with ``shard`` parameters, gradients and states of the optimizer are spread
+    over the processes too, in place (FSDP2).
     """
     if compile:
         model.compile()

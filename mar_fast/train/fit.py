@@ -20,6 +20,7 @@ from .loop import Result, Run
 from .optim import accumulation
 from .recipe import Recipe
 from .start import start
+from .step import Stepper
 
 
 def fit(
@@ -74,9 +75,8 @@ def fit(
         tell(line)
     if accumulate > 1:
         tell(f"{accumulate} micro-batches a step, in each of {world.size} processes, to {recipe.data.batch} videos")
-    identity = "" if isinstance(samples, Videos) else accuracy.list_fingerprint(samples)
-    how: dict[str, Any] = dict(accumulate=accumulate, workers=workers, settings={"list": identity}, on_row=on_row)
-    run = Run(recipe, model.to(world.device), training, checked, out, world, **how)
+    stepper = Stepper(model.to(world.device), recipe, world)
+    run = Run(stepper, training, checked, out, accumulate=accumulate, workers=workers, on_row=on_row)
     if resume:
         run.resume(allow_changes=allow_changes)
         tell(f"{out}: goes on after step {run.done} of {run.steps}")

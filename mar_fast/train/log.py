@@ -13,26 +13,19 @@ from ..files import write_whole
 TITLES = {"loss": "loss", "reconstruction": "reconstruction loss", "accuracy": "accuracy", "lr": "learning rate"}
 
 
-class Log:
-    """The log of a run, appended row by row.
+def begin_log(path: Path, step: int) -> None:
+    """Begin a log, or go on with one after ``step``: rows of later steps, which will be taken again, are removed."""
+    rows = [row for row in read_log(path) if row["step"] <= step] if step and path.exists() else []
+    write_whole(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
-    Args:
-        path: The file.
-        step: Where the run goes on from: rows of later steps, which it will take again, are removed.
-    """
 
-    def __init__(self, path: Path, step: int) -> None:
-        rows = [row for row in read_log(path) if row["step"] <= step] if step and path.exists() else []
-        write_whole(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-        self.path, self._file = path, path.open("a")
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(f"{self.path}: cannot be written ({error})") from error
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

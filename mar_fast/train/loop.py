@@ -18,18 +18,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .. import MAR
 from ..files import remove_leftovers
 from ..kernels import checks
-from .dataset import Batch, Broken, BrokenVideos, Item, Videos
-from .distributed import World, spread, to_host
-from .loader import batches, make_loader
-from .log import Log
+from .dataset import Batch, Item, Videos, add_broken
+from .distributed import to_host
+from .loader import StepSampler, batches, make_loader
+from .log import add_row, begin_log
 from .masks import draw_mask, seed_of, validation_masks
-from .mixing import Mixing
-from .optim import adamw, learning_rate, peak_lr
-from .recipe import Recipe
-from .sampler import StepSampler
+from .mixing import mix_batch
+from .optim import learning_rate
 from .state import Checkpoints, export
 from .step import Inputs, Stepper
 
@@ -43,28 +40,16 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        step: Steps done.
-        best: The best validation: its numbers and its epoch; empty if there was none.
-        broken: Videos that could not be read, and why.
-        stopped: Whether somebody asked it to stop before its end.
-    """
-
-    step: int
-    best: Mapping[str, float]
-    broken: Mapping[str, str]
-    stopped: bool
+    step: int  # steps done
+    best: Mapping[str, float]  # the numbers of the best validation and its epoch; empty if there was none
+    broken: Mapping[str, str]  # videos that could not be read, and why
+    stopped: bool  # whether somebody asked it to stop before its end
 
 
 class Run:
-    """A run in this process, one of ``world.size``; arguments that are not here are those of `fit`.
-
-    Args:
-        model: On the device of this process; it is trained in place.
-        accumulate: Micro-batches a step.
-        settings: What else must be the same when the run is resumed, such as a fingerprint of the list.
+    """A run in this process, one of all; a step takes ``accumulate`` micro-batches, the rest is as in `fit`.
 
     Raises:
         ValueError: too few videos for a step, or a batch that cannot be shared out.
@@ -72,20 +57,18 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
-        model: MAR,
+        stepper: Stepper,
         videos: Videos,
         validation: Videos | None,
         out: Path,
-        world: World,
         *,
         accumulate: int,
         workers: int,
-        settings: Mapping[str, Any],
         on_row: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.recipe, self.config, self.world, self.out, self.accumulate = recipe, model.config, world, out, accumulate
-        self.videos, self._on_row = videos, on_row
+        self.stepper, self.videos, self.out, self.accumulate, self._on_row = stepper, videos, out, accumulate, on_row
+        recipe, world, self.config = stepper.recipe, stepper.world, stepper.model.config
+        self.recipe, self.world = recipe, world
         share: dict[str, Any] = dict(rank=world.rank, world=world.size)
         self.sampler = StepSampler(len(videos), recipe.data.batch, accumulate=accumulate, seed=recipe.seed, **share)
         self.loader = make_loader(videos, self.sampler, workers=workers)
@@ -94,29 +77,18 @@ class Run:
             size = recipe.data.batch // (world.size * accumulate) * recipe.data.repeats  # clips of a micro-batch
             every = StepSampler(len(validation), size * world.size, training=False, **share)
             self.validation = make_loader(validation, every, workers=workers)
-        # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
-        torch.ones(8, device=world.device).sqrt()
-        called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
-        optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
-        self.stepper = Stepper(model, called, optimizer, recipe, world)
-        self.mixing = Mixing(recipe.augment, self.config)
-        common = {"recipe": recipe.as_dict(), "config": asdict(model.config), "processes": world.size}
-        common |= {"accumulate": accumulate, **settings}
+        common: dict[str, Any] = {"recipe": asdict(recipe), "config": asdict(self.config), "list": videos.fingerprint}
+        common |= {"processes": world.size, "accumulate": accumulate}
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, common)
-        self.broken = BrokenVideos(len(videos), recipe.data.max_broken)
-        self.done, self.best = 0, dict[str, float]()
+        self.done, self.best, self.broken = 0, dict[str, float](), dict[str, str]()
         self.stopped = self.due = False
         self.steps = self.sampler.steps * recipe.schedule.epochs
         self._losses = deque[float](maxlen=REMEMBERED)
         self._pending: _Step | None = None
-        self.log: Log | None = None
         self._clock, self._saved = time.perf_counter(), time.monotonic()
 
     def resume(self, *, allow_changes: bool = False) -> None:
-        """Go on from the newest checkpoint.
-
-        Args:
-            allow_changes: Even if the recipe, the list or the number of processes is another one.
+        """Go on from the newest checkpoint; `fit` says what ``allow_changes`` allows.
 
         Raises:
             FileNotFoundError: there is none.
@@ -125,7 +97,7 @@ class Run:
         self.done, extra = self.checkpoints.load(self.stepper, allow_changes=allow_changes)
         if self.done > self.steps:
             raise checks.bad("--resume", f"a run after step {self.done}", f"{self.steps} steps or fewer, as asked now")
-        self.best, self.broken.errors = extra["best"], extra["broken"]
+        self.best, self.broken = extra["best"], extra["broken"]
         if self.world.main:
             for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
                 remove_leftovers(self.out / name)
@@ -139,7 +111,8 @@ class Run:
             OSError: something cannot be written.
         """
         recipe, per_epoch, self._clock = self.recipe, self.sampler.steps, time.perf_counter()
-        self.log = Log(self.out / "log.jsonl", self.done) if self.world.main else None
+        if self.world.main:
+            begin_log(self.out / "log.jsonl", self.done)
         with _asked_to_stop() as asked:
             for epoch in range(self.done // per_epoch, recipe.schedule.epochs):
                 self._epoch(epoch, asked)
@@ -154,8 +127,8 @@ class Run:
             if self.done == self.steps:
                 self.stopped = False
                 with self.stepper.averaged():
-                    export(self.stepper.model, self.out / "last.safetensors", self.world)
-        return Result(self.done, self.best, self.broken.errors, self.stopped)
+                    export(self.stepper, self.out / "last.safetensors", self.world)
+        return Result(self.done, self.best, self.broken, self.stopped)
 
     def _epoch(self, epoch: int, asked: list[int]) -> None:
         per_epoch = self.sampler.steps
@@ -186,14 +159,15 @@ class Run:
             batch = next(read)
             step.waited += time.perf_counter() - began
             step.clips += len(batch.video)
-            step.broken += batch.broken
+            step.broken |= batch.broken
             step.index += batch.video_index.tolist()
             seed = seed_of(recipe.seed, step.number, self.world.rank, number)
             torch.manual_seed(seed)  # of dropout and drop path
             generator = torch.Generator().manual_seed(seed)
-            masks = draw_mask(recipe.mask, len(batch.video), config.grid, config.cell, generator, device)
-            video, labels = (value.to(device, non_blocking=True) for value in (batch.video, batch.labels))
-            video, target = self.mixing(video, labels if recipe.task == "finetune" else None, batch.boxes, generator)
+            masks = draw_mask(recipe.mask, len(batch.video), config, generator, device)
+            video = batch.video.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True) if recipe.task == "finetune" else None
+            video, target = mix_batch(recipe.augment, config, video, labels, batch.boxes, generator)
             yield Inputs(video, target, *masks)
 
     def _settle(self) -> None:
@@ -203,11 +177,12 @@ class Run:
             return
         loss, classification, reconstruction, right, norm, broken, asked, due = step.told()
         if broken:
-            new = self.broken.add([one for some in self.world.gather(step.broken) for one in some])
-            self._say({"step": step.number, "broken": [one._asdict() for one in new]} if new else None)
+            every = dict(self.world.gather([*step.broken.items()]))
+            new = add_broken(self.broken, every, len(self.videos), self.recipe.data.max_broken)
+            self._say_broken(step.number, new)
         mean = sum(self._losses) / len(self._losses) if len(self._losses) == REMEMBERED else math.inf
         if not math.isfinite(loss) or loss > EXPLODED * mean:
-            names = sorted({self.videos.paths[index] for some in self.world.gather(step.index) for index in some})
+            names = sorted({self.videos.paths[index] for index in self.world.gather(step.index)})
             before = self.checkpoints.steps()
             raise DivergedError(
                 f"loss: got {loss:.3g} in step {step.number}, after a mean of {mean:.3g}, expected a finite one below "
@@ -222,7 +197,7 @@ class Run:
         row |= {"loss": loss, "lr": step.lr}
         if self.recipe.task == "finetune":
             row |= {"classification": classification, "accuracy": right}
-        if self.recipe.task == "pretrain" or self.recipe.reconstruction_weight:
+        if self.recipe.reconstructs:
             row["reconstruction"] = reconstruction
         if self.recipe.optimizer.clip_grad:
             row["norm"] = norm if math.isfinite(norm) else None  # fp16 may overflow; JSON has no inf
@@ -232,10 +207,14 @@ class Run:
         self._say(row)
         self.stopped, self.due = asked > 0, due > 0
 
-    def _say(self, row: dict[str, Any] | None) -> None:
-        if row is not None and self.log is not None:
-            self.log.add(row)
+    def _say(self, row: dict[str, Any]) -> None:
+        if self.world.main:
+            add_row(self.out / "log.jsonl", row)
             self._on_row(row)
+
+    def _say_broken(self, step: int, broken: Mapping[str, str]) -> None:
+        if broken:
+            self._say({"step": step, "broken": [dict(path=path, error=error) for path, error in broken.items()]})
 
     def _validate(self, epoch: int) -> None:
         """Validate after ``epoch`` epochs the weights that are exported too, and keep the best ones."""
@@ -244,7 +223,7 @@ class Run:
             score = found.get("top1", -found["loss"])
             if not self.best or score > self.best.get("top1", -self.best["loss"]):
                 self.best = {"epoch": epoch, **found}
-                export(self.stepper.model, self.out / "best.safetensors", self.world)
+                export(self.stepper, self.out / "best.safetensors", self.world)
         self._say({"step": self.done, "epoch": epoch, "validation": found, "best": self.best})
 
     def _measure(self) -> dict[str, float]:
@@ -252,10 +231,10 @@ class Run:
         stepper, device, pretrain = self.stepper, self.world.device, self.recipe.task == "pretrain"
         stepper.called.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # videos, loss, first, among the first five
-        broken = list[Broken]()
+        broken = dict[str, str]()
         assert self.validation is not None
         for number, batch in enumerate(batches(self.validation)):
-            broken += batch.broken
+            broken |= batch.broken
             mask, decoder_mask = validation_masks(self.recipe, self.config, len(batch.video), number, device)
             video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
@@ -267,8 +246,7 @@ class Run:
             rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
             loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
             sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
-        if told := [one._asdict() for some in self.world.gather(broken) for one in dict.fromkeys(some)]:
-            self._say({"step": self.done, "broken": told})
+        self._say_broken(self.done, dict(self.world.gather([*broken.items()])))
         videos, *rest = self.world.sum(sums).tolist()
         means = dict(zip(("loss",) if pretrain else ("loss", "top1", "top5"), rest, strict=False))
         return {"videos": videos} | {name: value / max(videos, 1) for name, value in means.items()}
@@ -276,7 +254,7 @@ class Run:
     def _save(self) -> None:
         self._settle()  # no checkpoint of weights that are not finite
         self._saved, self.due = time.monotonic(), False
-        extra = {"best": self.best, "broken": self.broken.errors}
+        extra = {"best": self.best, "broken": self.broken}
         self.checkpoints.save(self.done, self.stepper, extra, self.world)
 
 
@@ -290,7 +268,7 @@ class _Step:
     told: Callable[[], list[float]] = list
     waited: float = 0.0
     clips: int = 0
-    broken: list[Broken] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
     index: list[int] = field(default_factory=list)
 
 

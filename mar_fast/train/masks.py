@@ -7,7 +7,6 @@ import torch
 
 from .. import masking
 from ..config import MARConfig
-from ..masking import Grid
 from ..token_mask import TokenMask
 from .recipe import Mask, Recipe
 
@@ -15,22 +14,9 @@ Masks = tuple[TokenMask | None, TokenMask | None]
 
 
 def draw_mask(
-    mask: Mask,
-    batch: int,
-    grid: Grid,
-    cell: tuple[int, int, int],
-    generator: torch.Generator,
-    device: torch.device | None = None,
+    mask: Mask, batch: int, config: MARConfig, generator: torch.Generator, device: torch.device | None = None
 ) -> Masks:
-    """Draw the masks of a batch.
-
-    Args:
-        mask: Their kinds and ratios.
-        batch: Clips.
-        grid: (T', H', W') tubelets.
-        cell: Of cell running masks.
-        generator: Source of all draws.
-        device: Where the masks go; None for the generator's device.
+    """Draw the masks of a batch, for the grid and the cell of ``config``; on the generator's device if none is given.
 
     Returns:
         The tokens that the encoder sees (None: all of them), and a mask whose ``keep_idx`` are the positions that the
@@ -39,7 +25,7 @@ def draw_mask(
     Raises:
         ValueError: a ratio that the cell or the grid does not allow.
     """
-    encoder = decoder = None
+    encoder, decoder, grid, cell = None, None, config.grid, config.cell
     if mask.kind == "cell_running":
         form: dict[str, Any] = dict(temporal_shuffle=mask.temporal_shuffle, spatial_repeat=mask.spatial_repeat)
         encoder = masking.cell_running(batch, grid, mask.ratio, cell=cell, **form, generator=generator)
@@ -55,7 +41,7 @@ def draw_mask(
 def validation_masks(recipe: Recipe, config: MARConfig, batch: int, number: int, device: torch.device) -> Masks:
     """The masks of batch ``number`` of a validation, the same every time; None for the model's own test form."""
     generator = torch.Generator().manual_seed(seed_of(recipe.seed, number))
-    mask, decoder_mask = draw_mask(recipe.mask, batch, config.grid, config.cell, generator, device)
+    mask, decoder_mask = draw_mask(recipe.mask, batch, config, generator, device)
     if recipe.mask.kind == "cell_running" and recipe.mask.ratio == config.mask_ratio:
         mask = None
     return mask, decoder_mask

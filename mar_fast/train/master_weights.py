@@ -35,8 +35,12 @@ class MasterWeights:
         self._masters: dict[str, Tensor] = {}
         if dtype is not None and getattr(model, "_compiled_call_impl", None) is None:
             blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, Block))
-            layers = ((f"{name}.{path}.weight", layer) for name, block in blocks for path, layer in _linear(block))
-            self._masters = {name: layer.weight for name, layer in layers if type(layer.weight) is nn.Parameter}
+            self._masters = {
+                f"{name}.{path}.weight": layer.weight
+                for name, block in blocks
+                for path, layer in block.named_modules()
+                if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+            }
         self._copies = [torch.empty_like(master, dtype=dtype) for master in self._masters.values()]
 
     def refresh(self) -> None:
@@ -53,7 +57,3 @@ class MasterWeights:
         pairs = zip(self._masters.items(), self._copies, strict=True)
         weights = {prefix + name: _Rounded.apply(master, copy) for (name, master), copy in pairs}
         return functional_call(called, weights, inputs, options)
-
-
-def _linear(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(path, layer) for path, layer in block.named_modules() if type(layer) is nn.Linear]

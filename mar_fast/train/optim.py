@@ -18,23 +18,18 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
     The patch embedding is layer 0, block i of the encoder layer i + 1, and all else layer depth + 1. The learning rate
     of a layer is ``lr * layer_decay ** (depth + 1 - layer)``: for all its parameters ("all", VideoMAE), or for the
     encoder's matrices alone ("weights", MAR), while biases, norms and what follows the encoder keep ``lr``. Biases,
-    norms and the mask token have no weight decay.
-
-    Args:
-        model: Not wrapped by DDP, which changes names; after `fully_shard`, which keeps them but replaces parameters.
-        optimizer: Weight decay, layer decay and its rule.
-        lr: The learning rate to start from; `set_lr` changes it.
+    norms and the mask token have no weight decay. The model is not wrapped by DDP, which changes names; `fully_shard`,
+    which replaces parameters, comes before.
 
     Returns:
-        Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor, and ``name``.
-        Each trainable parameter is in one of them, in the model's order.
+        Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor. Each trainable
+        parameter is in one of them, in the model's order.
 
     Raises:
         ValueError: no parameter is trainable.
     """
     depth = model.config.depth
     groups: dict[tuple[float, float], Group] = {}
-    layers: dict[tuple[float, float], set[int]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -44,12 +39,8 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
         key = scale, optimizer.weight_decay if matrix else 0.0
         group = groups.setdefault(key, dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=key[1]))
         group["params"].append(parameter)
-        layers.setdefault(key, set()).add(layer)
     if not groups:
         raise checks.bad("model", "no parameter that requires a gradient", "at least one")
-    for key, group in groups.items():
-        kind = ": matrices" if key[1] else ": biases, norms" if optimizer.weight_decay else ""
-        group["name"] = _span(layers[key], depth) + kind
     return sorted(groups.values(), key=lambda group: (group["lr_scale"], group["weight_decay"]))
 
 
@@ -60,21 +51,10 @@ def _layer(name: str, depth: int) -> int:
     return 0 if part == "patch_embed" else int(rest.partition(".")[0]) + 1
 
 
-def _span(layers: set[int], depth: int) -> str:
-    """In words: "patch embedding", "block 3", "head", or from the first of these to the last."""
-
-    def word(layer: int) -> str:
-        return "patch embedding" if layer == 0 else "head" if layer > depth else f"block {layer - 1}"
-
-    first, last = word(min(layers)), word(max(layers))
-    return first if first == last else f"{first} to {last}"
-
-
 def adamw(model: MAR, optimizer: Optimizer, lr: float) -> torch.optim.AdamW:
     """torch's fused AdamW on `parameter_groups`."""
-    beta1, beta2 = optimizer.betas
     groups = parameter_groups(model, optimizer, lr)
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=optimizer.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
 
 def set_lr(adamw: torch.optim.Optimizer, lr: float) -> None:
@@ -103,12 +83,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     last step is one short of the end of the cosine, where min_lr would be reached. With ``warmup_to = "peak"`` the W
     steps of the warm-up go linearly to lr, which step W - 1 has, and the cosine begins at step W, with lr again
     (VideoMAE). With "cosine" the cosine begins at step 0, and the warm-up goes linearly to the value that it has at
-    step W, the first one after it (MAR).
-
-    Args:
-        recipe: Rates, epochs, warm-up and batch, see `lr_factor`.
-        step: The optimizer's step, not the micro-batch.
-        steps_per_epoch: Videos // batch: an incomplete last batch is left out.
+    step W, the first one after it (MAR). Rates are multiplied by `lr_factor`.
 
     Raises:
         ValueError: there is no such step.
@@ -140,9 +115,8 @@ def accumulation(recipe: Recipe, processes: int, clips_per_process: int) -> int:
         ValueError: the batch cannot be shared equally, or the clips of one video are too many.
     """
     batch, repeats = recipe.data.batch, recipe.data.repeats
-    for name, value in (("processes", processes), ("clips_per_process", clips_per_process)):
-        if not isinstance(value, int) or value < 1:
-            raise checks.bad(name, repr(value), "a whole number, 1 or more")
+    checks.whole("processes", processes)
+    checks.whole("clips_per_process", clips_per_process)
     if batch % processes:
         accepted = f"a divisor of data.batch = {batch} (or another batch: --set data.batch=...)"
         raise checks.bad("processes", processes, accepted)

@@ -19,23 +19,19 @@ PROBABILITY = 0.5  # of each op that was chosen
 MOVING = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 LOCAL = ("Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness")  # a pixel depends on itself alone
 
-# The argument of each op from its strength in [0, 1] and a sign, drawn; None for ops without one.
-ARGUMENTS: dict[str, Callable[[float, int], float] | None] = {
-    "AutoContrast": None,
-    "Equalize": None,
-    "Invert": None,
+# The argument of each op from its strength in [0, 1] and a sign, drawn.
+ARGUMENTS: dict[str, Callable[[float, int], float]] = {
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda strength, sign: 0.0),  # not read
     "Rotate": lambda strength, sign: sign * 30 * strength,  # degrees
     "Posterize": lambda strength, sign: 4 - int(4 * strength),  # bits that stay
     "Solarize": lambda strength, sign: 256 - int(256 * strength),  # values from here on are inverted
     "SolarizeAdd": lambda strength, sign: int(110 * strength),  # added to values below 128
-    "Color": lambda strength, sign: max(0.1, 1 + sign * 0.9 * strength),  # 1 changes nothing
-    "Contrast": lambda strength, sign: max(0.1, 1 + sign * 0.9 * strength),
-    "Brightness": lambda strength, sign: max(0.1, 1 + sign * 0.9 * strength),
-    "Sharpness": lambda strength, sign: max(0.1, 1 + sign * 0.9 * strength),
-    "ShearX": lambda strength, sign: sign * 0.3 * strength,
-    "ShearY": lambda strength, sign: sign * 0.3 * strength,
-    "TranslateX": lambda strength, sign: sign * 0.45 * strength,  # of the width
-    "TranslateY": lambda strength, sign: sign * 0.45 * strength,  # of the height
+    **dict.fromkeys(
+        ("Color", "Contrast", "Brightness", "Sharpness"),
+        lambda strength, sign: max(0.1, 1 + sign * 0.9 * strength),  # 1 changes nothing
+    ),
+    **dict.fromkeys(("ShearX", "ShearY"), lambda strength, sign: sign * 0.3 * strength),
+    **dict.fromkeys(("TranslateX", "TranslateY"), lambda strength, sign: sign * 0.45 * strength),  # of width or height
 }
 
 _SECTION = re.compile(r"(mstd|inc|m|n)(\d+(?:\.\d+)?)")
@@ -71,8 +67,8 @@ class RandAugment:
         for name in rng.choice(list(ARGUMENTS), self.ops):
             if rng.random() < PROBABILITY:
                 magnitude = min(max(rng.normal(self.magnitude, self.std), 0.0), MAX_MAGNITUDE)
-                sign, argument = 1 - 2 * int(rng.integers(2)), ARGUMENTS[name]
-                drawn.append((str(name), 0.0 if argument is None else argument(magnitude / MAX_MAGNITUDE, sign)))
+                sign = 1 - 2 * int(rng.integers(2))
+                drawn.append((str(name), ARGUMENTS[name](magnitude / MAX_MAGNITUDE, sign)))
         return drawn
 
     def __call__(self, frames: "Sequence[Image]", crop: Box, rng: np.random.Generator) -> "Sequence[Image]":
@@ -106,12 +102,8 @@ class RandAugment:
             resample = Image.Resampling[self.interpolation.upper()]
             return image.transform((width, height), Image.Transform.AFFINE, matrix, resample, fillcolor=self.fill)
         match name:
-            case "AutoContrast":
-                return ImageOps.autocontrast(image)
-            case "Equalize":
-                return ImageOps.equalize(image)
-            case "Invert":
-                return ImageOps.invert(image)
+            case "AutoContrast" | "Equalize" | "Invert":
+                return getattr(ImageOps, name.lower())(image)
             case "Posterize":  # with no bit left the picture is black, which Pillow's own refuses
                 mask = 256 - 2 ** (8 - int(argument))
                 return image.point([value & mask for value in range(256)] * 3)

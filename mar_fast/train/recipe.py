@@ -5,6 +5,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,12 @@ Factor = Annotated[float, "a number above 0, up to 1", lambda value: 0 < value <
 Positive = Annotated[float, "a number above 0", lambda value: value > 0]
 NotNegative = Annotated[float, "0 or more", lambda value: value >= 0]
 NotNegativeInt = Annotated[int, "0 or more", lambda value: value >= 0]
-Numbers = tuple[float, ...]
-Pair = Annotated[Numbers, "two numbers above 0, the smaller first", lambda two: len(two) == 2 and 0 < two[0] <= two[1]]
-Shares = Annotated[Numbers, "numbers above 0, up to 1", lambda found: found and 0 < min(found) <= max(found) <= 1]
-Rates = Annotated[Numbers, "two rates in [0, 1)", lambda two: len(two) == 2 and 0 <= min(two) <= max(two) < 1]
+Two = tuple[float, float]
+Pair = Annotated[Two, "two numbers above 0, the smaller first", lambda two: 0 < two[0] <= two[1]]
+Rates = Annotated[Two, "two rates in [0, 1)", lambda two: 0 <= min(two) <= max(two) < 1]
+Shares = Annotated[
+    tuple[float, ...], "numbers above 0, up to 1", lambda found: found and 0 < min(found) <= max(found) <= 1
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +174,14 @@ class Recipe:
     seed: NotNegativeInt = 0
 
     def __post_init__(self) -> None:
+        for name, value in _values("", asdict(self)).items():
+            object.__setattr__(self, name, value)
         _check(self)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
-        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return content
+    @property
+    def reconstructs(self) -> bool:
+        """Whether a step runs the pixel decoder."""
+        return self.task == "pretrain" or self.reconstruction_weight > 0
 
     def config(self, **overrides: Any) -> MARConfig:
         """The model's configuration.
@@ -187,7 +192,7 @@ class Recipe:
         given = {**self.model, "gradient_checkpointing": self.gradient_checkpointing, **overrides}
         if self.mask.kind in ("none", "cell_running"):  # what is validated and tested, where the model does not say it
             given.setdefault("mask_ratio", self.mask.ratio)
-        if self.task == "finetune" and not self.reconstruction_weight:
+        if not self.reconstructs:
             given["decoder_depth"] = 0  # without a loss it would be run for nothing, and DDP would wait for gradients
         return named_config(given.pop("name", "mar_vit_base"), **given)
 
@@ -203,8 +208,7 @@ def read_recipe(recipe: str | Path, changes: Iterable[str] = ()) -> Recipe:
     Args:
         recipe: A name from `list_recipes`, or a TOML file. Its key ``extends`` names a recipe to begin with: a file
             beside it (without .toml), or one of the package.
-        changes: "section.key=value" or "key=value", which replace what the file says; values as in TOML, and text may
-            stand without quotes.
+        changes: "section.key=value" or "key=value" in TOML, which replace what the file says; text needs no quotes.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -212,7 +216,7 @@ def read_recipe(recipe: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """
     content = _read(recipe)
     for change in changes:
-        _set(content, change)
+        content = _over(content, _changes(change))
     return Recipe(**_values("", content))
 
 
@@ -239,26 +243,24 @@ def _read(recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or not base:
         raise checks.bad("extends", repr(base), "the name of a recipe")
     beside = path.parent / f"{base}.toml"
-    merged = _read(beside if beside.is_file() else base, (*above, path))
-    for key, value in content.items():
-        below = merged.get(key)
-        merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+    return _over(_read(beside if beside.is_file() else base, (*above, path)), content)
 
 
-def _set(content: dict[str, Any], change: str) -> None:
+def _changes(change: str) -> dict[str, Any]:
+    """What "section.key=value" says: a line of TOML, but for quotes around text."""
     key, equals, text = change.partition("=")
-    *section, name = (part.strip() for part in key.split("."))
-    if not equals or not all((*section, name)) or len(section) > 1:
-        raise checks.bad("--set", repr(change), "section.key=value, for example optimizer.lr=3e-4")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        parsed = {"value": text.strip()}
-    target = content.setdefault(section[0], {}) if section else content
-    if not isinstance(target, dict):
-        raise checks.bad("--set", repr(change), f"{section[0]}=value: it is no section")
-    target[name] = parsed["value"]
+    for line in (f"{key} = {text}", f"{key}{equals}{json.dumps(text.strip(), ensure_ascii=False)}"):
+        with suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(line)
+    raise checks.bad("--set", repr(change), "section.key=value, for example optimizer.lr=3e-4")
+
+
+def _over(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with what ``content`` says; of a section that both have, key by key."""
+    for key, value in content.items():
+        below = base.get(key)
+        base[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    return base
 
 
 @cache
@@ -328,12 +330,7 @@ def _value(name: str, value: Any, wanted: Any) -> Any:
 
 
 def _check(recipe: Recipe) -> None:
-    """Check types, ranges, and what must fit together."""
-    for name, kind in _keys()[""].items():
-        section = getattr(recipe, name)
-        if is_dataclass(kind) and type(section) is not kind:
-            raise checks.bad(name, repr(section), f"a {kind.__name__}")  # type: ignore[union-attr]
-    _values("", asdict(recipe))
+    """Check what must fit together."""
     mask, augment, schedule, weight = recipe.mask, recipe.augment, recipe.schedule, recipe.reconstruction_weight
     config = None
 

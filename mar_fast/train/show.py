@@ -12,7 +12,7 @@ from ..cost import Cost, count
 from ..eval.plot import OTHERS, OURS, legend_below, new_figure, save
 from ..kernels import checks
 from ..model import MAR
-from ..timing import interleaved
+from .loader import StepSampler
 from .masks import draw_mask
 from .optim import Group, accumulation, learning_rate, lr_factor, parameter_groups, peak_lr
 from .recipe import Recipe
@@ -21,13 +21,8 @@ from .recipe import Recipe
 def visible_tokens(recipe: Recipe) -> int:
     """Tokens of a clip that the encoder sees in training."""
     config = recipe.config()
-    mask, _ = draw_mask(recipe.mask, 1, config.grid, config.cell, torch.Generator())
+    mask, _ = draw_mask(recipe.mask, 1, config, torch.Generator())
     return config.num_tokens if mask is None else mask.num_visible
-
-
-def decodes(recipe: Recipe) -> bool:
-    """Whether a step runs the pixel decoder."""
-    return recipe.task == "pretrain" or recipe.reconstruction_weight > 0
 
 
 def activation_bytes(recipe: Recipe, clips: int) -> int:
@@ -47,7 +42,7 @@ def activation_bytes(recipe: Recipe, clips: int) -> int:
     if config.classifier == "bridging":
         stacks.append((visible, config.bridge_embed_dim, config.bridge_mlp_ratio, config.bridge_depth))
     kept = visible * config.patch_values * value
-    if decodes(recipe):
+    if recipe.reconstructs:
         stacks.append((config.num_tokens, config.decoder_embed_dim, config.decoder_mlp_ratio, config.decoder_depth))
         kept += (config.num_tokens - visible) * config.patch_values * 8
     full = [round(tokens * dim * ((6 + 2 * ratio) * value + 8)) for tokens, dim, ratio, _ in stacks]
@@ -79,42 +74,30 @@ def cost_of_step(recipe: Recipe) -> Cost:
 
     So is the pixel decoder where it predicts a part of what was dropped (dual masking): the count stays a lower bound.
     """
-    reconstruct = decodes(recipe) and recipe.mask.decoder == "dropped"
+    reconstruct = recipe.reconstructs and recipe.mask.decoder == "dropped"
     clips = recipe.data.batch * recipe.data.repeats
     return count(recipe.config(), batch=clips, visible=visible_tokens(recipe), reconstruct=reconstruct, training=True)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product, measured in a fraction of a second: what `describe` calls a device's rate."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    spread = interleaved({"product": lambda: left @ right}, device, budget=0.3)["product"]
-    return 2 * size**3 / spread.p50
-
-
-def describe(
-    recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float | None = None
-) -> str:
+def describe(recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float) -> str:
     """What a run will do, as text: model, mask, data, learning rates, groups, memory and time.
 
-    Args:
-        recipe: What to run.
-        videos: In the list to train on.
-        processes: Of the run.
-        clips_per_process: As many as a process takes at a time, see `accumulation`.
-        flops: FLOP/s of one process, given or by `product_rate`; None leaves the time out.
+    The list has ``videos`` to train on, a process does ``flops`` FLOP/s, such as `matmul_rates` measures; for
+    ``processes`` and ``clips_per_process`` see `accumulation`.
 
     Raises:
         ValueError: fewer videos than a batch, or the batch cannot be shared, see `accumulation`.
     """
+    checks.positive("flops", flops)
     data, optimizer = recipe.data, recipe.optimizer
     micro_batches = accumulation(recipe, processes, clips_per_process)
-    per_epoch = steps_per_epoch(recipe, videos)
+    per_epoch = StepSampler(videos, data.batch).steps
     clips = data.batch * data.repeats // processes // micro_batches
     steps = per_epoch * recipe.schedule.epochs
     model = _shapes(recipe.config())
     kept = memory(recipe, clips, shards=processes if recipe.shard else 1)
     work = 2 * cost_of_step(recipe).multiply_adds
+    seconds = work / flops / processes
     rows = [
         ("task", {"finetune": "fine-tuning", "pretrain": "pre-training"}[recipe.task] + _losses(recipe)),
         ("model", f"{recipe.model.get('name', 'mar_vit_base')}: {_parameters(model)}"),
@@ -126,33 +109,16 @@ def describe(
         ("learning rate", _rates(recipe, per_epoch)),
         ("AdamW", f"betas {optimizer.betas}, eps {optimizer.eps:g}, gradients "
          + (f"clipped to norm {optimizer.clip_grad:g}" if optimizer.clip_grad else "not clipped")),
-        *_groups(parameter_groups(model, optimizer, peak_lr(recipe))),
+        *_groups(model, parameter_groups(model, optimizer, peak_lr(recipe))),
         ("memory", f"about {sum(kept.values()) / 1e9:.2f} GB a process, by arithmetic; "
          "the activations are an estimate"),
         ("", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kept.items())),
         ("work", f"{work / 1e12:.3g} TFLOP a step, {work * steps / 1e18:.3g} EFLOP in all"),
+        ("time", f"at least {seconds:.3g} s a step, {seconds * steps / 3600:.3g} hours in all, at {flops:.3g} FLOP/s"),
+        ("", "a process: a floor, without loading, communication, validation and what is no matrix product"),
     ]  # fmt: skip
-    if flops is not None:
-        checks.positive("flops", flops)
-        seconds = work / flops / processes
-        hours = seconds * steps / 3600
-        rows += [
-            ("time", f"at least {seconds:.3g} s a step, {hours:.3g} hours in all, at {flops:.3g} FLOP/s"),
-            ("", "a process: a floor, without loading, communication, validation and what is no matrix product"),
-        ]
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in rows)
-
-
-def steps_per_epoch(recipe: Recipe, videos: int) -> int:
-    """Optimizer steps of an epoch: whole batches.
-
-    Raises:
-        ValueError: not even one.
-    """
-    if videos < recipe.data.batch:
-        raise checks.bad("videos", videos, f"at least data.batch = {recipe.data.batch} (or a smaller --set data.batch)")
-    return videos // recipe.data.batch
 
 
 def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
@@ -161,7 +127,7 @@ def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    per_epoch = steps_per_epoch(recipe, videos)
+    per_epoch = StepSampler(videos, recipe.data.batch).steps
     schedule, optimizer, depth = recipe.schedule, recipe.optimizer, recipe.config().depth
     steps = schedule.epochs * per_epoch
     # All steps of a short run; of a long one enough for a smooth curve.
@@ -174,17 +140,16 @@ def draw_schedule(recipe: Recipe, videos: int, path: Path) -> None:
         layers |= {depth // 2 + 1: f"{of}block {depth // 2}", 0: f"{of}the patch embedding"}
     figure = new_figure(figsize=(8, 6.5))
     linear, logarithmic = figure.subplots(2, sharex=True)
-    for (layer, name), colour in zip(layers.items(), (OURS, *OTHERS), strict=False):
-        factor = optimizer.layer_decay ** (depth + 1 - layer)
-        for axis in (linear, logarithmic):
-            axis.plot(epochs, [factor * rate for rate in rates], color=colour, label=f"{name} (x {factor:.3g})")
-    logarithmic.set_yscale("log", nonpositive="mask")  # a warm-up may begin at 0
-    linear.set_ylim(0, 1.05 * max(rates))
-    linear.ticklabel_format(axis="y", scilimits=(-3, 3))
     for axis in (linear, logarithmic):
+        for (layer, name), colour in zip(layers.items(), (OURS, *OTHERS), strict=False):
+            factor = optimizer.layer_decay ** (depth + 1 - layer)
+            axis.plot(epochs, [factor * rate for rate in rates], color=colour, label=f"{name} (x {factor:.3g})")
         axis.axvline(schedule.warmup_epochs, color="#555555", linestyle=":", linewidth=1, label="end of the warm-up")
         axis.set(ylabel="learning rate", xlim=(0, schedule.epochs))
         axis.grid(alpha=0.3)
+    linear.set_ylim(0, 1.05 * max(rates))
+    linear.ticklabel_format(axis="y", scilimits=(-3, 3))
+    logarithmic.set_yscale("log", nonpositive="mask")  # a warm-up may begin at 0
     logarithmic.set_xlabel(f"epoch (steps {per_epoch}, videos a step {recipe.data.batch})")
     legend_below(figure, [linear])
     save(figure, path)
@@ -230,14 +195,11 @@ def _rates(recipe: Recipe, per_epoch: int) -> str:
     return f"{peak_lr(recipe):.4g} ({of}), cosine by iteration: {told}"
 
 
-def _groups(groups: list[Group]) -> Iterator[tuple[str, str]]:
-    """A row for each learning rate: parameters with and without weight decay."""
-    for number, scale in enumerate(dict.fromkeys(group["lr_scale"] for group in groups)):
-        same, told, before = [group for group in groups if group["lr_scale"] == scale], "", ""
-        for group in same:
-            span, _, kind = group["name"].partition(": ")
-            size = sum(parameter.numel() for parameter in group["params"]) / 1e6
-            told += "; " * bool(told) + (f"{span}: " if span != before else "")
-            told += f"{kind} {size:.3f} M, weight decay {group['weight_decay']:g}".lstrip()
-            before = span
-        yield ("" if number else "groups"), f"lr {same[0]['lr']:.3g} (x {scale:.3g}): {told}"
+def _groups(model: MAR, groups: list[Group]) -> Iterator[tuple[str, str]]:
+    """A row for each group of parameters: its rates, its size, and the first and the last of them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for number, group in enumerate(groups):
+        rates = f"lr {group['lr']:.3g} (x {group['lr_scale']:.3g}), weight decay {group['weight_decay']:g}"
+        size = sum(parameter.numel() for parameter in group["params"]) / 1e6
+        span = " to ".join(dict.fromkeys(names[id(group["params"][end])] for end in (0, -1)))
+        yield ("" if number else "groups"), f"{rates}: {size:.3f} M, {span}"

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 
-from .. import MAR, LoadReport, MARConfig, from_pretrained
+from .. import MAR, LoadReport, from_pretrained
 from ..kernels import checks
 from .recipe import Recipe
 
 # What a checkpoint knows better than a recipe that does not say it.
 _OF_THE_FILE = ("mean", "std", "position_grid", "encoder_eps")
+# What must be the same in both.
+_SAME = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "channels", "num_frames", "image_size")
 # What a recipe may ask for, and the checkpoint's positions are then interpolated to.
 _OF_A_CLIP = ("num_frames", "image_size", "position_grid")
 
@@ -35,7 +37,10 @@ def start(recipe: Recipe, init: str | Path | None = None) -> tuple[MAR, LoadRepo
         sizes = {name: recipe.model[name] for name in _OF_A_CLIP if name in recipe.model}
         loaded = from_pretrained(init, classifier=None, **sizes)
         config = recipe.config(**{n: getattr(loaded.config, n) for n in _OF_THE_FILE if n not in recipe.model})
-        _check_sizes(config, loaded.config)
+        for name in _SAME:
+            ours, theirs = getattr(config, name), getattr(loaded.config, name)
+            if ours != theirs:
+                raise checks.bad("--init", f"a checkpoint of {name} {theirs}", f"{ours}, as the recipe's model.{name}")
     model = MAR(config)
     if model.classifier is not None:
         with torch.no_grad():
@@ -57,13 +62,6 @@ def start(recipe: Recipe, init: str | Path | None = None) -> tuple[MAR, LoadRepo
             if name == "decoder":
                 model.mask_token.data.copy_(loaded.mask_token)
     return model, loaded.load_report, [f"new: {', '.join(new)}"] if new else []
-
-
-def _check_sizes(config: MARConfig, loaded: MARConfig) -> None:
-    for name in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "channels", "num_frames", "image_size"):
-        ours, theirs = getattr(config, name), getattr(loaded, name)
-        if ours != theirs:
-            raise checks.bad("--init", f"a checkpoint of {name} {theirs}", f"{ours}, as the recipe's model.{name}")
 
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from .. import MAR, save_checkpoint
 from ..files import write_whole
@@ -19,7 +19,7 @@ from ..kernels import checks
 from .distributed import World
 from .step import Stepper
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -42,13 +42,10 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}.pt"
 
     def save(self, step: int, stepper: Stepper, extra: Mapping[str, Any], world: World) -> None:
-        """Write a checkpoint, then remove those that are too old.
+        """Write a checkpoint after ``step`` steps, then remove those that are too old.
 
-        Args:
-            step: How many steps are done.
-            stepper: Its model, optimizer, scaler and moving average.
-            extra: What else goes on: best accuracy, unreadable videos.
-            world: All processes. Rank 0 writes; where parameters are spread (FSDP2), each process writes its share.
+        Rank 0 writes; where parameters are spread (FSDP2), each process writes its share. ``extra`` is what else goes
+        on: the best validation, unreadable videos.
 
         Raises:
             OSError: it cannot be written; older checkpoints are untouched.
@@ -123,7 +120,7 @@ class Checkpoints:
     def _compare(self, old: Mapping[str, Any], allow_changes: bool) -> None:
         before, now = (dict(_flat(settings)) for settings in (old, self.settings))
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        told = "; ".join(f"{key} {_short(before.get(key))}, now {_short(now.get(key))}" for key in changed)
+        told = "; ".join(f"{key} {_told(before.get(key))}, now {_told(now.get(key))}" for key in changed)
         if told and not allow_changes:
             raise checks.bad("--resume", f"a run of other settings ({told})", "the same, or --allow-changes")
 
@@ -137,6 +134,10 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield above + key, value
 
 
+def _told(value: object) -> str:
+    return textwrap.shorten(json.dumps(value), 40, placeholder="...")
+
+
 def _first(error: BaseException) -> str:
     """The first fault of an error that has a line for each."""
     faults = list(error.failures.values()) if isinstance(error, CheckpointException) else []
@@ -144,19 +145,14 @@ def _first(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines()[1:2]), text)
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def export(model: MAR, path: Path, world: World) -> None:
-    """Write a model's weights in our own layout, also where they are spread over the processes (FSDP2)."""
-    whole = model
-    if isinstance(next(model.parameters()), DTensor):
+def export(stepper: Stepper, path: Path, world: World) -> None:
+    """Write the model's weights in our own layout, also where they are spread over the processes (FSDP2)."""
+    model = stepper.model
+    if stepper.sharded:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if world.main:
-            whole = MAR(model.config)
-            whole.load_state_dict(state)
+            model = MAR(model.config)
+            model.load_state_dict(state)
     if world.main:
-        save_checkpoint(whole, path, force=True)
+        save_checkpoint(model, path, force=True)
     world.barrier()

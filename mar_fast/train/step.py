@@ -13,54 +13,48 @@ from torch.distributed.tensor import DTensor
 from .. import MAR, TokenMask, machine
 from ..loss import mar_loss
 from ..model import MAROutput
-from .distributed import World, last_only
+from .distributed import World, last_only, spread
 from .master_weights import MasterWeights
-from .optim import set_lr
+from .optim import adamw, peak_lr, set_lr
 from .recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro-batch on the device, ready for the model.
+    """A micro-batch on the device, ready for the model."""
 
-    Attributes:
-        video: (B, C, T, H, W), uint8 or normalised.
-        target: (B,) classes or (B, classes) soft targets; None in pre-training.
-        mask: Which tokens are visible; None where all are.
-        decoder_mask: Which positions the decoder predicts; None for all that are dropped.
-    """
-
-    video: Tensor
-    target: Tensor | None
-    mask: TokenMask | None
-    decoder_mask: TokenMask | None = None
+    video: Tensor  # (B, C, T, H, W), uint8 or normalised
+    target: Tensor | None  # (B,) classes or (B, classes) soft targets; None in pre-training
+    mask: TokenMask | None  # which tokens are visible; None where all are
+    decoder_mask: TokenMask | None = None  # which positions the decoder predicts; None for all that are dropped
 
 
 class Stepper:
     """Takes steps with a model, and has all that changes in them.
 
     Args:
-        model: On its device; with FSDP2 its parameters are spread.
-        called: What `distributed.spread` makes of it.
-        optimizer: Of its parameters, see `optim.adamw`.
-        recipe: Precision, clipping, moving average, weight of the reconstruction.
+        model: On the device of this process; it is trained in place, and with ``recipe.shard`` spread (FSDP2).
+        recipe: The optimizer and its precision, what the loss is, how the model is compiled and spread.
         world: All processes.
 
     Attributes:
+        called: The model as it is called in training, see `distributed.spread`.
+        optimizer: See `optim.adamw`; its learning rates are those of the last step.
         scaler: Of gradients; does nothing but for fp16.
         average: The moving average of each parameter by name, empty where there is none.
     """
 
-    def __init__(
-        self, model: MAR, called: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World
-    ) -> None:
-        self.model, self.called, self.optimizer, self.recipe, self.world = model, called, optimizer, recipe, world
+    def __init__(self, model: MAR, recipe: Recipe, world: World) -> None:
+        # torch 2.13 on a CPU: the first large sqrt of a process is now and then wrong, a small one before prevents it.
+        torch.ones(8, device=world.device).sqrt()
+        self.model, self.recipe, self.world = model, recipe, world
+        self.called = spread(model, world, shard=recipe.shard, compile=recipe.compile)
+        self.optimizer = adamw(model, recipe.optimizer, peak_lr(recipe))
         precision = recipe.optimizer.precision
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         named = dict(model.named_parameters())
         self.average = {name: p.detach().clone() for name, p in named.items()} if recipe.optimizer.ema else {}
         self._averaged: list[Tensor] = [named[name] for name in self.average]
-        self._trained = [p for p in named.values() if p.requires_grad]
         self._autocast = None if precision == "fp32" else machine.DTYPES[precision]
         self._weights = MasterWeights(model, self._autocast)
 
@@ -86,7 +80,7 @@ class Stepper:
             told[:4] += torch.stack(_numbers(out, batch.target, loss, self.recipe.reconstruction_weight)) / count
         if self.recipe.optimizer.clip_grad:
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(self._trained, self.recipe.optimizer.clip_grad)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
             told[4] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         scaler.step(optimizer)
         scaler.update()

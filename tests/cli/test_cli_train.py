@@ -14,6 +14,7 @@ import torch
 from train_cases import RECIPE, VIDEOS, write_films
 
 import mar_fast
+from mar_fast import machine
 from mar_fast.train.loop import Run
 
 
@@ -116,12 +117,15 @@ def test_tensorboard(train, tmp_path, monkeypatch):
     assert all(("loss", step) in board for step in (1, 2))
 
 
-def test_show(train, tmp_path):
+def test_show(train, tmp_path, monkeypatch):
+    rates = {"fp32": 1e11, "bf16": 2e11}  # fp16 is not measured: on a CPU a product takes seconds
+    monkeypatch.setattr(machine, "matmul_rates", lambda device, dtypes, budget: {name: rates[name] for name in dtypes})
     code, out, _ = train("--show", "--processes", 2, "--clips", 2, videos=None)
     assert code == 0
-    assert "2 (processes) x 2 (micro-batches) x 2 (clips)" in out and "AdamW" in out
+    assert "2 (processes) x 2 (micro-batches) x 2 (clips)" in out and "AdamW" in out and "at 1e+11 FLOP/s" in out
     assert (tmp_path / "run.schedule.png").is_file() and not (tmp_path / "run").exists()
-    assert train("--show", "--out", "v1.5")[0] == 0 and (tmp_path / "v1.5.schedule.png").is_file()
+    code, out, _ = train("--show", "--out", "v1.5", "--set", "optimizer.precision=fp16")
+    assert code == 0 and "at 2e+11 FLOP/s" in out and (tmp_path / "v1.5.schedule.png").is_file()
     code, out, _ = train("--recipe", "list", recipe=None, videos=None)
     assert code == 0 and out.split() == mar_fast.train.list_recipes()
 

@@ -19,9 +19,8 @@ from mar_fast.data.annotations import Sample
 from mar_fast.data.framing import picture
 from mar_fast.data.torchcodec_video import import_decoder
 from mar_fast.data.video import open_film
-from mar_fast.train.dataset import ClipDataset
+from mar_fast.train.dataset import ClipDataset, Key
 from mar_fast.train.recipe import Data, Recipe, read_recipe
-from mar_fast.train.sampler import Key
 
 try:
     import_decoder()

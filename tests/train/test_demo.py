@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mar_fast.train import demo
+from mar_fast.train.dataset import Key
 from mar_fast.train.demo import MOTIONS, Motions
-from mar_fast.train.sampler import Key
 
 pytestmark = pytest.mark.real_clip
 

@@ -135,10 +135,11 @@ BAD = {
     "model.num_class=3": "model.num_class: got an unknown key, expected 'num_classes', the nearest",
     "optimiser.lr=3": "optimiser: got an unknown key, expected 'optimizer', the nearest",
     "extends=3": "extends: got an unknown key",
-    "a.b.c=3": "--set: got 'a.b.c=3', expected section.key=value",
+    "a.b.c=3": "a: got an unknown key, expected",
+    "optimizer.lr.x=3": "optimizer.lr: got {'x': 3}, expected a finite number",
     "=3": "--set: got '=3'",
     "seed": "--set: got 'seed'",
-    "seed.x=3": "--set: got 'seed.x=3', expected seed=value",
+    "seed.x=3": "seed: got {'x': 3}, expected a whole number",
     "optimizer=3": "optimizer: got 3, expected a section",
     "model=mar": "model: got 'mar', expected a section",
     "seed=[1]": "seed: got [1], expected a whole number",
@@ -158,10 +159,10 @@ BAD = {
     "optimizer.lr_batch=1.5": "optimizer.lr_batch: got 1.5, expected a whole number",
     "optimizer.lr_batch=-256": "optimizer.lr_batch: got -256, expected 0 or more",
     "optimizer.eps=-1": "optimizer.eps: got -1.0, expected a number above 0",
-    "optimizer.betas=[]": "optimizer.betas: got (), expected two rates in [0, 1)",
+    "optimizer.betas=[]": "optimizer.betas: got [], expected a list of 2 numbers",
     "optimizer.betas=[0.9, 1.5]": "optimizer.betas: got (0.9, 1.5), expected two rates",
     "optimizer.betas=[0.9, nan]": "optimizer.betas: got nan, expected a finite number",
-    "optimizer.betas=0.9": "optimizer.betas: got 0.9, expected a list of numbers",
+    "optimizer.betas=0.9": "optimizer.betas: got 0.9, expected a list of 2 numbers",
     "optimizer.layer_decay=0": "optimizer.layer_decay: got 0.0, expected a number above 0, up to 1",
     "optimizer.ema=1": "optimizer.ema: got 1.0, expected a number in [0, 1)",
     "optimizer.weight_decay=-1": "optimizer.weight_decay: got -1.0, expected 0 or more",
@@ -212,35 +213,31 @@ def test_bad_values(change):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "changes", "message"),
     [
-        (["mask.kind=none", "mask.ratio=0"], "reconstruction_weight: got 0.01, expected 0: without a mask"),
-        (["mask.decoder=cell_running", "mask.decoder_ratio=0.1"], "mask.decoder_ratio: got 0.1, expected a whole"),
-        (["model.patch_size=[2, 32, 32]"], "model.cell: got (1, 2, 2), expected a cell whose sides divide the grid"),
-        (["model.patch_size=[2, 32, 32]", "model.mask_ratio=0"], "cell: got (1, 2, 2), expected a cell whose sides"),
+        ("mar_k400_base", ["mask.kind=none", "mask.ratio=0"],
+         "reconstruction_weight: got 0.01, expected 0: without a mask"),
+        ("mar_k400_base", ["mask.decoder=cell_running", "mask.decoder_ratio=0.1"],
+         "mask.decoder_ratio: got 0.1, expected a whole"),
+        ("mar_k400_base", ["model.patch_size=[2, 32, 32]"],
+         "model.cell: got (1, 2, 2), expected a cell whose sides divide the grid"),
+        ("mar_k400_base", ["model.patch_size=[2, 32, 32]", "model.mask_ratio=0"],
+         "cell: got (1, 2, 2), expected a cell whose sides"),
+        ("mar_k400_base", ["mask.kind=none", "mask.ratio=0.0", "reconstruction_weight=0", "model.mask_ratio=0.5"],
+         "model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"),
+        ("videomae_k400_base", ["mask.decoder=cell_running"],
+         "mask.decoder: got 'cell_running', expected 'dropped': this model"),
+        ("videomae_pretrain_base", ["augment.mixup=0.8"],
+         "augment.mixup: got 0.8, expected 0 in pre-training, which has no labels"),
+        ("videomae_pretrain_base", ["model.decoder_depth=0"],
+         "model.decoder_depth: got 0, expected 1 or more: pre-training decodes"),
+        ("videomae_pretrain_base", ["model.classifier=linear"],
+         "model.classifier: got 'linear', expected 'none' in pre-training"),
     ],
-)
-def test_values_that_do_not_fit_together(changes, message):
+)  # fmt: skip
+def test_values_that_do_not_fit_together(name, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe("mar_k400_base", changes)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("augment.mixup=0.8", "augment.mixup: got 0.8, expected 0 in pre-training, which has no labels"),
-        ("model.decoder_depth=0", "model.decoder_depth: got 0, expected 1 or more: pre-training decodes"),
-        ("model.classifier=linear", "model.classifier: got 'linear', expected 'none' in pre-training"),
-    ],
-)
-def test_bad_pretraining(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe("videomae_pretrain_base", [change])
-
-
-def test_decoder_mask_needs_a_decoder():
-    with pytest.raises(ValueError, match=re.escape("mask.decoder: got 'cell_running', expected 'dropped': this model")):
-        read_recipe("videomae_k400_base", ["mask.decoder=cell_running"])
+        read_recipe(name, changes)
 
 
 def test_models_follow_the_mask_and_the_loss():
@@ -249,8 +246,6 @@ def test_models_follow_the_mask_and_the_loss():
         config = read_recipe("mar_k400_base", changes).config()
         assert (config.mask_ratio, config.decoder_depth) == (ratio, depth)
     assert read_recipe("mar_k400_base", ["mask.ratio=0.75", "model.mask_ratio=0.5"]).config().mask_ratio == 0.5
-    with pytest.raises(ValueError, match=r"model.mask_ratio: got 0.5, expected 0 with mask.kind = 'none'"):
-        read_recipe("mar_k400_base", [*none, "model.mask_ratio=0.5"])
 
 
 def test_changes():
@@ -262,7 +257,7 @@ def test_changes():
     assert recipe.optimizer.betas == (0.0, 0.5)
     assert (recipe.config().classifier, recipe.config().image_size) == ("linear", (192, 96))
     assert recipe.schedule == before.schedule
-    assert recipe.as_dict() != before.as_dict() == read_recipe("mar_k400_base").as_dict()
+    assert recipe != before == read_recipe("mar_k400_base")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +284,7 @@ def test_recipes_made_in_python_are_checked_too(wrong):
 
 def write(folder, **files):
     for name, text in files.items():
-        (folder / f"{name}.toml").write_text(text)
+        (folder / f"{name}.toml").write_text(text, encoding="latin-1")
 
 
 def test_extends(tmp_path):
@@ -318,17 +313,12 @@ def test_extends(tmp_path):
         ("[[optimizer]]\nlr = 3", "optimizer: got [{'lr': 3}], expected a section"),
         ("seed = ", "which is not TOML"),
         ("seed = 1\nseed = 2", "which is not TOML"),
+        ("\xff\xfe", "which is not TOML"),  # written as bytes that are no UTF-8
     ],
 )
 def test_bad_files(tmp_path, text, message):
     write(tmp_path, a=text, b='extends = "a"')
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe(tmp_path / "a.toml")
-
-
-def test_bytes_that_are_no_text(tmp_path):
-    (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="which is not TOML"):
         read_recipe(tmp_path / "a.toml")
 
 

@@ -20,7 +20,7 @@ from train_cases import RECIPE, STEPS, write_films
 
 import mar_fast
 from mar_fast import cli
-from mar_fast.train.log import Log
+from mar_fast.train.log import add_row, read_log
 
 KILLS = int(os.environ.get("MAR_FAST_KILLS", "3"))
 # Writes half of the second checkpoint, then ends as by SIGKILL.
@@ -153,15 +153,10 @@ def test_killed_at_random_moments(films, never_killed, tmp_path):
             continue
         kill(process)
         killed += 1
-        logged = max((row["step"] for row in rows_so_far(out) if "loss" in row), default=0)
+        logged = max((row["step"] for row in read_log(out / "log.jsonl") if "loss" in row), default=0)
         assert newest(out) >= logged - 1, "more is lost than what was done since the last checkpoint"
     here(*arguments(films, out, "--resume"))
     assert_same(out, never_killed)
-
-
-def rows_so_far(out):
-    content = (out / "log.jsonl").read_text()
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
 
 
 def test_killed_while_a_checkpoint_is_written(films, never_killed, tmp_path):
@@ -175,15 +170,15 @@ def test_killed_while_a_checkpoint_is_written(films, never_killed, tmp_path):
 @pytest.mark.parametrize("step", [3, 4])  # within an epoch, and the last one of an epoch with a validation
 def test_interrupted_by_hand(films, never_killed, tmp_path, monkeypatch, capsys, step):
     """Ctrl-C ends the step and saves."""
-    out, add = tmp_path / "run", Log.add
+    out = tmp_path / "run"
 
     def interrupt(log, row):
-        add(log, row)
+        add_row(log, row)
         if row["step"] == step and "loss" in row:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "add", interrupt)
+        patch.setattr("mar_fast.train.loop.add_row", interrupt)
         here(*arguments(films, out), code=130)
     assert "--resume goes on" in capsys.readouterr().err
     assert newest(out) == max(row["step"] for row in rows(out)) == step + 1

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from test_step import LR, inputs_of, recipe_of, rows
 
-from mar_fast.train.distributed import leave, spread, world
-from mar_fast.train.optim import adamw
+from mar_fast.train.distributed import leave, world
 from mar_fast.train.start import start
 from mar_fast.train.state import Checkpoints, export
 from mar_fast.train.step import Stepper
@@ -18,8 +17,7 @@ def step(here, case, shard, out, micro_batches=2):
     recipe = recipe_of(case, f"shard={str(shard).lower()}")
     model = start(recipe)[0].double()
     inputs, size = inputs_of(recipe, 8), 8 // here.size // micro_batches
-    called = spread(model, here, shard=shard, compile=False)
-    stepper = Stepper(model, called, adamw(model, recipe.optimizer, LR), recipe, here)
+    stepper = Stepper(model, recipe, here)
     firsts = [(number * here.size + here.rank) * size for number in range(micro_batches)]
     real, kept = stepper.optimizer.step, {}
 
@@ -40,9 +38,9 @@ def step(here, case, shard, out, micro_batches=2):
     assert all(torch.equal(whole(p), weights[name]) for name, p in model.named_parameters())
     with torch.no_grad():  # a validation: no backward pass follows
         one = rows(inputs, 0, 1)
-        called.eval()(one.video, one.mask)
+        stepper.called.eval()(one.video, one.mask)
     assert stepper.sharded == shard
-    export(model, out / "model.safetensors", here)
+    export(stepper, out / "model.safetensors", here)
     told = here.sum(told / here.size)
     if here.main:
         torch.save({"gradients": kept, "weights": weights, "told": told}, out / "result.pt")
