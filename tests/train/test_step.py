@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from helpers import relative
 from test_optim import layer_of
 
+import mar_fast
 from mar_fast import TokenMask, reference
+from mar_fast.train.augment import NO_BOX
+from mar_fast.train.dataset import Item, Key, Videos
 from mar_fast.train.distributed import World
-from mar_fast.train.masks import draw_mask
+from mar_fast.train.fit import fit
+from mar_fast.train.masks import draw_mask, validation_masks
 from mar_fast.train.master_weights import MasterWeights
 from mar_fast.train.recipe import read_recipe
 from mar_fast.train.start import start
@@ -238,3 +242,33 @@ def test_weights_rounded_at_once(precision, changes, monkeypatch):
     blocks = config.depth + config.bridge_depth + config.decoder_depth
     assert launches == [4 * blocks] * 2
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+class Noise(Videos):
+    """Five clips; the last two cannot be read, which makes them black ones that do not count."""
+
+    def __init__(self):
+        self.paths = [*"abcde"]
+
+    def __getitem__(self, key):
+        generator = torch.Generator().manual_seed(key.video_index)
+        video = torch.randint(256, (1, 8, 64, 64, 3), dtype=torch.uint8, generator=generator).numpy()
+        bad = key.video_index > 2
+        return Item(video * (not bad), key.video_index, key.video_index, [NO_BOX], key.counts and not bad, {})
+
+
+@pytest.mark.parametrize("case", ["MAR", "pre-training"])
+def test_validation_means_over_the_clips_that_count(case, tmp_path):
+    """Neither those that cannot be read nor those that only fill the last batch, which so has none at all."""
+    recipe = recipe_of(case, "data.batch=2", "schedule.epochs=1", "schedule.warmup_epochs=0.0", "model.num_classes=5")
+    found = fit(recipe, Noise(), Noise(), tmp_path, ALONE, clips=2, workers=0).best
+    plain = reference.MAR(recipe.config()).double().eval()
+    plain.load_state_dict(mar_fast.from_pretrained(tmp_path / "best.safetensors").state_dict())
+    pretrain, losses = recipe.task == "pretrain", []
+    for number, index in enumerate(([0, 1], [2])):
+        video = torch.cat([torch.from_numpy(Noise()[Key(i)].video).movedim(-1, 1) for i in index])
+        mask, _ = validation_masks(recipe, recipe.config(), len(index), number, torch.device("cpu"))
+        out = plain(video, mask, reconstruct=pretrain)
+        one = out.reconstruction_loss if pretrain else F.cross_entropy(out.logits, torch.tensor(index))
+        losses += [one.item()] * len(index)
+    assert found["videos"] == len(losses) == 3 and found["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
