@@ -44,9 +44,9 @@ def plan(
         said |= say("entries in the file", final_norm=checkpoint.has("final_norm")) | checkpoint.said | shapes
     fresh, dropped = _parts(checkpoint, said, overrides)
     checkpoint.absent |= fresh
-    for ours in checkpoint.tensors:
+    for ours in list(checkpoint.tensors):
         if reason := dropped.get(part_of(ours) or ""):
-            checkpoint.unused = dict.fromkeys(checkpoint.layout.theirs(ours), reason) | checkpoint.unused
+            checkpoint.pass_over(ours, reason)
     unread = fresh.keys() | dropped.keys()
     # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
     said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
