@@ -152,16 +152,10 @@ def layout_for(model: MAR, layout: LayoutName) -> Layout:
         return OURS
     hf, v2, linear = layout == "hf", layout == "videomae2", config.classifier == "linear"
     decoder = config.decoder_depth > 0
-    title = {
-        "mar": "MAR's layout",
-        "videomae": "VideoMAE's layout",
-        "videomae2": "VideoMAE v2's layout on the hub",
-        "hf": "Hugging Face's layout",
-    }[layout]
 
     def need(field: str, met: bool, accepted: str) -> None:
         if not met:
-            raise checks.bad(f"{field}, for {title}", repr(getattr(config, field)), accepted)
+            raise checks.bad(f"{field}, for layout {layout!r}", repr(getattr(config, field)), accepted)
 
     if layout == "mar":
         need("classifier", config.classifier == "bridging", "'bridging', which every MAR has")

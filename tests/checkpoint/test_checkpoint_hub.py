@@ -159,7 +159,7 @@ def test_what_the_hub_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"repo_id: got 'me/mine', which the hub does not take \(403 Forbidden\)"):
         push_to_hub(small_model(), "me/mine")
     assert not hub.folder.exists()
-    with pytest.raises(ValueError, match="classifier, for Hugging Face's layout"):
+    with pytest.raises(ValueError, match="classifier, for layout 'hf'"):
         push_to_hub(small_model(), "me/mine", layout="hf")
     assert not hub.calls
 

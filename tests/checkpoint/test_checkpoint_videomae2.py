@@ -153,8 +153,8 @@ def test_written_folder(tmp_path, classes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(classifier=None, decoder_depth=0), "classifier, for VideoMAE v2's .*: got None, expected 'linear'"),
-        (dict(num_classes=7, **{**LINEAR, "decoder_depth": 2}), "decoder_depth, for VideoMAE v2.*: got 2, expected 0"),
+        (dict(classifier=None, decoder_depth=0), "classifier, for layout 'videomae2': got None, expected 'linear'"),
+        (dict(num_classes=7, **{**LINEAR, "decoder_depth": 2}), "decoder_depth, for layout 'videomae2': got 2, expected 0"),
         (dict(LINEAR, classifier_norm_eps=1e-5), "classifier_norm_eps, .*: got 1e-05, expected 1e-06, as encoder_eps"),
         ({}, "got 'bridging', expected 'linear' or None"),
     ],
@@ -162,7 +162,7 @@ def test_written_folder(tmp_path, classes):
 def test_what_the_layout_cannot_say(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         save_checkpoint(small_model(**change), tmp_path / "a", layout="videomae2")
-    with pytest.raises(ValueError, match="num_classes, for Hugging Face's layout: got 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="num_classes, for layout 'hf': got 0, expected 1 or more"):
         save_checkpoint(small_model(**FEATURES, classifier_norm_eps=1e-5), tmp_path / "a", layout="hf")
     assert not (tmp_path / "a").exists()
 
