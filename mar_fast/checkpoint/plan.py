@@ -39,7 +39,7 @@ def plan(
         shapes = _sizes(checkpoint, overrides)
         for name, (value, origin) in checkpoint.said.items():
             known, shape = shapes.get(name, (value, ""))
-            if value != known:
+            if not _agree(value, known):
                 raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
         said |= say("entries in the file", final_norm=checkpoint.has("final_norm")) | checkpoint.said | shapes
     fresh, dropped = _parts(checkpoint, said, overrides)
@@ -146,23 +146,21 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
         got = "a classifier that reads token 0 after the last norm (no mean pooling), which no MARConfig expresses"
         accepted = "one that averages over tokens (fc_norm); classifier=None reads the encoder alone"
         raise checks.bad(checkpoint.where, got, accepted)
-    if wanted != kind:
-        if kind is not None:
-            dropped["classifier"] = f"classifier={wanted!r} was asked for"
-        if wanted is not None:
-            fresh["classifier"] = f"new: the file has no {wanted} classifier"
-            if "num_classes" not in overrides:
-                accepted = f"num_classes=, since the file has no {wanted} classifier and a new one is made"
-                raise checks.bad("num_classes", "none", accepted)
-    depth = said["decoder_depth"][0]
-    if depth and overrides.get("decoder_depth") == 0:
-        dropped["decoder"] = "decoder_depth=0 was asked for"
-    elif not depth and overrides.get("decoder_depth"):
-        fresh["decoder"] = "new: the file has no pixel decoder"
-    if overrides.get("final_norm") is False and checkpoint.has("final_norm"):
-        dropped["final_norm"] = "final_norm=False was asked for"
-    elif overrides.get("final_norm") and not said["final_norm"][0]:
-        fresh["final_norm"] = "new: the file has no last norm"
+    depth, norm = said["decoder_depth"][0], said["final_norm"][0]
+    for part, field, there, wished, title in (
+        ("classifier", "classifier", kind, wanted, f"{wanted} classifier"),
+        ("decoder", "decoder_depth", depth, overrides.get("decoder_depth", depth), "pixel decoder"),
+        ("final_norm", "final_norm", norm, overrides.get("final_norm", norm), "last norm"),
+    ):
+        if there == wished or (part == "decoder" and there and wished):
+            continue  # of another depth, which is an error
+        if there:
+            dropped[part] = f"{field}={wished!r} was asked for"
+        if wished:
+            fresh[part] = f"new: the file has no {title}"
+    if "classifier" in fresh and "num_classes" not in overrides:
+        accepted = f"num_classes=, since the file has no {wanted} classifier and a new one is made"
+        raise checks.bad("num_classes", "none", accepted)
     return fresh, dropped
 
 
