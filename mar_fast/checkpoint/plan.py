@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
+from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_heads
 from ..kernels import checks
 from .layouts import Checkpoint, matters, part_of
 from .report import Said, say
@@ -14,7 +14,6 @@ Position = Literal["formula", "interpolate"]
 
 _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_size", "num_classes")
 """How the fields end that a checkpoint fixes, by shapes and, for heads, by its configuration."""
-_BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
 
 
 def plan(
@@ -77,8 +76,7 @@ def plan(
             continue
         width = values[f"{prefix}embed_dim"]
         sizes = f"{width} wide and {depth} deep" if part == "encoder" else f"{width} wide"
-        known = {"decoder": known_decoder_heads(width), "classifier": _BRIDGE_HEADS.get(width)}
-        values[field] = known_heads(width, depth) if part == "encoder" else known[part]
+        values[field] = known_heads(prefix, width, depth)
         said[field] = values[field], f"the known {part} that is {sizes}"
         if not values[field]:
             got = f"none for {checkpoint.where}: it does not say, and no known model is {sizes}"
