@@ -6,6 +6,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from ..config import MARConfig
+from ..kernels import checks
+from ..model import MAR
 
 Said = dict[str, tuple[Any, str]]
 """Field of `MARConfig` -> (value, where it is said)."""
@@ -75,6 +77,21 @@ class LoadReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self) | {name: dict(getattr(self, name)) for name in ("initial", "ignored", "origins")}
+
+
+def class_names(model: MAR, labels: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of a model's classes: ``labels``, or for None those that its checkpoint had, if it had any.
+
+    Raises:
+        ValueError: not one name for each class.
+    """
+    config, report = model.config, model.load_report
+    classes = config.num_classes if config.classifier else 0
+    if labels is None:
+        return report.labels if report is not None and classes else None
+    if isinstance(labels, str) or len(labels) != classes:
+        raise checks.bad("labels", f"{len(labels)} names", f"{classes}, one for each class")
+    return tuple(labels)
 
 
 def by_reason(notes: Sequence[Note], most: int) -> list[str]:

@@ -16,6 +16,7 @@ from ..scaled_linear import scaled_layers
 from . import config_json, processors
 from .layouts import EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, VIDEOMAE2, Layout, hugging_face, matters
 from .read import METADATA_KEY
+from .report import class_names
 
 LayoutName = Literal["mar_fast", "mar", "videomae", "videomae2", "hf"]
 LAYOUTS = get_args(LayoutName)
@@ -48,8 +49,8 @@ def save_checkpoint(
             classifier, else pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have
             it) or "hf" (the transformers class that computes the same).
         force: Replace what is there; a folder only if it holds nothing else.
-        labels: For a folder with a classifier: the names of its classes, for config.json. A model that was read from
-            such a folder has them in ``load_report.labels``.
+        labels: For a folder with a classifier: the names of its classes, for config.json; None for those that the
+            model's checkpoint had.
 
     Raises:
         ValueError: the layout cannot express the model; the message says what stands in the way.
@@ -69,11 +70,7 @@ def write(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    names, config = layout_for(model, layout), model.config
-    if labels is not None and not config.classifier:
-        raise checks.bad("labels", "some, for a model without a classifier", "None")
-    if labels is not None and (isinstance(labels, str) or len(labels) != config.num_classes):
-        raise checks.bad("labels", f"{len(labels)} names", f"{config.num_classes}, one for each class")
+    names, config, labels = layout_for(model, layout), model.config, class_names(model, labels)
 
     def write_tensors(file: Path) -> None:
         # One entry: safetensors writes several in a random order, and the same model shall give the same bytes.

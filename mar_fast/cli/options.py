@@ -14,6 +14,7 @@ from torch import Tensor
 import mar_fast
 
 from .. import MAR, MARConfig, machine
+from ..checkpoint.report import class_names
 from ..data import read_annotations, read_labels, read_views
 from ..data.annotations import Annotations
 from ..data.video import Sampling, Short
@@ -160,19 +161,9 @@ def placed(model: MAR, dtype: str, device: torch.device, quantize: Quantize | No
     return model.to(machine.DTYPES[dtype]).eval()
 
 
-def class_names(model: MAR, labels: Path | None) -> list[str] | None:
-    """The names in a file of labels, or else those that the model's checkpoint has; None if it has none.
-
-    Raises:
-        ValueError: more or fewer names than classes.
-    """
-    if labels is None:
-        own = model.load_report.labels if model.load_report is not None else None
-        return None if own is None else list(own)
-    names, classes = read_labels(labels), model.config.num_classes
-    if len(names) != classes:
-        raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
-    return names
+def read_class_names(model: MAR, labels: Path | None) -> tuple[str, ...] | None:
+    """`class_names` of a file of labels, if there is one."""
+    return class_names(model, None if labels is None else read_labels(labels))
 
 
 def class_name(name: str | None, number: int) -> str:

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 import mar_fast
 
+from ..checkpoint.report import class_names
 from ..files import may_write, write_whole, write_whole_files
 from ..inference import has_cpp_compiler
 from ..kernels import checks, use_backend
@@ -64,7 +65,7 @@ def export_model(
             file takes clips of this dtype, and without ``dynamic_batch`` B of them.
         format: "pt2", "aoti" (needs a C++ compiler, takes minutes) or "onnx" (needs the packages of the extra export).
         dynamic_batch: Whether the file takes any number of clips.
-        labels: Names of the classes, for the file's metadata. None takes those of the model's load_report.
+        labels: Names of the classes, for the file's metadata; None for those that the model's checkpoint had.
         force: Replace files that exist.
 
     Returns:
@@ -79,12 +80,7 @@ def export_model(
     """
     path = Path(path)
     _check(model, path, example, format)
-    config = model.config
-    if labels is None and config.classifier is not None and model.load_report is not None:
-        labels = model.load_report.labels
-    if labels is not None and (config.classifier is None or len(labels) != config.num_classes):
-        classes = 0 if config.classifier is None else config.num_classes
-        raise checks.bad("labels", f"{len(labels)} names", f"{classes}, as the model has classes")
+    config, names = model.config, class_names(model, labels)
     weights = weights_file(model, path, format)
     paths = [path] if weights is None else [weights, path]
     may_write(paths, force)
@@ -113,7 +109,7 @@ def export_model(
         output="features" if config.classifier is None else "logits",
         dtype=str(weight.dtype).removeprefix("torch."),
         device=weight.device.type,
-        labels=None if labels is None else tuple(labels),
+        labels=names,
         versions={"mar_fast": mar_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},
     )
     differences: list[float] = []

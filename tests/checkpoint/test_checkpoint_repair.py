@@ -253,7 +253,7 @@ def test_names_of_classes_come_along(tmp_path):
     folder = saved(tmp_path / "a", theirs)
     model = from_pretrained(folder)
     assert model.load_report.labels == names
-    save_checkpoint(model, tmp_path / "b", layout="hf", labels=model.load_report.labels)
+    save_checkpoint(model, tmp_path / "b", layout="hf")
     again = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "b").config
     assert again.id2label == dict(enumerate(names)) and again.label2id == {name: i for i, name in enumerate(names)}
     # A head that is not the file's has none of its names, nor has a file whose names are transformers' own.

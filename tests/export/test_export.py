@@ -201,7 +201,7 @@ def test_our_kernels_for_a_gpu(monkeypatch):
     [
         (dict(path="a.onnx"), "path: got a.onnx, expected a name that ends with .pt2, for format 'pt2'"),
         (dict(format="torchscript"), "format: got 'torchscript', expected 'pt2' or 'onnx' or 'aoti'"),
-        (dict(labels=["one"]), "labels: got 1 names, expected 11, as the model has classes"),
+        (dict(labels=["one"]), "labels: got 1 names, expected 11, one for each class"),
         (dict(example=real_clips()[:0]), "example: got no clip, expected at least one"),
         (dict(example=real_clips().double()), "example: got torch.float64, expected uint8 or float32"),
         (dict(example=real_clips()[:, :, :2]), r"video: got shape \(3, 3, 2, 64, 64\)"),
