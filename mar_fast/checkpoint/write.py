@@ -1,6 +1,7 @@
 """save_checkpoint: a model as a safetensors file or folder, in any layout that can express it."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,7 @@ def save_checkpoint(
             the constants mean, std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear
             classifier, else pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have
             it) or "hf" (the transformers class that computes the same).
-        force: Replace what is there; a folder only if it holds nothing else.
+        force: Replace what is there; a folder only if it holds nothing else, and its model card stays.
         labels: For a folder with a classifier: the names of its classes, for config.json; None for those that the
             model's checkpoint had.
 
@@ -60,13 +61,14 @@ def save_checkpoint(
     """
     if labels is not None and layout not in FOLDERS:
         raise checks.bad("labels", f"some, for layout {layout!r}", "None: only a folder has them")
-    return write(model, check_target(path, layout, force), layout, labels, layout in FOLDERS)
+    folder = layout in FOLDERS
+    return write(model, check_target(path, folder, force), layout, labels, folder)
 
 
 def write(
-    model: MAR, path: Path, layout: LayoutName, labels: Sequence[str] | None, folder: bool, card: bytes | None = None
+    model: MAR, path: Path, layout: LayoutName, labels: Sequence[str] | None, folder: bool, card: str | None = None
 ) -> Path:
-    """Write a file, or a folder (in any layout; with a model card, if there is one), and return its path."""
+    """Write a file, or a folder (in any layout; with a model card, if it has none and one is given); returns its path."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -90,8 +92,10 @@ def write(
         }.items():
             (new / name).write_text(json.dumps(its, indent=2) + "\n", encoding="utf-8")
         write_tensors(new / "model.safetensors")
-        if card is not None:
-            (new / CARD).write_bytes(card)
+        if (path / CARD).is_file():
+            shutil.copy(path / CARD, new)
+        elif card is not None:
+            (new / CARD).write_text(card, encoding="utf-8")
 
     try:
         if folder:
@@ -103,34 +107,22 @@ def write(
     return path
 
 
-def check_target(path: str | Path, layout: str, force: bool) -> Path:
-    """Check, before any work, that a checkpoint of this layout may be written there.
+def check_target(path: str | Path, folder: bool, force: bool) -> Path:
+    """Check, before any work, that a model's file or folder may be written, or replaced with ``force``.
 
     Raises:
-        ValueError: a name that does not fit the layout.
-        FileExistsError, NotADirectoryError: something stands in the way.
+        ValueError: the file's name does not end with .safetensors.
+        FileExistsError, NotADirectoryError: something stands in the way: a folder holds nothing but a model.
     """
     path = Path(path).expanduser()
-    if layout not in FOLDERS:
-        if path.suffix != ".safetensors":
-            raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
-        may_write([path], force)
-    else:
-        check_folder(path, force)
-    return path
-
-
-def check_folder(path: Path, force: bool, beside: Sequence[str] = ()) -> None:
-    """Check that a model's folder may be written, or replaced with ``force``; only ``beside`` may be there too.
-
-    Raises:
-        FileExistsError, NotADirectoryError: something stands in the way.
-    """
-    if path.is_file():
+    if not folder and path.suffix != ".safetensors":
+        raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
+    if folder and path.is_file():
         raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
-    may_write([path / name for name in _FILES], force)
-    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*_FILES, *beside})):
+    may_write([path / name for name in _FILES] if folder else [path], force)
+    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*_FILES, CARD})):
         raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")
+    return path
 
 
 def layout_for(model: MAR, layout: LayoutName) -> Layout:

@@ -42,7 +42,7 @@ def convert(
     if to is None and biases_from is None:
         raise checks.bad("--to", "none", f"one of {', '.join(get_args(LayoutName))}, or --biases-from")
     to = to or "hf"
-    check_target(out, to, force)
+    check_target(out, to in FOLDERS, force)
     allowed = dict(allow_missing=allow_missing, allow_unknown=allow_unknown)
     model = options.load(source, given, position=position, model_key=model_key, biases_from=biases_from, **allowed)
     if quantize is not None:

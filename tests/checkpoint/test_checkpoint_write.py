@@ -122,7 +122,9 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
 def test_a_folder_with_other_things_is_kept(tmp_path):
     model = small_model(**LINEAR, classifier_norm_eps=1e-5)
     save_checkpoint(model, tmp_path / "folder", layout="hf")
+    (tmp_path / "folder/README.md").write_text("my card")
     save_checkpoint(model, tmp_path / "folder", layout="hf", force=True)
+    assert (tmp_path / "folder/README.md").read_text() == "my card"
     (tmp_path / "folder/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds notes.txt, expected a new folder"):
         save_checkpoint(model, tmp_path / "folder", layout="hf", force=True)
