@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from threading import Lock
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -187,12 +188,8 @@ def _patch(kind: Any) -> None:
         _warn_of_lost_biases(_encoder(result[0] if isinstance(result, tuple) else result))
         return result
 
-    for name, value in {"__init__": init, "from_pretrained": classmethod(from_pretrained)}.items():
-        if name in vars(kind):
-            _undo.callback(setattr, kind, name, vars(kind)[name])
-        else:
-            _undo.callback(delattr, kind, name)  # it is inherited
-        setattr(kind, name, value)
+    _undo.enter_context(mock.patch.object(kind, "__init__", init))
+    _undo.enter_context(mock.patch.object(kind, "from_pretrained", classmethod(from_pretrained)))
 
 
 def register_attention() -> None:

@@ -251,8 +251,8 @@ def test_trainer_takes_two_steps(case, tmp_path):
 
 def test_patch_transformers_is_scoped():
     kinds = [getattr(transformers, name) for name in dropin._NAMES]
-    before = [dict(vars(kind)) for kind in kinds]
     config = build_theirs("VideoMAEForPreTraining", "base", torch.float32, final_norm=True)[0].config
+    before = [dict(vars(type(kind(config)))) for kind in kinds]  # the first model leaves something in its class
 
     class Subclass(transformers.VideoMAEModel):
         pass
@@ -274,7 +274,8 @@ def test_patch_transformers_is_scoped():
 def test_patch_transformers_in_contexts_that_overlap():
     """As in two threads: the first to come is the first to go, and the second still holds."""
     kind = transformers.VideoMAEModel
-    before, config = dict(vars(kind)), pair(MODEL)[0].config
+    config = pair(MODEL)[0].config
+    before = dict(vars(kind))
     first, second = mar_fast.patch_transformers(), mar_fast.patch_transformers()
     first.__enter__()
     second.__enter__()
