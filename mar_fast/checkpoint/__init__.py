@@ -4,7 +4,7 @@ A source goes through `read` (files to named tensors), `sources` (to our names: 
 what the caller asks for, one `MARConfig`) and `load` (tensors into the model, strictly). README.md says more.
 """
 
-from .compare import Comparison, LayerDifference, compare
+from .compare import Comparison, compare
 from .hub import model_card, push_to_hub, save_pretrained
 from .load import from_pretrained
 from .report import LoadReport, Note
@@ -12,7 +12,6 @@ from .write import save_checkpoint
 
 __all__ = [
     "Comparison",
-    "LayerDifference",
     "LoadReport",
     "Note",
     "compare",
