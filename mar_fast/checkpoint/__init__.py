@@ -7,13 +7,12 @@ what the caller asks for, one `MARConfig`) and `load` (tensors into the model, s
 from .compare import Comparison, compare
 from .hub import model_card, push_to_hub, save_pretrained
 from .load import from_pretrained
-from .report import LoadReport, Note
+from .report import LoadReport
 from .write import save_checkpoint
 
 __all__ = [
     "Comparison",
     "LoadReport",
-    "Note",
     "compare",
     "from_pretrained",
     "model_card",

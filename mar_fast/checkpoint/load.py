@@ -17,7 +17,7 @@ from .layouts import BIASES, Checkpoint, part_of
 from .plan import Position, plan
 from .read import read
 from .repair import compare_others, put_back
-from .report import LoadReport, Note, some
+from .report import LoadReport, some
 from .sources import NORMALISATION, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
@@ -113,9 +113,9 @@ def from_pretrained(
         config=config,
         parameters=sum(value.numel() for value in model.state_dict().values()),
         read=tuple(dict.fromkeys(name for ours in (*values, *scaled) for name in checkpoint.layout.theirs(ours))),
-        initial=tuple(Note(*item) for item in initial.items()),
-        ignored=tuple(Note(*item) for item in checkpoint.unused.items()),
-        origins=tuple(Note(*item) for item in origins.items()),
+        initial=initial,
+        ignored=checkpoint.unused,
+        origins=origins,
         remarks=tuple(remarks),
         warnings=tuple(warnings),
         labels=labels if labels and len(labels) == config.num_classes else None,
