@@ -142,6 +142,7 @@ class MARConfig:
         return math.prod(self.patch_size) * self.channels
 
 
+FIELDS = tuple(field.name for field in fields(MARConfig))
 _RATES = ("mask_ratio", "drop_path_rate", "bridge_dropout", "head_dropout", "attention_dropout")
 
 
@@ -214,10 +215,9 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
     """
     if name not in list_models():
         raise checks.bad("name", repr(name), "one of " + ", ".join(list_models()))
-    known = {item.name for item in fields(MARConfig)}
     for key in overrides:
-        if key not in known:
-            raise checks.bad_type(key, "an unknown field", "one of " + ", ".join(sorted(known)))
+        if key not in FIELDS:
+            raise checks.bad_type(key, "an unknown field", "one of " + ", ".join(sorted(FIELDS)))
     family, _, size = name.split("_")
     return replace(MARConfig(), **{**_SIZES[size], **(_DENSE if family == "videomae" else {}), **overrides})
 

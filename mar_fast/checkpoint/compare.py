@@ -58,16 +58,17 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
     mask = random(1, config.grid, ratio, generator=generator)
     left, right = (_layers(model, video, mask) for model in (first, second))
     return Comparison(
-        {name: _relative(right[name], left[name]) for name in left if name in right},
+        {name: relative(right[name], left[name]) for name in left if name in right},
         tuple(name for name in left if name not in right),
         tuple(name for name in right if name not in left),
     )
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of ``want``, in float64 on the CPU; infinity for another shape."""
     if got.shape != want.shape:
         return float("inf")
-    got, want = got.double(), want.double()
+    got, want = got.double().cpu(), want.double().cpu()
     difference = float((got - want).norm())
     return 0.0 if difference == 0 else difference / max(float(want.norm()), torch.finfo(torch.float64).tiny)
 

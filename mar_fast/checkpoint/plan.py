@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_heads
+from ..config import FIELDS, IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_heads
 from ..kernels import checks
 from .layouts import Checkpoint, matters, part_of
 from .report import Said, say
-from .sources import FIELDS, PATCH_EMBED, TOKEN_0
+from .sources import PATCH_EMBED, TOKEN_0
 
 Position = Literal["formula", "interpolate"]
 

@@ -6,20 +6,19 @@ What comes after this knows our names only; theirs are kept for messages.
 import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import MARConfig
+from ..config import FIELDS, MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
 from . import config_json, layouts, processors
 from .layouts import BIASES, EPS, Checkpoint, Layout, part_of
 from .report import Said, say, some
 
-FIELDS = tuple(item.name for item in fields(MARConfig))
 NORMALISATION = ("mean", "std")
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 TOKEN_0 = "token 0"

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ import mar_fast
 
 from .. import MAR, MARConfig, machine
 from ..checkpoint.report import class_names
+from ..config import FIELDS
 from ..data import read_annotations, read_labels, read_views
 from ..data.annotations import Annotations
 from ..data.video import Sampling, Short
@@ -98,9 +98,8 @@ def load(source: str, given: list[str] | None, **options: Any) -> MAR:
 
 def _field(item: str) -> tuple[str, Any]:
     name, equals, text = item.partition("=")
-    known = [field.name for field in fields(MARConfig)]
-    if not equals or name not in known:
-        raise checks.bad("--set", repr(item), f"FIELD=VALUE with one of the fields {', '.join(known)}")
+    if not equals or name not in FIELDS:
+        raise checks.bad("--set", repr(item), f"FIELD=VALUE with one of the fields {', '.join(FIELDS)}")
     for form in (text, f"[{text}]"):
         try:
             value = json.loads(form)

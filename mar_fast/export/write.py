@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 import mar_fast
 
+from ..checkpoint.compare import relative
 from ..checkpoint.report import class_names
 from ..files import may_write, write_whole, write_whole_files
 from ..inference import has_cpp_compiler
@@ -117,7 +118,7 @@ def export_model(
     def write(temporary: Path) -> None:
         _write(program, temporary, info, None if weights is None else weights.name)
         run = load_exported(temporary)
-        differences.extend(_difference(run(clips), want) for clips, want in zip(batches, expected, strict=True))
+        differences.extend(relative(run(clips), want) for clips, want in zip(batches, expected, strict=True))
         tolerance = max(1e-4, 5 * torch.finfo(weight.dtype).eps)
         if not all(difference <= tolerance for difference in differences):
             raise ArithmeticError(
@@ -153,20 +154,16 @@ def _check(model: MAR, path: Path, example: Tensor, format: Format) -> None:
     if format == "aoti" and not has_cpp_compiler():
         raise checks.bad("format", "'aoti' without a C++ compiler", "g++ or clang++ on the PATH ('pt2' needs none)")
     if format == "onnx":
-        _check_onnx(model)
+        dtypes = {weight.dtype for weight in _weights(model)}
+        if dtypes != {torch.float32}:
+            raise checks.bad("model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'")
+        for package in ONNX_PACKAGES:
+            check_installed(package)
 
 
 def _weights(model: MAR) -> list[nn.Parameter]:
     """Of what is exported."""
     return [*model.encoder.parameters(), *(model.classifier.parameters() if model.classifier else ())]
-
-
-def _check_onnx(model: MAR) -> None:
-    dtypes = {weight.dtype for weight in _weights(model)}
-    if dtypes != {torch.float32}:
-        raise checks.bad("model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'")
-    for package in ONNX_PACKAGES:
-        check_installed(package)
 
 
 def _inference_copy(model: MAR) -> MAR:
@@ -204,9 +201,3 @@ def _write(program: ExportedProgram, path: Path, info: ExportInfo, weights: str 
         exported.model.metadata_props[KEY] = text
         # exported.save would have a second file from 1.5 GiB on, whose name would be the temporary one.
         onnx_ir.save(exported.model, path, external_data=weights)
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``."""
-    got, want = got.double().cpu(), want.double().cpu()
-    return float((got - want).norm() / want.norm())
