@@ -202,10 +202,8 @@ def _fit(
     biases = [name for name in values if name.startswith("encoder.") and name.endswith(BIASES)]
     if biases and not any(bool(values[name].any()) for name in biases):
         warnings.append(f"all biases of query and value are zero, as in a model that was never trained. {_LOST}")
-    for why, found in (
-        (_MISSING, [name for name, reason in initial.items() if reason == _MISSING]),
-        ("unknown, allowed", list(unknown)),
-    ):
+    missing = [name for name, reason in initial.items() if reason == _MISSING]
+    for why, found in ((_MISSING, missing), ("unknown, allowed", list(unknown))):
         if found:
             warnings.append(f"{why}: {some(found, 6)}")
     return values, initial

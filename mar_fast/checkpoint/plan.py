@@ -33,19 +33,20 @@ def plan(
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
     overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
-    said = dict(checkpoint.own)
-    if checkpoint.said:
-        shapes = _sizes(checkpoint, overrides)
-        for name, (value, origin) in checkpoint.said.items():
-            known, shape = shapes.get(name, (value, ""))
-            if not _agree(value, known):
-                raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
-        said |= say("entries in the file", final_norm=checkpoint.has("final_norm")) | checkpoint.said | shapes
+    norm, depth = checkpoint.has("final_norm"), checkpoint.depth("decoder")
+    said = say("entries in the file", final_norm=norm, decoder_depth=depth) | checkpoint.own | checkpoint.said
     fresh, dropped = _parts(checkpoint, said, overrides)
     checkpoint.absent |= fresh
     for ours in list(checkpoint.tensors):
         if reason := dropped.get(part_of(ours) or ""):
             checkpoint.pass_over(ours, reason)
+    if checkpoint.said:
+        shapes = _sizes(checkpoint)
+        for name, (value, origin) in checkpoint.said.items():
+            known, shape = shapes.get(name, (value, ""))
+            if not _agree(value, known):
+                raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
+        said |= shapes
     unread = fresh.keys() | dropped.keys()
     # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
     said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
@@ -91,8 +92,8 @@ def _agree(given: object, known: object) -> bool:
     return (tuple(given) if isinstance(given, list) else given) == known
 
 
-def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
-    """The fields that shapes and numbers of blocks give."""
+def _sizes(checkpoint: Checkpoint) -> Said:
+    """The fields that shapes and numbers of blocks give, of the parts that are read."""
     tensors, theirs, layout = checkpoint.tensors, checkpoint.layout.theirs, checkpoint.layout.title
 
     def shape(ours: str, ndim: int = 2) -> tuple[int, ...]:
@@ -108,16 +109,12 @@ def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
     _, channels, *patch = shape(PATCH_EMBED, 5)
     sizes = say(f"shape of {theirs(PATCH_EMBED)[0]}", channels=channels, patch_size=tuple(patch))
     stacks = {"encoder": ("", PATCH_EMBED)}
-    kind, head = checkpoint.said["classifier"][0], "classifier.head.weight"
-    if overrides.get("classifier", kind) == kind and checkpoint.has("classifier"):
-        if head in tensors:
-            sizes |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head)[0])
-        if kind == "bridging":
-            stacks["classifier"] = ("bridge_", "classifier.proj.weight")
-    if checkpoint.has("decoder") and overrides.get("decoder_depth") != 0:
+    if (head := "classifier.head.weight") in tensors:
+        sizes |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head)[0])
+    if checkpoint.said["classifier"][0] == "bridging" and checkpoint.has("classifier"):
+        stacks["classifier"] = ("bridge_", "classifier.proj.weight")
+    if checkpoint.has("decoder"):
         stacks["decoder"] = ("decoder_", "encoder_to_decoder.weight")
-    else:
-        sizes |= say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
     for stem, (prefix, weight) in stacks.items():
         width = shape(weight, 5 if weight == PATCH_EMBED else 2)[0]
         depth = checkpoint.depth(stem)
@@ -144,7 +141,7 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
         got = "a classifier that reads token 0 after the last norm (no mean pooling), which no MARConfig expresses"
         accepted = "one that averages over tokens (fc_norm); classifier=None reads the encoder alone"
         raise checks.bad(checkpoint.where, got, accepted)
-    depth, norm = said["decoder_depth"][0], said["final_norm"][0]
+    depth, norm = said["decoder_depth"][0] or checkpoint.has("decoder"), said["final_norm"][0]
     for part, field, there, wished, title in (
         ("classifier", "classifier", kind, wanted, f"{wanted} classifier"),
         ("decoder", "decoder_depth", depth, overrides.get("decoder_depth", depth), "pixel decoder"),
