@@ -13,7 +13,7 @@ CLASSES = {
 
 
 def their_model(case, scores=1, dtype=torch.float32, **more):
-    """With random weights: no bias is 0 and no norm the identity. Attention is the farther from uniform by ``scores``."""
+    """With random weights: no bias is 0, no norm the identity, and large ``scores`` make attention far from uniform."""
     import transformers
 
     config = transformers.VideoMAEConfig(**{

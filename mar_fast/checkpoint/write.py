@@ -68,7 +68,7 @@ def save_checkpoint(
 def write(
     model: MAR, path: Path, layout: LayoutName, labels: Sequence[str] | None, folder: bool, card: str | None = None
 ) -> Path:
-    """Write a file, or a folder (in any layout; with a model card, if it has none and one is given); returns its path."""
+    """Write a file, or a folder (in any layout; with this model card, if it has none); returns its path."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

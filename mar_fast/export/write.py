@@ -156,7 +156,9 @@ def _check(model: MAR, path: Path, example: Tensor, format: Format) -> None:
     if format == "onnx":
         dtypes = {weight.dtype for weight in _weights(model)}
         if dtypes != {torch.float32}:
-            raise checks.bad("model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'")
+            raise checks.bad(
+                "model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'"
+            )
         for package in ONNX_PACKAGES:
             check_installed(package)
 

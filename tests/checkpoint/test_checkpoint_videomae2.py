@@ -154,7 +154,10 @@ def test_written_folder(tmp_path, classes):
     ("change", "message"),
     [
         (dict(classifier=None, decoder_depth=0), "classifier, for layout 'videomae2': got None, expected 'linear'"),
-        (dict(num_classes=7, **{**LINEAR, "decoder_depth": 2}), "decoder_depth, for layout 'videomae2': got 2, expected 0"),
+        (
+            dict(num_classes=7, **{**LINEAR, "decoder_depth": 2}),
+            "decoder_depth, for layout 'videomae2': got 2, expected 0",
+        ),
         (dict(LINEAR, classifier_norm_eps=1e-5), "classifier_norm_eps, .*: got 1e-05, expected 1e-06, as encoder_eps"),
         ({}, "got 'bridging', expected 'linear' or None"),
     ],

@@ -243,9 +243,7 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="already exists"):
         export_model(model, path, real_clips())
     monkeypatch.setattr(write, "_inference_copy", damaged)
-    with pytest.raises(
-        ArithmeticError, match=r"a.pt2: not written, since results of the pt2 file differ .* by \d.\de-03"
-    ):
+    with pytest.raises(ArithmeticError, match=r"a.pt2: not written, since results of the pt2 .* by \d.\de-03"):
         export_model(model, path, real_clips(), force=True)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     assert model.decoder is not None and all(parameter.requires_grad for parameter in model.parameters())
