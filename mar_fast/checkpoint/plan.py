@@ -33,8 +33,8 @@ def plan(
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
     overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
-    norm, depth = checkpoint.has("final_norm"), checkpoint.depth("decoder")
-    said = say("entries in the file", final_norm=norm, decoder_depth=depth) | checkpoint.own | checkpoint.said
+    norm, blocks = checkpoint.has("final_norm"), checkpoint.depth("decoder")
+    said = say("entries in the file", final_norm=norm, decoder_depth=blocks) | checkpoint.own | checkpoint.said
     fresh, dropped = _parts(checkpoint, said, overrides)
     checkpoint.absent |= fresh
     for ours in list(checkpoint.tensors):
