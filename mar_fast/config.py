@@ -1,7 +1,7 @@
 """MARConfig: every size and rate of a model, and the named models."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from .kernels import checks
@@ -142,6 +142,7 @@ class MARConfig:
         return math.prod(self.patch_size) * self.channels
 
 
+FIELDS = tuple(field.name for field in fields(MARConfig))
 _RATES = ("mask_ratio", "drop_path_rate", "bridge_dropout", "head_dropout", "attention_dropout")
 
 
@@ -208,20 +209,20 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
     """
     if name not in list_models():
         raise checks.bad("name", repr(name), "one of " + ", ".join(list_models()))
-    known = {item.name for item in fields(MARConfig)}
     for key in overrides:
-        if key not in known:
-            raise checks.bad_type(key, "an unknown field", "one of " + ", ".join(sorted(known)))
+        if key not in FIELDS:
+            raise checks.bad_type(key, "an unknown field", "one of " + ", ".join(sorted(FIELDS)))
     family, _, size = name.split("_")
     return replace(MARConfig(), **{**_SIZES[size], **(_DENSE if family == "videomae" else {}), **overrides})
 
 
-def known_heads(embed_dim: int, depth: int) -> int | None:
-    """Heads of the named encoder with these sizes, if there is one."""
-    found = (size for size in _SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth))
-    return next((size["num_heads"] for size in found), None)
+def known_heads(prefix: str, embed_dim: int, depth: int) -> int | None:
+    """Heads of a named model's encoder (prefix ""), bridging classifier ("bridge_") or pixel decoder ("decoder_").
 
-
-def known_decoder_heads(embed_dim: int) -> int | None:
-    """Heads of the named pixel decoders with this embed_dim, if there are any; their depth is an option."""
-    return next((size["decoder_num_heads"] for size in _SIZES.values() if size["decoder_embed_dim"] == embed_dim), None)
+    None where no named model has one of this embed_dim and, for the encoder, of this depth; the others' is an option.
+    """
+    for name in list_models():
+        known = asdict(named_config(name))
+        if known[f"{prefix}embed_dim"] == embed_dim and (prefix or known["depth"] == depth):
+            return int(known[f"{prefix}num_heads"])
+    return None

@@ -1,5 +1,6 @@
 """Models of transformers' three VideoMAE classes for the tests of checkpoints, and their files."""
 
+import torch
 from checkpoint_cases import FRAMES, SIZE, random_weights
 
 CLASSES = {
@@ -11,7 +12,8 @@ CLASSES = {
 }
 
 
-def their_model(case, **more):
+def their_model(case, scores=1, dtype=torch.float32, **more):
+    """With random weights: no bias is 0, no norm the identity, and large ``scores`` make attention far from uniform."""
     import transformers
 
     config = transformers.VideoMAEConfig(**{
@@ -22,7 +24,7 @@ def their_model(case, **more):
         ),
         **CLASSES[case], **more,
     })  # fmt: skip
-    return random_weights(getattr(transformers, case.split(",")[0])(config))
+    return random_weights(getattr(transformers, case.split(",")[0])(config).to(dtype), scores=scores)
 
 
 def saved(folder, theirs, biases="q_bias", **options):

@@ -4,17 +4,15 @@ A source goes through `read` (files to named tensors), `sources` (to our names: 
 what the caller asks for, one `MARConfig`) and `load` (tensors into the model, strictly). README.md says more.
 """
 
-from .compare import Comparison, LayerDifference, compare
+from .compare import Comparison, compare
 from .hub import model_card, push_to_hub, save_pretrained
 from .load import from_pretrained
-from .report import LoadReport, Note
+from .report import LoadReport
 from .write import save_checkpoint
 
 __all__ = [
     "Comparison",
-    "LayerDifference",
     "LoadReport",
-    "Note",
     "compare",
     "from_pretrained",
     "model_card",

@@ -14,36 +14,24 @@ from ..model import MAR
 
 
 @dataclass(frozen=True)
-class LayerDifference:
-    """One layer of both models.
-
-    Attributes:
-        layer: "encoder.blocks.3", "features", "classifier.norm", "logits", "pixels", ...
-        difference: Norm of the difference over the norm of the first model's values; NaN where a value is none.
-    """
-
-    layer: str
-    difference: float
-
-
-@dataclass(frozen=True)
 class Comparison:
     """What `compare` found.
 
     Attributes:
-        layers: In the order of computation.
+        layers: "encoder.blocks.3", "features", "classifier.norm", "logits", "pixels", ..., in the order of computation;
+            and the norm of the difference over the norm of the first model's values: NaN where a value is NaN.
         only_first: Layers that the second model lacks.
         only_second: Layers that the first one lacks.
     """
 
-    layers: tuple[LayerDifference, ...]
+    layers: dict[str, float]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
 
     def within(self, tolerance: float) -> bool:
         """Whether no layer differs by more, and none is only in one of the models."""
         alike = not self.only_first and not self.only_second
-        return alike and all(layer.difference <= tolerance for layer in self.layers)
+        return alike and all(difference <= tolerance for difference in self.layers.values())
 
 
 @torch.no_grad()
@@ -70,16 +58,17 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
     mask = random(1, config.grid, ratio, generator=generator)
     left, right = (_layers(model, video, mask) for model in (first, second))
     return Comparison(
-        tuple(LayerDifference(name, _relative(right[name], left[name])) for name in left if name in right),
+        {name: relative(right[name], left[name]) for name in left if name in right},
         tuple(name for name in left if name not in right),
         tuple(name for name in right if name not in left),
     )
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of ``want``, in float64 on the CPU; infinity for another shape."""
     if got.shape != want.shape:
         return float("inf")
-    got, want = got.double(), want.double()
+    got, want = got.double().cpu(), want.double().cpu()
     difference = float((got - want).norm())
     return 0.0 if difference == 0 else difference / max(float(want.norm()), torch.finfo(torch.float64).tiny)
 

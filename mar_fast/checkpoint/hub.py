@@ -9,8 +9,8 @@ from ..kernels import checks
 from ..model import MAR
 from ..scaled_linear import scaled_layers
 from .read import hub, is_hub_id
-from .report import by_reason
-from .write import CARD, LayoutName, check_folder, layout_for, write
+from .report import by_reason, class_names
+from .write import CARD, LayoutName, check_target, layout_for, write
 
 _CARD = """---
 library_name: mar_fast
@@ -66,14 +66,8 @@ def save_pretrained(
         TypeError: not a `mar_fast.MAR`.
     """
     layout_for(model, layout)
-    if labels is None and model.load_report is not None:
-        its = model.load_report.labels
-        labels = its if its and len(its) == model.config.num_classes else None
-    folder = Path(save_directory).expanduser()
-    card = folder / CARD
-    check_folder(folder, force, beside=(CARD,))
-    text = card.read_bytes() if card.is_file() else model_card(model, labels).encode()
-    return write(model, folder, layout, labels, True, text)
+    card = model_card(model, class_names(model, labels))
+    return write(model, check_target(save_directory, True, force), layout, labels, True, card)
 
 
 def push_to_hub(

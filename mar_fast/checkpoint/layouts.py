@@ -140,7 +140,7 @@ class Checkpoint:
     # If there: "config.json" and those of processors, "mar_fast" of a file of ours, "args" of VideoMAE's own.
     configs: dict[str, dict[str, Any]]
     unknown: dict[str, str]  # the source's names: what is no parameter, and what is wrong with it
-    unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is not needed, and why
+    unused: dict[str, str] = field(default_factory=dict)  # the source's names: what is passed over, and why
     layout: Layout = OURS  # what the source calls our parameters, for messages
     tensors: dict[str, Tensor] = field(default_factory=dict)  # a state dict
     said: Said = field(default_factory=dict)  # on the configuration, shapes apart; empty where `own` is all that counts
@@ -150,6 +150,11 @@ class Checkpoint:
     labels: tuple[str, ...] | None = None  # names of the classes
     remarks: list[str]  # what else there is to know: envelope and wrappers' names that were taken off, ...
     warnings: list[str] = field(default_factory=list)  # what may be wrong
+
+    def pass_over(self, ours: str, reason: str) -> Tensor:
+        """Take a tensor out, which is not needed; returns it."""
+        self.unused |= dict.fromkeys(self.layout.theirs(ours), reason)
+        return self.tensors.pop(ours)
 
     def has(self, part: str) -> bool:
         """Whether there is anything of a part."""

@@ -16,8 +16,8 @@ from ..scaled_linear import ScaledLinear
 from .layouts import BIASES, Checkpoint, part_of
 from .plan import Position, plan
 from .read import read
-from .repair import put_back, verdict
-from .report import LoadReport, Note, some
+from .repair import compare_others, put_back
+from .report import LoadReport, some
 from .sources import NORMALISATION, convert, is_finite
 
 logger = logging.getLogger("mar_fast.checkpoint")
@@ -89,7 +89,7 @@ def from_pretrained(
     checkpoint = convert(read(source, model_key, revision), given=overrides)
     original = None if biases_from is None else convert(read(biases_from), given=NORMALISATION)
     if original is not None:
-        repaired = put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
+        put_back(checkpoint, original, decoder=overrides.get("decoder_depth") != 0)
     head = ("classifier.head.weight", *checkpoint.layout.theirs("classifier.head.weight"))
     config, origins = plan(checkpoint, position, _matches(head, allowed["allow_mismatched"]), overrides)
     if config.classifier and "num_classes" not in origins and _matches(head, allowed["allow_missing"]):
@@ -97,14 +97,12 @@ def from_pretrained(
     with torch.device("meta"):
         model = MAR(config)
     scaled = _put_scaled(model, checkpoint)
-    values, initial, ignored, warnings = _fit(checkpoint, model, allowed)
-    remarks = checkpoint.remarks
+    values, initial = _fit(checkpoint, model, allowed)
+    remarks, warnings = checkpoint.remarks, checkpoint.warnings
     if scaled:
         remarks.append(f"{len(scaled) // 2} layers in fp8 (e4m3), for inference")
     if original is not None:
-        remark, *more = verdict(repaired, checkpoint, original, values)
-        remarks.append(remark)
-        warnings += more
+        compare_others(checkpoint, original, values)
     for dtype in sorted({checkpoint.tensors[name].dtype for name in values} - {torch.float32}, key=str):
         how = "rounded to" if dtype == torch.float64 else "widened to"
         remarks.append(f"{str(dtype).removeprefix('torch.')} {how} float32")
@@ -115,9 +113,9 @@ def from_pretrained(
         config=config,
         parameters=sum(value.numel() for value in model.state_dict().values()),
         read=tuple(dict.fromkeys(name for ours in (*values, *scaled) for name in checkpoint.layout.theirs(ours))),
-        initial=tuple(Note(*item) for item in initial.items()),
-        ignored=tuple(Note(*item) for item in ignored.items()),
-        origins=tuple(Note(*item) for item in origins.items()),
+        initial=initial,
+        ignored=checkpoint.unused,
+        origins=origins,
         remarks=tuple(remarks),
         warnings=tuple(warnings),
         labels=labels if labels and len(labels) == config.num_classes else None,
@@ -160,29 +158,28 @@ def _matches(names: Iterable[str], patterns: Patterns) -> bool:
 
 def _fit(
     checkpoint: Checkpoint, model: MAR, allowed: Mapping[str, Patterns]
-) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], list[str]]:
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Check every parameter and every entry; the error names all faults at once.
 
-    Gives values of parameters; parameters that stay initial, and why; entries that are not read, and why; warnings.
+    Gives values of parameters; and parameters that stay initial, and why. The checkpoint gets warnings, and notes on
+    entries that are passed over.
     """
     values: dict[str, Tensor] = {}
     initial: dict[str, str] = {}
-    ignored: dict[str, str] = {}
-    warnings: list[str] = []
-    faults: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {argument: [] for argument in _FAULTS}
+    unread, warnings = dict(checkpoint.tensors), checkpoint.warnings
 
     def allows(argument: str, names: Iterable[str], fault: str) -> bool:
         if _matches(names, allowed[argument]):
             return True
-        faults.setdefault(argument, []).append(fault)
+        faults[argument].append(fault)
         return False
 
-    wanted = {name for name, _ in model.named_parameters() if part_of(name) not in checkpoint.absent}
     for ours, parameter in model.named_parameters():
-        tensor, names = checkpoint.tensors.get(ours), checkpoint.layout.theirs(ours)
-        title = ", ".join(names)
-        if ours not in wanted or (tensor is None and ours in checkpoint.absent):
-            initial[ours] = checkpoint.absent[ours if ours in wanted else str(part_of(ours))]
+        names, new = checkpoint.layout.theirs(ours), checkpoint.absent.get(part_of(ours) or "")
+        title, tensor = ", ".join(names), None if new else unread.pop(ours, None)
+        if tensor is None and (reason := new or checkpoint.absent.get(ours)):
+            initial[ours] = reason
         elif tensor is None:
             missing = [name for name in names if name not in checkpoint.unused]
             if all([allows("allow_missing", (ours, name), name) for name in missing]):
@@ -190,35 +187,26 @@ def _fit(
         elif fault := _fault(tensor, parameter.shape):
             if allows("allow_mismatched", (ours, *names), f"{title}: {fault}"):
                 initial[ours] = f"{title}: {fault}, allowed"
-                ignored.update(dict.fromkeys(names, f"{fault}, allowed"))
+                checkpoint.unused |= dict.fromkeys(names, f"{fault}, allowed")
         else:
             values[ours] = tensor.to(torch.float32)
             if not is_finite(values[ours]) and allows("allow_nonfinite", (ours, *names), title):
                 warnings.append(f"{title} holds NaN or infinity, allowed")
-    unknown = dict(checkpoint.unknown)
-    for ours in checkpoint.tensors:
-        for name in () if ours in wanted else checkpoint.layout.theirs(ours):
-            if reason := checkpoint.unused.get(name):
-                ignored[name] = reason
-                unknown.pop(name, None)
-            else:
-                unknown.setdefault(name, "")
+    left = [name for ours in unread for name in checkpoint.layout.theirs(ours) if name not in checkpoint.unused]
+    unknown = dict.fromkeys(left, "") | checkpoint.unknown
     for name, what in unknown.items():
         if allows("allow_unknown", (name,), f"{name} ({what})" if what else name):
-            ignored[name] = f"{what or 'unknown'}, allowed"
-    if faults:
+            checkpoint.unused[name] = f"{what or 'unknown'}, allowed"
+    if any(faults.values()):
         raise ValueError(_message(checkpoint, faults))
     biases = [name for name in values if name.startswith("encoder.") and name.endswith(BIASES)]
     if biases and not any(bool(values[name].any()) for name in biases):
         warnings.append(f"all biases of query and value are zero, as in a model that was never trained. {_LOST}")
-    warnings += checkpoint.warnings
-    for why, found in (
-        (_MISSING, [name for name, reason in initial.items() if reason == _MISSING]),
-        ("unknown, allowed", list(unknown)),
-    ):
+    missing = [name for name, reason in initial.items() if reason == _MISSING]
+    for why, found in ((_MISSING, missing), ("unknown, allowed", list(unknown))):
         if found:
             warnings.append(f"{why}: {some(found, 6)}")
-    return values, initial, ignored, warnings
+    return values, initial
 
 
 _MISSING = "missing in the checkpoint, allowed"
@@ -246,10 +234,10 @@ def _fault(tensor: Tensor, shape: torch.Size) -> str | None:
 
 
 def _message(checkpoint: Checkpoint, faults: Mapping[str, list[str]]) -> str:
-    told = {argument: faults[argument] for argument in _FAULTS if argument in faults}
+    told = {argument: names for argument, names in faults.items() if names}
     got = ", ".join(f"{len(said)} {_FAULTS[argument]} ({some(said, 6, '; ')})" for argument, said in told.items())
     accepted = "none, or " + ", ".join(f"{argument}=(patterns,)" for argument in told)
-    missing = faults.get("allow_missing", ())
+    missing = faults["allow_missing"]
     lost = missing and all(name.endswith(("q_bias", "v_bias", "query.bias", "value.bias")) for name in missing)
     hint = f". The biases of query and value are lost: {_LOST}" if lost else ""
     where = f"{checkpoint.where}, {checkpoint.layout.title} layout"

@@ -4,17 +4,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_decoder_heads, known_heads
+from ..config import FIELDS, IMAGENET_MEAN, IMAGENET_STD, MARConfig, known_heads
 from ..kernels import checks
 from .layouts import Checkpoint, matters, part_of
 from .report import Said, say
-from .sources import FIELDS, PATCH_EMBED, TOKEN_0
+from .sources import PATCH_EMBED, TOKEN_0
 
 Position = Literal["formula", "interpolate"]
 
 _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_size", "num_classes")
 """How the fields end that a checkpoint fixes, by shapes and, for heads, by its configuration."""
-_BRIDGE_HEADS = {512: 4}  # the bridging classifier of the paper: heads of 128
 
 
 def plan(
@@ -34,19 +33,20 @@ def plan(
     if position not in (None, "formula", "interpolate"):
         raise checks.bad("position", repr(position), "'formula', 'interpolate' or None")
     overrides = {name: value for name, value in overrides.items() if (name, value) != ("position_grid", None)}
-    said = dict(checkpoint.own)
-    if checkpoint.said:
-        shapes = _sizes(checkpoint, overrides)
-        for name, (value, origin) in checkpoint.said.items():
-            known, shape = shapes.get(name, (value, ""))
-            if value != known:
-                raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
-        said |= say("entries in the file", final_norm=checkpoint.has("final_norm")) | checkpoint.said | shapes
+    norm, blocks = checkpoint.has("final_norm"), checkpoint.depth("decoder")
+    said = say("entries in the file", final_norm=norm, decoder_depth=blocks) | checkpoint.own | checkpoint.said
     fresh, dropped = _parts(checkpoint, said, overrides)
     checkpoint.absent |= fresh
-    for ours in checkpoint.tensors:
+    for ours in list(checkpoint.tensors):
         if reason := dropped.get(part_of(ours) or ""):
-            checkpoint.unused = dict.fromkeys(checkpoint.layout.theirs(ours), reason) | checkpoint.unused
+            checkpoint.pass_over(ours, reason)
+    if checkpoint.said:
+        shapes = _sizes(checkpoint)
+        for name, (value, origin) in checkpoint.said.items():
+            known, shape = shapes.get(name, (value, ""))
+            if not _agree(value, known):
+                raise checks.bad(f"{checkpoint.where}, {origin}", value, f"{known}, by the {shape}")
+        said |= shapes
     unread = fresh.keys() | dropped.keys()
     # What the source says of a part that is not read from it is of no use; dropout is a rate of training.
     said = {name: it for name, it in said.items() if part_of(name) not in unread or name.endswith("dropout")}
@@ -77,8 +77,7 @@ def plan(
             continue
         width = values[f"{prefix}embed_dim"]
         sizes = f"{width} wide and {depth} deep" if part == "encoder" else f"{width} wide"
-        known = {"decoder": known_decoder_heads(width), "classifier": _BRIDGE_HEADS.get(width)}
-        values[field] = known_heads(width, depth) if part == "encoder" else known[part]
+        values[field] = known_heads(prefix, width, depth)
         said[field] = values[field], f"the known {part} that is {sizes}"
         if not values[field]:
             got = f"none for {checkpoint.where}: it does not say, and no known model is {sizes}"
@@ -93,8 +92,8 @@ def _agree(given: object, known: object) -> bool:
     return (tuple(given) if isinstance(given, list) else given) == known
 
 
-def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
-    """The fields that shapes and numbers of blocks give."""
+def _sizes(checkpoint: Checkpoint) -> Said:
+    """The fields that shapes and numbers of blocks give, of the parts that are read."""
     tensors, theirs, layout = checkpoint.tensors, checkpoint.layout.theirs, checkpoint.layout.title
 
     def shape(ours: str, ndim: int = 2) -> tuple[int, ...]:
@@ -110,16 +109,12 @@ def _sizes(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Said:
     _, channels, *patch = shape(PATCH_EMBED, 5)
     sizes = say(f"shape of {theirs(PATCH_EMBED)[0]}", channels=channels, patch_size=tuple(patch))
     stacks = {"encoder": ("", PATCH_EMBED)}
-    kind, head = checkpoint.said["classifier"][0], "classifier.head.weight"
-    if overrides.get("classifier", kind) == kind and checkpoint.has("classifier"):
-        if head in tensors:
-            sizes |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head)[0])
-        if kind == "bridging":
-            stacks["classifier"] = ("bridge_", "classifier.proj.weight")
-    if checkpoint.has("decoder") and overrides.get("decoder_depth") != 0:
+    if (head := "classifier.head.weight") in tensors:
+        sizes |= say(f"shape of {theirs(head)[0]}", num_classes=shape(head)[0])
+    if checkpoint.said["classifier"][0] == "bridging" and checkpoint.has("classifier"):
+        stacks["classifier"] = ("bridge_", "classifier.proj.weight")
+    if checkpoint.has("decoder"):
         stacks["decoder"] = ("decoder_", "encoder_to_decoder.weight")
-    else:
-        sizes |= say("entries in the file", decoder_depth=checkpoint.depth("decoder"))
     for stem, (prefix, weight) in stacks.items():
         width = shape(weight, 5 if weight == PATCH_EMBED else 2)[0]
         depth = checkpoint.depth(stem)
@@ -146,23 +141,21 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
         got = "a classifier that reads token 0 after the last norm (no mean pooling), which no MARConfig expresses"
         accepted = "one that averages over tokens (fc_norm); classifier=None reads the encoder alone"
         raise checks.bad(checkpoint.where, got, accepted)
-    if wanted != kind:
-        if kind is not None:
-            dropped["classifier"] = f"classifier={wanted!r} was asked for"
-        if wanted is not None:
-            fresh["classifier"] = f"new: the file has no {wanted} classifier"
-            if "num_classes" not in overrides:
-                accepted = f"num_classes=, since the file has no {wanted} classifier and a new one is made"
-                raise checks.bad("num_classes", "none", accepted)
-    depth = said["decoder_depth"][0]
-    if depth and overrides.get("decoder_depth") == 0:
-        dropped["decoder"] = "decoder_depth=0 was asked for"
-    elif not depth and overrides.get("decoder_depth"):
-        fresh["decoder"] = "new: the file has no pixel decoder"
-    if overrides.get("final_norm") is False and checkpoint.has("final_norm"):
-        dropped["final_norm"] = "final_norm=False was asked for"
-    elif overrides.get("final_norm") and not said["final_norm"][0]:
-        fresh["final_norm"] = "new: the file has no last norm"
+    depth, norm = said["decoder_depth"][0] or checkpoint.has("decoder"), said["final_norm"][0]
+    for part, field, there, wished, title in (
+        ("classifier", "classifier", kind, wanted, f"{wanted} classifier"),
+        ("decoder", "decoder_depth", depth, overrides.get("decoder_depth", depth), "pixel decoder"),
+        ("final_norm", "final_norm", norm, overrides.get("final_norm", norm), "last norm"),
+    ):
+        if there == wished or (part == "decoder" and there and wished):
+            continue  # of another depth, which is an error
+        if there:
+            dropped[part] = f"{field}={wished!r} was asked for"
+        if wished:
+            fresh[part] = f"new: the file has no {title}"
+    if "classifier" in fresh and "num_classes" not in overrides:
+        accepted = f"num_classes=, since the file has no {wanted} classifier and a new one is made"
+        raise checks.bad("num_classes", "none", accepted)
     return fresh, dropped
 
 

@@ -14,8 +14,8 @@ from .layouts import BIASES, Checkpoint
 from .report import some
 
 
-def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> str:
-    """Put the biases of another checkpoint in place of those that this one has lost; gives a remark on what was done.
+def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> None:
+    """Put the biases of another checkpoint in place of those that this one has lost, with a remark that says so.
 
     Those of the pixel decoder too, where ``decoder`` says that it is read.
 
@@ -56,11 +56,12 @@ def put_back(checkpoint: Checkpoint, original: Checkpoint, *, decoder: bool) -> 
     missing = len(names) - len(own)
     state = {0: "all zero", len(names): "missing"}.get(missing, f"zero, {missing} of them missing,")
     checkpoint.tensors |= found
-    return f"{len(names)} biases of query and value, {state} in the file, put back from {original.where}"
+    remark = f"{len(names)} biases of query and value, {state} in the file, put back from {original.where}"
+    checkpoint.remarks.append(remark)
 
 
-def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
-    """The remark of `put_back`, and a warning if the other weights that are read, by ``names``, have changed since."""
+def compare_others(checkpoint: Checkpoint, original: Checkpoint, names: Iterable[str]) -> None:
+    """Remark that the other weights that are read, by ``names``, are the original's, or warn that they are not."""
     shared = [name for name in names if name in original.tensors and not name.endswith(BIASES)]
     changed, apart, size = 0, 0.0, 0.0
     for name in shared:
@@ -71,9 +72,10 @@ def verdict(remark: str, checkpoint: Checkpoint, original: Checkpoint, names: It
         apart += float((value.double() - before.double() if same_shape else value.double()).square().sum())
         size += float(before.double().square().sum())
     if not changed:
-        return (f"{remark}; the other {len(shared)} weights that both have are the same",)
+        checkpoint.remarks.append(f"the other {len(shared)} weights that both have are the same")
+        return
     distance = (apart / size) ** 0.5 if size else float("inf")
     trained = "the model was trained on without these biases, and may be better as it was: compare both"
     what = trained if distance < 1 else "this looks like another model than the original"
     differ = f"{changed} of {len(shared)} weights that both have differ from {original.where}"
-    return remark, f"{differ} (relative difference of all together {distance:.1e}): {what}"
+    checkpoint.warnings.append(f"{differ} (relative difference of all together {distance:.1e}): {what}")

@@ -1,11 +1,13 @@
 """LoadReport: what `from_pretrained` did, for people and for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import MARConfig
+from ..kernels import checks
+from ..model import MAR
 
 Said = dict[str, tuple[Any, str]]
 """Field of `MARConfig` -> (value, where it is said)."""
@@ -14,13 +16,6 @@ Said = dict[str, tuple[Any, str]]
 def say(origin: str, **values: Any) -> Said:
     """Fields that one origin gives."""
     return {name: (value, origin) for name, value in values.items()}
-
-
-class Note(NamedTuple):
-    """A name, and what there is to say about it."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +41,9 @@ class LoadReport:
     config: MARConfig
     parameters: int
     read: tuple[str, ...]
-    initial: tuple[Note, ...]
-    ignored: tuple[Note, ...]
-    origins: tuple[Note, ...]
+    initial: dict[str, str]
+    ignored: dict[str, str]
+    origins: dict[str, str]
     remarks: tuple[str, ...]
     warnings: tuple[str, ...]
     labels: tuple[str, ...] | None = None
@@ -59,7 +54,7 @@ class LoadReport:
             f"{self.source}: {self.layout} layout, {len(self.read)} tensors read, "
             f"{self.parameters / 1e6:.2f} M parameters"
         ]
-        fields = tuple(Note(f"{name} {getattr(self.config, name)}", reason) for name, reason in self.origins)
+        fields = {f"{name} {getattr(self.config, name)}": reason for name, reason in self.origins.items()}
         for title, notes, most in (
             ("left at their initial value", self.initial, 12),
             ("ignored", self.ignored, 12),
@@ -74,13 +69,28 @@ class LoadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self) | {name: dict(getattr(self, name)) for name in ("initial", "ignored", "origins")}
+        return asdict(self)
 
 
-def by_reason(notes: Sequence[Note], most: int) -> list[str]:
+def class_names(model: MAR, labels: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of a model's classes: ``labels``, or for None those that its checkpoint had, if it had any.
+
+    Raises:
+        ValueError: not one name for each class.
+    """
+    config, report = model.config, model.load_report
+    classes = config.num_classes if config.classifier else 0
+    if labels is None:
+        return report.labels if report is not None and classes else None
+    if isinstance(labels, str) or len(labels) != classes:
+        raise checks.bad("labels", f"{len(labels)} names", f"{classes}, one for each class")
+    return tuple(labels)
+
+
+def by_reason(notes: Mapping[str, str], most: int) -> list[str]:
     """A line for each reason, with the first names that have it."""
-    groups = groupby(sorted(notes, key=lambda note: note.reason), lambda note: note.reason)
-    return [f"{some([note.name for note in group], most)}: {reason}" for reason, group in groups]
+    groups = groupby(sorted(notes, key=notes.__getitem__), notes.__getitem__)
+    return [f"{some(list(names), most)}: {reason}" for reason, names in groups]
 
 
 def some(names: Sequence[str], most: int, between: str = ", ") -> str:

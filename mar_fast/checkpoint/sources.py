@@ -6,26 +6,25 @@ What comes after this knows our names only; theirs are kept for messages.
 import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import MARConfig
+from ..config import FIELDS, MARConfig
 from ..kernels import checks
 from ..layers import sinusoid_table
 from . import config_json, layouts, processors
 from .layouts import BIASES, EPS, Checkpoint, Layout, part_of
 from .report import Said, say, some
 
-FIELDS = tuple(item.name for item in fields(MARConfig))
 NORMALISATION = ("mean", "std")
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 TOKEN_0 = "token 0"
 """A linear classifier that reads token 0 after the last norm (no mean pooling), which no `MARConfig` expresses."""
-# Position tables are not learned in any layout, but MAR and some trainers save them, by these names.
-_TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed", "model.pos_embed")
+# Position tables are not learned in any layout, but MAR and some trainers save them.
+_TABLES = ("pos_embed", "encoder.pos_embed", "decoder.pos_embed")
 
 
 # The patch embedding's weight, of which each model has one, and what its names begin with inside another model.
@@ -140,12 +139,13 @@ def _from_mar(checkpoint: Checkpoint) -> None:
     """MAR's original files, which keep mean and std, as constants, with the weights."""
     _rename(checkpoint, layouts.MAR_LAYOUT)
     checkpoint.said |= say("MAR: always there", classifier="bridging", final_norm=True)
-    checkpoint.unused["cls_head.mask_token"] = "nothing in MAR uses it"
+    if "classifier.mask_token" in checkpoint.tensors:
+        checkpoint.pass_over("classifier.mask_token", "nothing in MAR uses it")
     channels = _channels(checkpoint)
     for name in NORMALISATION:
-        if "mar_fast" in checkpoint.configs or name not in checkpoint.entries:
+        if "mar_fast" in checkpoint.configs or name not in checkpoint.tensors:
             continue
-        tensor = checkpoint.entries[name]
+        tensor = checkpoint.pass_over(name, "read into the configuration")
         if tensor.numel() != channels or not tensor.is_floating_point():
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise checks.bad(f"{checkpoint.where}, {name}", got, f"{channels} floating-point values")
@@ -154,7 +154,6 @@ def _from_mar(checkpoint: Checkpoint) -> None:
         if not all(0 <= value <= 1 for value in values):
             raise checks.bad(f"{checkpoint.where}, {name}", values, "values in [0, 1], as of pixels in [0, 1]")
         checkpoint.said |= say(f"{name} in the file", **{name: values})
-        checkpoint.unused[name] = "read into the configuration"
 
 
 def _from_hugging_face(checkpoint: Checkpoint) -> None:
@@ -166,9 +165,9 @@ def _from_hugging_face(checkpoint: Checkpoint) -> None:
     linear_biases = not any(name.endswith(("q_bias", "v_bias")) for name in names)
     _rename(checkpoint, layouts.hugging_face(kind, linear_biases))
     _join_qkv(checkpoint)
-    for name, tensor in names.items():
-        if name.endswith(".attention.attention.key.bias") and is_finite(tensor):
-            checkpoint.unused[name] = "it adds the same to all scores of a query, which softmax takes out"
+    for name, tensor in list(checkpoint.tensors.items()):
+        if name.endswith(".attn.key.bias") and is_finite(tensor):
+            checkpoint.pass_over(name, "it adds the same to all scores of a query, which softmax takes out")
     checkpoint.said, remarks = config_json.said_by_transformers(checkpoint, kind)
     checkpoint.remarks += remarks
     final_norm = checkpoint.has("final_norm") or checkpoint.said.get("final_norm", (False, ""))[0]
@@ -200,7 +199,8 @@ def _join_qkv(checkpoint: Checkpoint) -> None:
         ours = [stem + end for end in ends]
         there = {checkpoint.layout.theirs(name)[0]: tensors[name] for name in ours if name in tensors}
         if len(there) < 3:
-            checkpoint.unused.update(dict.fromkeys(there, f"the rest of {stem}.attn.qkv.weight is missing"))
+            # They stay among the tensors: the block that they belong to counts.
+            checkpoint.unused |= dict.fromkeys(there, f"the rest of {stem}.attn.qkv.weight is missing")
             continue
         kinds = [(t.dtype in checks.FLOATS or t.dtype, tuple(t.shape), t.layout, t.device) for t in there.values()]
         if len(set(kinds)) > 1 or len(kinds[0][1]) != 2:
@@ -257,7 +257,7 @@ def _recognise_tables(checkpoint: Checkpoint) -> None:
     """Position tables: those of the formula are not needed, others are unknown; and how many tokens they have."""
     tokens = set()
     for name in _TABLES:
-        if (table := checkpoint.entries.get(name)) is None:
+        if (table := checkpoint.tensors.get(name)) is None:
             continue
         fault = f"{table.dtype} of shape {tuple(table.shape)}"
         if table.is_floating_point() and table.ndim in (2, 3) and 0 < table.numel() == math.prod(table.shape[-2:]):
@@ -268,9 +268,9 @@ def _recognise_tables(checkpoint: Checkpoint) -> None:
             same = difference <= max(1e-5, torch.finfo(table.dtype).eps)
             fault = "" if same else f"values up to {difference:.1e} from the sinusoid, as if it were learned"
         if fault:
-            checkpoint.unknown[name] = fault
+            checkpoint.unknown[checkpoint.layout.theirs(name)[0]] = fault
         else:
-            checkpoint.unused[name] = "the position table of the formula, which the model makes itself"
+            checkpoint.pass_over(name, "the position table of the formula, which the model makes itself")
     if len(tokens) == 1:
         (checkpoint.position_tokens,) = tokens
 

@@ -1,6 +1,7 @@
 """save_checkpoint: a model as a safetensors file or folder, in any layout that can express it."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..scaled_linear import scaled_layers
 from . import config_json, processors
 from .layouts import EPS, FINE_TUNED, MAR_LAYOUT, OURS, PRETRAINING, VIDEOMAE2, Layout, hugging_face, matters
 from .read import METADATA_KEY
+from .report import class_names
 
 LayoutName = Literal["mar_fast", "mar", "videomae", "videomae2", "hf"]
 LAYOUTS = get_args(LayoutName)
@@ -47,9 +49,9 @@ def save_checkpoint(
             the constants mean, std and pos_embed, which MAR makes itself), "videomae" (fine-tuned for a linear
             classifier, else pre-training), "videomae2" (a linear classifier, as VideoMAE v2's folders on the hub have
             it) or "hf" (the transformers class that computes the same).
-        force: Replace what is there; a folder only if it holds nothing else.
-        labels: For a folder with a classifier: the names of its classes, for config.json. A model that was read from
-            such a folder has them in ``load_report.labels``.
+        force: Replace what is there; a folder only if it holds nothing else, and its model card stays.
+        labels: For a folder with a classifier: the names of its classes, for config.json; None for those that the
+            model's checkpoint had.
 
     Raises:
         ValueError: the layout cannot express the model; the message says what stands in the way.
@@ -59,21 +61,18 @@ def save_checkpoint(
     """
     if labels is not None and layout not in FOLDERS:
         raise checks.bad("labels", f"some, for layout {layout!r}", "None: only a folder has them")
-    return write(model, check_target(path, layout, force), layout, labels, layout in FOLDERS)
+    folder = layout in FOLDERS
+    return write(model, check_target(path, folder, force), layout, labels, folder)
 
 
 def write(
-    model: MAR, path: Path, layout: LayoutName, labels: Sequence[str] | None, folder: bool, card: bytes | None = None
+    model: MAR, path: Path, layout: LayoutName, labels: Sequence[str] | None, folder: bool, card: str | None = None
 ) -> Path:
-    """Write a file, or a folder (in any layout; with a model card, if there is one), and return its path."""
+    """Write a file, or a folder (in any layout; with this model card, if it has none); returns its path."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    names, config = layout_for(model, layout), model.config
-    if labels is not None and not config.classifier:
-        raise checks.bad("labels", "some, for a model without a classifier", "None")
-    if labels is not None and (isinstance(labels, str) or len(labels) != config.num_classes):
-        raise checks.bad("labels", f"{len(labels)} names", f"{config.num_classes}, one for each class")
+    names, config, labels = layout_for(model, layout), model.config, class_names(model, labels)
 
     def write_tensors(file: Path) -> None:
         # One entry: safetensors writes several in a random order, and the same model shall give the same bytes.
@@ -93,8 +92,10 @@ def write(
         }.items():
             (new / name).write_text(json.dumps(its, indent=2) + "\n", encoding="utf-8")
         write_tensors(new / "model.safetensors")
-        if card is not None:
-            (new / CARD).write_bytes(card)
+        if (path / CARD).is_file():
+            shutil.copy(path / CARD, new)
+        elif card is not None:
+            (new / CARD).write_text(card, encoding="utf-8")
 
     try:
         if folder:
@@ -106,34 +107,22 @@ def write(
     return path
 
 
-def check_target(path: str | Path, layout: str, force: bool) -> Path:
-    """Check, before any work, that a checkpoint of this layout may be written there.
+def check_target(path: str | Path, folder: bool, force: bool) -> Path:
+    """Check, before any work, that a model's file or folder may be written, or replaced with ``force``.
 
     Raises:
-        ValueError: a name that does not fit the layout.
-        FileExistsError, NotADirectoryError: something stands in the way.
+        ValueError: the file's name does not end with .safetensors.
+        FileExistsError, NotADirectoryError: something stands in the way: a folder holds nothing but a model.
     """
     path = Path(path).expanduser()
-    if layout not in FOLDERS:
-        if path.suffix != ".safetensors":
-            raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
-        may_write([path], force)
-    else:
-        check_folder(path, force)
-    return path
-
-
-def check_folder(path: Path, force: bool, beside: Sequence[str] = ()) -> None:
-    """Check that a model's folder may be written, or replaced with ``force``; only ``beside`` may be there too.
-
-    Raises:
-        FileExistsError, NotADirectoryError: something stands in the way.
-    """
-    if path.is_file():
+    if not folder and path.suffix != ".safetensors":
+        raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
+    if folder and path.is_file():
         raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
-    may_write([path / name for name in _FILES], force)
-    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*_FILES, *beside})):
+    may_write([path / name for name in _FILES] if folder else [path], force)
+    if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*_FILES, CARD})):
         raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")
+    return path
 
 
 def layout_for(model: MAR, layout: LayoutName) -> Layout:
@@ -152,16 +141,10 @@ def layout_for(model: MAR, layout: LayoutName) -> Layout:
         return OURS
     hf, v2, linear = layout == "hf", layout == "videomae2", config.classifier == "linear"
     decoder = config.decoder_depth > 0
-    title = {
-        "mar": "MAR's layout",
-        "videomae": "VideoMAE's layout",
-        "videomae2": "VideoMAE v2's layout on the hub",
-        "hf": "Hugging Face's layout",
-    }[layout]
 
     def need(field: str, met: bool, accepted: str) -> None:
         if not met:
-            raise checks.bad(f"{field}, for {title}", repr(getattr(config, field)), accepted)
+            raise checks.bad(f"{field}, for layout {layout!r}", repr(getattr(config, field)), accepted)
 
     if layout == "mar":
         need("classifier", config.classifier == "bridging", "'bridging', which every MAR has")

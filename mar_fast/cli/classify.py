@@ -27,7 +27,7 @@ def classify(
 ) -> None:
     """Print the most probable classes of each video."""
     model = options.load_classifier(checkpoint, keep, dtype, device, quantize)
-    names = options.class_names(model, labels)
+    names = options.read_class_names(model, labels)
     read = options.view_reader(model.config, views, sampling, stride, short)
     ratio = model.config.mask_ratio
     answers: list[dict[str, Any]] = []

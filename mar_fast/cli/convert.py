@@ -42,22 +42,20 @@ def convert(
     if to is None and biases_from is None:
         raise checks.bad("--to", "none", f"one of {', '.join(get_args(LayoutName))}, or --biases-from")
     to = to or "hf"
-    check_target(out, to, force)
+    check_target(out, to in FOLDERS, force)
     allowed = dict(allow_missing=allow_missing, allow_unknown=allow_unknown)
     model = options.load(source, given, position=position, model_key=model_key, biases_from=biases_from, **allowed)
     if quantize is not None:
         model = mar_fast.quantize(model, quantize, emulate=True)  # nothing is computed here
     assert model.load_report is not None
-    labels = model.load_report.labels
-    takes_labels = to in FOLDERS and model.config.classifier is not None
-    save_checkpoint(model, out, layout=to, force=force, labels=labels if takes_labels else None)
+    save_checkpoint(model, out, layout=to, force=force)
     common.show(str(model.load_report))
     back = from_pretrained(out).state_dict()
     wrong = [name for name, value in model.state_dict().items() if not _same_bits(value, back[name])]
     if wrong:
         common.show_error(f"read back with other values: {', '.join(wrong[:5])}")
         raise typer.Exit(common.CHECK_FAILED)
-    if labels and not takes_labels:
+    if model.load_report.labels and to not in FOLDERS:
         common.show("note: not carried over: the names of classes (id2label in config.json)")
     common.show(f"Written: {out} ({to}), {len(back)} parameters, the same bits when read back")
 

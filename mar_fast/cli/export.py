@@ -41,7 +41,7 @@ def export(
     more than 2 GB are in a second file, OUT.data.
     """
     model = options.load_masked(checkpoint, keep, given).to(machine.device(device), machine.DTYPES[dtype]).eval()
-    names = options.class_names(model, labels) if model.classifier is not None else None
+    names = options.read_class_names(model, labels)
     config, path = model.config, clip or data.sample_clip()
     example = data.read_views(
         path, config.num_frames, clips=batch or 3, crops=1, size=config.image_size, short="repeat"

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,8 @@ from torch import Tensor
 import mar_fast
 
 from .. import MAR, MARConfig, machine
+from ..checkpoint.report import class_names
+from ..config import FIELDS
 from ..data import read_annotations, read_labels, read_views
 from ..data.annotations import Annotations
 from ..data.video import Sampling, Short
@@ -101,9 +102,8 @@ def load(source: str, given: list[str] | None, **options: Any) -> MAR:
 
 def _field(item: str) -> tuple[str, Any]:
     name, equals, text = item.partition("=")
-    known = [field.name for field in fields(MARConfig)]
-    if not equals or name not in known:
-        raise checks.bad("--set", repr(item), f"FIELD=VALUE with one of the fields {', '.join(known)}")
+    if not equals or name not in FIELDS:
+        raise checks.bad("--set", repr(item), f"FIELD=VALUE with one of the fields {', '.join(FIELDS)}")
     for form in (text, f"[{text}]"):
         try:
             value = json.loads(form)
@@ -164,19 +164,9 @@ def placed(model: MAR, dtype: str, device: torch.device, quantize: Quantize | No
     return model.to(machine.DTYPES[dtype]).eval()
 
 
-def class_names(model: MAR, labels: Path | None) -> list[str] | None:
-    """The names in a file of labels, or else those that the model's checkpoint has; None if it has none.
-
-    Raises:
-        ValueError: more or fewer names than classes.
-    """
-    if labels is None:
-        own = model.load_report.labels if model.load_report is not None else None
-        return None if own is None else list(own)
-    names, classes = read_labels(labels), model.config.num_classes
-    if len(names) != classes:
-        raise checks.bad("--labels", f"{len(names)} names", f"{classes}, as the checkpoint has classes")
-    return names
+def read_class_names(model: MAR, labels: Path | None) -> tuple[str, ...] | None:
+    """`class_names` of a file of labels, if there is one."""
+    return class_names(model, None if labels is None else read_labels(labels))
 
 
 def class_name(name: str | None, number: int) -> str:

@@ -61,7 +61,7 @@ def tradeoff(
     files.may_write(written, force)
     plot.new_figure()  # without matplotlib, say so now and not after the measurement
     model, title = _model(checkpoint, random_weights, device, seed)
-    names = options.class_names(model, labels)
+    names = options.read_class_names(model, labels)
     read = options.view_reader(model.config, views, sampling, stride, short)
     settings, unavailable = choose(model.config, kind or USUAL_KINDS, keep or usual_keep(model.config), ensembles)
     with common.progress() as step:

@@ -32,13 +32,14 @@ def verify(
     found = compare(*models, ratio=ratio, seed=seed)
     within = found.within(tolerance)
     if as_json:
-        common.print_json({"first": first, "second": second, "tolerance": tolerance, "within": within, **asdict(found)})
+        layers = [{"layer": layer, "difference": difference} for layer, difference in found.layers.items()]
+        told = {"first": first, "second": second, "tolerance": tolerance, "within": within}
+        common.print_json({**told, **asdict(found), "layers": layers})
     else:
         table = Table("layer", title=f"{second} against {first}", title_justify="left")
         table.add_column("relative difference", justify="right")
-        for layer in found.layers:
-            style = "" if layer.difference <= tolerance else "red"
-            table.add_row(layer.layer, f"{layer.difference:.1e}", style=style)
+        for layer, difference in found.layers.items():
+            table.add_row(layer, f"{difference:.1e}", style="" if difference <= tolerance else "red")
         for where, names in (("first", found.only_first), ("second", found.only_second)):
             for name in names:
                 table.add_row(name, f"only in the {where}", style="red")

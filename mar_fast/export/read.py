@@ -57,16 +57,17 @@ class ExportInfo:
         return cls(**content | {"config": MARConfig(**content["config"]), "labels": labels})
 
 
+@dataclass(frozen=True)
 class ExportedModel:
     """An exported file, loaded: call it with a video.
 
     Attributes:
         info: What the file says about itself.
+        run: The same call without checks.
     """
 
-    def __init__(self, info: ExportInfo, run: Callable[[Tensor], Tensor]) -> None:
-        self.info = info
-        self._run = run
+    info: ExportInfo
+    run: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class ExportedModel:
         checks.size("video", video, (batch, config.channels, config.num_frames, *config.image_size), "(B, C, T, H, W)")
         if video.device.type != info.device:
             raise checks.bad("video", f"a tensor on {video.device}", f"one on {info.device}, as it was exported")
-        return self._run(video.contiguous())  # compiled code reads memory by the strides that it was compiled for
+        return self.run(video.contiguous())  # compiled code reads memory by the strides that it was compiled for
 
 
 def load_exported(path: str | Path) -> ExportedModel:

@@ -13,6 +13,8 @@ from torch.export import Dim, ExportedProgram
 
 import mar_fast
 
+from ..checkpoint.compare import relative
+from ..checkpoint.report import class_names
 from ..files import may_write, write_whole, write_whole_files
 from ..inference import has_cpp_compiler
 from ..kernels import checks, use_backend
@@ -64,7 +66,7 @@ def export_model(
             file takes clips of this dtype, and without ``dynamic_batch`` B of them.
         format: "pt2", "aoti" (needs a C++ compiler, takes minutes) or "onnx" (needs the packages of the extra export).
         dynamic_batch: Whether the file takes any number of clips.
-        labels: Names of the classes, for the file's metadata. None takes those of the model's load_report.
+        labels: Names of the classes, for the file's metadata; None for those that the model's checkpoint had.
         force: Replace files that exist.
 
     Returns:
@@ -79,12 +81,7 @@ def export_model(
     """
     path = Path(path)
     _check(model, path, example, format)
-    config = model.config
-    if labels is None and config.classifier is not None and model.load_report is not None:
-        labels = model.load_report.labels
-    if labels is not None and (config.classifier is None or len(labels) != config.num_classes):
-        classes = 0 if config.classifier is None else config.num_classes
-        raise checks.bad("labels", f"{len(labels)} names", f"{classes}, as the model has classes")
+    config, names = model.config, class_names(model, labels)
     weights = weights_file(model, path, format)
     paths = [path] if weights is None else [weights, path]
     may_write(paths, force)
@@ -113,7 +110,7 @@ def export_model(
         output="features" if config.classifier is None else "logits",
         dtype=str(weight.dtype).removeprefix("torch."),
         device=weight.device.type,
-        labels=None if labels is None else tuple(labels),
+        labels=names,
         versions={"mar_fast": mar_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},
     )
     differences: list[float] = []
@@ -121,7 +118,7 @@ def export_model(
     def write(temporary: Path) -> None:
         _write(program, temporary, info, None if weights is None else weights.name)
         run = load_exported(temporary)
-        differences.extend(_difference(run(clips), want) for clips, want in zip(batches, expected, strict=True))
+        differences.extend(relative(run(clips), want) for clips, want in zip(batches, expected, strict=True))
         tolerance = max(1e-4, 5 * torch.finfo(weight.dtype).eps)
         if not all(difference <= tolerance for difference in differences):
             raise ArithmeticError(
@@ -157,20 +154,18 @@ def _check(model: MAR, path: Path, example: Tensor, format: Format) -> None:
     if format == "aoti" and not has_cpp_compiler():
         raise checks.bad("format", "'aoti' without a C++ compiler", "g++ or clang++ on the PATH ('pt2' needs none)")
     if format == "onnx":
-        _check_onnx(model)
+        dtypes = {weight.dtype for weight in _weights(model)}
+        if dtypes != {torch.float32}:
+            raise checks.bad(
+                "model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'"
+            )
+        for package in ONNX_PACKAGES:
+            check_installed(package)
 
 
 def _weights(model: MAR) -> list[nn.Parameter]:
     """Of what is exported."""
     return [*model.encoder.parameters(), *(model.classifier.parameters() if model.classifier else ())]
-
-
-def _check_onnx(model: MAR) -> None:
-    dtypes = {weight.dtype for weight in _weights(model)}
-    if dtypes != {torch.float32}:
-        raise checks.bad("model", f"weights in {checks.names(sorted(dtypes, key=str))}", "float32 for format 'onnx'")
-    for package in ONNX_PACKAGES:
-        check_installed(package)
 
 
 def _inference_copy(model: MAR) -> MAR:
@@ -208,9 +203,3 @@ def _write(program: ExportedProgram, path: Path, info: ExportInfo, weights: str 
         exported.model.metadata_props[KEY] = text
         # exported.save would have a second file from 1.5 GiB on, whose name would be the temporary one.
         onnx_ir.save(exported.model, path, external_data=weights)
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``."""
-    got, want = got.double().cpu(), want.double().cpu()
-    return float((got - want).norm() / want.norm())

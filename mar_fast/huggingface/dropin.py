@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from threading import Lock
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -58,65 +59,60 @@ def accelerate(model: M, *, keep: float | None = None, num_visible: int | None =
         ValueError: keep or num_visible does not fit the model, or its forward was replaced by another one.
         ImportError: transformers is missing or older than 5.0.
     """
-    if is_videomae2(model):
-        return _accelerate_videomae2(model, keep, num_visible)
-    if type(model) not in _classes() and not is_accelerated(model):
+    videomae2 = is_videomae2(model)
+    if not (videomae2 or is_accelerated(model) or type(model) in _classes()):
         accepted = f"{' or '.join(_NAMES)} of transformers itself, not a subclass or wrapper"
         raise checks.bad_type("model", type(model).__name__, accepted)
-    encoder = _encoder(model)
     for part in _parts(model):
         if not is_accelerated(part) and not acceptable(part):
             kind = type(part)
             got = f"a {kind.__name__} with another forward"
-            if kind not in _classes():
+            if not videomae2 and kind not in _classes():
                 got = f"a {kind.__module__}.{kind.__qualname__} in place of VideoMAEModel"
-            accepted = "transformers' own: call mar_fast.accelerate first, then what replaces it"
+            accepted = "the original: call mar_fast.accelerate first, then what replaces it"
             if hasattr(part, "_hf_hook"):  # the forward of accelerate, the library
-                accepted = "transformers' own: device_map has replaced it, so load within mar_fast.patch_transformers()"
+                accepted = "the original: device_map has replaced it, so load within mar_fast.patch_transformers()"
             raise checks.bad("model", got, accepted)
+    if isinstance(keep, bool) or keep not in (None, *_KEEP):
+        raise checks.bad("keep", repr(keep), f"None or one of {', '.join(map(str, _KEEP))}")
+    state = (_videomae2_state if videomae2 else _videomae_state)(model, None if keep == 1 else keep, num_visible)
+    if state.keep is not None:
+        warnings.warn(
+            f"keep={keep}: cell running masking hides {1 - state.keep:.0%} of every clip; accuracy drops unless the "
+            "model was fine-tuned with this masking",
+            stacklevel=2,
+        )
+    if not videomae2:
+        _warn_of_lost_biases(_encoder(model))
+    _swap(model, state)
+    return model
+
+
+def _videomae_state(model: Any, keep: float | None, num_visible: int | None) -> State:
+    """The state for a model of transformers, if these options fit it."""
+    encoder = _encoder(model)
     tokens = encoder.embeddings.position_embeddings.shape[1]
     if num_visible is not None and (type(num_visible) is not int or not 0 < num_visible <= tokens):
         raise checks.bad("num_visible", repr(num_visible), f"None or a whole number from 1 to {tokens}")
     if keep is not None:
-        config: Any = model.config
-        if not hasattr(model, "classifier") or not config.use_mean_pooling:
+        if not hasattr(model, "classifier") or not model.config.use_mean_pooling:
             accepted = "None: running masking is for VideoMAEForVideoClassification with use_mean_pooling"
             raise checks.bad("keep", f"{keep!r} for {type(model).__name__}", accepted)
-        _check_keep(keep)
-        _, height, width = grid_of(encoder, config.num_frames)
-        if keep < 1 and (height % 2 or width % 2):
+        _, height, width = grid_of(encoder, model.config.num_frames)
+        if height % 2 or width % 2:
             accepted = f"None: cells of 2 x 2 patches do not fill a grid of {height} x {width}"
             raise checks.bad("keep", repr(keep), accepted)
-    _warn_of_masking(keep)
-    _warn_of_lost_biases(encoder)
-    _swap(model, State(None if keep == 1 else keep, num_visible))
-    return model
+    return State(keep, num_visible)
 
 
-def _accelerate_videomae2(model: Any, keep: float | None, num_visible: int | None) -> Any:
-    """`accelerate` for VideoMAE v2's own class."""
+def _videomae2_state(model: Any, keep: float | None, num_visible: int | None) -> State:
+    """The same for VideoMAE v2's own class, which proves itself here."""
     if num_visible is not None:
         raise checks.bad("num_visible", num_visible, "None: a VideoMAEv2 takes no masks")
-    _check_keep(keep)
-    if not acceptable(model):
-        accepted = "its own: call mar_fast.accelerate first, then what replaces it"
-        raise checks.bad("model", f"a {type(model).__name__} with another forward", accepted)
     restore(model)
-    state = VideoMAE2State(None if keep == 1 else keep, kinds_in(model))
-    build(model, state.keep)  # whether cells fill the grid
+    build(model, keep)  # whether cells fill the grid
     same_outputs(model)
-    _warn_of_masking(keep)
-    swap_class(model, state)
-    return model
-
-
-def _warn_of_masking(keep: float | None) -> None:
-    if keep is not None and keep < 1:
-        warnings.warn(
-            f"keep={keep}: cell running masking hides {1 - keep:.0%} of every clip; accuracy drops unless the model "
-            "was fine-tuned with this masking",
-            stacklevel=3,
-        )
+    return VideoMAE2State(keep, kinds_in(model))
 
 
 def restore(model: M) -> M:
@@ -192,12 +188,8 @@ def _patch(kind: Any) -> None:
         _warn_of_lost_biases(_encoder(result[0] if isinstance(result, tuple) else result))
         return result
 
-    for name, value in {"__init__": init, "from_pretrained": classmethod(from_pretrained)}.items():
-        if name in vars(kind):
-            _undo.callback(setattr, kind, name, vars(kind)[name])
-        else:
-            _undo.callback(delattr, kind, name)  # it is inherited
-        setattr(kind, name, value)
+    _undo.enter_context(mock.patch.object(kind, "__init__", init))
+    _undo.enter_context(mock.patch.object(kind, "from_pretrained", classmethod(from_pretrained)))
 
 
 def register_attention() -> None:
@@ -270,6 +262,8 @@ def _encoder(model: Any) -> Any:
 
 def _parts(model: Any) -> list[Any]:
     """The modules that get another class. A classifier keeps its own: it pools and classifies after a VideoMAEModel."""
+    if is_videomae2(model):
+        return [model]
     return [_encoder(model)] if hasattr(model, "classifier") else [_encoder(model), model]
 
 
@@ -277,11 +271,6 @@ def _swap(model: Any, state: State) -> None:
     # A VideoMAEForPreTraining and its VideoMAEModel share the state, so that each warning is given once.
     for module in _parts(model):
         swap_class(module, state)
-
-
-def _check_keep(keep: float | None) -> None:
-    if isinstance(keep, bool) or keep not in (None, *_KEEP):
-        raise checks.bad("keep", repr(keep), f"None or one of {', '.join(map(str, _KEEP))}")
 
 
 def _warn_of_lost_biases(encoder: Any) -> None:

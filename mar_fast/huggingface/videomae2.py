@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import config_json
+from ..checkpoint.compare import relative
 from ..checkpoint.layouts import VIDEOMAE2
 from ..config import MARConfig
 from ..fallbacks import CHANGED, put_back, unhooked
@@ -132,7 +133,7 @@ def same_outputs(model: Any) -> None:
     assert got is not None
     bound = _TOLERANCE_16 if weight.dtype in (torch.float16, torch.bfloat16) else _TOLERANCE
     agrees = isinstance(want, Tensor) and want.shape == got.shape
-    difference = float((got - want).float().norm() / want.float().norm()) if agrees else float("nan")
+    difference = relative(got, want) if agrees else float("nan")
     if not difference <= bound:
         what = f"relative difference {difference:.1e}" if agrees else "an output of another form"
         raise checks.bad("model", f"a {NAME} whose own code computes something else ({what})", f"at most {bound:.0e}")

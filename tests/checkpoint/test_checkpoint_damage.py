@@ -231,9 +231,7 @@ def test_wrong_arguments(case):
 @pytest.mark.parametrize("heads", ["num_heads", "decoder_num_heads", "bridge_num_heads"])
 def test_heads_that_nobody_knows(heads):
     told = {name: value for name, value in BRIDGE.items() if name != heads}
-    with pytest.raises(
-        ValueError, match=rf"{heads}: got none .* wide.*expected {heads}=, the number of attention heads"
-    ):
+    with pytest.raises(ValueError, match=rf"{heads}: got none .* wide.*expected {heads}=, the number of attention"):
         from_pretrained(mar_names(small_model().state_dict()), **told)
 
 
@@ -401,9 +399,7 @@ def test_damaged_file(tmp_path, monkeypatch, case):
 
 def test_foreign_code_is_not_run(tmp_path):
     torch.save({"model": Foreign(tmp_path / "marker")}, tmp_path / "a.pth")
-    with pytest.raises(
-        ValueError, match=r"a pickle that asks for (posix|nt).system, expected tensors, plain values and"
-    ):
+    with pytest.raises(ValueError, match=r"a pickle that asks for (posix|nt).system, expected tensors, plain values"):
         from_pretrained(tmp_path / "a.pth")
     assert not (tmp_path / "marker").exists()
     torch.load(tmp_path / "a.pth", weights_only=False)

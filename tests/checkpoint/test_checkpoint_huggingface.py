@@ -184,7 +184,7 @@ def test_processor_settings(tmp_path, case):
         with torch.no_grad():
             want = theirs(pixels).logits
             assert relative(ours(frames.transpose(1, 2)).logits, want) <= 1e-5
-        origin = dict(ours.load_report.origins)["mean"]
+        origin = ours.load_report.origins["mean"]
         assert origin.startswith(file) and said in origin
         if case == "as usual":
             assert not any("carried" in remark for remark in ours.load_report.remarks)
@@ -217,14 +217,14 @@ def test_processor_settings_refused(tmp_path, case):
     with pytest.raises(ValueError, match=rf"preprocessor_config.json, {name}: got .*expected .*or give mean= and std="):
         from_pretrained(tmp_path / "a")
     given = from_pretrained(tmp_path / "a", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    assert dict(given.load_report.origins)["std"] == "given" and given.config.std == (0.5, 0.5, 0.5)
+    assert given.load_report.origins["std"] == "given" and given.config.std == (0.5, 0.5, 0.5)
 
 
 def test_files_of_processors(tmp_path):
     """The nested file goes first, as for transformers; two processors that do not agree are refused."""
     other = dict(USUAL, image_mean=0.25)
     with_settings(tmp_path / "bare", tokenizer_config={})
-    assert dict(from_pretrained(tmp_path / "bare").load_report.origins)["mean"] == "assumed: the file does not say"
+    assert from_pretrained(tmp_path / "bare").load_report.origins["mean"] == "assumed: the file does not say"
     for name, files in {
         "nested": dict(
             processor_config={"image_processor": other, "video_processor": other}, preprocessor_config=USUAL
@@ -281,9 +281,7 @@ def test_biases_of_zero_by_configuration(tmp_path):
     """qv_bias false: there are no biases in the file, and none are missing."""
     theirs = their_model("VideoMAEModel", qv_bias=False)
     ours = from_pretrained(saved(tmp_path / "a", theirs))
-    assert {note.reason for note in ours.load_report.initial} == {
-        "zero: config.json says that query and value have no bias"
-    }
+    assert set(ours.load_report.initial.values()) == {"zero: config.json says that query and value have no bias"}
     check_outputs(theirs, ours)
 
 
@@ -293,11 +291,9 @@ def test_a_key_that_is_allowed_to_be_missing():
     stem = "encoder.layer.1.attention.attention"
     del state[f"{stem}.key.weight"]
     report = from_pretrained(state, num_heads=3, allow_missing="*.key.weight").load_report
-    assert [note.name for note in report.initial] == ["encoder.blocks.1.attn.qkv.weight"]
-    assert {note.name for note in report.ignored} == {
-        f"{stem}.query.weight",
-        f"{stem}.value.weight",
-    } and "rest of encoder.blocks.1" in str(report)
+    assert list(report.initial) == ["encoder.blocks.1.attn.qkv.weight"]
+    assert set(report.ignored) == {f"{stem}.query.weight", f"{stem}.value.weight"}
+    assert "rest of encoder.blocks.1" in str(report)
 
 
 def test_token_0_is_refused(tmp_path):
@@ -321,17 +317,8 @@ def test_fine_tuning_a_pretraining_checkpoint(tmp_path):
     model = from_pretrained(folder, num_classes=4, num_frames=12)
     assert model.config.classifier == "bridging" and model.config.bridge_eps == 1e-6
     assert model.config.position_grid == (3, 2, 4) and model.config.grid == (6, 2, 4)
-    assert {note.name.split(".")[0] for note in model.load_report.initial} == {"classifier"}
+    assert {name.split(".")[0] for name in model.load_report.initial} == {"classifier"}
     assert model(clip(frames=12)).logits.shape == (2, 4)
-
-
-def test_leaving_the_decoder_out(tmp_path):
-    theirs = their_model("VideoMAEForPreTraining")
-    ours = from_pretrained(saved(tmp_path / "a", theirs), decoder_depth=0)
-    assert ours.decoder is None
-    with torch.no_grad():
-        want = theirs.videomae(clip().transpose(1, 2)).last_hidden_state
-        assert relative(ours(clip()).features, want) <= 1e-5
 
 
 def test_dropout_is_reported(tmp_path):
@@ -374,15 +361,6 @@ def test_hub_id(tmp_path, monkeypatch, form):
     assert len(hub.calls) == (2 if form == "bin" else 1)
     assert (tmp_path / "cache/pytorch_model.bin").exists() == (form == "bin")  # weights are fetched once
     check_outputs(theirs, model)
-
-
-def test_the_stand_in_is_like_the_hubs_client():
-    """The function and the arguments that we use exist in the installed huggingface_hub."""
-    import inspect
-
-    from huggingface_hub import snapshot_download
-
-    assert {"repo_id", "revision", "allow_patterns"} <= set(inspect.signature(snapshot_download).parameters)
 
 
 def test_hub_errors(tmp_path, monkeypatch):

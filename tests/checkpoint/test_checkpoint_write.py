@@ -74,9 +74,9 @@ def test_round_trip_without_metadata(tmp_path, case):
         told["bridge_num_heads"] = 2
     back = from_pretrained(path, mask_ratio=config.mask_ratio, drop_path_rate=config.drop_path_rate, **told)
     assert same_weights(back, model)
-    relevant = {note.name for note in back.load_report.origins}
-    assert {"num_heads", "depth", "embed_dim"} <= relevant
-    for name in relevant:
+    origins = back.load_report.origins
+    assert {"num_heads", "depth", "embed_dim"} <= set(origins)
+    for name in origins:
         assert getattr(back.config, name) == getattr(config, name), name
 
 
@@ -122,7 +122,9 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
 def test_a_folder_with_other_things_is_kept(tmp_path):
     model = small_model(**LINEAR, classifier_norm_eps=1e-5)
     save_checkpoint(model, tmp_path / "folder", layout="hf")
+    (tmp_path / "folder/README.md").write_text("my card")
     save_checkpoint(model, tmp_path / "folder", layout="hf", force=True)
+    assert (tmp_path / "folder/README.md").read_text() == "my card"
     (tmp_path / "folder/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds notes.txt, expected a new folder"):
         save_checkpoint(model, tmp_path / "folder", layout="hf", force=True)
@@ -131,20 +133,20 @@ def test_a_folder_with_other_things_is_kept(tmp_path):
 
 # layout, what the model is, what stands in the way
 REFUSED = {
-    "mar, linear": ("mar", LINEAR, "classifier, for MAR's layout: got 'linear', expected 'bridging'"),
-    "mar, eps": ("mar", dict(encoder_eps=1e-5), "encoder_eps, for MAR's layout: got 1e-05, expected 1e-06"),
-    "mar, no norm": ("mar", dict(final_norm=False), "final_norm, for MAR's layout: got False"),
-    "mar, position": ("mar", dict(position_grid=(8, 14, 14)), "position_grid, for MAR's layout"),
-    "videomae, bridging": ("videomae", {}, "classifier, for VideoMAE's layout: got 'bridging', .*classifier=None"),
-    "videomae, decoder": ("videomae", {**LINEAR, "decoder_depth": 1}, "decoder_depth, for VideoMAE's layout: got 1"),
-    "videomae, norm": ("videomae", {**LINEAR, "final_norm": True}, "final_norm, for VideoMAE's layout: got True"),
+    "mar, linear": ("mar", LINEAR, "classifier, for layout 'mar': got 'linear', expected 'bridging'"),
+    "mar, eps": ("mar", dict(encoder_eps=1e-5), "encoder_eps, for layout 'mar': got 1e-05, expected 1e-06"),
+    "mar, no norm": ("mar", dict(final_norm=False), "final_norm, for layout 'mar': got False"),
+    "mar, position": ("mar", dict(position_grid=(8, 14, 14)), "position_grid, for layout 'mar'"),
+    "videomae, bridging": ("videomae", {}, "classifier, for layout 'videomae': got 'bridging', .*classifier=None"),
+    "videomae, decoder": ("videomae", {**LINEAR, "decoder_depth": 1}, "decoder_depth, for layout 'videomae': got 1"),
+    "videomae, norm": ("videomae", {**LINEAR, "final_norm": True}, "final_norm, for layout 'videomae': got True"),
     "videomae, no norm": ("videomae", {**PRETRAINING, "final_norm": False}, "final_norm, .*: got False"),
     "videomae, eps": ("videomae", {**LINEAR, "classifier_norm_eps": 1e-5}, "classifier_norm_eps, .*: got 1e-05"),
-    "hf, bridging": ("hf", {}, "classifier, for Hugging Face's layout: got 'bridging'"),
-    "hf, decoder": ("hf", {**LINEAR, "decoder_depth": 1}, "decoder_depth, for Hugging Face's layout: got 1"),
-    "hf, norm": ("hf", {**LINEAR, "final_norm": True}, "final_norm, for Hugging Face's layout: got True"),
+    "hf, bridging": ("hf", {}, "classifier, for layout 'hf': got 'bridging'"),
+    "hf, decoder": ("hf", {**LINEAR, "decoder_depth": 1}, "decoder_depth, for layout 'hf': got 1"),
+    "hf, norm": ("hf", {**LINEAR, "final_norm": True}, "final_norm, for layout 'hf': got True"),
     "hf, fixed eps": ("hf", LINEAR, "classifier_norm_eps, .*: got 1e-06, expected 1e-05, which transformers fixes"),
-    "hf, decoder's eps": ("hf", PRETRAINING, "decoder_norm_eps, for Hugging Face's layout: got 1e-06"),
+    "hf, decoder's eps": ("hf", PRETRAINING, "decoder_norm_eps, for layout 'hf': got 1e-06"),
     "hf, two eps": (
         "hf",
         {**PRETRAINING, "decoder_norm_eps": 1e-5, "decoder_eps": 1e-5},

@@ -256,7 +256,7 @@ def test_eval_of_hmdb51_and_ucf101(mar, tmp_path):
         (["classify", "a.mp4", "--top", "0"], "Invalid value for '--top': Input should be greater than or equal to 1"),
         (["classify", "a.mp4", "--keep", "0"], "--keep: got 0.0, expected a share above 0, up to 1"),
         (["classify", "a.mp4", "--keep", "0.3"], "--keep: got 0.3, .* not allowed. mask_ratio: got 0.7, expected"),
-        (["classify", "a.mp4", "--labels", "two.txt"], "--labels: got 2 names, expected 3, as the checkpoint has"),
+        (["classify", "a.mp4", "--labels", "two.txt"], "labels: got 2 names, expected 3, one for each class"),
         (["classify", "a.mp4", "--labels", "none.txt"], "labels: got 'none.txt', expected an existing file"),
         (["classify", "a.mp4", "--sampling", "dense"], "'dense' is not one of 'stride', 'uniform'"),
         (["classify", "a.mp4", "--device", "cuda"], "device: got 'cuda', but torch finds no GPU here"),

@@ -101,7 +101,7 @@ def test_convert_to_fp8(run, mar, tmp_path):
 def test_convert_leaves_parts_out(run, mar, tmp_path):
     code, _, err = run("checkpoint", "convert", mar, "pre.safetensors", "--to", "videomae")
     assert (
-        code == 2 and "classifier, for VideoMAE's layout: got 'bridging'" in err and "load with classifier=None" in err
+        code == 2 and "classifier, for layout 'videomae': got 'bridging'" in err and "load with classifier=None" in err
     )
     assert not (tmp_path / "pre.safetensors").exists()
     code, _, _ = run("checkpoint", "convert", mar, "pre.safetensors", "--to", "videomae", "--set", "classifier=none")

@@ -73,7 +73,7 @@ def test_bad_input(run, mar, tmp_path, monkeypatch):
     ):
         code, _, err = run("export", mar, *arguments)
         assert code == 2 and message in err, (arguments, err)
-    monkeypatch.setattr(write, "_difference", lambda got, want: float("nan"))
+    monkeypatch.setattr(write, "relative", lambda got, want: float("nan"))
     code, _, err = run("export", mar, "there.pt2", "--force")
     assert code == 1 and "not written, since results of the pt2 file differ" in err
     assert (tmp_path / "there.pt2").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2

@@ -103,7 +103,7 @@ def test_a_wrong_model_makes_exit_code_1(mar, monkeypatch, tmp_path):
     [
         (("--views", "0x1"), "--views: got '0x1'"),
         (("--seconds", "0"), "--seconds: got 0.0, expected a number above 0"),
-        (("--labels", "few.txt"), "--labels: got 2 names, expected 11, as the checkpoint has classes"),
+        (("--labels", "few.txt"), "labels: got 2 names, expected 11, one for each class"),
         (("--labels", "nowhere.txt"), "labels: got 'nowhere.txt', expected an existing file"),
         (("--keep", "0"), "keep: got 0.0, expected a share above 0"),
         (("--keep", "0.4", "--kind", "running"), "a share that one of the masks can keep"),

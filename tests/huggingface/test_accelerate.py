@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from checkpoint_cases import FRAMES, SIZE
 from helpers import relative
-from test_huggingface import BATCH, FRAMES, MASKED, SIZE, TOKENS, both_dtypes, both_shapes, build_theirs, clips
+from test_huggingface import BATCH, MASKED, TOKENS, both_dtypes, both_shapes, build_theirs, clips
 
 import mar_fast
 from mar_fast import TokenMask, masking
@@ -44,8 +45,8 @@ all_kinds = pytest.mark.parametrize(
 def pair(case, shape="base", dtype=torch.float32, **options):
     """A copy of one of their models, untouched, the accelerated model, and the arguments of a call."""
     kind, pooling, normalised, with_mask = CASES[case]
-    model, *_, generator = build_theirs(kind, shape, dtype, final_norm=not pooling, norm_pix_loss=normalised, **options)
-    video, masked = clips(dtype, generator)
+    model = build_theirs(kind, shape, dtype, final_norm=not pooling, norm_pix_loss=normalised, **options)
+    video, masked = clips(dtype)
     model.train()
     plain = copy.deepcopy(model)
     arguments = {"pixel_values": video.transpose(1, 2)}

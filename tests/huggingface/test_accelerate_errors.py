@@ -44,7 +44,7 @@ BAD_CALLS = {
     ),
     "another forward": (
         lambda: mar_fast.accelerate(with_another_forward(), keep=0.5), ValueError,
-        "model: got a VideoMAEModel with another forward, expected transformers' own",
+        "model: got a VideoMAEModel with another forward, expected the original",
     ),
     "restore": (lambda: mar_fast.restore("x"), TypeError, "model: got str"),
     "keep of a model": (

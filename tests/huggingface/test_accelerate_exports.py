@@ -52,23 +52,21 @@ def onnx(model, inputs, others, **options):
     return torch.from_numpy(session.run(None, feed)[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"optimize": False}, {"dynamic": True}, {"trace": True}], ids=str)
+@pytest.mark.parametrize("way", ["plain", "not optimised", "any batch", "traced"])
 @pytest.mark.parametrize("case", [CLASSIFIER, MODEL, PRETRAINING], ids=["classifier", "model", "pretraining"])
 @torch.no_grad()
-def test_onnx(case, options):
+def test_onnx(case, way):
     plain, fast, inputs, others = built(case, **known(case))
     name = "last_hidden_state" if case == MODEL else "logits"
-    options = dict(options)
-    if options.pop("trace", False):
-        options["dynamo"], options["dynamic_axes"] = False, {"a": {0: "batch"}, "b": {0: "batch"}}
-        options["dynamic_axes"] = {key: options["dynamic_axes"][key] for key in ["a", "b"][: len(inputs)]}
-    else:
-        options["dynamo"] = True
-    if options.pop("dynamic", False):
-        options["dynamic_shapes"] = (tuple({0: Dim("batch", min=1, max=64)} for _ in inputs),)
-    if "dynamic_shapes" in options or "dynamic_axes" in options:
+    options = {
+        "plain": dict(dynamo=True),
+        "not optimised": dict(dynamo=True, optimize=False),
+        "any batch": dict(dynamo=True, dynamic_shapes=(({0: Dim("batch", min=1, max=64)},) * len(inputs),)),
+        "traced": dict(dynamo=False, dynamic_axes={name: {0: "batch"} for name in ["a", "b"][: len(inputs)]}),
+    }
+    if way in ("any batch", "traced"):
         others = tuple(value[:2] for value in others)
-    got = onnx(First(fast, name), inputs, others, **options)
+    got = onnx(First(fast, name), inputs, others, **options[way])
     torch.testing.assert_close(got, plain(*others)[name], rtol=1e-4, atol=1e-4)
 
 

@@ -106,7 +106,7 @@ def test_another_class_inside(case, kind, monkeypatch):
     assert type(inner(type(fast)(plain.config))) is kind
     built = type(plain)(plain.config)
     name = re.escape(f"{kind.__module__}.{kind.__name__}")
-    with pytest.raises(ValueError, match=f"model: got a {name} in place of VideoMAEModel, expected transf"):
+    with pytest.raises(ValueError, match=f"model: got a {name} in place of VideoMAEModel, expected the orig"):
         mar_fast.accelerate(built)
     with mar_fast.patch_transformers():
         built = type(plain)(plain.config)

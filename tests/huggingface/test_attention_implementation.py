@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 def build(**options):
     mar_fast.register_attention()
-    plain, *_ = build_theirs("VideoMAEForVideoClassification", "base", torch.float64, final_norm=False, **options)
+    plain = build_theirs("VideoMAEForVideoClassification", "base", torch.float64, final_norm=False, **options)
     other = copy.deepcopy(plain)
     other.set_attn_implementation("mar_fast")
     assert other.config._attn_implementation == "mar_fast"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_cases import random_weights
+from checkpoint_cases import FRAMES, SIZE
 from helpers import relative
+from huggingface_cases import their_model
 
 import mar_fast
 from mar_fast import MARConfig, TokenMask
@@ -17,15 +18,13 @@ transformers = pytest.importorskip("transformers")
 VALUES = {torch.float32: 1e-5, torch.float64: 1e-11}
 GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-11}
 SHAPES = {
-    "base": dict(
-        embed_dim=96, depth=2, num_heads=3, decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=3, eps=1e-12
-    ),
+    "base": dict(layer_norm_eps=1e-12),
     "large": dict(
-        embed_dim=128, depth=4, num_heads=2, decoder_embed_dim=64, decoder_depth=3, decoder_num_heads=2, eps=1e-4
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=512, decoder_hidden_size=64,
+        decoder_num_hidden_layers=3, decoder_num_attention_heads=2, decoder_intermediate_size=256,
     ),
-}
-# Three sides that differ, so that no two can be taken for one another: 3 x 2 x 4 tokens.
-FRAMES, SIZE, TOKENS, MASKED = 6, (32, 64), 24, 14
+}  # fmt: skip
+TOKENS, MASKED = 24, 14
 BATCH, CLASSES = 3, 7
 
 both_dtypes = pytest.mark.parametrize("dtype", VALUES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -66,34 +65,16 @@ def in_our_layout(tensors):
 
 
 def build_theirs(kind, shape, dtype, *, final_norm, norm_pix_loss=True, **options):
-    """One of their models with random weights, the size of it by our names, and the source of its randomness."""
-    size = dict(SHAPES[shape])
-    eps = size.pop("eps")
-    if kind != "VideoMAEForPreTraining":
-        size["decoder_depth"] = 0
-    generator = torch.Generator().manual_seed(1)
-    theirs = getattr(transformers, kind)(
-        transformers.VideoMAEConfig(
-            image_size=SIZE, num_frames=FRAMES, hidden_size=size["embed_dim"], num_hidden_layers=size["depth"],
-            num_attention_heads=size["num_heads"], intermediate_size=4 * size["embed_dim"],
-            decoder_hidden_size=size["decoder_embed_dim"], decoder_num_hidden_layers=size["decoder_depth"],
-            decoder_num_attention_heads=size["decoder_num_heads"],
-            decoder_intermediate_size=4 * size["decoder_embed_dim"],
-            layer_norm_eps=eps, use_mean_pooling=not final_norm, norm_pix_loss=norm_pix_loss, num_labels=CLASSES,
-            attn_implementation="eager",  # not the function that ours calls
-            **options,
-        )
-    ).to(dtype)  # fmt: skip
-    # No bias is 0, no norm is the identity, attention is far from uniform: every parameter matters.
-    random_weights(theirs, generator, scores=2, dtype=torch.float64)
-    return theirs, size, eps, generator
+    options |= dict(use_mean_pooling=not final_norm, norm_pix_loss=norm_pix_loss, num_labels=CLASSES)
+    return their_model(kind, scores=2, dtype=dtype, **SHAPES[shape], **options)
 
 
-def clips(dtype, generator):
+def clips(dtype):
     """Clips in our layout (B, C, T, H, W), with a colour each and little noise, and bools.
 
     Equally many, but not the same, tokens are masked in each.
     """
+    generator = torch.Generator().manual_seed(1)
     colour = torch.rand(BATCH, 3, 1, 1, 1, generator=generator, dtype=torch.float64)
     pixels = 0.7 * colour + 0.3 * torch.rand(BATCH, 3, FRAMES, *SIZE, generator=generator, dtype=torch.float64)
     mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
@@ -104,16 +85,21 @@ def clips(dtype, generator):
 
 def build(kind, shape, dtype, *, final_norm, norm_pix_loss=True, classifier=None):
     """One of their models with random weights, ours with the same, a clip in our layout (B, C, T, H, W), and bools."""
-    theirs, size, eps, generator = build_theirs(kind, shape, dtype, final_norm=final_norm, norm_pix_loss=norm_pix_loss)
+    theirs = build_theirs(kind, shape, dtype, final_norm=final_norm, norm_pix_loss=norm_pix_loss)
+    their = theirs.config
     config = MARConfig(
         num_frames=FRAMES, image_size=SIZE, mask_ratio=0.0, classifier=classifier, num_classes=CLASSES,
-        encoder_eps=eps, final_norm=final_norm, final_norm_eps=eps, decoder_eps=eps,
+        embed_dim=their.hidden_size, depth=their.num_hidden_layers, num_heads=their.num_attention_heads,
+        encoder_eps=their.layer_norm_eps, final_norm=final_norm, final_norm_eps=their.layer_norm_eps,
+        decoder_embed_dim=their.decoder_hidden_size, decoder_num_heads=their.decoder_num_attention_heads,
+        decoder_depth=their.decoder_num_hidden_layers if hasattr(theirs, "decoder") else 0,
+        decoder_mlp_ratio=their.decoder_intermediate_size / their.decoder_hidden_size,
         # Their fc_norm and decoder.norm have PyTorch's default whatever their config says.
-        classifier_norm_eps=1e-5, decoder_norm_eps=1e-5, norm_pix_loss=norm_pix_loss, **size,
+        decoder_eps=their.layer_norm_eps, classifier_norm_eps=1e-5, decoder_norm_eps=1e-5, norm_pix_loss=norm_pix_loss,
     )  # fmt: skip
     ours = mar_fast.MAR(config).to(dtype)
     ours.load_state_dict(in_our_layout(dict(theirs.named_parameters())))
-    return theirs, ours, *clips(dtype, generator)
+    return theirs, ours, *clips(dtype)
 
 
 def check_gradients(theirs, ours, dtype):
@@ -126,19 +112,6 @@ def check_gradients(theirs, ours, dtype):
         parts = 3 if ".qkv." in name else 1
         for part, expected in zip(got[name].chunk(parts), want[name].chunk(parts), strict=True):
             assert relative(part, expected) <= GRADIENTS[dtype], name
-
-
-@both_dtypes
-@both_shapes
-@pytest.mark.parametrize("final_norm", [True, False])
-@torch.no_grad()
-def test_features(shape, dtype, final_norm):
-    theirs, ours, video, masked = build("VideoMAEModel", shape, dtype, final_norm=final_norm)
-    for bools, mask in ((masked, TokenMask.from_bool_masked(masked)), (None, None)):
-        want = theirs(video.transpose(1, 2), bool_masked_pos=bools).last_hidden_state
-        got = ours(video, mask).features
-        assert got.shape == want.shape == (BATCH, TOKENS if bools is None else TOKENS - MASKED, ours.config.embed_dim)
-        assert relative(got, want) <= VALUES[dtype]
 
 
 @both_dtypes
