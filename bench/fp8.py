@@ -17,10 +17,10 @@ from torch import Tensor
 
 import mar_fast
 from mar_fast import MAR, machine, quantize
+from mar_fast.checkpoint.compare import relative
 from mar_fast.config import SIZES
 from mar_fast.data import read_views
 from mar_fast.data.video import sample_clip
-from mar_fast.eval.measured import relative
 from mar_fast.kernels.device import has_fp8
 from mar_fast.timing import interleaved
 from mar_fast.train.demo import FILMS

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mar_fast import machine
-from mar_fast.eval.measured import OnStep, part, relative
+from mar_fast.checkpoint.compare import relative
+from mar_fast.eval.measured import OnStep, part
 from mar_fast.kernels import checks
 from mar_fast.timing import Spread, interleaved
 
@@ -265,7 +266,7 @@ def reason(error: Exception) -> str:
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN or a shape."""
-    return max(relative(one.detach(), other) for one, other in zip(got, want, strict=True))
+    return max(relative(one, other) for one, other in zip(got, want, strict=True))
 
 
 def text(found: Sequence[Record]) -> str:

@@ -65,12 +65,13 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``, in float64 on the CPU; infinity for another shape."""
+    """Norm of the difference over the norm of ``want``, in float64; infinity for NaN and for another shape."""
     if got.shape != want.shape:
         return float("inf")
-    got, want = got.double().cpu(), want.double().cpu()
+    got, want = got.detach().double(), want.detach().double().to(got.device)
     difference = float((got - want).norm())
-    return 0.0 if difference == 0 else difference / max(float(want.norm()), torch.finfo(torch.float64).tiny)
+    ratio = 0.0 if difference == 0 else difference / max(float(want.norm()), torch.finfo(torch.float64).tiny)
+    return ratio if ratio == ratio else float("inf")
 
 
 def _layers(model: MAR, video: Tensor, mask: Any) -> dict[str, Tensor]:

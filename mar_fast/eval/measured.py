@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import MAR, TokenMask, machine, reference
+from ..checkpoint.compare import relative
 from ..timing import Spread, interleaved
 
 # The fast model and the reference sum in different orders; beyond this in float32 it is another function.
@@ -84,14 +85,6 @@ def check(
         correct = fp32 <= FP32_TOLERANCE and ours <= tolerance
         found.append(Measured(difference_fp32=fp32, difference=ours, reference_difference=theirs, correct=correct))
     return found
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``, in float64; NaN and another shape count as infinitely far."""
-    if got.shape != want.shape:
-        return float("inf")
-    ratio = float((got.double() - want.double()).norm() / want.double().norm())
-    return ratio if ratio == ratio else float("inf")
 
 
 M = TypeVar("M", bound=Measured)
