@@ -232,7 +232,6 @@ def _forward_launch(name: str, x: Tensor, residual: Tensor | None, *vectors: Ten
         (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps),
         choice,
         (x_copied, residual_copied, *map(scattered, vectors)),
-        BLOCK_M=choice.config.block_m,
         BLOCK_N=block(columns),
     )
 
@@ -333,7 +332,6 @@ def backward(*inputs: Any) -> Run:
         BIAS=written[3],
         LAYER_SCALE=written[4],
         X_BIAS=written[6],
-        BLOCK_M=choice.config.block_m,
         BLOCK_N=block(columns),
         STAGES=choice.config.num_stages,
     )

@@ -326,8 +326,6 @@ def _run(query, key_value, cu_seqlens, bias, queries: int, keys: int, lse_stride
         choice,
         (False, False, False, False, scattered(cu_seqlens), scattered(bias)),
         blocks,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
         TAIL=tail(keys, tile.block_n, ragged, tile.resident),
         # With TMA 64 rows are the least: wgmma has no fewer, and other instructions need twice the registers.
         HALVE_LAST=tile.block_m >= (128 if blocks else 64) and (ragged or 0 < last <= tile.block_m // 2),

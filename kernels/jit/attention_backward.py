@@ -187,9 +187,7 @@ class _Call(NamedTuple):
         blocks: dict[int, Block],
         **constants: Any,
     ) -> Launch:
-        tile = choice.config
-        constants |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **self.constants)
-        constants |= shape_constants(self.query, tile, self.vector)
+        constants |= {**self.constants, **shape_constants(self.query, choice.config, self.vector)}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         return Launch(kernel, (programs,), numbers, choice, copies, blocks, **constants)
 

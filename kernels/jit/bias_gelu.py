@@ -105,7 +105,6 @@ def _forward_launch(choice: Choice, x: Tensor, bias: Tensor) -> Launch:
         (count, columns, stride),
         choice,
         (copied, scattered(bias)),
-        BLOCK_M=tile.block_m,
         BLOCK_N=wide,
     )
 
@@ -158,8 +157,6 @@ def backward_and_output(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[b
         (count, columns, grad_stride, stride, tiles),
         choice,
         (grad_copied, copied, scattered(bias)),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
     )
     add_parts = sum_parts(x, programs, columns)
 

@@ -206,7 +206,6 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     pos_stride, pos_copied = rows(pos_embed)
     template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    sizes = dict(PRECISION=precision(video), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
     of_weight = Block((columns, values), (values, 1), (tile.block_n, tile.block_k))
     if fused:
         gather = None
@@ -217,7 +216,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
             (False, scattered(keep_idx), scattered(clip_idx), False, not uint8 and scattered(bias), pos_copied),
             {3: of_weight} if tma else {},
             T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values, SCALE=UINT8_SCALE if uint8 else 1, TMA=tma,
-            **sizes,
+            PRECISION=precision(video),
         )  # fmt: skip
     else:
         gather = gather_tubelets(video, keep_idx, clip_idx, weight, work, mean, std)
@@ -225,7 +224,8 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
             gather_patch_embed_product_kernel, (min(tiles, multiprocessors(video)),),
             (count, columns, values, pos_stride), choice,
             (False, scattered(keep_idx), False, scattered(bias), pos_copied),
-            {0: Block((count, values), (values, 1), (tile.block_m, tile.block_k)), 2: of_weight}, **sizes,
+            {0: Block((count, values), (values, 1), (tile.block_m, tile.block_k)), 2: of_weight},
+            PRECISION=precision(video),
         )  # fmt: skip
 
     def run(

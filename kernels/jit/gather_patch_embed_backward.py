@@ -208,7 +208,7 @@ def _video_gradient(
         (triton.cdiv(count, tile.block_m) * triton.cdiv(values, tile.block_n),),
         (count, columns, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w, stride, *layout.strides),
         choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
-        PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        PRECISION=precision(grad),
     )  # fmt: skip
 
     def run(grad: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor, out: Tensor) -> None:
@@ -224,13 +224,6 @@ def _position_gradient(stride: int, grad: Tensor, keep_idx: Tensor, pos_embed: T
     length, columns = pos_embed.shape
     choice = choose("gather_patch_embed_backward_position", config_position, grad)
     tile = choice.config
-    launch = Launch(
-        gather_patch_embed_backward_position_kernel,
-        (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n)),
-        (keep_idx.numel(), length, columns, stride),
-        choice,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-    )
-    return launch
+    grid = (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n))
+    numbers = (keep_idx.numel(), length, columns, stride)
+    return Launch(gather_patch_embed_backward_position_kernel, grid, numbers, choice)

@@ -83,7 +83,7 @@ def gather_tubelets(
         (False, scattered(keep_idx), scattered(clip_idx)),
         T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
         SLOPE=slope, OFFSET=offset, CHANNELS_LAST=layout.channels_last, C=channels,
-        BLOCK_M=tile.block_m, BLOCK_N=min(tile.block_n, block(values)),
+        BLOCK_N=min(tile.block_n, block(values)),
     )  # fmt: skip
     made = like((count, values), dtype, video.device)
 

@@ -232,7 +232,7 @@ class Launch:
         choice: Its configuration.
         copied: For each tensor whether it is copied first, because the kernel cannot address it; False for the rest.
         blocks: By position, the tensors that the kernel gets as TMA descriptors.
-        **constants: Its constants, by name.
+        **constants: Its other constants, by name; BLOCK_M, BLOCK_N and BLOCK_K are the configuration's unless given.
     """
 
     __slots__ = (
@@ -252,7 +252,10 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.numbers, self.choice = kernel, tuple(grid), tuple(numbers), choice
         self.copied = tuple(copied) if any(copied) else ()
-        self.constants, self.blocks = constants, dict(blocks or {})
+        tile = choice.config
+        sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+        self.constants = {name: size for name, size in sizes.items() if name in kernel.arg_names} | constants
+        self.blocks = dict(blocks or {})
         self._described: list[tuple[int, dict[str, Any]]] = []
         self._grid = (*self.grid, 1, 1)[:3]
         self._run: Any = None

@@ -119,9 +119,6 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
         choice,
         (copied, weight_copied, scattered(bias)),
         blocks,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
     )
 
 

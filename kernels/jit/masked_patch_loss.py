@@ -262,7 +262,7 @@ def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
          s_row, *s_drop, *s_video, s_value),
         choice, (copied, False, False, scattered(clip_idx)),
         SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w, CHANNELS_LAST=channels_last,
-        BLOCK_M=tile.block_m, ROWS=piece_rows, WIDTH=width,
+        ROWS=piece_rows, WIDTH=width,
     )  # fmt: skip
 
 

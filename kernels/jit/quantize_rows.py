@@ -79,7 +79,6 @@ def forward(x: Tensor) -> Run:
         (count, columns, stride),
         choice,
         (copied,),
-        BLOCK_M=choice.config.block_m,
         BLOCK_N=block(columns),
     )
 

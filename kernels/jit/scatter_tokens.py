@@ -177,8 +177,6 @@ def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Te
         choice,
         (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens)),
         **_search(most, tile),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
     )
 
     def run(*tensors: Any) -> Tensor:
@@ -225,8 +223,6 @@ def backward(*inputs: Any) -> Run:
         choice,
         (copied, False, scattered(cu_seqlens)),
         **_search(most, tile),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
     )
     add_mask = sum_parts(grad, groups * tiles, columns) if needs[1] else None
     # A single group writes its sums into the gradient itself.
