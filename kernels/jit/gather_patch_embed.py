@@ -228,9 +228,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
             PRECISION=precision(video),
         )  # fmt: skip
 
-    def run(
-        video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
-    ) -> Tensor:
+    def run(video, keep_idx, weight, bias, pos_embed, clip_idx) -> Tensor:
         out = torch.empty_like(template, memory_format=DENSE)
         if centred:
             weight, bias = fold(weight, bias)

@@ -58,13 +58,7 @@ def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 
 def gather_tubelets(
-    video: Tensor,
-    keep_idx: Tensor,
-    clip_idx: Tensor | None,
-    weight: Tensor,
-    dtype: torch.dtype,
-    mean: Channels = None,
-    std: Channels = None,
+    video, keep_idx, clip_idx, weight, dtype: torch.dtype, mean: Channels, std: Channels
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A function (video, keep_idx, clip_idx) -> (M, K) in ``dtype``, values in the clip's order (see `ClipLayout`).
 

@@ -287,18 +287,7 @@ def forward(*inputs: Any) -> Run:
     return run
 
 
-def gradients(
-    grad: Tensor,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    clip_idx: Tensor | None,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor]:
+def gradients(grad, pixels, video, drop_idx, clip_idx, *options: Any) -> tuple[Tensor]:
     """Memory for the gradient of pixels."""
     return (torch.empty_like(pixels, memory_format=DENSE),)
 

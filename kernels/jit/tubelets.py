@@ -184,12 +184,7 @@ def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 
 def fold_weight(
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: ClipLayout,
-    dtype: torch.dtype,
-    mean: Channels = None,
-    std: Channels = None,
+    weight, bias, layout: ClipLayout, dtype: torch.dtype, mean: Channels = None, std: Channels = None
 ) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """A function of weight (D, C, t, h, w), and bias (D,) if given, that returns both as the product needs them.
 
