@@ -202,7 +202,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     centred = uint8 and fused  # the weight, not the pixels, carries the normalisation
     fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
     if fold is not None and kept is not None:
-        fold = Slot(kept, (centred, layout.channels_last, *options), fold, *((weight, bias) if centred else (weight,)))
+        fold = Slot(kept, (centred, layout.channels_last, *options), fold)
     pos_stride, pos_copied = rows(pos_embed)
     template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
