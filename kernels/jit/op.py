@@ -17,27 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import plan
+from ..checks import NoGradient
 from ..device import INTERPRETING
 from ..library import NAMESPACE
 
 Run = Callable[..., Any]
 Results = Sequence[Tensor | None]
-
-
-class _Once(torch.autograd.Function):
-    """The identity on a gradient made under create_graph, which cannot be differentiated again.
-
-    ``once_differentiable`` would silently leave out a second derivative if the incoming gradient is a constant.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor, *operands: Tensor) -> Tensor:
-        ctx.name = name
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(f"{ctx.name} is once_differentiable: got a second derivative, expected only a first")
 
 
 @dataclass(slots=True)
@@ -167,8 +152,10 @@ class Op:
                     return (None, *op._run_backward(ctx.planned, operands, needs, len(gradients)))
                 with torch.no_grad():
                     results = op._run_backward(ctx.planned, operands, needs, len(gradients))
+                # Not once_differentiable: it leaves out a second derivative if the incoming gradient is a constant.
+                message = f"{op.name} is once_differentiable: got a second derivative, expected only a first"
                 present = [value for value in operands if value is not None]
-                once = (None if result is None else _Once.apply(op.name, result, *present) for result in results)
+                once = (None if result is None else NoGradient.apply(message, result, *present) for result in results)
                 return (None, *once)
 
         Function.__name__ = Function.__qualname__ = self.name
