@@ -380,7 +380,6 @@ attention_varlen = Op(
     differentiable=("qkv", "bias"),
     public=2,
     flops=(flops.attention_varlen, flops.attention_varlen_backward),
-    raw_flops=True,
     opaque=("forward", "backward"),
 )
 

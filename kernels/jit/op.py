@@ -50,7 +50,6 @@ class Op:
         public: int = 1,
         finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
         flops: Sequence[Callable[..., int] | None] = (None, None),
-        raw_flops: bool = False,
         opaque: Sequence[str] = (),
     ) -> None:
         """Declare an op.
@@ -70,8 +69,7 @@ class Op:
             public: How many of the outputs have gradients; the others are for backward. An op with such outputs has a
                 last option ``save``, whether to write them, which becomes True if a gradient can be asked for.
             finish: Rearranges backward's results, for gradients that share memory, which a library op may not return.
-            flops: Formulas of forward and backward for PyTorch's flop counter.
-            raw_flops: Whether these take tensors instead of shapes.
+            flops: Formulas of forward and backward for PyTorch's flop counter, which take tensors.
             opaque: The passes ("forward", "backward") whose kernels are hidden from inductor, which mistakes an index
                 tensor for an output if a kernel computes store addresses from it.
 
@@ -95,7 +93,7 @@ class Op:
         self.custom = self._library_op(outputs, opaque)
         for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
             if formula is not None:
-                register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=raw_flops)(formula)
+                register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=True)(formula)
 
     def plan(self, *inputs: Any) -> Run:
         """A function of the tensors of ``inputs`` that runs this call and every other one with the same key.
