@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import quantize_rows
 from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
-from .quantize_rows import allocator, in_e4m3, quantized
+from .quantize_rows import quantized
 from .sum_parts import sum_parts
 
 
@@ -240,9 +241,8 @@ def outputs_of_rows(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm in e4m3, a scale for each row, and the new residual (None if it is x)."""
-    values, scale = allocator(x)(x)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
-    return values, scale, new_residual  # type: ignore[return-value]
+    return *quantize_rows.outputs(x), new_residual  # type: ignore[return-value]
 
 
 def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Run:
@@ -250,13 +250,12 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
     if x.numel() == 0:
         return lambda *tensors: outputs_of_rows(*tensors, eps)
     launch = _forward_launch("add_layer_norm_rows", x, residual, weight, bias, None, None, None, eps=eps)
-    allocate = allocator(x)
+    write = quantize_rows.writer(x)
 
-    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, residual, *_ = tensors
-        values, scale = allocate(x)
+    def run(x, residual, *vectors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
-        in_e4m3(values, lambda values: launch(*tensors, None, None, None, values, new_residual, None, scale))
+        before = (x, residual, *vectors, None, None, None)
+        values, scale = write(x, lambda values, scale: launch(*before, values, new_residual, None, scale))
         return values, scale, new_residual
 
     return run
@@ -298,11 +297,7 @@ def _allocate(written: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, *
     return [
         torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if written[0] else None,
         torch.empty_like(residual, memory_format=DENSE) if written[1] else None,
-        torch.empty_like(vectors[0]) if written[2] else None,
-        torch.empty_like(vectors[1]) if written[3] else None,
-        torch.empty_like(vectors[2]) if written[4] else None,
-        torch.empty_like(vectors[3]) if written[5] else None,
-        torch.empty_like(vectors[4]) if written[6] else None,
+        *[torch.empty_like(x) if wanted else None for x, wanted in zip(vectors, written[2:], strict=True)],
     ]
 
 

@@ -1,17 +1,18 @@
 """bias_gelu in Triton. M rows, N columns; sums in float32."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import quantize_rows
 from .gelu import gelu, gelu_derivative
 from .launch import DENSE, Choice, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
-from .quantize_rows import allocator, in_e4m3, quantized
-from .quantize_rows import config as config_rows
+from .quantize_rows import quantized
 from .sum_parts import sum_parts
 
 
@@ -111,22 +112,16 @@ def _forward_launch(choice: Choice, x: Tensor, bias: Tensor) -> Launch:
 
 def outputs_of_rows(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) in e4m3 and (..., 1) float32."""
-    return allocator(x)(x)
+    return quantize_rows.outputs(x)
 
 
 def forward_of_rows(x: Tensor, bias: Tensor) -> Run:
     """GELU(x + bias) and its scales in one pass."""
     if x.numel() == 0:
         return outputs_of_rows
-    launch = _forward_launch(choose("bias_gelu_rows", config_rows, x, width=x.shape[-1]), x, bias)
-    allocate = allocator(x)
-
-    def run(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        values, scale = allocate(x)
-        in_e4m3(values, lambda values: launch(x, bias, values, scale))
-        return values, scale
-
-    return run
+    launch = _forward_launch(choose("bias_gelu_rows", quantize_rows.config, x, width=x.shape[-1]), x, bias)
+    write = quantize_rows.writer(x)
+    return lambda x, bias: write(x, partial(launch, x, bias))
 
 
 def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:

@@ -112,12 +112,8 @@ class ClipLayout(NamedTuple):
     strides: tuple[int, ...]
 
 
-def memory_order(video: Tensor) -> str | None:
-    """ "planar" if W has stride 1, "channels-last" if C has stride 1 and W stride C; None for anything else."""
-    return _order(video.shape, video.stride())
-
-
 def _order(shape: Sequence[int], stride: Sequence[int]) -> str | None:
+    """ "planar" if W has stride 1, "channels-last" if C has stride 1 and W stride C; None for anything else."""
     if stride[4] == 1 or shape[4] == 1:
         return "planar"
     return "channels-last" if stride[1] == 1 and stride[4] == shape[1] else None
@@ -126,7 +122,9 @@ def _order(shape: Sequence[int], stride: Sequence[int]) -> str | None:
 def gradient_memory(video: Tensor) -> Tensor:
     """Memory for the clip's gradient: dense, in the clip's own order of dimensions where the kernels can write that."""
     memory = torch.empty_like(video)
-    return memory if memory_order(memory) else torch.empty(video.shape, dtype=video.dtype, device=video.device)
+    if _order(memory.shape, memory.stride()) is not None:
+        return memory
+    return torch.empty(video.shape, dtype=video.dtype, device=video.device)
 
 
 def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[ClipLayout, bool]:
@@ -212,19 +210,11 @@ def fold_weight(
         BLOCK_N=min(choice.config.block_n, block(values)),
     )  # fmt: skip
     made = like((columns, values), dtype, weight.device)
-    if bias is None:
+    made_bias = None if bias is None else like((columns,), torch.float32, weight.device)
 
-        def order(weight: Tensor) -> tuple[Tensor, None]:
-            folded = torch.empty_like(made, memory_format=DENSE)
-            launch(weight, None, folded, None)
-            return folded, None
-
-        return order
-    made_bias = like((columns,), torch.float32, weight.device)
-
-    def run(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def run(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         folded = torch.empty_like(made, memory_format=DENSE)
-        folded_bias = torch.empty_like(made_bias, memory_format=DENSE)
+        folded_bias = None if made_bias is None else torch.empty_like(made_bias, memory_format=DENSE)
         launch(weight, bias, folded, folded_bias)
         return folded, folded_bias
 
