@@ -263,7 +263,7 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
 
 def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
     """x is only needed for the gradients of layer_scale and row_scale."""
-    x, residual, weight, bias, layer_scale, row_scale, x_bias = tensors[:7]
+    x, residual, weight, bias, layer_scale, row_scale, x_bias = tensors
     saves_x = layer_scale is not None and layer_scale.requires_grad
     saves_x = saves_x or (row_scale is not None and row_scale.requires_grad)
     normalised = x if residual is None else results[1]

@@ -176,7 +176,6 @@ linear_gelu = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda inputs, outputs: (*inputs[:3], outputs[1]),
     differentiable=("x", "weight", "bias"),
     flops=(flops.linear_gelu, flops.linear_gelu_backward),
 )
