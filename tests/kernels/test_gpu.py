@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from helpers import relative, small_config
+from op_cases import every_dtype
 
 import mar_fast
 from mar_fast import kernels, masking
@@ -16,8 +17,6 @@ from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_visible = pytest.mark.parametrize("visible", [392, 784, 1568])
 WIDTHS = {"base": 768, "large": 1024}
 NORMALISE = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
