@@ -112,30 +112,25 @@ class ClipLayout(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _order(shape: Sequence[int], stride: Sequence[int]) -> str | None:
+def memory_order(video: Tensor) -> str | None:
     """ "planar" if W has stride 1, "channels-last" if C has stride 1 and W stride C; None for anything else."""
-    if stride[4] == 1 or shape[4] == 1:
+    if video.stride(4) == 1 or video.shape[4] == 1:
         return "planar"
-    return "channels-last" if stride[1] == 1 and stride[4] == shape[1] else None
+    return "channels-last" if video.stride(1) == 1 and video.stride(4) == video.shape[1] else None
 
 
 def gradient_memory(video: Tensor) -> Tensor:
     """Memory for the clip's gradient: dense, in the clip's own order of dimensions where the kernels can write that."""
     memory = torch.empty_like(video)
-    if _order(memory.shape, memory.stride()) is not None:
-        return memory
-    return torch.empty(video.shape, dtype=video.dtype, device=video.device)
+    return memory if memory_order(memory) else torch.empty(video.shape, dtype=video.dtype, device=video.device)
 
 
 def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[ClipLayout, bool]:
     """The layout of a clip for the kernels, and whether it must first be copied to be contiguous."""
-    found = _layout(video.shape, video.stride(), video.element_size(), _aligned(video), patch_size)
+    found = _layout(video, patch_size)
     if found is not None:
         return found, False
-    _, channels, frames, height, width = video.shape
-    area = height * width
-    stride = (channels * frames * area, frames * area, area, width, 1)
-    found = _layout(video.shape, stride, video.element_size(), True, patch_size)
+    found = _layout(torch.empty(video.shape, dtype=video.dtype, device="meta"), patch_size)
     assert found is not None
     return found, True
 
@@ -147,22 +142,20 @@ def _aligned(video: Tensor) -> bool:
     return video.storage_offset() * video.element_size() % 16 == 0
 
 
-def _layout(
-    shape: Sequence[int], stride: Sequence[int], element_size: int, aligned: bool, patch_size: Sequence[int]
-) -> ClipLayout | None:
+def _layout(video: Tensor, patch_size: Sequence[int]) -> ClipLayout | None:
     """None where a thread could not load neighbours at once, as in a misaligned crop."""
-    order = _order(shape, stride)
+    order = memory_order(video)
     if order is None:
         return None
     channels_last = order == "channels-last"
     # The stride of an extent of 1 says nothing.
-    clip, channel, frame, line = (step if extent > 1 else 0 for step, extent in zip(stride[:4], shape[:4], strict=True))
+    clip, channel, frame, line = (video.stride(i) if video.shape[i] > 1 else 0 for i in range(4))
     strides = (clip, 0 if channels_last else channel, frame, line)
-    run = patch_size[2] * shape[1] if channels_last else patch_size[2]
-    vector = 16 // element_size
+    run = patch_size[2] * video.shape[1] if channels_last else patch_size[2]
+    vector = 16 // video.element_size()
     while run % vector:
         vector //= 2
-    if vector > 1 and (not aligned or any(step % vector for step in strides)):
+    if vector > 1 and (not _aligned(video) or any(step % vector for step in strides)):
         return None
     return ClipLayout(channels_last, run, vector, tuple(step // vector for step in strides))
 
