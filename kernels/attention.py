@@ -4,6 +4,7 @@ All take the bias of the linear layer that made their operands, if that layer wa
 comes out of attention's backward pass, and needs no reduction over the gradient of qkv.
 """
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -231,18 +232,18 @@ def eager_attention(qkv: Tensor, scale: float) -> Tensor:
     dtype = working_dtype(qkv, qkv.dtype)
     if cpu_attention.takes(qkv, dtype):
         return cpu_attention.attention(qkv.to(dtype), scale)
-    return _sdpa(*qkv.unbind(2), scale).flatten(2).to(dtype)  # autocast does not convert empty tensors
+    return _sdpa(qkv.unbind(2), scale).flatten(2).to(dtype)  # autocast does not convert empty tensors
 
 
 def eager_attention_kvpacked(q: Tensor, kv: Tensor, scale: float) -> Tensor:
     """`attention_kvpacked` in plain PyTorch."""
-    return _sdpa(q, *kv.unbind(2), scale).flatten(2).to(working_dtype(q, q.dtype))
+    return _sdpa((q, *kv.unbind(2)), scale).flatten(2).to(working_dtype(q, q.dtype))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's attention of queries (B, M, H, d) to keys and values (B, N, H, d): (B, M, H, d)."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, M or N, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+def _sdpa(parts: Sequence[Tensor], scale: float, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention; ``parts`` are query (B, M, H, d), key and value (B, N, H, d); returns (B, M, H, d)."""
+    query, key, value = (part.transpose(1, 2) for part in parts)  # (B, H, M or N, d)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def eager_attention_lse(qkv: Tensor, scale: float) -> Tensor:
@@ -263,6 +264,6 @@ def eager_attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, sca
     padded = qkv[source]  # (B, S, 3, H, d)
     # A row without any key would be NaN, and so would its gradient: slot 0 is always a key. Padded rows are not read.
     is_key = (slot < lengths) | (slot == 0)
-    out = _sdpa(*padded.unbind(2), scale, is_key[:, None, None])
+    out = _sdpa(padded.unbind(2), scale, is_key[:, None, None])
     clip = clip_index(cu_seqlens, total)
     return out[clip, torch.arange(total, device=device) - cu_seqlens[clip]].flatten(1)
