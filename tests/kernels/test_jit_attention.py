@@ -109,6 +109,12 @@ def test_real_tail(size, dtype):
     check(attention_operands(dtype, batch=1, count=392, heads=1, size=size))
 
 
+def test_whole_clip():
+    """784 tokens are six tiles of 128 and 16 more; in the interpreter's own tiles they would take a minute."""
+    with tiles(128, 128):
+        check(attention_operands(torch.float32, batch=1, count=784, heads=1, size=64))
+
+
 # Strides and addresses.
 
 
