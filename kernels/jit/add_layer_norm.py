@@ -224,17 +224,12 @@ def forward(*inputs: Any) -> Run:
 
 def _forward_launch(name: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None, eps: float) -> Launch:
     *leading, columns = x.shape
-    x_stride, x_copied = rows(x)
-    residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
+    (x_stride, x_copied), (residual_stride, residual_copied) = rows(x), rows(residual)
     choice = choose(name, config_forward, x if residual is None else residual, width=columns)
-    return Launch(
-        add_layer_norm_forward_kernel,
-        (triton.cdiv(math.prod(leading), choice.config.block_m),),
-        (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps),
-        choice,
-        (x_copied, residual_copied, *map(scattered, vectors)),
-        BLOCK_N=block(columns),
-    )
+    grid = (triton.cdiv(math.prod(leading), choice.config.block_m),)
+    numbers = (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps)
+    copies = (x_copied, residual_copied, *map(scattered, vectors))
+    return Launch(add_layer_norm_forward_kernel, grid, numbers, choice, copies, BLOCK_N=block(columns))
 
 
 def outputs_of_rows(
@@ -310,8 +305,8 @@ def backward(*inputs: Any) -> Run:
     written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     if residual.numel() == 0:
         return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]
-    layouts = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
-    (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = layouts
+    (stride, copied), (x_stride, x_copied) = rows(residual), rows(x)
+    (normed_stride, normed_copied), (grad_stride, grad_copied) = rows(grad_normed), rows(grad_residual)
     choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
     row_tiles = triton.cdiv(total_rows, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS * max(1, 4 // choice.config.num_warps))

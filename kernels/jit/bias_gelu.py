@@ -100,14 +100,9 @@ def _forward_launch(choice: Choice, x: Tensor, bias: Tensor) -> Launch:
     columns, tile = x.shape[-1], choice.config
     count, (stride, copied) = x.numel() // columns, rows(x)
     wide = tile.block_n or block(columns)
-    return Launch(
-        bias_gelu_forward_kernel,
-        (triton.cdiv(count, tile.block_m), triton.cdiv(columns, wide)),
-        (count, columns, stride),
-        choice,
-        (copied, scattered(bias)),
-        BLOCK_N=wide,
-    )
+    grid = (triton.cdiv(count, tile.block_m), triton.cdiv(columns, wide))
+    copies = (copied, scattered(bias))
+    return Launch(bias_gelu_forward_kernel, grid, (count, columns, stride), choice, copies, BLOCK_N=wide)
 
 
 def outputs_of_rows(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,13 +141,9 @@ def backward_and_output(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[b
     row_tiles = triton.cdiv(count, tile.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
-    launch = Launch(
-        bias_gelu_backward_kernel,
-        (programs, triton.cdiv(columns, tile.block_n)),
-        (count, columns, grad_stride, stride, tiles),
-        choice,
-        (grad_copied, copied, scattered(bias)),
-    )
+    grid = (programs, triton.cdiv(columns, tile.block_n))
+    numbers = (count, columns, grad_stride, stride, tiles)
+    launch = Launch(bias_gelu_backward_kernel, grid, numbers, choice, (grad_copied, copied, scattered(bias)))
     add_parts = sum_parts(x, programs, columns)
 
     def run(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

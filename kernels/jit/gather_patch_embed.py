@@ -186,16 +186,8 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     layout, copied = layout_of(video, (t, h, w))
     uint8, values = video.dtype == torch.uint8, channels * t * h * w
     can_tma = takes_tma(weight, values) and takes_tma(like((count, values), work, weight.device), values)
-    choice = choose(
-        "gather_patch_embed_forward",
-        config,
-        video,
-        work,
-        pixel_bytes=video.element_size(),
-        rows=count,
-        columns=columns,
-        tma=can_tma,
-    )
+    shape = dict(pixel_bytes=video.element_size(), rows=count, columns=columns, tma=can_tma)
+    choice = choose("gather_patch_embed_forward", config, video, work, **shape)
     tile = choice.config
     tma = can_tma and tile.tma
     fused = tile.fused or not tma

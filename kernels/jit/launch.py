@@ -338,8 +338,10 @@ def _hooked() -> bool:
 # What launchers share.
 
 
-def rows(x: Tensor) -> tuple[int, bool]:
+def rows(x: Tensor | None) -> tuple[int, bool]:
     """(stride, copied): values from one row of (..., D) to the next; whether x, not evenly spaced, must be copied."""
+    if x is None:
+        return 0, False
     columns = x.shape[-1]
     if columns != 1 and x.stride(-1) != 1:
         return columns, True

@@ -111,14 +111,8 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
     }
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
     programs = min(tiles, programs_at_once(x, tile))
-    return Launch(
-        linear_gelu_forward_kernel,
-        (programs,),
-        (count, columns, summed, programs),
-        choice,
-        (copied, weight_copied, scattered(bias)),
-        blocks,
-    )
+    numbers, copies = (count, columns, summed, programs), (copied, weight_copied, scattered(bias))
+    return Launch(linear_gelu_forward_kernel, (programs,), numbers, choice, copies, blocks)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:

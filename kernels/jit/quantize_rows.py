@@ -73,14 +73,8 @@ def forward(x: Tensor) -> Run:
     columns = x.shape[-1]
     count, (stride, copied) = math.prod(x.shape[:-1]), rows(x)
     choice = choose("quantize_rows", config, x, width=columns)
-    launch = Launch(
-        quantize_rows_kernel,
-        (triton.cdiv(count, choice.config.block_m),),
-        (count, columns, stride),
-        choice,
-        (copied,),
-        BLOCK_N=block(columns),
-    )
+    grid = (triton.cdiv(count, choice.config.block_m),)
+    launch = Launch(quantize_rows_kernel, grid, (count, columns, stride), choice, (copied,), BLOCK_N=block(columns))
     write = writer(x)
     return lambda x: write(x, partial(launch, x))
 

@@ -169,14 +169,10 @@ def forward(visible, keep_idx, mask_token, pos_embed, cu_seqlens) -> Run:
     choice = choose("scatter_tokens_forward", config_forward, visible, columns=columns)
     tile = choice.config
     tiles = triton.cdiv(length, tile.block_m)
-    launch = Launch(
-        scatter_tokens_forward_kernel,
-        (batch * tiles, triton.cdiv(columns, tile.block_n)),
-        (length, count, columns, tiles, stride, *keep_strides, pos_stride),
-        choice,
-        (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens)),
-        **_search(most, tile),
-    )
+    grid = (batch * tiles, triton.cdiv(columns, tile.block_n))
+    numbers = (length, count, columns, tiles, stride, *keep_strides, pos_stride)
+    copies = (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens))
+    launch = Launch(scatter_tokens_forward_kernel, grid, numbers, choice, copies, **_search(most, tile))
 
     def run(*tensors: Any) -> Tensor:
         out = outputs(*tensors)
@@ -207,14 +203,10 @@ def backward(grad, keep_idx, mask_token, pos_embed, cu_seqlens, needs) -> Run:
     tile = choice.config
     clips = min(batch, CLIPS_WITH_POSITIONS if needs[2] else CLIPS)
     groups, tiles = triton.cdiv(batch, clips), triton.cdiv(length, tile.block_m)
-    launch = Launch(
-        scatter_tokens_backward_kernel,
-        (groups, tiles, triton.cdiv(columns, tile.block_n)),
-        (batch, length, count, columns, clips, stride, *keep_strides),
-        choice,
-        (copied, False, scattered(cu_seqlens)),
-        **_search(most, tile),
-    )
+    grid = (groups, tiles, triton.cdiv(columns, tile.block_n))
+    numbers = (batch, length, count, columns, clips, stride, *keep_strides)
+    copies = (copied, False, scattered(cu_seqlens))
+    launch = Launch(scatter_tokens_backward_kernel, grid, numbers, choice, copies, **_search(most, tile))
     add_mask = sum_parts(grad, groups * tiles, columns) if needs[1] else None
     # A single group writes its sums into the gradient itself.
     add_pos = sum_parts(grad, groups, length * columns) if needs[2] and groups > 1 else None
