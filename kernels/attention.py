@@ -124,8 +124,7 @@ def attention_varlen(
             return backends.VARLEN[backend](_biased(qkv, bias).to(dtype), cu_seqlens, max_seqlen, factor)
         plan = jit.attention_varlen.plan(qkv.to(dtype), cu_seqlens, bias, max_seqlen, factor, False)
         run = _varlen_plans.keep(key, _in(dtype, qkv, plan))
-    out: Tensor = run(qkv, cu_seqlens, bias)[0]
-    return out
+    return run(qkv, cu_seqlens, bias)[0]
 
 
 def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
@@ -164,8 +163,7 @@ def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, sca
         if dtype != q.dtype:
             narrow, plan = plan, lambda q, kv, bias: narrow(q.to(dtype), kv.to(dtype), bias)
         run = _kvpacked_plans.keep(key, plan)
-    out: Tensor = run(q, kv, bias)[0]
-    return out
+    return run(q, kv, bias)[0]
 
 
 def _check_scale(argument: str, operand: Tensor, scale: float | None) -> float:

@@ -49,7 +49,7 @@ class Op:
         differentiable: Sequence[str] = (),
         public: int = 1,
         finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
-        flops: Sequence[Callable[..., int] | None] = (None, None),
+        flops: Sequence[Callable[..., int]] = (),
         opaque: Sequence[str] = (),
     ) -> None:
         """Declare an op.
@@ -91,9 +91,8 @@ class Op:
         self._saving = names[-1] == "save"
         self.function = self._autograd_function()
         self.custom = self._library_op(outputs, opaque)
-        for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
-            if formula is not None:
-                register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=True)(formula)
+        for formula, op in zip(flops, (name, f"{name}_backward"), strict=False):
+            register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=True)(formula)
 
     def plan(self, *inputs: Any) -> Run:
         """A function of the tensors of ``inputs`` that runs this call and every other one with the same key.
