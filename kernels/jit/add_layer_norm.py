@@ -292,7 +292,11 @@ def _allocate(written: Sequence[bool], residual: Tensor, x_dtype: torch.dtype, *
     return [
         torch.empty_like(residual, dtype=x_dtype, memory_format=DENSE) if written[0] else None,
         torch.empty_like(residual, memory_format=DENSE) if written[1] else None,
-        *[torch.empty_like(x) if wanted else None for x, wanted in zip(vectors, written[2:], strict=True)],
+        torch.empty_like(vectors[0]) if written[2] else None,
+        torch.empty_like(vectors[1]) if written[3] else None,
+        torch.empty_like(vectors[2]) if written[4] else None,
+        torch.empty_like(vectors[3]) if written[5] else None,
+        torch.empty_like(vectors[4]) if written[6] else None,
     ]
 
 

@@ -95,7 +95,7 @@ def gradients(grad, grad_lse, qkv, bias, out, lse, *options: Any) -> tuple[Tenso
 def backward(grad, grad_lse, qkv, bias, out, lse, scale, save, needs) -> Run:
     """The gradients of qkv and bias. Those of out and lse are None if that output was not used."""
     run = _run(grad, grad_lse, qkv, None, None, bias, out, lse, qkv.shape[1], qkv.shape[1], scale, needs[-1])
-    return lambda grad, grad_lse, qkv, *rest: run(grad, grad_lse, qkv, None, None, *rest)
+    return lambda grad, grad_lse, qkv, bias, out, lse: run(grad, grad_lse, qkv, None, None, bias, out, lse)
 
 
 def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
@@ -106,7 +106,11 @@ def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, *options: 
 def backward_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, max_seqlen, scale, save, needs) -> Run:
     """`backward` for ragged clips."""
     run = _run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse, max_seqlen, max_seqlen, scale, needs[-1])
-    return lambda grad, grad_lse, qkv, *rest: run(grad, grad_lse, qkv, None, *rest)
+
+    def call(grad, grad_lse, qkv, cu_seqlens, bias, out, lse) -> tuple[Tensor | None, ...]:
+        return run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse)
+
+    return call
 
 
 def gradients_kvpacked(grad, grad_lse, q, kv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
@@ -117,7 +121,7 @@ def gradients_kvpacked(grad, grad_lse, q, kv, bias, out, lse, *options: Any) -> 
 def backward_kvpacked(grad, grad_lse, q, kv, bias, out, lse, scale, save, needs) -> Run:
     """`backward` for queries apart from keys and values; both gradients are computed, wanted or not."""
     run = _run(grad, grad_lse, q, kv, None, bias, out, lse, q.shape[1], kv.shape[1], scale, needs[-1])
-    return lambda grad, grad_lse, q, kv, *rest: run(grad, grad_lse, q, kv, None, *rest)
+    return lambda grad, grad_lse, q, kv, bias, out, lse: run(grad, grad_lse, q, kv, None, bias, out, lse)
 
 
 def _memory(wanted: bool, bias: Tensor | None, *operands: Tensor) -> tuple[Tensor | None, ...]:

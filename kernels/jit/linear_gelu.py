@@ -170,6 +170,7 @@ linear_gelu = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
+    saves=lambda tensors, outputs: (*tensors, outputs[1]),
     differentiable=("x", "weight", "bias"),
     flops=(flops.linear_gelu, flops.linear_gelu_backward),
 )

@@ -64,7 +64,7 @@ class Op:
                 output's gradient is None if that output was not used; ``needs[i]`` says whether gradient i is wanted.
             backward: The same arguments ``-> run``, where ``run(*output_gradients, *saved)`` returns the gradients,
                 written.
-            saves: ``saves(tensors, outputs)`` returns what backward needs; by default tensors and outputs for backward.
+            saves: ``saves(tensors, outputs)`` returns what backward needs; by default the tensors.
             differentiable: Names of the tensors that get a gradient; without any there is no backward pass to declare.
             public: How many of the outputs have gradients; the others are for backward. An op with such outputs has a
                 last option ``save``, whether to write them, which becomes True if a gradient can be asked for.
@@ -79,7 +79,7 @@ class Op:
         self.forward = forward
         self._backward: Any = backward
         self._gradients: Any = gradients
-        self._saves: Any = saves or (lambda tensors, outputs: (*tensors, *outputs[public:]))
+        self._saves: Any = saves or (lambda tensors, outputs: tensors)
         self._finish = finish
         parameters = inspect.signature(outputs).parameters
         names = list(parameters)
