@@ -384,10 +384,7 @@ def scattered(vector: Tensor | None) -> bool:
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A template for ``torch.empty_like(..., memory_format=DENSE)``: of this shape, but with memory for one value only.
-
-    Plans may keep no other tensors.
-    """
+    """A template for ``empty_like(..., memory_format=DENSE)`` with one value's memory: plans keep no other tensors."""
     return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
