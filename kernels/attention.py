@@ -4,6 +4,7 @@ All take the bias of the linear layer that made their operands, if that layer wa
 comes out of attention's backward pass, and needs no reduction over the gradient of qkv.
 """
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -123,8 +124,7 @@ def attention_varlen(
             return backends.VARLEN[backend](_biased(qkv, bias).to(dtype), cu_seqlens, max_seqlen, factor)
         plan = jit.attention_varlen.plan(qkv.to(dtype), cu_seqlens, bias, max_seqlen, factor, False)
         run = _varlen_plans.keep(key, _in(dtype, qkv, plan))
-    out: Tensor = run(qkv, cu_seqlens, bias)[0]
-    return out
+    return run(qkv, cu_seqlens, bias)[0]
 
 
 def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
@@ -163,8 +163,7 @@ def attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None = None, *, sca
         if dtype != q.dtype:
             narrow, plan = plan, lambda q, kv, bias: narrow(q.to(dtype), kv.to(dtype), bias)
         run = _kvpacked_plans.keep(key, plan)
-    out: Tensor = run(q, kv, bias)[0]
-    return out
+    return run(q, kv, bias)[0]
 
 
 def _check_scale(argument: str, operand: Tensor, scale: float | None) -> float:
@@ -194,9 +193,7 @@ def _key_bias_score(qkv: Tensor, bias: Tensor, scale: float | None) -> Tensor:
     """(B, H, N) float32: what the key bias adds to the scores of each query, and so to their log-sum-exp."""
     with without_autocast(qkv):
         query = _biased(qkv[:, :, 0], bias[0]).float()
-        return torch.einsum("bnhd,hd->bhn", query, bias[1].float()) * (
-            qkv.shape[-1] ** -0.5 if scale is None else scale
-        )
+        return torch.einsum("bnhd,hd->bhn", query, bias[1].float()) * _check_scale("qkv", qkv, scale)
 
 
 def _limits(operand: Tensor, size: int, dtype: torch.dtype) -> tuple[str, bool]:
@@ -233,16 +230,18 @@ def eager_attention(qkv: Tensor, scale: float) -> Tensor:
     dtype = working_dtype(qkv, qkv.dtype)
     if cpu_attention.takes(qkv, dtype):
         return cpu_attention.attention(qkv.to(dtype), scale)
-    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, d)
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-    return out.to(dtype)  # autocast does not convert empty tensors
+    return _sdpa(qkv.unbind(2), scale).flatten(2).to(dtype)  # autocast does not convert empty tensors
 
 
 def eager_attention_kvpacked(q: Tensor, kv: Tensor, scale: float) -> Tensor:
     """`attention_kvpacked` in plain PyTorch."""
-    query, key, value = (part.transpose(1, 2) for part in (q, *kv.unbind(2)))  # (B, H, M or N, d)
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-    return out.to(working_dtype(q, q.dtype))  # autocast does not convert empty tensors
+    return _sdpa((q, *kv.unbind(2)), scale).flatten(2).to(working_dtype(q, q.dtype))
+
+
+def _sdpa(parts: Sequence[Tensor], scale: float, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention; ``parts`` are query (B, M, H, d), key and value (B, N, H, d); returns (B, M, H, d)."""
+    query, key, value = (part.transpose(1, 2) for part in parts)  # (B, H, M or N, d)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def eager_attention_lse(qkv: Tensor, scale: float) -> Tensor:
@@ -261,9 +260,8 @@ def eager_attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, sca
     # Padding repeats the sequence's own last token: the mask does not stop a NaN of another sequence (0 x NaN).
     source = (starts + slot.minimum((lengths - 1).clamp(min=0))).clamp(max=total - 1)
     padded = qkv[source]  # (B, S, 3, H, d)
-    query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
     # A row without any key would be NaN, and so would its gradient: slot 0 is always a key. Padded rows are not read.
     is_key = (slot < lengths) | (slot == 0)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None], scale=scale)
+    out = _sdpa(padded.unbind(2), scale, is_key[:, None, None])
     clip = clip_index(cu_seqlens, total)
-    return out.transpose(1, 2)[clip, torch.arange(total, device=device) - cu_seqlens[clip]].flatten(1)
+    return out[clip, torch.arange(total, device=device) - cu_seqlens[clip]].flatten(1)

@@ -8,23 +8,11 @@ GPU, and has not been run here. Of xformers, which has no CPU path, only the int
 """
 
 import importlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class _NoGradient(torch.autograd.Function):
-    """The identity on a log-sum-exp whose gradient the package would silently leave out."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, lse: Tensor) -> Tensor:
-        ctx.backend = backend
-        return lse.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(f"backend {ctx.backend!r} has no gradient of the log-sum-exp; expected 'triton' or 'eager'")
+from .checks import NoGradient
 
 
 def flash_attn_attention(qkv: Tensor, scale: float, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -36,7 +24,8 @@ def flash_attn_attention(qkv: Tensor, scale: float, return_lse: bool = False) ->
     if not return_lse:
         return run(qkv, **options).flatten(2)
     out, lse, _ = run(qkv, **options, return_attn_probs=True)
-    return out.flatten(2), _NoGradient.apply("flash_attn", lse[..., : qkv.shape[1]])
+    message = "backend 'flash_attn' has no gradient of the log-sum-exp; expected 'triton' or 'eager'"
+    return out.flatten(2), NoGradient.apply(message, lse[..., : qkv.shape[1]])
 
 
 def flash_attn_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:

@@ -33,8 +33,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         if not takes_triton("bias_gelu", x):
             return eager_bias_gelu(x, bias)
         run = _plans.keep(key, jit.bias_gelu.plan(x, bias))
-    out: Tensor = run(x, bias)
-    return out
+    return run(x, bias)
 
 
 def _check(x: Tensor, bias: Tensor) -> None:

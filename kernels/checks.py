@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,24 @@ def whole(argument: str, value: object, least: int = 1) -> None:
     """Check that ``value`` is a whole number, ``least`` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise bad(argument, repr(value), f"a whole number, {least} or more")
+
+
+class NoGradient(torch.autograd.Function):
+    """``apply(message, value, *operands)``: the identity on ``value``; a gradient asked of it raises ``message``.
+
+    It is asked for if ``value`` or one of the ``operands``, which ``value`` depends on, requires a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, message: str, value: Tensor, *operands: Tensor) -> Tensor:
+        """The identity."""
+        ctx.message = message
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Raise the error."""
+        raise RuntimeError(ctx.message)
 
 
 @contextmanager

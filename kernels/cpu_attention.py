@@ -61,4 +61,4 @@ def _shape(qkv: Tensor, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4])
 
 
-register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention)(flops.attention)
+register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention, get_raw=True)(flops.attention)

@@ -19,7 +19,7 @@ SOURCES, VARIANTS = 1024, 16
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Kept:
-    """A result; of each source a weak reference, its address and version, and its layout if that is compared."""
+    """A result, and of each source a weak reference, its address, version and layout."""
 
     stream: int | None
     sources: tuple[Any, ...]
@@ -64,14 +64,14 @@ class Derived:
             options: Everything else that it depends on, including which function ``make`` is.
             make: A function of the sources. It is called every time while gradients are on.
         """
-        if torch.compiler.is_compiling():
-            return make(*sources)
-        return self._get(sources, options, make, False)[0]
+        return self._get(sources, options, make)[0]
 
     def _get(
-        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any]
     ) -> tuple[Any, _Kept | None]:
         """The result, and its entry if it is cached."""
+        if torch.compiler.is_compiling():
+            return make(*sources), None
         if plan.grad_enabled():
             self.forget(sources[0])
             return make(*sources), None
@@ -90,7 +90,7 @@ class Derived:
                     if torch.cuda.is_current_stream_capturing():
                         return make(*sources), None
                 variants.pop(options, None)
-        return self._make(sources, options, make, planned)
+        return self._make(sources, options, make)
 
     def forget(self, source: Tensor | None = None) -> None:
         """Drop the results of this first source, or all."""
@@ -100,7 +100,7 @@ class Derived:
             self._kept.pop(id(source), None)
 
     def _make(
-        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any], planned: bool
+        self, sources: Sequence[Tensor | None], options: Hashable, make: Callable[..., Any]
     ) -> tuple[Any, _Kept | None]:
         states = [None if source is None else _state(source) for source in sources]
         if () in states or plan.transformed():
@@ -116,9 +116,7 @@ class Derived:
                 derived._kept.pop(first, None)
 
         known = tuple(
-            None
-            if source is None or state is None
-            else (weakref.ref(source, died), *state[:2], *(() if planned else state[2:]))
+            None if source is None or state is None else (weakref.ref(source, died), *state)
             for source, state in zip(sources, states, strict=True)
         )
         if first not in self._kept and len(self._kept) >= SOURCES:
@@ -135,22 +133,21 @@ class Slot:
 
     __slots__ = ("_derived", "_last", "_make", "_options")
 
-    def __init__(self, derived: Derived, options: Hashable, make: Callable[..., Any], *sources: Tensor) -> None:
-        """Arguments are those of `Derived.get`; ``sources`` are examples with the layouts that all calls have."""
-        layouts = tuple((source.dtype, source.shape, source.stride()) for source in sources)
-        self._derived, self._options, self._make = derived, (options, layouts), make
+    def __init__(self, derived: Derived, options: Hashable, make: Callable[..., Any]) -> None:
+        """Arguments are those of `Derived.get`."""
+        self._derived, self._options, self._make = derived, options, make
         self._last: Callable[[], _Kept | None] = lambda: None
 
     def __call__(self, *sources: Tensor) -> Any:
         """``make(*sources)``, or its cached result."""
         kept = self._last()  # None once the cache has dropped it
         if kept is not None and _held is None and (kept.stream is None or _served(kept.stream, sources[0])):
-            for (weak, address, version), source in zip(kept.sources, sources, strict=True):
+            for (weak, address, version, _), source in zip(kept.sources, sources, strict=True):
                 if weak() is not source or source.data_ptr() != address or source._version != version:
                     break
             else:
                 return kept.result
-        result, kept = self._derived._get(sources, self._options, self._make, True)
+        result, kept = self._derived._get(sources, self._options, self._make)
         if kept is not None:
             self._last = weakref.ref(kept)
         return result
@@ -194,7 +191,7 @@ def _state(source: Tensor) -> tuple[Any, ...]:
         return ()
     try:
         # RuntimeError: inference tensors have no version, and some tensors of torch.func no memory.
-        state = source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
+        state = source.data_ptr(), source._version, (source.dtype, source.shape, source.stride())
         if source.is_cuda:
             return () if torch.cuda.is_current_stream_capturing() else state  # results exist only once it is replayed
         return () if source.device.type == "cpu" and source.is_shared() else state  # another process may write
@@ -209,10 +206,10 @@ def _unchanged(known: Sequence[Any], sources: Sequence[Tensor | None]) -> bool:
             if one is not source:
                 return False
             continue
-        weak, address, version, *layout = one
+        weak, address, version, layout = one
         if weak() is not source or source.data_ptr() != address or source._version != version:
             return False
-        if layout and layout != [source.dtype, source.shape, source.stride()]:
+        if layout != (source.dtype, source.shape, source.stride()):
             return False
     return True
 

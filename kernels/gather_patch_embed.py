@@ -85,8 +85,7 @@ def gather_patch_embed(
         keeping = key is not None and not training
         run = jit.forward(*inputs, kept=_folded) if keeping else jit.gather_patch_embed.plan(*inputs)
         _plans.keep(key, run)
-    out: Tensor = run(video, keep_idx, weight, bias, pos_embed, clip_idx)
-    return out
+    return run(video, keep_idx, weight, bias, pos_embed, clip_idx)
 
 
 def check_index(argument: str, index: Tensor, clip_idx: Tensor | None, video: Tensor, count: str) -> None:

@@ -40,8 +40,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             run = _plans.keep(key, planned)
         else:
             run = _plans.keep(key, lambda x, weight, bias: planned(x.to(dtype), weight.to(dtype), bias))
-    out: Tensor = run(x, weight, bias)[0]
-    return out
+    return run(x, weight, bias)[0]
 
 
 def check_layers(x: Tensor, optional: str = "", **parameters: Tensor | None) -> torch.dtype:

@@ -81,8 +81,7 @@ def masked_patch_loss(
         if not takes_triton("masked_patch_loss", pixels):
             return eager_masked_patch_loss(*tensors, patch_size=patch_size, mean=mean, std=std, normalize=normalize)
         run = _plans.keep(key, jit.masked_patch_loss.plan(*tensors, patch_size, mean, std, normalize))
-    loss: Tensor = run(pixels, video, drop_idx, clip_idx)
-    return loss
+    return run(pixels, video, drop_idx, clip_idx)
 
 
 def eager_masked_patch_loss(

@@ -43,5 +43,4 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
             run = _plans.keep(key, planned)
         else:
             run = _plans.keep(key, lambda x, w1, b1, w2, b2: planned(x.to(dtype), w1.to(dtype), b1, w2.to(dtype), b2))
-    out: Tensor = run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]
-    return out
+    return run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]

@@ -61,8 +61,7 @@ def scatter_tokens(
         if not takes_triton("scatter_tokens", visible):
             return eager_scatter_tokens(visible, keep_idx, mask_token, pos_embed, cu_seqlens)
         run = _plans.keep(key, jit.scatter_tokens.plan(visible, keep_idx, mask_token, pos_embed, cu_seqlens))
-    out: Tensor = run(visible, keep_idx, mask_token, pos_embed, cu_seqlens)
-    return out
+    return run(visible, keep_idx, mask_token, pos_embed, cu_seqlens)
 
 
 def _rows(keep_idx: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:

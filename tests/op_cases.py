@@ -5,6 +5,7 @@ import math
 import os
 
 import oracle
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +16,10 @@ MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)
 
 ON_GPU = os.environ.get("MAR_FAST_TEST_DEVICE") == "cuda"
 DEVICE = "cuda" if ON_GPU else "cpu"
+
+# bfloat16 is left out where kernels are interpreted, by conftest.py.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 # Floors of the error bound, in eps of float32; in 16 bits nothing of all this shows.
 # A GPU's exp, erf and division are off by an ulp or two.
@@ -48,7 +53,7 @@ def strided(value):
 
 def rows_apart(value):
     """Rows 3 elements further apart than they are long, after an odd offset."""
-    buffer = torch.full((*value.shape[:-1], value.shape[-1] + 3), torch.nan, dtype=value.dtype)
+    buffer = torch.full((*value.shape[:-1], value.shape[-1] + 3), poison(value.dtype), dtype=value.dtype)
     return buffer[..., 1:-2].copy_(value)
 
 
@@ -65,6 +70,11 @@ def width_first(value):
 def expanded(value):
     """All elements one element, as the gradient of a sum."""
     return value[(slice(1),) * value.ndim].expand(value.shape)
+
+
+def expanded_rows(value):
+    """All rows one row, as the gradient of a mean over tokens and clips."""
+    return value[(slice(1),) * (value.ndim - 1)].expand(value.shape)
 
 
 def channels_last(video):
@@ -276,10 +286,20 @@ OPS = {
 }
 
 
-def call(name):
+def call(name, dtype=torch.float32, **case):
     """The op with its options, and the operands for it."""
     operands, options = OPS[name]
-    return functools.partial(getattr(kernels, name.split()[-1]), **options), operands(torch.float32)
+    return functools.partial(getattr(kernels, name.split()[-1]), **options), operands(dtype, **case)
+
+
+def leaves(operands, frozen=()):
+    """The operands as leaves: those in floating point require a gradient, but for the frozen ones."""
+    return {
+        key: value.detach().requires_grad_(key not in frozen)
+        if torch.is_tensor(value) and value.is_floating_point()
+        else value
+        for key, value in operands.items()
+    }
 
 
 def check(name, plain, operands, *, floor=None, **options):

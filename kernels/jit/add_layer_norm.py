@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import quantize_rows
 from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, like, rows, scattered
 from .op import Op, Results, Run
-from .quantize_rows import allocator, in_e4m3, quantized
+from .quantize_rows import quantized
 from .sum_parts import sum_parts
 
 
@@ -223,27 +224,20 @@ def forward(*inputs: Any) -> Run:
 
 def _forward_launch(name: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None, eps: float) -> Launch:
     *leading, columns = x.shape
-    x_stride, x_copied = rows(x)
-    residual_stride, residual_copied = (0, False) if residual is None else rows(residual)
+    (x_stride, x_copied), (residual_stride, residual_copied) = rows(x), rows(residual)
     choice = choose(name, config_forward, x if residual is None else residual, width=columns)
-    return Launch(
-        add_layer_norm_forward_kernel,
-        (triton.cdiv(math.prod(leading), choice.config.block_m),),
-        (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps),
-        choice,
-        (x_copied, residual_copied, *map(scattered, vectors)),
-        BLOCK_M=choice.config.block_m,
-        BLOCK_N=block(columns),
-    )
+    grid = (triton.cdiv(math.prod(leading), choice.config.block_m),)
+    numbers = (math.prod(leading), columns, math.prod(leading[1:]), x_stride, residual_stride, eps)
+    copies = (x_copied, residual_copied, *map(scattered, vectors))
+    return Launch(add_layer_norm_forward_kernel, grid, numbers, choice, copies, BLOCK_N=block(columns))
 
 
 def outputs_of_rows(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm in e4m3, a scale for each row, and the new residual (None if it is x)."""
-    values, scale = allocator(x)(x)
     new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
-    return values, scale, new_residual  # type: ignore[return-value]
+    return *quantize_rows.outputs(x), new_residual  # type: ignore[return-value]
 
 
 def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Run:
@@ -251,13 +245,12 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
     if x.numel() == 0:
         return lambda *tensors: outputs_of_rows(*tensors, eps)
     launch = _forward_launch("add_layer_norm_rows", x, residual, weight, bias, None, None, None, eps=eps)
-    allocate = allocator(x)
+    write = quantize_rows.writer(x)
 
-    def run(*tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, residual, *_ = tensors
-        values, scale = allocate(x)
+    def run(x, residual, *vectors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
-        in_e4m3(values, lambda values: launch(*tensors, None, None, None, values, new_residual, None, scale))
+        before = (x, residual, *vectors, None, None, None)
+        values, scale = write(x, lambda values, scale: launch(*before, values, new_residual, None, scale))
         return values, scale, new_residual
 
     return run
@@ -265,7 +258,7 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
 
 def _saves(tensors: Sequence[Tensor | None], results: Results) -> Results:
     """x is only needed for the gradients of layer_scale and row_scale."""
-    x, residual, weight, bias, layer_scale, row_scale, x_bias = tensors[:7]
+    x, residual, weight, bias, layer_scale, row_scale, x_bias = tensors
     saves_x = layer_scale is not None and layer_scale.requires_grad
     saves_x = saves_x or (row_scale is not None and row_scale.requires_grad)
     normalised = x if residual is None else results[1]
@@ -316,8 +309,8 @@ def backward(*inputs: Any) -> Run:
     written = _written(grad_normed, residual, layer_scale, row_scale, x_dtype, needs)
     if residual.numel() == 0:
         return lambda *operands: [None if value is None else value.zero_() for value in gradients(*operands, *options)]
-    layouts = [(0, False) if value is None else rows(value) for value in (residual, x, grad_normed, grad_residual)]
-    (stride, copied), (x_stride, x_copied), (normed_stride, normed_copied), (grad_stride, grad_copied) = layouts
+    (stride, copied), (x_stride, x_copied) = rows(residual), rows(x)
+    (normed_stride, normed_copied), (grad_stride, grad_copied) = rows(grad_normed), rows(grad_residual)
     choice = choose("add_layer_norm_backward", config_backward, residual, width=columns)
     row_tiles = triton.cdiv(total_rows, choice.config.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS * max(1, 4 // choice.config.num_warps))
@@ -333,7 +326,6 @@ def backward(*inputs: Any) -> Run:
         BIAS=written[3],
         LAYER_SCALE=written[4],
         X_BIAS=written[6],
-        BLOCK_M=choice.config.block_m,
         BLOCK_N=block(columns),
         STAGES=choice.config.num_stages,
     )

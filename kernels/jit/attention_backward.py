@@ -88,24 +88,19 @@ config_key_value = partial(by_shape, KEY_VALUE)
 
 
 def gradients(grad, grad_lse, qkv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
-    """Memory for the gradients of qkv and the bias, contiguous."""
-    return torch.empty_like(qkv, memory_format=DENSE), _like(bias, options[-1][-1])
+    """Memory for the gradients of qkv and the bias."""
+    return _memory(options[-1][-1], bias, qkv)
 
 
 def backward(grad, grad_lse, qkv, bias, out, lse, scale, save, needs) -> Run:
     """The gradients of qkv and bias. Those of out and lse are None if that output was not used."""
     run = _run(grad, grad_lse, qkv, None, None, bias, out, lse, qkv.shape[1], qkv.shape[1], scale, needs[-1])
-
-    def call(grad, grad_lse, qkv, bias, out, lse) -> tuple[Tensor | None, ...]:
-        dqkv = torch.empty_like(qkv, memory_format=DENSE)
-        return dqkv, run(grad, grad_lse, qkv, None, None, bias, out, lse, dqkv, dqkv)
-
-    return call
+    return lambda grad, grad_lse, qkv, bias, out, lse: run(grad, grad_lse, qkv, None, None, bias, out, lse)
 
 
 def gradients_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
-    """Memory for the gradients of qkv and the bias, contiguous."""
-    return torch.empty_like(qkv, memory_format=DENSE), _like(bias, options[-1][-1])
+    """Memory for the gradients of qkv and the bias."""
+    return _memory(options[-1][-1], bias, qkv)
 
 
 def backward_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, max_seqlen, scale, save, needs) -> Run:
@@ -113,31 +108,26 @@ def backward_varlen(grad, grad_lse, qkv, cu_seqlens, bias, out, lse, max_seqlen,
     run = _run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse, max_seqlen, max_seqlen, scale, needs[-1])
 
     def call(grad, grad_lse, qkv, cu_seqlens, bias, out, lse) -> tuple[Tensor | None, ...]:
-        dqkv = torch.empty_like(qkv, memory_format=DENSE)
-        return dqkv, run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse, dqkv, dqkv)
+        return run(grad, grad_lse, qkv, None, cu_seqlens, bias, out, lse)
 
     return call
 
 
 def gradients_kvpacked(grad, grad_lse, q, kv, bias, out, lse, *options: Any) -> tuple[Tensor | None, ...]:
-    """Memory for the gradients of q, kv and the bias, contiguous."""
-    dq, dkv = (torch.empty_like(x, memory_format=DENSE) for x in (q, kv))
-    return dq, dkv, _like(bias, options[-1][-1])
+    """Memory for the gradients of q, kv and the bias."""
+    return _memory(options[-1][-1], bias, q, kv)
 
 
 def backward_kvpacked(grad, grad_lse, q, kv, bias, out, lse, scale, save, needs) -> Run:
     """`backward` for queries apart from keys and values; both gradients are computed, wanted or not."""
     run = _run(grad, grad_lse, q, kv, None, bias, out, lse, q.shape[1], kv.shape[1], scale, needs[-1])
-
-    def call(grad, grad_lse, q, kv, bias, out, lse) -> tuple[Tensor | None, ...]:
-        dq, dkv = torch.empty_like(q, memory_format=DENSE), torch.empty_like(kv, memory_format=DENSE)
-        return dq, dkv, run(grad, grad_lse, q, kv, None, bias, out, lse, dq, dkv)
-
-    return call
+    return lambda grad, grad_lse, q, kv, bias, out, lse: run(grad, grad_lse, q, kv, None, bias, out, lse)
 
 
-def _like(bias: Tensor | None, wanted: bool) -> Tensor | None:
-    return torch.empty_like(bias, memory_format=DENSE) if wanted and bias is not None else None
+def _memory(wanted: bool, bias: Tensor | None, *operands: Tensor) -> tuple[Tensor | None, ...]:
+    """Contiguous memory for the gradients of the operands, and for that of the bias if it is ``wanted``."""
+    of_bias = torch.empty_like(bias, memory_format=DENSE) if wanted and bias is not None else None
+    return *(torch.empty_like(x, memory_format=DENSE) for x in operands), of_bias
 
 
 def _zero(out: Tensor) -> Tensor:
@@ -187,9 +177,7 @@ class _Call(NamedTuple):
         blocks: dict[int, Block],
         **constants: Any,
     ) -> Launch:
-        tile = choice.config
-        constants |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **self.constants)
-        constants |= shape_constants(self.query, tile, self.vector)
+        constants |= {**self.constants, **shape_constants(self.query, choice.config, self.vector)}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         return Launch(kernel, (programs,), numbers, choice, copies, blocks, **constants)
 
@@ -293,21 +281,21 @@ def _fused(
 
 def _run(
     grad, grad_lse, query, key_value, cu_seqlens, bias, out, lse, queries: int, keys: int, scale: float, wanted: bool
-) -> Callable[..., Tensor | None]:
-    """A function of these tensors and the gradients to write, which returns that of the bias if it is ``wanted``.
+) -> Run:
+    """A function of these tensors that returns the gradients of query, key_value and, if it is ``wanted``, the bias.
 
     ``query`` is a qkv if ``key_value`` is None. ``queries`` and ``keys`` are the numbers of each clip, with
     ``cu_seqlens`` those of the longest. Hooks on saved tensors may have changed the strides of what was saved.
     """
     wanted = wanted and bias is not None
+    ragged, packed = cu_seqlens is not None, key_value is None
     if query.numel() == 0:
 
-        def nothing(grad, grad_lse, query, key_value, cu_seqlens, bias, *rest: Tensor) -> Tensor | None:
-            rest[-1].zero_()
-            return torch.zeros_like(bias, memory_format=DENSE) if wanted else None
+        def nothing(grad, grad_lse, query, key_value, cu_seqlens, bias, *rest: Tensor) -> tuple[Tensor | None, ...]:
+            memory = _memory(wanted, bias, query) if packed else _memory(wanted, bias, query, key_value)
+            return tuple(None if value is None else value.zero_() for value in memory)
 
         return nothing
-    ragged, packed = cu_seqlens is not None, key_value is None
     heads, head_dim = query.shape[-2:]
     clips = len(cu_seqlens) - 1 if ragged else query.shape[0]
     copied, vector, strides = layout(query, key_value, ragged)
@@ -333,19 +321,20 @@ def _run(
     part = like((clips * tiles, 3 * heads * head_dim), torch.float32, query.device) if wanted else None
     add_up = sum_parts(query, clips * tiles, 3 * heads * head_dim) if wanted else None
 
-    def run(grad, grad_lse, query, key_value, cu_seqlens, bias, out, lse, dquery, dkey_value) -> Tensor | None:
+    def run(grad, grad_lse, query, key_value, cu_seqlens, bias, out, lse) -> tuple[Tensor | None, ...]:
         if grad is None:
             grad = _zero(out)
         if grad_copied:
             grad = grad.contiguous()
+        dquery, dbias = torch.empty_like(query, memory_format=DENSE), None
+        dkey_value = dquery if packed else torch.empty_like(key_value, memory_format=DENSE)
         query, key_value = addressable(query, key_value, copied)
         sums = None if part is None else torch.empty_like(part, memory_format=DENSE)
         with_bias = None if biased is None else torch.empty_like(biased, memory_format=DENSE)
         passes(query, key_value, cu_seqlens, bias, with_bias, out, grad, lse, grad_lse, dquery, dkey_value, sums)
-        if add_up is None:
-            return None
-        dbias = torch.empty_like(bias, memory_format=DENSE)
-        add_up(sums, dbias)
-        return dbias
+        if add_up is not None:
+            dbias = torch.empty_like(bias, memory_format=DENSE)
+            add_up(sums, dbias)
+        return (dquery, dbias) if packed else (dquery, dkey_value, dbias)
 
     return run

@@ -1,17 +1,18 @@
 """bias_gelu in Triton. M rows, N columns; sums in float32."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import quantize_rows
 from .gelu import gelu, gelu_derivative
 from .launch import DENSE, Choice, Launch, LaunchConfig, block, choose, rows, scattered
 from .op import Op, Run
-from .quantize_rows import allocator, in_e4m3, quantized
-from .quantize_rows import config as config_rows
+from .quantize_rows import quantized
 from .sum_parts import sum_parts
 
 
@@ -99,35 +100,23 @@ def _forward_launch(choice: Choice, x: Tensor, bias: Tensor) -> Launch:
     columns, tile = x.shape[-1], choice.config
     count, (stride, copied) = x.numel() // columns, rows(x)
     wide = tile.block_n or block(columns)
-    return Launch(
-        bias_gelu_forward_kernel,
-        (triton.cdiv(count, tile.block_m), triton.cdiv(columns, wide)),
-        (count, columns, stride),
-        choice,
-        (copied, scattered(bias)),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=wide,
-    )
+    grid = (triton.cdiv(count, tile.block_m), triton.cdiv(columns, wide))
+    copies = (copied, scattered(bias))
+    return Launch(bias_gelu_forward_kernel, grid, (count, columns, stride), choice, copies, BLOCK_N=wide)
 
 
 def outputs_of_rows(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) in e4m3 and (..., 1) float32."""
-    return allocator(x)(x)
+    return quantize_rows.outputs(x)
 
 
 def forward_of_rows(x: Tensor, bias: Tensor) -> Run:
     """GELU(x + bias) and its scales in one pass."""
     if x.numel() == 0:
         return outputs_of_rows
-    launch = _forward_launch(choose("bias_gelu_rows", config_rows, x, width=x.shape[-1]), x, bias)
-    allocate = allocator(x)
-
-    def run(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        values, scale = allocate(x)
-        in_e4m3(values, lambda values: launch(x, bias, values, scale))
-        return values, scale
-
-    return run
+    launch = _forward_launch(choose("bias_gelu_rows", quantize_rows.config, x, width=x.shape[-1]), x, bias)
+    write = quantize_rows.writer(x)
+    return lambda x, bias: write(x, partial(launch, x, bias))
 
 
 def gradients(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
@@ -152,15 +141,9 @@ def backward_and_output(grad: Tensor, x: Tensor, bias: Tensor, needs: Sequence[b
     row_tiles = triton.cdiv(count, tile.block_m)
     tiles = triton.cdiv(row_tiles, ROW_PROGRAMS)
     programs = triton.cdiv(row_tiles, tiles)
-    launch = Launch(
-        bias_gelu_backward_kernel,
-        (programs, triton.cdiv(columns, tile.block_n)),
-        (count, columns, grad_stride, stride, tiles),
-        choice,
-        (grad_copied, copied, scattered(bias)),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-    )
+    grid = (programs, triton.cdiv(columns, tile.block_n))
+    numbers = (count, columns, grad_stride, stride, tiles)
+    launch = Launch(bias_gelu_backward_kernel, grid, numbers, choice, (grad_copied, copied, scattered(bias)))
     add_parts = sum_parts(x, programs, columns)
 
     def run(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -181,7 +164,6 @@ bias_gelu = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda tensors, outputs: tensors,
     differentiable=("x", "bias"),
 )
 bias_gelu_rows = Op("bias_gelu_rows", outputs=outputs_of_rows, forward=forward_of_rows)

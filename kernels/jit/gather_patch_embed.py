@@ -186,27 +186,18 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
     layout, copied = layout_of(video, (t, h, w))
     uint8, values = video.dtype == torch.uint8, channels * t * h * w
     can_tma = takes_tma(weight, values) and takes_tma(like((count, values), work, weight.device), values)
-    choice = choose(
-        "gather_patch_embed_forward",
-        config,
-        video,
-        work,
-        pixel_bytes=video.element_size(),
-        rows=count,
-        columns=columns,
-        tma=can_tma,
-    )
+    shape = dict(pixel_bytes=video.element_size(), rows=count, columns=columns, tma=can_tma)
+    choice = choose("gather_patch_embed_forward", config, video, work, **shape)
     tile = choice.config
     tma = can_tma and tile.tma
     fused = tile.fused or not tma
     centred = uint8 and fused  # the weight, not the pixels, carries the normalisation
     fold: Any = fold_weight(weight, bias if centred else None, layout, work, mean, std)
     if fold is not None and kept is not None:
-        fold = Slot(kept, (centred, layout.channels_last, *options), fold, *((weight, bias) if centred else (weight,)))
+        fold = Slot(kept, (centred, layout.channels_last, *options), fold)
     pos_stride, pos_copied = rows(pos_embed)
     template = like((*keep_idx.shape, columns), weight.dtype, weight.device)
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    sizes = dict(PRECISION=precision(video), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
     of_weight = Block((columns, values), (values, 1), (tile.block_n, tile.block_k))
     if fused:
         gather = None
@@ -217,7 +208,7 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
             (False, scattered(keep_idx), scattered(clip_idx), False, not uint8 and scattered(bias), pos_copied),
             {3: of_weight} if tma else {},
             T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values, SCALE=UINT8_SCALE if uint8 else 1, TMA=tma,
-            **sizes,
+            PRECISION=precision(video),
         )  # fmt: skip
     else:
         gather = gather_tubelets(video, keep_idx, clip_idx, weight, work, mean, std)
@@ -225,12 +216,11 @@ def forward(*inputs: Any, kept: Derived | None = None) -> Run:
             gather_patch_embed_product_kernel, (min(tiles, multiprocessors(video)),),
             (count, columns, values, pos_stride), choice,
             (False, scattered(keep_idx), False, scattered(bias), pos_copied),
-            {0: Block((count, values), (values, 1), (tile.block_m, tile.block_k)), 2: of_weight}, **sizes,
+            {0: Block((count, values), (values, 1), (tile.block_m, tile.block_k)), 2: of_weight},
+            PRECISION=precision(video),
         )  # fmt: skip
 
-    def run(
-        video: Tensor, keep_idx: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
-    ) -> Tensor:
+    def run(video, keep_idx, weight, bias, pos_embed, clip_idx) -> Tensor:
         out = torch.empty_like(template, memory_format=DENSE)
         if centred:
             weight, bias = fold(weight, bias)

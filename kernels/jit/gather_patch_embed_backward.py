@@ -1,6 +1,5 @@
 """gather_patch_embed in Triton, backward: M visible tubelets of all clips, K values in each, D columns."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .gather_tubelets import gather_tubelets
 from .launch import DENSE, TUNED, Launch, LaunchConfig, choose, like, precision, rows, scattered
-from .op import Run
+from .op import Results, Run
 from .tubelets import Channels, fold_weight, gradient_memory, layout_of, offset_in_tubelet, tubelet_start
 
 
@@ -91,19 +90,9 @@ def config_position(arch: str, dtype: torch.dtype) -> LaunchConfig:
     return LaunchConfig(8, 256, 256, num_warps=8)
 
 
-def gradients(
-    grad: Tensor,
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    pos_embed: Tensor,
-    clip_idx: Tensor | None,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def gradients(grad, video, keep_idx, weight, pos_embed, clip_idx, *options: Any) -> Results:
     """Memory for the gradients of video, weight, bias and pos_embed."""
+    needs = options[-1]
     return (
         gradient_memory(video) if needs[0] else None,
         torch.empty_like(weight, memory_format=DENSE) if needs[1] else None,
@@ -128,9 +117,7 @@ def backward(*inputs: Any) -> Run:
     of_weight = _weight_gradient(work_stride, video, keep_idx, weight, clip_idx, *options) if needs[1] else None
     of_positions = _position_gradient(stride, grad, keep_idx, pos_embed) if needs[3] else None
 
-    def run(
-        grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, pos_embed: Tensor, clip_idx: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def run(grad, video, keep_idx, weight, pos_embed, clip_idx) -> Results:
         grad_video = grad_weight = grad_bias = grad_pos = None
         if copied:
             grad = grad.contiguous()
@@ -154,14 +141,7 @@ def backward(*inputs: Any) -> Run:
 
 
 def _weight_gradient(
-    stride: int,
-    video: Tensor,
-    keep_idx: Tensor,
-    weight: Tensor,
-    clip_idx: Tensor | None,
-    mean: Channels,
-    std: Channels,
-    work: torch.dtype,
+    stride: int, video, keep_idx, weight, clip_idx, mean: Channels, std: Channels, work: torch.dtype
 ) -> Run:
     """``run(grad, video, keep_idx, clip_idx, weight)``: (M, D) -> (D, C, t, h, w), by PyTorch's matrix product.
 
@@ -177,7 +157,7 @@ def _weight_gradient(
     shape, strides = weight.shape, (values, *inner)
     template = like((columns, values) if moved else shape, work, weight.device)
 
-    def run(grad: Tensor, video: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor) -> Tensor:
+    def run(grad, video, keep_idx, clip_idx, weight) -> Tensor:
         product = torch.empty_like(template, memory_format=DENSE)
         patches = gather(video, keep_idx, clip_idx)
         # Autocast does not change a product with ``out``.
@@ -190,9 +170,7 @@ def _weight_gradient(
     return run
 
 
-def _video_gradient(
-    stride: int, grad: Tensor, video: Tensor, keep_idx: Tensor, weight: Tensor, work: torch.dtype
-) -> Run:
+def _video_gradient(stride: int, grad, video, keep_idx, weight, work: torch.dtype) -> Run:
     """``run(grad, keep_idx, clip_idx, weight, out)``: (M, D) -> the indexed tubelets of (B, C, T, H, W)."""
     columns, channels, t, h, w = weight.shape
     count, values = keep_idx.numel(), channels * t * h * w
@@ -208,10 +186,10 @@ def _video_gradient(
         (triton.cdiv(count, tile.block_m) * triton.cdiv(values, tile.block_n),),
         (count, columns, keep_idx.shape[-1], video.shape[3] // h, video.shape[4] // w, stride, *layout.strides),
         choice, T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
-        PRECISION=precision(grad), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        PRECISION=precision(grad),
     )  # fmt: skip
 
-    def run(grad: Tensor, keep_idx: Tensor, clip_idx: Tensor | None, weight: Tensor, out: Tensor) -> None:
+    def run(grad, keep_idx, clip_idx, weight, out) -> None:
         if fold is not None:
             weight, _ = fold(weight)
         launch(grad, weight, keep_idx, clip_idx, out)
@@ -219,18 +197,11 @@ def _video_gradient(
     return run
 
 
-def _position_gradient(stride: int, grad: Tensor, keep_idx: Tensor, pos_embed: Tensor) -> Run:
+def _position_gradient(stride: int, grad, keep_idx, pos_embed) -> Run:
     """``run(grad, keep_idx, out)``: (M, D) -> (L, D)."""
     length, columns = pos_embed.shape
     choice = choose("gather_patch_embed_backward_position", config_position, grad)
     tile = choice.config
-    launch = Launch(
-        gather_patch_embed_backward_position_kernel,
-        (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n)),
-        (keep_idx.numel(), length, columns, stride),
-        choice,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-    )
-    return launch
+    grid = (triton.cdiv(length, tile.block_m), triton.cdiv(columns, tile.block_n))
+    numbers = (keep_idx.numel(), length, columns, stride)
+    return Launch(gather_patch_embed_backward_position_kernel, grid, numbers, choice)

@@ -58,13 +58,7 @@ def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 
 def gather_tubelets(
-    video: Tensor,
-    keep_idx: Tensor,
-    clip_idx: Tensor | None,
-    weight: Tensor,
-    dtype: torch.dtype,
-    mean: Channels = None,
-    std: Channels = None,
+    video, keep_idx, clip_idx, weight, dtype: torch.dtype, mean: Channels, std: Channels
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A function (video, keep_idx, clip_idx) -> (M, K) in ``dtype``, values in the clip's order (see `ClipLayout`).
 
@@ -83,7 +77,7 @@ def gather_tubelets(
         (False, scattered(keep_idx), scattered(clip_idx)),
         T=t, H=h, RUN=layout.run, VECTOR=layout.vector, K=values,
         SLOPE=slope, OFFSET=offset, CHANNELS_LAST=layout.channels_last, C=channels,
-        BLOCK_M=tile.block_m, BLOCK_N=min(tile.block_n, block(values)),
+        BLOCK_N=min(tile.block_n, block(values)),
     )  # fmt: skip
     made = like((count, values), dtype, video.device)
 

@@ -232,7 +232,7 @@ class Launch:
         choice: Its configuration.
         copied: For each tensor whether it is copied first, because the kernel cannot address it; False for the rest.
         blocks: By position, the tensors that the kernel gets as TMA descriptors.
-        **constants: Its constants, by name.
+        **constants: Its other constants, by name; BLOCK_M, BLOCK_N and BLOCK_K are the configuration's unless given.
     """
 
     __slots__ = (
@@ -252,7 +252,10 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.numbers, self.choice = kernel, tuple(grid), tuple(numbers), choice
         self.copied = tuple(copied) if any(copied) else ()
-        self.constants, self.blocks = constants, dict(blocks or {})
+        tile = choice.config
+        sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+        self.constants = {name: size for name, size in sizes.items() if name in kernel.arg_names} | constants
+        self.blocks = dict(blocks or {})
         self._described: list[tuple[int, dict[str, Any]]] = []
         self._grid = (*self.grid, 1, 1)[:3]
         self._run: Any = None
@@ -335,8 +338,10 @@ def _hooked() -> bool:
 # What launchers share.
 
 
-def rows(x: Tensor) -> tuple[int, bool]:
+def rows(x: Tensor | None) -> tuple[int, bool]:
     """(stride, copied): values from one row of (..., D) to the next; whether x, not evenly spaced, must be copied."""
+    if x is None:
+        return 0, False
     columns = x.shape[-1]
     if columns != 1 and x.stride(-1) != 1:
         return columns, True
@@ -379,10 +384,7 @@ def scattered(vector: Tensor | None) -> bool:
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A template for ``torch.empty_like(..., memory_format=DENSE)``: of this shape, but with memory for one value only.
-
-    Plans may keep no other tensors.
-    """
+    """A template for ``empty_like(..., memory_format=DENSE)`` with one value's memory: plans keep no other tensors."""
     return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 

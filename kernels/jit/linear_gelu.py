@@ -13,7 +13,6 @@ What was considered, for ViT-B, 32 clips, 50 % (25088 x 768 x 3072) on an H200:
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from ..device import architecture
 from . import bias_gelu as activation
 from .gelu import gelu
 from .launch import DENSE, Block, Launch, LaunchConfig, choose, like, multiprocessors, rows, scattered, takes_tma
-from .op import Op, Run
+from .op import Op, Results, Run
 
 
 @triton.jit
@@ -112,17 +111,8 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Launc
     }
     tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(columns, tile.block_n)
     programs = min(tiles, programs_at_once(x, tile))
-    return Launch(
-        linear_gelu_forward_kernel,
-        (programs,),
-        (count, columns, summed, programs),
-        choice,
-        (copied, weight_copied, scattered(bias)),
-        blocks,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-    )
+    numbers, copies = (count, columns, summed, programs), (copied, weight_copied, scattered(bias))
+    return Launch(linear_gelu_forward_kernel, (programs,), numbers, choice, copies, blocks)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
@@ -148,26 +138,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> Run:
     return run_rival
 
 
-def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor, save: bool, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def gradients(grad, x, weight, bias, product, save, needs) -> Results:
     """Memory for the gradients of x, weight and bias."""
-    return tuple(
+    return [
         torch.empty(one.shape, dtype=one.dtype, device=one.device) if needed else None
         for one, needed in zip((x, weight, bias), needs, strict=True)
-    )  # type: ignore[return-value]
+    ]
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor, save: bool, needs: Sequence[bool]
-) -> Run:
+def backward(grad, x, weight, bias, product, save, needs) -> Run:
     """The gradients of product and bias by bias_gelu; from these, by cuBLAS, those of x and weight."""
     through_gelu = activation.backward(grad, product, bias, (True, needs[2]))
     count, (columns, summed) = math.prod(x.shape[:-1]), weight.shape
 
-    def run(
-        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, product: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def run(grad, x, weight, bias, product) -> Results:
         grad_x, grad_weight, _ = gradients(grad, x, weight, bias, product, save, (*needs[:2], False))
         grad_product, grad_bias = through_gelu(grad, product, bias)
         grad_product = grad_product.view(count, columns)
@@ -186,7 +170,7 @@ linear_gelu = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda inputs, outputs: (*inputs[:3], outputs[1]),
+    saves=lambda tensors, outputs: (*tensors, outputs[1]),
     differentiable=("x", "weight", "bias"),
     flops=(flops.linear_gelu, flops.linear_gelu_backward),
 )

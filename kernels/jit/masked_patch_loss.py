@@ -262,7 +262,7 @@ def _launch(name: str, *inputs: Any, backward: bool) -> Launch:
          s_row, *s_drop, *s_video, s_value),
         choice, (copied, False, False, scattered(clip_idx)),
         SCALE=scale, SHIFT=shift, NORMALIZE=normalize, C=channels, T=t, H=h, W=w, CHANNELS_LAST=channels_last,
-        BLOCK_M=tile.block_m, ROWS=piece_rows, WIDTH=width,
+        ROWS=piece_rows, WIDTH=width,
     )  # fmt: skip
 
 
@@ -287,18 +287,7 @@ def forward(*inputs: Any) -> Run:
     return run
 
 
-def gradients(
-    grad: Tensor,
-    pixels: Tensor,
-    video: Tensor,
-    drop_idx: Tensor,
-    clip_idx: Tensor | None,
-    patch_size: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    normalize: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor]:
+def gradients(grad, pixels, video, drop_idx, clip_idx, *options: Any) -> tuple[Tensor]:
     """Memory for the gradient of pixels."""
     return (torch.empty_like(pixels, memory_format=DENSE),)
 
@@ -324,7 +313,6 @@ masked_patch_loss = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda tensors, outputs: tensors[:4],
     differentiable=("pixels",),
     opaque=("backward",),
 )

@@ -6,8 +6,6 @@ by its copy rate, for 154 MB less kept a layer, 2.6 of 12.4 GB for MAR's step (`
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from .. import flops
 from . import bias_gelu, linear_gelu
-from .op import Op, Run
+from .op import Op, Results, Run
 
 
 def outputs(
@@ -29,32 +27,18 @@ def outputs(
     return out, product if save else None  # type: ignore[return-value]
 
 
-def forward(
-    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None, save: bool
-) -> Run:
+def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save: bool) -> Run:
     """Both layers."""
     first = linear_gelu.forward(x, fc1_weight, fc1_bias, save)
 
-    def run(
-        x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> Results:
         hidden, product = first(x, fc1_weight, fc1_bias)
         return F.linear(hidden, fc2_weight, fc2_bias), product
 
     return run
 
 
-def gradients(
-    grad: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    product: Tensor,
-    save: bool,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
+def gradients(grad, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, product, save, needs) -> Results:
     """Memory for the gradients of x and the four parameters."""
     wanted = zip((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), needs, strict=True)
     return [
@@ -63,22 +47,13 @@ def gradients(
     ]
 
 
-def backward(*inputs: Any) -> Run:
-    """Products by cuBLAS, and bias_gelu's backward between them, for the inputs of `gradients`."""
-    _, x, fc1_weight, fc1_bias, _, _, product, _, needs = inputs
+def backward(grad, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, product, save, needs) -> Run:
+    """Products by cuBLAS, and bias_gelu's backward between them."""
     (columns, summed), count = fc1_weight.shape, math.prod(x.shape[:-1])
     hidden_grad = torch.empty((count, columns), dtype=x.dtype, device="meta")
     through_gelu = bias_gelu.backward_and_output(hidden_grad, product, fc1_bias, (True, needs[2]))
 
-    def run(
-        grad: Tensor,
-        x: Tensor,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor | None,
-        product: Tensor,
-    ) -> tuple[Tensor | None, ...]:
+    def run(grad, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, product) -> Results:
         grad = grad.reshape(count, -1)
         grad_product, grad_fc1_bias, hidden = through_gelu(grad @ fc2_weight, product, fc1_bias)
         grad_product, hidden = grad_product.view(count, columns), hidden.view(count, columns)
@@ -99,7 +74,7 @@ mlp = Op(
     forward=forward,
     gradients=gradients,
     backward=backward,
-    saves=lambda inputs, outputs: (*inputs[:5], outputs[1]),
+    saves=lambda tensors, outputs: (*tensors, outputs[1]),
     differentiable=("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
     flops=(flops.mlp, flops.mlp_backward),
 )

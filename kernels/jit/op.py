@@ -17,27 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import plan
+from ..checks import NoGradient
 from ..device import INTERPRETING
 from ..library import NAMESPACE
 
 Run = Callable[..., Any]
 Results = Sequence[Tensor | None]
-
-
-class _Once(torch.autograd.Function):
-    """The identity on a gradient made under create_graph, which cannot be differentiated again.
-
-    ``once_differentiable`` would silently leave out a second derivative if the incoming gradient is a constant.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor, *operands: Tensor) -> Tensor:
-        ctx.name = name
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(f"{ctx.name} is once_differentiable: got a second derivative, expected only a first")
 
 
 @dataclass(slots=True)
@@ -64,8 +49,7 @@ class Op:
         differentiable: Sequence[str] = (),
         public: int = 1,
         finish: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None,
-        flops: Sequence[Callable[..., int] | None] = (None, None),
-        raw_flops: bool = False,
+        flops: Sequence[Callable[..., int]] = (),
         opaque: Sequence[str] = (),
     ) -> None:
         """Declare an op.
@@ -80,13 +64,12 @@ class Op:
                 output's gradient is None if that output was not used; ``needs[i]`` says whether gradient i is wanted.
             backward: The same arguments ``-> run``, where ``run(*output_gradients, *saved)`` returns the gradients,
                 written.
-            saves: ``saves(tensors, outputs)`` returns what backward needs.
+            saves: ``saves(tensors, outputs)`` returns what backward needs; by default the tensors.
             differentiable: Names of the tensors that get a gradient; without any there is no backward pass to declare.
             public: How many of the outputs have gradients; the others are for backward. An op with such outputs has a
                 last option ``save``, whether to write them, which becomes True if a gradient can be asked for.
             finish: Rearranges backward's results, for gradients that share memory, which a library op may not return.
-            flops: Formulas of forward and backward for PyTorch's flop counter.
-            raw_flops: Whether these take tensors instead of shapes.
+            flops: Formulas of forward and backward for PyTorch's flop counter, which take tensors.
             opaque: The passes ("forward", "backward") whose kernels are hidden from inductor, which mistakes an index
                 tensor for an output if a kernel computes store addresses from it.
 
@@ -96,7 +79,7 @@ class Op:
         self.forward = forward
         self._backward: Any = backward
         self._gradients: Any = gradients
-        self._saves: Any = saves
+        self._saves: Any = saves or (lambda tensors, outputs: tensors)
         self._finish = finish
         parameters = inspect.signature(outputs).parameters
         names = list(parameters)
@@ -108,9 +91,8 @@ class Op:
         self._saving = names[-1] == "save"
         self.function = self._autograd_function()
         self.custom = self._library_op(outputs, opaque)
-        for formula, op in zip(flops, (name, f"{name}_backward"), strict=True):
-            if formula is not None:
-                register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=raw_flops)(formula)
+        for formula, op in zip(flops, (name, f"{name}_backward"), strict=False):
+            register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op), get_raw=True)(formula)
 
     def plan(self, *inputs: Any) -> Run:
         """A function of the tensors of ``inputs`` that runs this call and every other one with the same key.
@@ -167,8 +149,10 @@ class Op:
                     return (None, *op._run_backward(ctx.planned, operands, needs, len(gradients)))
                 with torch.no_grad():
                     results = op._run_backward(ctx.planned, operands, needs, len(gradients))
+                # Not once_differentiable: it leaves out a second derivative if the incoming gradient is a constant.
+                message = f"{op.name} is once_differentiable: got a second derivative, expected only a first"
                 present = [value for value in operands if value is not None]
-                once = (None if result is None else _Once.apply(op.name, result, *present) for result in results)
+                once = (None if result is None else NoGradient.apply(message, result, *present) for result in results)
                 return (None, *once)
 
         Function.__name__ = Function.__qualname__ = self.name
@@ -239,7 +223,8 @@ class Op:
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*self._saves(inputs, output if isinstance(output, tuple) else (output,)))
+            results = output if isinstance(output, tuple) else (output,)
+            ctx.save_for_backward(*self._saves(inputs[:tensors], results))
             ctx.options = inputs[tensors:]
 
         def differentiate(ctx: Any, *given: Tensor | None) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -43,27 +44,26 @@ def config(arch: str, dtype: torch.dtype, *, width: int) -> LaunchConfig:
 
 def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) in e4m3 and (..., 1) float32."""
-    return allocator(x)(x)
+    values = torch.empty_like(x, dtype=E4M3, memory_format=DENSE)
+    return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
-def allocator(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function that allocates `outputs` for tensors of x's shape."""
-    scale = like((*x.shape[:-1], 1), torch.float32, x.device)
+def writer(x: Tensor) -> Callable[[Tensor, Callable[..., None]], tuple[Tensor, Tensor]]:
+    """A function of a tensor of x's shape and of ``launch(values, scale)``, which writes `outputs`; it returns them."""
+    scale_like = like((*x.shape[:-1], 1), torch.float32, x.device)
 
-    def allocate(x: Tensor) -> tuple[Tensor, Tensor]:
+    def write(x: Tensor, launch: Callable[..., None]) -> tuple[Tensor, Tensor]:
         values = torch.empty_like(x, dtype=E4M3, memory_format=DENSE)
-        return values, torch.empty_like(scale, memory_format=DENSE)
+        scale = torch.empty_like(scale_like, memory_format=DENSE)
+        if INTERPRETING and not values.is_meta:  # the interpreter's cast to e4m3 is wrong: PyTorch rounds
+            wide = torch.empty_like(values, dtype=torch.float32)
+            launch(wide, scale)
+            values.copy_(wide)
+        else:
+            launch(values, scale)
+        return values, scale
 
-    return allocate
-
-
-def in_e4m3(values: Tensor, launch: Callable[[Tensor], None]) -> None:
-    """Let ``launch`` write ``values``. Interpreted it writes float32, rounded here: the interpreter's cast is wrong."""
-    if not INTERPRETING or values.is_meta:
-        return launch(values)
-    wide = torch.empty_like(values, dtype=torch.float32)
-    launch(wide)
-    values.copy_(wide)
+    return write
 
 
 def forward(x: Tensor) -> Run:
@@ -73,24 +73,10 @@ def forward(x: Tensor) -> Run:
     columns = x.shape[-1]
     count, (stride, copied) = math.prod(x.shape[:-1]), rows(x)
     choice = choose("quantize_rows", config, x, width=columns)
-    launch = Launch(
-        quantize_rows_kernel,
-        (triton.cdiv(count, choice.config.block_m),),
-        (count, columns, stride),
-        choice,
-        (copied,),
-        BLOCK_M=choice.config.block_m,
-        BLOCK_N=block(columns),
-    )
-
-    allocate = allocator(x)
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, scale = allocate(x)
-        in_e4m3(values, lambda values: launch(x, values, scale))
-        return values, scale
-
-    return run
+    grid = (triton.cdiv(count, choice.config.block_m),)
+    launch = Launch(quantize_rows_kernel, grid, (count, columns, stride), choice, (copied,), BLOCK_N=block(columns))
+    write = writer(x)
+    return lambda x: write(x, partial(launch, x))
 
 
 quantize_rows = Op("quantize_rows", outputs=outputs, forward=forward)

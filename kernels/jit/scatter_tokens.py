@@ -1,6 +1,5 @@
 """scatter_tokens in Triton: B clips, L positions in the grid, N of them visible, D columns; sums in float32."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import DENSE, TUNED, Launch, LaunchConfig, block, choose, rows, scattered
-from .op import Op, Run
+from .op import Op, Results, Run
 from .sum_parts import sum_parts
 
 
@@ -159,7 +158,7 @@ def outputs(
     return torch.empty((batch, *pos_embed.shape), dtype=visible.dtype, device=visible.device)
 
 
-def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Tensor, cu_seqlens: Tensor | None) -> Run:
+def forward(visible, keep_idx, mask_token, pos_embed, cu_seqlens) -> Run:
     """The whole sequence."""
     length, columns = pos_embed.shape
     batch = visible.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -170,16 +169,10 @@ def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Te
     choice = choose("scatter_tokens_forward", config_forward, visible, columns=columns)
     tile = choice.config
     tiles = triton.cdiv(length, tile.block_m)
-    launch = Launch(
-        scatter_tokens_forward_kernel,
-        (batch * tiles, triton.cdiv(columns, tile.block_n)),
-        (length, count, columns, tiles, stride, *keep_strides, pos_stride),
-        choice,
-        (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens)),
-        **_search(most, tile),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-    )
+    grid = (batch * tiles, triton.cdiv(columns, tile.block_n))
+    numbers = (length, count, columns, tiles, stride, *keep_strides, pos_stride)
+    copies = (copied, False, scattered(mask_token), pos_copied, scattered(cu_seqlens))
+    launch = Launch(scatter_tokens_forward_kernel, grid, numbers, choice, copies, **_search(most, tile))
 
     def run(*tensors: Any) -> Tensor:
         out = outputs(*tensors)
@@ -189,14 +182,7 @@ def forward(visible: Tensor, keep_idx: Tensor, mask_token: Tensor, pos_embed: Te
     return run
 
 
-def gradients(
-    grad: Tensor,
-    keep_idx: Tensor,
-    mask_token: Tensor,
-    pos_embed: Tensor,
-    cu_seqlens: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def gradients(grad, keep_idx, mask_token, pos_embed, cu_seqlens, needs) -> Results:
     """Memory for the gradients of visible, mask_token and pos_embed."""
     device = grad.device
     return (
@@ -206,9 +192,8 @@ def gradients(
     )
 
 
-def backward(*inputs: Any) -> Run:
-    """All gradients in one pass over grad, for the inputs of `gradients`."""
-    (grad, keep_idx, _, _, cu_seqlens), needs = inputs[:5], inputs[5]
+def backward(grad, keep_idx, mask_token, pos_embed, cu_seqlens, needs) -> Run:
+    """All gradients in one pass over grad."""
     batch, length, columns = grad.shape
     count, keep_strides, most = _visible(keep_idx, cu_seqlens, length)
     if grad.numel() == 0:
@@ -218,21 +203,15 @@ def backward(*inputs: Any) -> Run:
     tile = choice.config
     clips = min(batch, CLIPS_WITH_POSITIONS if needs[2] else CLIPS)
     groups, tiles = triton.cdiv(batch, clips), triton.cdiv(length, tile.block_m)
-    launch = Launch(
-        scatter_tokens_backward_kernel,
-        (groups, tiles, triton.cdiv(columns, tile.block_n)),
-        (batch, length, count, columns, clips, stride, *keep_strides),
-        choice,
-        (copied, False, scattered(cu_seqlens)),
-        **_search(most, tile),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-    )
+    grid = (groups, tiles, triton.cdiv(columns, tile.block_n))
+    numbers = (batch, length, count, columns, clips, stride, *keep_strides)
+    copies = (copied, False, scattered(cu_seqlens))
+    launch = Launch(scatter_tokens_backward_kernel, grid, numbers, choice, copies, **_search(most, tile))
     add_mask = sum_parts(grad, groups * tiles, columns) if needs[1] else None
     # A single group writes its sums into the gradient itself.
     add_pos = sum_parts(grad, groups, length * columns) if needs[2] and groups > 1 else None
 
-    def run(grad: Tensor, keep_idx: Tensor, *rest: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def run(grad, keep_idx, *rest: Any) -> Results:
         results = gradients(grad, keep_idx, *rest, needs)
         grad_visible, grad_mask, grad_pos = results
         device, mask_part, pos_part = grad.device, None, grad_pos

@@ -60,9 +60,8 @@ def sum_parts(operand: Tensor, rows: int, columns: int, results: int = 1) -> Cal
         results: How many results there are, at most 4.
     """
     choice = choose("sum_parts", config, operand, torch.float32, rows=rows)
-    tile = choice.config
-    grid = (triton.cdiv(columns, tile.block_n), results)
-    launch = Launch(sum_parts_kernel, grid, (rows, columns), choice, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    grid = (triton.cdiv(columns, choice.config.block_n), results)
+    launch = Launch(sum_parts_kernel, grid, (rows, columns), choice)
     missing = (None,) * (4 - results)
 
     def run(part: Tensor, *out: Tensor | None) -> None:

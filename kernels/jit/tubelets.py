@@ -114,13 +114,9 @@ class ClipLayout(NamedTuple):
 
 def memory_order(video: Tensor) -> str | None:
     """ "planar" if W has stride 1, "channels-last" if C has stride 1 and W stride C; None for anything else."""
-    return _order(video.shape, video.stride())
-
-
-def _order(shape: Sequence[int], stride: Sequence[int]) -> str | None:
-    if stride[4] == 1 or shape[4] == 1:
+    if video.stride(4) == 1 or video.shape[4] == 1:
         return "planar"
-    return "channels-last" if stride[1] == 1 and stride[4] == shape[1] else None
+    return "channels-last" if video.stride(1) == 1 and video.stride(4) == video.shape[1] else None
 
 
 def gradient_memory(video: Tensor) -> Tensor:
@@ -131,13 +127,10 @@ def gradient_memory(video: Tensor) -> Tensor:
 
 def layout_of(video: Tensor, patch_size: Sequence[int]) -> tuple[ClipLayout, bool]:
     """The layout of a clip for the kernels, and whether it must first be copied to be contiguous."""
-    found = _layout(video.shape, video.stride(), video.element_size(), _aligned(video), patch_size)
+    found = _layout(video, patch_size)
     if found is not None:
         return found, False
-    _, channels, frames, height, width = video.shape
-    area = height * width
-    stride = (channels * frames * area, frames * area, area, width, 1)
-    found = _layout(video.shape, stride, video.element_size(), True, patch_size)
+    found = _layout(torch.empty(video.shape, dtype=video.dtype, device="meta"), patch_size)
     assert found is not None
     return found, True
 
@@ -149,22 +142,20 @@ def _aligned(video: Tensor) -> bool:
     return video.storage_offset() * video.element_size() % 16 == 0
 
 
-def _layout(
-    shape: Sequence[int], stride: Sequence[int], element_size: int, aligned: bool, patch_size: Sequence[int]
-) -> ClipLayout | None:
+def _layout(video: Tensor, patch_size: Sequence[int]) -> ClipLayout | None:
     """None where a thread could not load neighbours at once, as in a misaligned crop."""
-    order = _order(shape, stride)
+    order = memory_order(video)
     if order is None:
         return None
     channels_last = order == "channels-last"
     # The stride of an extent of 1 says nothing.
-    clip, channel, frame, line = (step if extent > 1 else 0 for step, extent in zip(stride[:4], shape[:4], strict=True))
+    clip, channel, frame, line = (video.stride(i) if video.shape[i] > 1 else 0 for i in range(4))
     strides = (clip, 0 if channels_last else channel, frame, line)
-    run = patch_size[2] * shape[1] if channels_last else patch_size[2]
-    vector = 16 // element_size
+    run = patch_size[2] * video.shape[1] if channels_last else patch_size[2]
+    vector = 16 // video.element_size()
     while run % vector:
         vector //= 2
-    if vector > 1 and (not aligned or any(step % vector for step in strides)):
+    if vector > 1 and (not _aligned(video) or any(step % vector for step in strides)):
         return None
     return ClipLayout(channels_last, run, vector, tuple(step // vector for step in strides))
 
@@ -184,12 +175,7 @@ def config(arch: str, dtype: torch.dtype) -> LaunchConfig:
 
 
 def fold_weight(
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: ClipLayout,
-    dtype: torch.dtype,
-    mean: Channels = None,
-    std: Channels = None,
+    weight, bias, layout: ClipLayout, dtype: torch.dtype, mean: Channels = None, std: Channels = None
 ) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """A function of weight (D, C, t, h, w), and bias (D,) if given, that returns both as the product needs them.
 
@@ -217,19 +203,11 @@ def fold_weight(
         BLOCK_N=min(choice.config.block_n, block(values)),
     )  # fmt: skip
     made = like((columns, values), dtype, weight.device)
-    if bias is None:
+    made_bias = None if bias is None else like((columns,), torch.float32, weight.device)
 
-        def order(weight: Tensor) -> tuple[Tensor, None]:
-            folded = torch.empty_like(made, memory_format=DENSE)
-            launch(weight, None, folded, None)
-            return folded, None
-
-        return order
-    made_bias = like((columns,), torch.float32, weight.device)
-
-    def run(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def run(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         folded = torch.empty_like(made, memory_format=DENSE)
-        folded_bias = torch.empty_like(made_bias, memory_format=DENSE)
+        folded_bias = None if made_bias is None else torch.empty_like(made_bias, memory_format=DENSE)
         launch(weight, bias, folded, folded_bias)
         return folded, folded_bias
 

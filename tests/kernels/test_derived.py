@@ -379,12 +379,12 @@ def test_slot(made):
         assert torch.equal(result, 2 * weight.detach().sum() + 2 * bias.detach().sum())
         return result
 
-    slot = Slot(cache, "a", made, weight, bias)
+    slot = Slot(cache, "a", made)
     first = through(slot)
-    assert through(slot) is first and through(Slot(cache, "a", made, weight, bias)) is first
-    through(Slot(cache, "b", made, weight, bias))
+    assert through(slot) is first and through(Slot(cache, "a", made)) is first
+    through(Slot(cache, "b", made))
     weight.data = weight.data.T
-    assert through(Slot(cache, "a", made, weight, bias)) is not first
+    assert through(Slot(cache, "a", made)) is not first
     weight.data = weight.data.T
     assert made.calls == 3
     calls = 3
@@ -406,7 +406,7 @@ def test_slot(made):
 
 def test_a_slot_keeps_nothing_alive(made):
     cache, weight = Derived(), weights()
-    slot = Slot(cache, None, made, weight)
+    slot = Slot(cache, None, made)
     with torch.no_grad():
         result = weakref.ref(slot(weight))
     del weight

@@ -7,31 +7,27 @@ import oracle
 import pytest
 import torch
 from helpers import relative, small_config
+from op_cases import every_dtype
 
 import mar_fast
 from mar_fast import kernels, masking
+from mar_fast.bench import op_cases as suite_cases
 from mar_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from mar_fast.kernels import use_backend
 from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_visible = pytest.mark.parametrize("visible", [392, 784, 1568])
 WIDTHS = {"base": 768, "large": 1024}
 NORMALISE = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-GRID, PATCH = (8, 14, 14), (2, 16, 16)
+PATCH, CUDA = (2, 16, 16), torch.device("cuda")
 # As in test_ops.py: what a softmax made anew from its log-sum-exp loses in float32; here 3 x TF32 comes on top.
 FLOOR = {torch.float32: 32}
 
 
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def make_index(batch, count, tokens=1568):
-    return torch.rand(batch, tokens, device="cuda").argsort(1)[:, :count].sort(1).values.int()
 
 
 def make_clip(batch, dtype, channels_last=False):
@@ -43,23 +39,21 @@ def make_clip(batch, dtype, channels_last=False):
     return clip.permute(0, 4, 1, 2, 3) if channels_last else clip
 
 
+# Operands of the suites' calls, with the clip or the bias of a test.
+
+
 def gather_operands(dtype, visible, width=768, batch=4, video=None, channels_last=False):
-    return dict(
-        video=make_clip(batch, video or dtype, channels_last),
-        keep_idx=make_index(batch, visible),
-        weight=random(width, 3, *PATCH).div(40).to(dtype),
-        bias=random(width, dtype=dtype),
-        pos_embed=random(1568, width),
-    )
+    operands = suite_cases.gather_patch_embed(CUDA, dtype, batch, visible, width, torch.uint8).operands()
+    return operands | dict(video=make_clip(batch, video or dtype, channels_last))
 
 
 def attention_operands(dtype, visible, heads=12, size=64, batch=2):
-    return dict(qkv=random(batch, visible, 3, heads, size, dtype=dtype))
+    return suite_cases.attention(CUDA, dtype, batch, visible, heads, size).operands()
 
 
 def kvpacked_operands(dtype, visible, heads=6, size=64, batch=2):
-    q = random(batch, visible, heads, size, dtype=dtype)
-    return dict(q=q, kv=random(batch, 1568, 2, heads, size, dtype=dtype), bias=random(3, heads, size))
+    operands = suite_cases.attention_kvpacked(CUDA, dtype, batch, visible, 1568, heads, size).operands()
+    return operands | dict(bias=random(3, heads, size))
 
 
 def varlen_operands(dtype, lengths=(784, 1, 0, 392, 1568, 130), heads=12, size=64):
@@ -79,20 +73,12 @@ def norm_operands(dtype, visible, width=768, batch=4):
 
 
 def scatter_operands(dtype, visible, width=384, batch=4):
-    return dict(
-        visible=random(batch, visible, width, dtype=dtype),
-        keep_idx=make_index(batch, visible),
-        mask_token=random(width, dtype=dtype),
-        pos_embed=random(1568, width),
-    )
+    return suite_cases.scatter_tokens(CUDA, dtype, batch, visible, width).operands()
 
 
 def loss_operands(dtype, dropped, video=torch.uint8, channels_last=True, batch=4):
-    return dict(
-        pixels=random(batch, dropped, 1536, dtype=dtype),
-        video=make_clip(batch, video, channels_last),
-        drop_idx=make_index(batch, dropped),
-    )
+    operands = suite_cases.masked_patch_loss(CUDA, dtype, batch, dropped).operands()
+    return operands | dict(video=make_clip(batch, video, channels_last))
 
 
 def on(backend, name, **options):

@@ -5,16 +5,13 @@ import functools
 import oracle
 import pytest
 import torch
-from op_cases import cropped, expanded, norm_operands, plain_norm, rows_apart, strided, tokens_first, width_first
+from op_cases import every_dtype, leaves, norm_operands, plain_norm
 
 from mar_fast import kernels
-from mar_fast.kernels import device
 from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
-DTYPES = [torch.float32, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 SCALES = ("layer_scale", "row_scale")
 PLAIN = (*SCALES, "x_bias")
 NAMES = ("x", "residual", "weight", "bias", *PLAIN)
@@ -34,14 +31,6 @@ def tiles(rows):
 
 def check(operands):
     return oracle.compare(kernels.add_layer_norm, oracle.add_layer_norm, plain_norm, operands)
-
-
-def leaves(operands, frozen=()):
-    """The operands as leaves, in the order of the op's arguments."""
-    return {
-        name: None if operands[name] is None else operands[name].detach().requires_grad_(name not in frozen)
-        for name in NAMES
-    }
 
 
 @every_dtype
@@ -120,47 +109,6 @@ def test_a_large_mean():
     normed, _ = kernels.add_layer_norm(**operands)
     exact = oracle.add_layer_norm(*(operands[name].double() for name in NAMES[:4]))[0]
     torch.testing.assert_close(normed, exact.float(), rtol=0, atol=1e-3)
-
-
-# Strides.
-
-
-def expanded_rows(value):
-    """As the gradient of a mean over tokens and clips."""
-    return value[:1, :1].expand(value.shape)
-
-
-LAYOUTS = [cropped, strided, rows_apart, tokens_first, width_first]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout):
-    operands = norm_operands(torch.float32)
-    for name in ("x", "residual"):
-        operands[name] = layout(operands[name])
-    for name in ("weight", "bias", *PLAIN):
-        operands[name] = strided(operands[name])
-    check(operands)
-
-
-@pytest.mark.parametrize("layout", [*LAYOUTS, expanded, expanded_rows])
-def test_any_strides_of_the_gradients(layout):
-    operands = norm_operands(torch.float32)
-    seeds = [layout(torch.randn(3, 17, 33)) for _ in range(2)]
-    _, _, gradients = oracle.outcome(kernels.add_layer_norm, operands, seeds)
-    _, _, contiguous = oracle.outcome(kernels.add_layer_norm, operands, [seed.contiguous() for seed in seeds])
-    assert all(torch.equal(gradients[name], contiguous[name]) for name in NAMES)
-
-
-def test_nothing_is_read_around_the_rows():
-    """Beyond the last column lies NaN, in every operand that is not copied."""
-    operands = norm_operands(torch.float32)
-    seeds = [rows_apart(torch.randn(3, 17, 33)) for _ in range(2)]
-    apart = operands | {name: rows_apart(operands[name]) for name in ("x", "residual")}
-    outputs, _, gradients = oracle.outcome(kernels.add_layer_norm, apart, seeds)
-    clean, _, clean_gradients = oracle.outcome(kernels.add_layer_norm, operands, seeds)
-    assert all(torch.equal(out, want) for out, want in zip(outputs, clean, strict=True))
-    assert all(torch.equal(gradients[name], clean_gradients[name]) for name in NAMES)
 
 
 # What is not wanted is not made.
@@ -265,81 +213,3 @@ def test_only_x_wants_a_gradient():
     torch.autograd.backward(kernels.add_layer_norm(**values), seeds)
     assert torch.equal(values["x"].grad, every["x"])
     assert values["residual"].grad is None and values["weight"].grad is None
-
-
-@every_dtype
-def test_bitwise_repeatable(dtype):
-    operands = norm_operands(dtype, 2, 17, 96)
-    with tiles(4):
-        first, seeds, first_gradients = oracle.outcome(kernels.add_layer_norm, operands)
-        second, _, second_gradients = oracle.outcome(kernels.add_layer_norm, operands, seeds)
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in NAMES)
-
-
-def test_float64_is_left_to_pytorch(poisoned):
-    operands = norm_operands(torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_forced", None)
-        check(operands)
-    assert not poisoned.allocated
-    poisoned.allocated = None
-
-
-# The custom op, which torch.compile sees.
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize(
-    "case", [dict(), dict(without=PLAIN), dict(without=("residual", *PLAIN)), dict(count=0)], ids=str
-)
-def test_opcheck(case):
-    values = leaves(norm_operands(torch.float16, **case))
-    arguments = [values[name] for name in NAMES]
-    custom = torch.ops.mar_fast.add_layer_norm.default
-    torch.library.opcheck(custom, (*arguments, 1e-6, torch.float32, torch.float16, True))
-
-
-@pytest.mark.compiles
-@every_dtype
-@pytest.mark.parametrize("without", [(), PLAIN, ("residual", *PLAIN)], ids=str)
-def test_compiled(without, dtype):
-    def program(x, residual, weight, bias, **factors):
-        return kernels.add_layer_norm(x * 2, residual, weight, bias, **factors)
-
-    torch.compiler.reset()
-    operands = norm_operands(dtype, without=without)
-    outputs, seeds, gradients = oracle.outcome(program, operands)
-    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
-    compiled_outputs, _, compiled_gradients = oracle.outcome(compiled, operands, seeds)
-    assert all(torch.equal(one, other) for one, other in zip(outputs, compiled_outputs, strict=True))
-    assert all(torch.equal(gradients[name], compiled_gradients[name]) for name in gradients)
-
-
-@pytest.mark.compiles
-def test_compiled_with_a_frozen_scale():
-    """What backward gets then depends on what needs a gradient, in the traced graph too."""
-    torch.compiler.reset()
-    operands, results = norm_operands(torch.float32), []
-    for run in (kernels.add_layer_norm, torch.compile(kernels.add_layer_norm, fullgraph=True, backend="aot_eager")):
-        values = leaves(operands, ("row_scale", "weight"))
-        normed, residual = run(**values)
-        (residual.square().sum() + normed.square().sum()).backward()
-        results.append([value.grad for value in values.values()])
-    for one, other in zip(*results, strict=True):
-        assert (one is None and other is None) or torch.equal(one, other)
-
-
-def run_custom(x, residual, *vectors, **factors):
-    options = dict(eps=1e-6, dtype=residual.dtype, x_dtype=x.dtype, save=True)
-    return torch.ops.mar_fast.add_layer_norm(x, residual, *vectors, **factors, **options)[:2]
-
-
-@pytest.mark.parametrize("run", [kernels.add_layer_norm, run_custom], ids=["function", "custom op"])
-@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
-def test_second_derivative_is_an_error(loss, run):
-    values = leaves(norm_operands(torch.float32))
-    value = loss(run(**values)[0]) + loss(run(**values)[1])
-    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
-        (gradient,) = torch.autograd.grad(value, values["x"], create_graph=True)
-        (value + gradient.square().sum()).backward()

@@ -13,6 +13,7 @@ from op_cases import (
     TOKENS,
     channels_last,
     check,
+    every_dtype,
     gather_operands,
     plain_gather,
     strided,
@@ -26,8 +27,6 @@ from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
-DTYPES = [torch.float32, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 REAL = dict(patch=(2, 16, 16), grid=(2, 2, 3), width=96, count=7)
 FEW = dict(grid=(2, 2, 2), count=3)  # programs
 FLAT = dict(patch=(1, 4, 16), grid=(2, 2, 2), width=32, count=3)  # the same lines, but fewer
@@ -150,7 +149,7 @@ def test_gathered_tubelets(channels, patch):
     for video, order in ((clip, (0, 1, 2, 3, 4)), (channels_last(clip), (0, 2, 3, 4, 1))):
         if channels == 1:
             order = (0, 1, 2, 3, 4)
-        for dtype in DTYPES:
+        for dtype in (torch.float32, torch.float16):
             run = gather_tubelets(video, index, None, weight, dtype, mean.tolist(), std.tolist())
             error = (run(video, index, None).double() - exact.permute(order).flatten(1)).abs()
             limit = 1.5 * 2**-23 * size + (dtype == torch.float16) * 2**-11 * exact.abs()

@@ -6,16 +6,9 @@ import oracle
 import pytest
 import torch
 from op_cases import (
-    MEAN,
-    STD,
-    expanded,
     gather_operands,
     make_clip,
     plain_gather,
-    rows_apart,
-    strided,
-    tokens_first,
-    width_first,
 )
 from test_jit_gather_patch_embed import (
     DARK,
@@ -25,7 +18,6 @@ from test_jit_gather_patch_embed import (
     LARGE,
     NORMALISED,
     REAL,
-    SMALL,
     WAYS,
     compare,
     normalised,
@@ -140,107 +132,3 @@ def test_float64_is_left_to_pytorch(poisoned):
         kernels.gather_patch_embed(**half)
     assert not poisoned.allocated
     poisoned.allocated = None
-
-
-# Gradients.
-
-
-@pytest.mark.parametrize("layout", [expanded, width_first, tokens_first, strided, rows_apart])
-def test_any_strides_of_the_gradient(layout):
-    operands = gather_operands(torch.float32, **FEW)
-    seed = layout(torch.randn(2, 3, 33))
-    assert not seed.is_contiguous()
-    _, _, gradients = oracle.outcome(kernels.gather_patch_embed, operands, [seed])
-    _, _, contiguous = oracle.outcome(kernels.gather_patch_embed, operands, [seed.contiguous()])
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, contiguous[name])
-
-
-@pytest.mark.parametrize("wanted", ["video", "weight", "bias", "pos_embed"])
-def test_one_gradient_alone(wanted):
-    """It is the same as among all; what is not wanted is not computed."""
-    operands = gather_operands(torch.float32, **FEW)
-    _, seeds, every = oracle.outcome(kernels.gather_patch_embed, operands)
-    operands[wanted].requires_grad_()
-    kernels.gather_patch_embed(**operands).backward(*seeds)
-    for name in every:
-        assert torch.equal(operands[name].grad, every[name]) if name == wanted else operands[name].grad is None
-
-
-def test_bitwise_repeatable():
-    operands = gather_operands(torch.float32, grid=(2, 2, 3), count=9, batch=4)
-    with forced(SMALL):
-        (first,), seeds, first_gradients = oracle.outcome(kernels.gather_patch_embed, operands)
-        (second,), _, second_gradients = oracle.outcome(kernels.gather_patch_embed, operands, seeds)
-    assert torch.equal(first, second)
-    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in first_gradients)
-
-
-# The custom op, which torch.compile sees.
-
-
-def custom(video, keep_idx, weight, bias, pos_embed):
-    operands = (video, keep_idx, weight, bias, pos_embed)
-    return torch.ops.mar_fast.gather_patch_embed(*operands, None, None, None, weight.dtype)
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "ragged"])
-def test_opcheck(layout, video):
-    case = dict(lengths=(1, 0, 3)) if layout == "ragged" else dict(count=3, layout=layout)
-    operands = gather_operands(torch.float32, grid=(1, 2, 2), video=video, width=7, **case)
-    operands = [value.requires_grad_() if value.is_floating_point() else value for value in operands.values()]
-    operands += [None] * (6 - len(operands))
-    options = (list(MEAN), list(STD), torch.float32)
-    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, *options))
-
-
-@pytest.mark.compiles
-def test_opcheck_of_nothing():
-    operands = [
-        value.requires_grad_() if value.is_floating_point() else value
-        for value in gather_operands(torch.float32, count=0).values()
-    ]
-    torch.library.opcheck(torch.ops.mar_fast.gather_patch_embed.default, (*operands, None, None, None, torch.float32))
-
-
-def compiling(program, seen):
-    """``program`` compiled by inductor; targets of the graph's nodes go to ``seen``."""
-    from torch._inductor.compile_fx import compile_fx
-
-    def inductor(graph, inputs):
-        seen.extend(node.target for node in graph.graph.nodes)
-        return compile_fx(graph, inputs)
-
-    torch.compiler.reset()
-    return torch.compile(program, fullgraph=True, backend=inductor)
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("video", [torch.float32, torch.uint8], ids=str)
-def test_compiled(video):
-    """Inductor calls the kernels through the custom op, and changes no bit of them."""
-    seen = []
-    operands = gather_operands(torch.float32, video=video)
-    (out,), seeds, gradients = oracle.outcome(normalised, operands)
-    (compiled_out,), _, compiled_gradients = oracle.outcome(compiling(normalised, seen), operands, seeds)
-    assert torch.equal(compiled_out, out)
-    assert all(torch.equal(compiled_gradients[name], gradients[name]) for name in gradients)
-    assert torch.ops.mar_fast.gather_patch_embed.default in seen
-
-
-# Once differentiable.
-
-RUNS = {"function": kernels.gather_patch_embed, "custom op": custom}
-
-
-@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
-@pytest.mark.parametrize("run", RUNS)
-def test_second_derivative_is_an_error(run, loss):
-    operands = gather_operands(torch.float32, count=1, batch=1)
-    operands["weight"].requires_grad_()
-    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
-        value = loss(RUNS[run](**operands))
-        (gradient,) = torch.autograd.grad(value, operands["weight"], create_graph=True)
-        (value + gradient.square().sum()).backward()

@@ -14,6 +14,7 @@ from op_cases import (
     STD,
     channels_last,
     cropped,
+    every_dtype,
     loss_operands,
     make_clip,
     make_index,
@@ -23,13 +24,10 @@ from op_cases import (
 )
 
 from mar_fast import kernels
-from mar_fast.kernels import device
 from mar_fast.kernels.jit.launch import LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
-DTYPES = [torch.float32, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 REAL = dict(patch=(2, 16, 16), grid=(2, 2, 3))
 
 
@@ -254,15 +252,6 @@ def test_the_clip_never_gets_a_gradient():
     assert operands["pixels"].grad is not None and operands["video"].grad is None
 
 
-@pytest.mark.parametrize("shape", [dict(count=0), dict(batch=0)], ids=str)
-def test_nothing(shape):
-    operands = loss_operands(torch.float32, **shape)
-    operands["pixels"].requires_grad_()
-    loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
-    loss.backward()
-    assert loss == 0 and operands["pixels"].grad.shape == operands["pixels"].shape
-
-
 def test_nothing_of_the_size_of_a_target_is_made(monkeypatch):
     """Forward leaves at most one number a tubelet and the loss; backward the gradient, and nothing else."""
     from mar_fast.kernels.jit import masked_patch_loss as launcher
@@ -309,75 +298,9 @@ class SizesOfAll(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-@every_dtype
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bitwise_repeatable(layout, dtype):
-    operands, run = loss_operands(dtype, layout=layout), functools.partial(kernels.masked_patch_loss, patch_size=PATCH)
-    (first,), seeds, first_gradients = oracle.outcome(run, operands)
-    (second,), _, second_gradients = oracle.outcome(run, operands, seeds)
-    assert torch.equal(first, second)
-    assert torch.equal(first_gradients["pixels"], second_gradients["pixels"])
-
-
 def test_a_float64_clip():
     """Beside float32 pixels it is taken as float32, as in plain PyTorch."""
     operands = loss_operands(torch.float32, count=5, video=torch.float64)
     loss = kernels.masked_patch_loss(**operands, patch_size=PATCH)
     with kernels.use_backend("eager"):
         torch.testing.assert_close(loss, kernels.masked_patch_loss(**operands, patch_size=PATCH))
-
-
-def test_float64_pixels_are_left_to_pytorch(poisoned):
-    operands = loss_operands(torch.float64, video=torch.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_forced", None)
-        assert kernels.masked_patch_loss(**operands, patch_size=PATCH).dtype == torch.float64
-    assert not poisoned.allocated
-    poisoned.allocated = None
-
-
-# The custom op, which torch.compile sees.
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("options", [(None, None, True), (MEAN, STD, False)], ids=str)
-@pytest.mark.parametrize("video", [torch.float16, torch.uint8])
-@pytest.mark.parametrize("case", [dict(count=0), dict(count=3), dict(lengths=(1, 0, 3))], ids=str)
-def test_opcheck(case, video, options):
-    operands = dict(clip_idx=None) | loss_operands(torch.float16, **case, video=video, layout="channels_last")
-    operands["clip_idx"] = operands.pop("clip_idx")
-    operands["pixels"].requires_grad_()
-    custom = torch.ops.mar_fast.masked_patch_loss.default
-    torch.library.opcheck(custom, (*operands.values(), PATCH, *options))
-
-
-@pytest.mark.compiles
-@every_dtype
-@pytest.mark.parametrize("video", [torch.float32, torch.uint8])
-def test_compiled(video, dtype):
-    def program(pixels, video, drop_idx):
-        return 3 * kernels.masked_patch_loss(pixels * 2, video, drop_idx, patch_size=PATCH, mean=MEAN, std=STD)
-
-    torch.compiler.reset()
-    operands = loss_operands(dtype, count=5, video=video)
-    (out,), seeds, gradients = oracle.outcome(program, operands)
-    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
-    (compiled_out,), _, compiled_gradients = oracle.outcome(compiled, operands, seeds)
-    assert torch.equal(compiled_out, out)
-    assert torch.equal(gradients["pixels"], compiled_gradients["pixels"])
-
-
-RUNS = {
-    "function": functools.partial(kernels.masked_patch_loss, patch_size=PATCH),
-    "custom op": lambda **values: torch.ops.mar_fast.masked_patch_loss(*values.values(), None, PATCH, None, None, True),
-}
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_second_derivative_is_an_error(run):
-    operands = loss_operands(torch.float32, count=3)
-    operands["pixels"].requires_grad_()
-    value = RUNS[run](**operands)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
-        (gradient,) = torch.autograd.grad(value, operands["pixels"], create_graph=True)
-        (value + gradient.square().sum()).backward()

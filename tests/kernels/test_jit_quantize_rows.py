@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from helpers import relative
-from op_cases import cropped, rows_apart
+from op_cases import cropped, every_dtype, rows_apart
 
 from mar_fast import kernels
 from mar_fast.kernels import QuantizedRows, device, quantize_rows, scaled_linear
@@ -29,7 +29,7 @@ def check(rows, x, tolerance):
 
 
 @pytest.mark.triton_too
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@every_dtype
 def test_every_code_and_tie(dtype):
     """A row whose largest value is 448 has scale 1. What lies between two codes goes to the nearer, or the even one."""
     assert torch.equal(quantize_rows(TABLE[None].to(dtype)).values.float(), TABLE[None])
@@ -48,7 +48,7 @@ def test_every_code_and_tie(dtype):
 
 @pytest.mark.triton_too
 @pytest.mark.parametrize("columns", [1, 33, 384, 3072])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@every_dtype
 def test_rows(columns, dtype):
     """Each row by its own largest value."""
     x = torch.randn(2, 17, columns) * torch.logspace(-4, 2, 17)[:, None]
@@ -60,7 +60,7 @@ def test_rows(columns, dtype):
 
 @pytest.mark.triton_too
 @pytest.mark.parametrize(("shape", "columns"), [((2, 17), 96), ((5,), 33), ((1, 3), 768), ((0, 3), 33)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@every_dtype
 def test_rows_of_a_norm(shape, columns, dtype):
     """In one pass, from the norm in float32; the new residual is add_layer_norm's."""
     x, residual = (rows_apart(torch.randn(*shape, columns).to(dtype)) for _ in range(2))
@@ -77,7 +77,7 @@ def test_rows_of_a_norm(shape, columns, dtype):
 
 @pytest.mark.triton_too
 @pytest.mark.parametrize(("shape", "columns"), [((2, 17), 96), ((5,), 33), ((3,), 3072), ((0, 3), 33)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@every_dtype
 def test_rows_of_gelu(shape, columns, dtype):
     x, bias = rows_apart(torch.randn(*shape, columns).to(dtype)), torch.randn(columns).to(dtype)
     rows = kernels.bias_gelu_rows(x, bias)

@@ -4,24 +4,17 @@ import oracle
 import pytest
 import torch
 from op_cases import (
-    cropped,
-    expanded,
+    leaves,
     make_index,
     plain_scatter,
     scatter_operands,
-    strided,
-    tokens_first,
-    width_first,
 )
 
 from mar_fast import kernels
-from mar_fast.kernels import device
 from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
 
 pytestmark = pytest.mark.interpreter
 
-DTYPES = [torch.float32, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 FLOATS = ("visible", "mask_token", "pos_embed")
 
 
@@ -48,13 +41,6 @@ def operands_of(keep_idx, places, width=5, dtype=torch.float32):
 
 def check(operands):
     return oracle.compare(kernels.scatter_tokens, oracle.scatter_tokens, plain_scatter, operands)[0]
-
-
-def leaves(operands, frozen=()):
-    return {
-        name: value.detach().requires_grad_(name not in frozen) if name in FLOATS else value
-        for name, value in operands.items()
-    }
 
 
 PICKED = {
@@ -144,30 +130,6 @@ def test_one_row_for_all_clips():
     check(operands_of(keep_idx, 154))
 
 
-def expanded_clips(value):
-    """As the gradient of a mean over clips."""
-    return value[:1].expand(value.shape)
-
-
-@pytest.mark.parametrize("layout", [cropped, strided, tokens_first, width_first])
-def test_any_strides(layout):
-    operands = scatter_operands(torch.float32)
-    for name in ("visible", "keep_idx"):
-        operands[name] = layout(operands[name])
-    for name in ("mask_token", "pos_embed"):
-        operands[name] = strided(operands[name])
-    check(operands)
-
-
-@pytest.mark.parametrize("layout", [cropped, strided, tokens_first, width_first, expanded, expanded_clips])
-def test_any_strides_of_the_gradient(layout):
-    operands = scatter_operands(torch.float32)
-    seed = layout(torch.randn(2, 154, 33))
-    _, _, gradients = oracle.outcome(kernels.scatter_tokens, operands, [seed])
-    _, _, contiguous = oracle.outcome(kernels.scatter_tokens, operands, [seed.contiguous()])
-    assert all(torch.equal(gradients[name], contiguous[name]) for name in FLOATS)
-
-
 def test_the_mask_token_keeps_to_its_places():
     """Not NaN, but NaN exactly there; and a NaN gradient at the visible places never gets into its own."""
     operands = operands_of(make_index(2, 17), 154)
@@ -225,15 +187,6 @@ def test_nothing_but_visible_gradients_is_read():
     assert torch.equal(values["visible"].grad, want)
 
 
-@every_dtype
-def test_bitwise_repeatable(dtype):
-    operands = scatter_operands(dtype, 5, 98)
-    (first,), seeds, first_gradients = oracle.outcome(kernels.scatter_tokens, operands)
-    (second,), _, second_gradients = oracle.outcome(kernels.scatter_tokens, operands, seeds)
-    assert torch.equal(first, second)
-    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in FLOATS)
-
-
 @pytest.mark.parametrize(
     ("batch", "count", "places", "width"), [(0, 3, 5, 4), (2, 0, 5, 4), (2, 0, 0, 4), (2, 3, 5, 0)]
 )
@@ -243,60 +196,3 @@ def test_nothing(batch, count, places, width, poisoned):
     assert out.shape == (batch, places, width)
     for name in FLOATS:
         assert gradients[name].shape == operands[name].shape and gradients[name].isfinite().all()
-
-
-def test_float64_is_left_to_pytorch(poisoned):
-    operands = scatter_operands(torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_forced", None)
-        check(operands)
-    assert not poisoned.allocated
-    poisoned.allocated = None
-
-
-# The custom op, which torch.compile sees.
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("frozen", [(), ("pos_embed",), ("visible", "mask_token")], ids=str)
-@pytest.mark.parametrize("case", [{}, dict(index=torch.int64), dict(lengths=(5, 0, 12))], ids=str)
-def test_opcheck(case, frozen):
-    values = [*leaves(scatter_operands(torch.float16, **case), frozen).values(), None][:5]
-    torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values,))
-
-
-@pytest.mark.compiles
-def test_opcheck_of_nothing():
-    values = leaves(operands_of(make_index(2, 0), 154))
-    torch.library.opcheck(torch.ops.mar_fast.scatter_tokens.default, (*values.values(), None))
-
-
-@pytest.mark.compiles
-@every_dtype
-def test_compiled(dtype):
-    def program(visible, keep_idx, mask_token, pos_embed):
-        return kernels.scatter_tokens(visible * 2, keep_idx, mask_token, pos_embed)
-
-    torch.compiler.reset()
-    operands = scatter_operands(dtype)
-    (out,), seeds, gradients = oracle.outcome(program, operands)
-    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
-    (compiled_out,), _, compiled_gradients = oracle.outcome(compiled, operands, seeds)
-    assert torch.equal(compiled_out, out)
-    assert all(torch.equal(gradients[name], compiled_gradients[name]) for name in FLOATS)
-
-
-RUNS = {
-    "function": kernels.scatter_tokens,
-    "custom op": lambda **values: torch.ops.mar_fast.scatter_tokens(*values.values(), None),
-}
-
-
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
-def test_second_derivative_is_an_error(loss, run):
-    values = leaves(operands_of(make_index(2, 17), 154))
-    value = loss(RUNS[run](**values))
-    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
-        (gradient,) = torch.autograd.grad(value, values["visible"], create_graph=True)
-        (value + gradient.square().sum()).backward()

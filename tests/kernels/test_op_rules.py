@@ -19,8 +19,10 @@ from op_cases import (
     attention_operands,
     call,
     clips_of,
+    cropped,
     loss_operands,
     make_clip,
+    rows_apart,
     scatter_operands,
     strided,
     varlen_operands,
@@ -69,12 +71,16 @@ def test_scatter_tokens_ignores_what_it_replaces():
 
 
 @pytest.mark.triton_too
+@pytest.mark.parametrize("layout", [strided, cropped, rows_apart])
 @pytest.mark.parametrize("name", OPS)
-def test_any_strides(name):
+def test_any_strides(name, layout):
     """Operands that lie in the gaps of NaN give the same as contiguous ones, gradients too."""
     op, operands = call(name)
     clean, seeds, clean_gradients = oracle.outcome(op, operands)
-    scattered = {key: strided(value) if torch.is_tensor(value) else value for key, value in operands.items()}
+    scattered = {
+        key: (layout if value.ndim > 1 else strided)(value) if torch.is_tensor(value) else value
+        for key, value in operands.items()
+    }
     outputs, _, gradients = oracle.outcome(op, scattered, seeds)
     torch.testing.assert_close(outputs, clean)
     torch.testing.assert_close(gradients, clean_gradients)

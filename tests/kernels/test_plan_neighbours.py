@@ -19,7 +19,6 @@ from plan_cases import (
     tensors,
     unplanned,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mar_fast import kernels
@@ -30,23 +29,6 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("few_tiles")]
 
 
 # Something else looks on.
-
-
-@every_op
-def test_fake_tensors_after_a_planned_call(name, poisoned):
-    op, operands = small_call(name)
-    real, _ = outcome(op, operands)
-    poisoned.allocated = 0
-    mode = FakeTensorMode()
-    fakes = {key: mode.from_tensor(value) if torch.is_tensor(value) else value for key, value in operands.items()}
-    with mode:
-        got, _ = outcome(op, fakes)
-    assert all(
-        (one is None) == (other is None) and (one is None or (one.shape, one.dtype) == (other.shape, other.dtype))
-        for one, other in zip(got, real, strict=True)
-    )
-    assert not poisoned.allocated
-    poisoned.allocated = 1
 
 
 @every_op
@@ -186,10 +168,10 @@ def test_gradients_in_another_layout(name):
     op, operands = small_call(name)
     outputs, seeds, _ = oracle.outcome(op, operands)
     ones = [torch.ones_like(out) for out in outputs]
+    with unplanned():
+        want, _ = outcome(op, operands, seeds)
     for layout in (torch.clone, strided, misaligned, cropped, torch.clone):
         laid = [layout(seed) if seed.ndim else seed for seed in seeds]
-        with unplanned():
-            want, _ = outcome(op, operands, [seed.contiguous() for seed in seeds])
         assert_same(outcome(op, operands, laid)[0], want)
     expanded = [torch.ones((), dtype=out.dtype).expand(out.shape) for out in outputs]
     assert_same(outcome(op, operands, expanded)[0], outcome(op, operands, ones)[0])
