@@ -35,9 +35,9 @@ from .suites import kernels as suite
 Times = dict[LaunchConfig, list[Record]]  # for each call
 
 
-def workload(call: str, where: str, mode: str, kernel: str, configs: Sequence[LaunchConfig]) -> Case:
+def workload(call: str, mode: str, kernel: str, configs: Sequence[LaunchConfig]) -> Case:
     """A call's pass as a case of the suite, with launch choices as its providers: the first is the one in force."""
-    op_case = calls(where)[call]
+    op_case = calls("cuda")[call]
     # An op without FLOPs is captured in a CUDA graph.
     ours = suite.kernel_case(replace(op_case, flops=0.0), mode, on_gpu=True, sets=1, clips=None)
 
@@ -94,7 +94,6 @@ class Unit:
     choice: Choice
     calls: Sequence[str]
     architecture: str
-    where: str
     run: Callable[[Case], list[Record]]
 
     def compiled_clean(self, configs: Sequence[LaunchConfig]) -> list[LaunchConfig]:
@@ -118,7 +117,7 @@ class Unit:
         for call in self.calls:
             forward = {launch.choice.kernel for launch, _ in launches(call, self.architecture, ["forward"])}
             mode = "forward" if self.choice.kernel in forward else "backward"
-            found = self.run(workload(call, self.where, mode, self.choice.kernel, [*times]))
+            found = self.run(workload(call, mode, self.choice.kernel, [*times]))
             taken = {record.provider: record for record in found if record.metric == "time"}
             if str(self.choice.config) not in taken:
                 raise ArithmeticError("the configuration in force gives no finite results")
@@ -185,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
         read_overrides(given.out)
         for choice, made_by in launched(lambda launch, *_: launch.choice, [architecture], given.kernel).items():
             try:
-                best, times = Unit(choice, made_by, architecture, where.type, run).search()
+                best, times = Unit(choice, made_by, architecture, run).search()
             except Exception as error:  # the driver may refuse what the compiler took
                 print(f"{choice}: {error}", flush=True)
                 continue

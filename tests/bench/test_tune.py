@@ -82,7 +82,7 @@ def machine(monkeypatch):
 
 def unit(kernel=KERNEL, where="bfloat16", run=None):
     choices = tune.launched(lambda launch, *_: launch.choice, [TARGET], [kernel])
-    (found,) = [tune.Unit(*one, TARGET, "cpu", run) for one in choices.items() if where in str(one[0])]
+    (found,) = [tune.Unit(*one, TARGET, run) for one in choices.items() if where in str(one[0])]
     return found
 
 
@@ -130,7 +130,7 @@ def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypat
     one = unit(kernel, "bfloat16, width 1024", run)
     assert len(one.race([one.choice.config, NOW])[NOW]) == 2
     calls = [f"add_layer_norm, 32 clips, 784 tokens, width 1024{more}, bfloat16" for more in labels]
-    assert seen == [(call, "cpu", mode, kernel, [one.choice.config, NOW]) for call in calls]
+    assert seen == [(call, mode, kernel, [one.choice.config, NOW]) for call in calls]
 
 
 # What becomes of planted candidates.
