@@ -249,8 +249,8 @@ def forward_of_rows(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
 
     def run(x, residual, *vectors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         new_residual = None if residual is None else torch.empty_like(residual, memory_format=DENSE)
-        before = (x, residual, *vectors, None, None, None)
-        values, scale = write(x, lambda values, scale: launch(*before, values, new_residual, None, scale))
+        operands = (x, residual, *vectors, None, None, None)
+        values, scale = write(x, lambda values, scale: launch(*operands, values, new_residual, None, scale))
         return values, scale, new_residual
 
     return run

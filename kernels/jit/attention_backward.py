@@ -36,16 +36,16 @@ from .sum_parts import sum_parts
 # is the distance between the programs that store ds of a head and those that read it.
 PROGRAMS = 396
 
-# Microseconds on an H200 by arithmetic: 784 tokens, 384 heads of 64 and 256 of 128 (1568 tokens: 4 times as much).
-# Products at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2, 4.26 from memory.
-#                                                                                     d 64   d 128
-#   two kernels, seven products (581 measured at 64)                                   579     773
-#   fused: ds is stored and read, 0.9 GB at 64, most of it in L2                       466     607
-#   a sum of dq for each 128 keys, added up by a second kernel                         550     733
-#   dq of each 128 keys added to what is in memory, in turn; without the waiting       414     552
-#   one program a head adds up dq in memory: 2 waves for 1.45; 106 and 212 MB in use   569     569
-# In turn, each step of 6600 cycles would wait for another program's and then for its own load of dq, 1500 and more. In
-# the fused kernel programs wait once. As no program that waits has run on a GPU yet, two kernels are the default.
+# The backward pass in several ways, in microseconds on an H200 by arithmetic: 784 tokens, 384 heads of 64 or 256 of 128
+# (1568 tokens: 4 times as much). Products at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2,
+# 4.26 from memory. The ways differ in how dq, the gradient of the queries, is summed over tiles of keys:  d 64   d 128
+#   two kernels, seven products, since each computes ds (measured at 64: 581)                              579     773
+#   fused, five products: ds is stored, 0.9 GB at 64, most of it in L2, and read for dq                    466     607
+#   one kernel stores a dq for each 128 keys, a second one adds these up                                   550     733
+#   one kernel adds the dq of each 128 keys to a sum in memory, in turn; without the waiting               414     552
+#   one program a head adds up dq in memory: 2 waves of programs, not 1.45; 106 and 212 MB in use          569     569
+# In turn, a program would wait in each step, of 6600 cycles, for another one and then for its own load of dq, 1500 or
+# more. In the fused kernel it waits once. As no program that waits has run on a GPU yet, two kernels are the default.
 
 # See `Tables`. BLOCK_M is queries, BLOCK_N keys; in QUERY queries are resident, in KEY_VALUE keys and values.
 # Compiled clean by Triton 3.6 and 3.9, not measured, except sm_90, 64, 784 tokens: H200, Triton 3.6, bc236cf, both

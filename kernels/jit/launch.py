@@ -339,7 +339,7 @@ def _hooked() -> bool:
 
 
 def rows(x: Tensor | None) -> tuple[int, bool]:
-    """(stride, copied): values from one row of (..., D) to the next; whether x, not evenly spaced, must be copied."""
+    """(stride, copied): values from row to row of (..., D), 0 for None; whether x, unevenly spaced, must be copied."""
     if x is None:
         return 0, False
     columns = x.shape[-1]
@@ -384,7 +384,7 @@ def scattered(vector: Tensor | None) -> bool:
 
 
 def like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A template for ``empty_like(..., memory_format=DENSE)`` with one value's memory: plans keep no other tensors."""
+    """A tensor to give to ``empty_like``: of this shape, with memory for one value. Plans may keep no other tensors."""
     return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 

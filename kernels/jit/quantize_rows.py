@@ -49,7 +49,7 @@ def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def writer(x: Tensor) -> Callable[[Tensor, Callable[..., None]], tuple[Tensor, Tensor]]:
-    """A function of a tensor of x's shape and of ``launch(values, scale)``, which writes `outputs`; it returns them."""
+    """``write(x, launch)`` for tensors of x's shape: allocates `outputs`, has ``launch(values, scale)`` fill them."""
     scale_like = like((*x.shape[:-1], 1), torch.float32, x.device)
 
     def write(x: Tensor, launch: Callable[..., None]) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ def _aligned(video: Tensor) -> bool:
 
 
 def _layout(video: Tensor, patch_size: Sequence[int]) -> ClipLayout | None:
-    """None where a thread could not load neighbours at once, as in a misaligned crop."""
+    """None for a clip of which a thread cannot load neighbours at once, such as a misaligned crop."""
     order = memory_order(video)
     if order is None:
         return None
