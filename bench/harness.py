@@ -1,4 +1,4 @@
-"""The harness: providers of a case are made ready, checked against float64, timed in turn; what comes of it in records.
+"""The harness: providers of a case are made ready, checked against float64, timed in turn; results are records.
 
 Nothing that is wrong or cannot run here gets a time; a record says why.
 """
@@ -34,7 +34,7 @@ PRINT = functools.partial(print, flush=True)
 
 
 def chosen_suites(names: Sequence[str]) -> list[str]:
-    """The suites that are named; "all" is every one that has here what it needs.
+    """The suites that are named; "all" stands for those whose packages are installed here.
 
     Raises:
         ValueError: there is no such suite, or none is named.
@@ -73,7 +73,7 @@ def options_for(
     """The options of a run, why it has its dtype, and the ceilings of the machine, which are measured for it.
 
     The arguments are the fields of `RunOptions`, by name; dtype "auto" is bf16 where its products are clearly faster
-    here. No sizes or batches means the `USUAL` ones, no seconds 12, or 1 for a quick run.
+    here. Without sizes or batches the `USUAL` ones are taken, without seconds 12, in a quick run 1.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -123,7 +123,7 @@ def run(
         say: Takes the table of every case as it is done.
         on_step: Told what is going on and which share of the suite is done.
         into: Takes the records as they are made, so that they are there after an interruption; None makes a new list.
-        chosen: Gives the case that is measured in place of a suite's, or None to leave that out; None changes nothing.
+        chosen: Gets each case of a suite and gives the one to measure in its place, None for none; None measures all.
     """
     found = into if into is not None else []
 
@@ -210,7 +210,7 @@ def measure(
         if error is not None:
             if error < math.inf:
                 keep(provider.name, "error", error)
-            # What computes another function than the case's rounds in its own way.
+            # A provider that computes another function than the case's is not held to the baseline's rounding.
             allowed = case.tolerance if provider.expected else limit
             if error > allowed:
                 note = f"wrong: differs from float64 by {error:.1e}, {allowed:.1e} is allowed"
@@ -220,7 +220,7 @@ def measure(
                 limit = min(limit, 2 * error + SLACK)
         ready[provider.name] = prepared
     expected.cache_clear()
-    for name in list(ready):  # what takes the few clips of a check may not take all of them, for memory say
+    for name in list(ready):  # a check takes few clips: all of them may take too much memory
         try:
             ready[name].run()
         except Exception as failure:
@@ -265,7 +265,7 @@ def reason(error: Exception) -> str:
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest norm of a difference over the norm of what is expected, in float64; infinity for NaN or a shape."""
+    """The largest norm of a difference over that of what is expected, in float64; infinity for NaN or another shape."""
     return max(relative(one, other) for one, other in zip(got, want, strict=True))
 
 

@@ -92,7 +92,7 @@ def modes(op: Callable[..., Any], operands: Mapping[str, Any]) -> dict[str, Call
 
     def both() -> object:
         """``torch.autograd.grad`` without what it checks in Python, which goes by the number of outputs."""
-        outputs = op(**leaves)  # as above: what is left of the difference is the engine's
+        outputs = op(**leaves)  # as in `training`: the rest of the time is the engine's
         outputs = outputs if several else (outputs,)
         return engine.run_backward(outputs, seeds, False, False, wanted, allow_unreachable=False, accumulate_grad=False)
 
@@ -180,7 +180,7 @@ def measure(device: torch.device, *, quick: bool = False) -> list[Record]:
 
 
 def limit(record: Record) -> float:
-    """Of a ratio of ours on a CPU; infinite for others."""
+    """What a ratio of ours may be on a CPU; infinity for the others'."""
     if record.provider != OURS:
         return math.inf
     return MODEL_LIMIT if record.case == MODEL else LIMITS[record.mode]

@@ -34,13 +34,13 @@ def calls(device: str) -> dict[str, OpCase]:
 
 
 def launches(call: str, target: str, passes: Sequence[str] = PASSES) -> list[Recorded]:
-    """What a call launches on a target: "forward" is without gradients, "backward" with them, and both ways."""
+    """What a call launches on a target: "forward" is one pass without gradients, "backward" both passes with them."""
     case = calls("meta")[call]
     return recorded(lambda: [results(case.ours, case.operands(), case.differentiated, mode) for mode in passes], target)
 
 
 def launched(key: Callable[..., Any], targets: Sequence[str], names: Sequence[str] = ()) -> dict[Any, list[str]]:
-    """What is launched, by ``key(launch, tensors, target)``, with all calls that do; of all ops and kernels or of some.
+    """``key(launch, tensors, target)`` of a launch -> the calls that make it; of all ops and kernels or of ``names``.
 
     Raises:
         ValueError: no op or kernel has such a name.
@@ -57,7 +57,7 @@ def launched(key: Callable[..., Any], targets: Sequence[str], names: Sequence[st
     return {one: [*made_by] for one, made_by in found.items() if not names or known[one] & set(names)}
 
 
-# Operands that get a gradient too in a call that is so changed.
+# Changes of a call by which one more operand gets a gradient.
 ALSO_DIFFERENTIATED = {
     "learnt positions": "pos_embed",
     "gradient of the clip": "video",
@@ -83,7 +83,7 @@ def _changed(case: OpCase, *changes: str) -> OpCase:
 
 
 def _change(o: Operands, change: str) -> Operands:
-    """Operands that are other or more than in ``o``."""
+    """What a change adds to the operands ``o``, or puts in their place."""
     match change:
         case "other layout" if o["video"].is_contiguous():
             return dict(video=o["video"].permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))

@@ -26,7 +26,7 @@ Looks = dict[str, dict[str, Any]]
 
 
 class Picture(NamedTuple):
-    """A PNG that is to be: its file name, its suite and device, and how it is drawn."""
+    """A picture to be drawn: its file name, its suite and device, and how it is drawn."""
 
     name: str
     suite: str
@@ -78,6 +78,7 @@ def _of_device(found: list[Record]) -> Iterator[tuple[str, str, Callable[[str, P
 
 def _looks(providers: Iterable[str]) -> Looks:
     """How each provider is drawn: variants of mar_fast in one blue, others in colours of their own."""
+    # Of each sort in turn all colours, then all of them with the next dashes or hatches.
     blue, others = (itertools.cycle(itertools.product(range(len(DASHES)), colours)) for colours in ((OURS,), OTHERS))
     looks: Looks = {}
     for name, marker in zip(dict.fromkeys(providers), itertools.cycle(MARKERS), strict=False):

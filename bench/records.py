@@ -12,7 +12,7 @@ from mar_fast.timing import Spread
 OURS = "mar_fast"
 # All steps and stages of these suites run this project's code, whatever they are called.
 OWN_SUITES = ("waterfall", "pipeline")
-# What a record says, in place of a time, of a provider that cannot run here or whose results are wrong.
+# Metrics in place of a time: of a provider that cannot run here, or whose results are wrong.
 NO_TIME = ("unavailable", "withheld")
 FLOOR = "roofline"  # the provider of what follows from arithmetic
 SUFFIX = ".jsonl"

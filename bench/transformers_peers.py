@@ -1,4 +1,4 @@
-"""transformers' VideoMAE, as it is and as `mar_fast.accelerate` makes it: what the drop-in is, and is measured against.
+"""transformers' VideoMAE, as it is and as `mar_fast.accelerate` makes it: the drop-in, and what it is measured against.
 
 All models of a workload have the same random weights, by transformers' own initialisation, and get the same clips.
 """
@@ -29,9 +29,9 @@ Change = Callable[[Any], Any]
 
 
 def build(workload: Workload, dtype: torch.dtype | None = None) -> Any:
-    """A model of transformers of the size of the workload's, with SDPA: for pre-training where that has no classifier.
+    """transformers' model of the workload's size, with SDPA: a classifier, or for pre-training if the config has none.
 
-    Its dtype is as `workloads.built` has it.
+    ``dtype`` is as in `workloads.built`.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -75,7 +75,7 @@ def operands(model: Any, workload: Workload) -> tuple[Any, Tensor, Tensor, Tenso
 
 
 def expected(workload: Workload, call: Call) -> list[Tensor]:
-    """transformers' own code in float64: logits, or with training the loss and all gradients in one."""
+    """transformers' own code in float64: logits, or in training the loss and all gradients in one."""
     model = build(workload, torch.float64)
     return of_few(workload, model, lambda few: call(*operands(model, few)))
 

@@ -1,6 +1,6 @@
 """``python -m mar_fast.bench tune``: faster launch choices for the GPU at hand.
 
-For every kernel, dtype and shape of `matrix`: one thing is changed at a time, then again from the winner, until
+For every kernel, dtype and shape of `matrix`: one setting is changed at a time, then again from the winner, until
 nothing wins. A candidate is run only if it compiles clean, timed only if its results are those of the choice in force,
 and wins only beyond the spread. Choices that beat the one in force go to a file of your own ($MAR_FAST_CONFIGS, or
 mar_fast/overrides.json in your configuration folder), each as soon as it is known: Ctrl-C keeps what has been measured.
@@ -38,7 +38,7 @@ Times = dict[LaunchConfig, list[Record]]  # for each call
 def workload(call: str, mode: str, kernel: str, configs: Sequence[LaunchConfig]) -> Case:
     """A call's pass as a case of the suite, with launch choices as its providers: the first is the one in force."""
     op_case = calls("cuda")[call]
-    # An op without FLOPs is captured in a CUDA graph.
+    # Without FLOPs `kernel_case` captures a forward pass in a CUDA graph.
     ours = suite.kernel_case(replace(op_case, flops=0.0), mode, on_gpu=True, sets=1, clips=None)
 
     def prepared(config: LaunchConfig) -> Prepared:
@@ -53,19 +53,19 @@ def workload(call: str, mode: str, kernel: str, configs: Sequence[LaunchConfig])
 
         with use_backend("triton"), forced({kernel: config}):
             made = ours.providers[0].prepare()
-            made.run()  # the last one that chooses: a graph, or what autograd keeps, has its launches now
+            made.run()  # fixes the launches, in the CUDA graph or in what autograd keeps
         return Prepared(made.run, outputs)
 
     def expected() -> list[Tensor]:
         return prepared(configs[0]).outputs()
 
     providers = tuple(Provider(str(config), partial(prepared, config), expected) for config in configs)
-    tolerance = max(torch.finfo(op_case.dtype).eps, 1e-5)  # of a norm; TF32 three times for float32
+    tolerance = max(torch.finfo(op_case.dtype).eps, 1e-5)  # relative, by norm; float32 products are three of TF32
     return replace(ours, providers=providers, expected=expected, tolerance=tolerance, baseline=str(configs[0]))
 
 
 def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
-    """What differs in one thing: a block halved or doubled, warps along with it or alone, stages, residence."""
+    """What differs in one setting: a block halved or doubled, warps along with it or alone, stages, residence."""
     changes: list[dict[str, Any]] = [{"num_warps": warps} for warps in (2, 4, 8, 16)]
     least, most = (16, 256) if config.block_k else (1, 4096)
     for block in ("block_m", "block_n", "block_k"):
@@ -89,7 +89,7 @@ def neighbours(config: LaunchConfig) -> list[LaunchConfig]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One choice, and the calls that make it."""
+    """One choice and the calls that make it; ``run`` measures a case."""
 
     choice: Choice
     calls: Sequence[str]

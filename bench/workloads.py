@@ -94,13 +94,13 @@ def of_reference(model: nn.Module, workload: Workload) -> Tensor:
 
 
 def expected(workload: Workload) -> list[Tensor]:
-    """The reference in float64: logits, or with training the loss and all gradients in one."""
+    """The reference in float64: logits, or in training the loss and all gradients in one."""
     model = built(workload, reference.MAR, torch.float64)
     return of_few(workload, model, functools.partial(of_reference, model))
 
 
 def of_few(workload: Workload, model: nn.Module, call: Callable[[Workload], Tensor]) -> list[Tensor]:
-    """What is compared of a ``call``, on as many clips as a check needs.
+    """What a check compares of a ``call``, on as many clips as it needs.
 
     The logits; in training the loss and, as one long vector, every gradient, in the order of the parameters' names.
     """
@@ -117,7 +117,7 @@ def of_few(workload: Workload, model: nn.Module, call: Callable[[Workload], Tens
 def ready(
     workload: Workload, model: nn.Module, call: Callable[[Workload], Tensor], *, autocast: bool = False
 ) -> Prepared:
-    """A model whose ``call`` with what a workload has gives logits, or in training, always under autocast, the loss."""
+    """A model ready to be timed: ``call(workload)`` gives logits, or in training, always under autocast, the loss."""
     # Made now, and not by the first call.
     assert len(workload.clips) == len(workload.target) == workload.mask.batch
     low = (autocast or workload.training) and workload.dtype != torch.float32

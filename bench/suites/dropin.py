@@ -26,8 +26,7 @@ def cases(options: RunOptions) -> Iterator[Case]:
 def inference_case(options: RunOptions, size: str, batch: int, keep: float, with_compiled: bool) -> Case:
     """A classifier's logits, from all tokens or from those that ``mar_fast.accelerate(..., keep=...)`` keeps.
 
-    With a mask transformers' own call is of another function, the dense one: its logits from visible tokens take calls
-    of the model's parts.
+    transformers' own classifier takes no mask: for logits from visible tokens the model's parts are called.
     """
     config = replace(model_config(size, 1.0), mask_ratio=1 - keep)
     workload = Workload(config, batch, options.device, options.dtype)

@@ -72,7 +72,7 @@ def dtype_case(options: RunOptions, size: str, keep: float) -> Case:
         return Prepared(lambda: take(windows), lambda: [take(windows)[config.depth][:1]])
 
     exact = partial(_expected, workload, lambda: pixels()[:1].permute(0, 4, 1, 2, 3))
-    # Each with outputs of its own to expect: 16 bits may be further off than twice the error of float32.
+    # Each has its own expected outputs, or 16 bits would be held to twice the error of float32, the baseline.
     providers = tuple(
         Provider(f"{OURS}, {name}", partial(prepared, dtype), expected=exact) for name, dtype in machine.DTYPES.items()
     )

@@ -101,7 +101,7 @@ def kernel_case(op_case: OpCase, mode: str, *, on_gpu: bool, sets: int = SETS, c
 
 
 def measured_peers(op_case: OpCase, mode: str, on_gpu: bool) -> dict[str, Function]:
-    """On a CPU not the first one, which our op runs there; but attention in blocks of scores is ours alone."""
+    """All but the first one on a CPU, which is what our op runs there, unless that is attention in blocks of scores."""
     left_out = set() if on_gpu and mode == "forward" else {PART}
     in_blocks = op_case.op == "attention" and mode == "forward" and op_case.dtype == torch.bfloat16
     if not on_gpu and not (in_blocks and cpu_attention.PREFERRED):

@@ -35,7 +35,7 @@ def training_cases(options: RunOptions) -> Iterator[Case]:
 def by_every_peer(
     options: RunOptions, size: str, batch: int, keep: float, compiled: bool, *, training: bool = False
 ) -> Case:
-    """One size, batch and keep ratio. If all tokens are kept, the dense model."""
+    """One size, batch and keep ratio; the dense model if all tokens are kept."""
     config = model_config(size, keep, decoder=training)
     workload = Workload(config, batch, options.device, options.dtype, training)
     suite = "training" if training else "encoder"

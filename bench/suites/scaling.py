@@ -41,7 +41,7 @@ def cases(options: RunOptions) -> Iterator[Case]:
 
 
 def configuration(size: str, axis: str, x: float) -> tuple[MARConfig, int]:
-    """The model and batch at position ``x``: ViT of a size at 50 %, 16 frames, 224 x 224, batch 1, but for the axis."""
+    """The model and batch at position ``x``: ViT of a size at 50 %, 16 frames, 224 x 224, batch 1, but on the axis."""
     changes: dict[str, dict[str, Any]] = {
         "keep ratio": dict(mask_ratio=1 - x),  # MAR even at 1: another classifier would be a step in the curve
         "batch": {},
