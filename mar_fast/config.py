@@ -219,7 +219,7 @@ def named_config(name: str, **overrides: Any) -> MARConfig:
 def known_heads(prefix: str, embed_dim: int, depth: int) -> int | None:
     """Heads of a named model's encoder (prefix ""), bridging classifier ("bridge_") or pixel decoder ("decoder_").
 
-    None where no named model has one of this embed_dim and, for the encoder, of this depth; the others' is an option.
+    None if no named model has one of this embed_dim and, for the encoder, of this depth.
     """
     for name in list_models():
         known = asdict(named_config(name))

@@ -120,7 +120,7 @@ def count(
 
 
 def _merged(parts: list[Part], training: bool) -> Iterator[Part]:
-    """Parts with the same name added up, in the order of their first appearance; in training with backward."""
+    """Parts with the same name added up, in order of first appearance; with ``training`` backward is included."""
     for name in dict.fromkeys(part.name for part in parts):
         own = Cost(tuple(part for part in parts if part.name == name))
         times = 1

@@ -34,7 +34,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The path of a temporary file, to write within this context; then it is renamed, or after an error deleted."""
+    """A temporary path beside ``path`` to write to in this context; it is then renamed, or after an error deleted."""
     temporary = _beside(path)
     try:
         yield temporary

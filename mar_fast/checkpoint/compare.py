@@ -18,8 +18,8 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
-        layers: "encoder.blocks.3", "features", "classifier.norm", "logits", "pixels", ..., in the order of computation;
-            and the norm of the difference over the norm of the first model's values: NaN where a value is NaN.
+        layers: By layer, "encoder.blocks.3", "features", "classifier.norm", "logits", "pixels", ..., in the order of
+            computation, how far the second model's values are from the first one's, as `relative` has it.
         only_first: Layers that the second model lacks.
         only_second: Layers that the first one lacks.
     """
@@ -65,7 +65,7 @@ def compare(first: MAR, second: MAR, *, ratio: float = 0.5, seed: int = 0) -> Co
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want``, in float64; infinity for NaN and for another shape."""
+    """Norm of the difference over the norm of ``want``, in float64; infinity for NaN or another shape."""
     if got.shape != want.shape:
         return float("inf")
     got, want = got.detach().double(), want.detach().double().to(got.device)

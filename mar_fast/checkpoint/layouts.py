@@ -152,7 +152,7 @@ class Checkpoint:
     warnings: list[str] = field(default_factory=list)  # what may be wrong
 
     def pass_over(self, ours: str, reason: str) -> Tensor:
-        """Take a tensor out, which is not needed; returns it."""
+        """Take out a tensor that is not needed, for this ``reason``, and return it."""
         self.unused |= dict.fromkeys(self.layout.theirs(ours), reason)
         return self.tensors.pop(ours)
 

@@ -161,8 +161,8 @@ def _fit(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Check every parameter and every entry; the error names all faults at once.
 
-    Gives values of parameters; and parameters that stay initial, and why. The checkpoint gets warnings, and notes on
-    entries that are passed over.
+    Returns the values of parameters, and why the other parameters stay initial. The checkpoint gets warnings, and notes
+    on entries that are passed over.
     """
     values: dict[str, Tensor] = {}
     initial: dict[str, str] = {}

@@ -21,7 +21,7 @@ def plan(
 ) -> tuple[MARConfig, dict[str, str]]:
     """The configuration, and where the value of each field came from that was not left at its default.
 
-    The checkpoint gets a remark on its position table, and what is made anew or not read by the caller's wish;
+    The checkpoint gets a remark on its position table, and notes on parts that the caller wants anew or left out.
     ``new_head`` says that a last layer of another size is allowed.
 
     Raises:
@@ -148,7 +148,7 @@ def _parts(checkpoint: Checkpoint, said: Said, overrides: Mapping[str, Any]) -> 
         ("final_norm", "final_norm", norm, overrides.get("final_norm", norm), "last norm"),
     ):
         if there == wished or (part == "decoder" and there and wished):
-            continue  # of another depth, which is an error
+            continue  # `plan` refuses a decoder of another depth
         if there:
             dropped[part] = f"{field}={wished!r} was asked for"
         if wished:

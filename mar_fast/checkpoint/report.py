@@ -73,7 +73,7 @@ class LoadReport:
 
 
 def class_names(model: MAR, labels: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of a model's classes: ``labels``, or for None those that its checkpoint had, if it had any.
+    """The names of a model's classes: ``labels``, or where that is None its checkpoint's; None if that has none either.
 
     Raises:
         ValueError: not one name for each class.

@@ -73,7 +73,7 @@ AllowUnknown = Annotated[list[str] | None, typer.Option(help="Names that may be 
 
 
 def only_with(option: str, given: object, **others: object) -> None:
-    """Check that options, by parameter name, are given beside ``option`` only.
+    """Check that ``others``, options by parameter name, are given beside ``option`` only.
 
     Raises:
         ValueError: one of them is given without it.
@@ -165,7 +165,7 @@ def placed(model: MAR, dtype: str, device: torch.device, quantize: Quantize | No
 
 
 def read_class_names(model: MAR, labels: Path | None) -> tuple[str, ...] | None:
-    """`class_names` of a file of labels, if there is one."""
+    """`class_names`, those in the file ``labels`` if one is given."""
     return class_names(model, None if labels is None else read_labels(labels))
 
 

@@ -156,7 +156,7 @@ class Video:
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, "VideoFrame"]]:
         """Decode these frames; numbers ascend, and count in order of presentation.
 
-        Each number is asked for when its frame is, so that there may be any number of them.
+        Each number is taken only when its frame is asked for, so that there may be any number of them.
 
         Raises:
             ValueError: one of them cannot be decoded.

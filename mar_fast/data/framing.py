@@ -78,7 +78,7 @@ def orientation(frame: "VideoFrame") -> tuple[int, bool]:
 
 
 def _upright(frame: "VideoFrame", height: int, width: int) -> Image:
-    """(H, W, 3), or (W, H, 3) if the frame is shown turned by a quarter: resized as it is stored, then turned."""
+    """The frame resized to (H, W, 3) as it is stored, then turned upright: (W, H, 3) after a quarter turn."""
     from av.video.reformatter import VideoReformatter
 
     turns, mirrored = orientation(frame)

@@ -172,7 +172,7 @@ def _resampled(shots: Iterable[_Shot], fps: float) -> Iterator[tuple[int, _Shot]
 def _decoded(film: Film, order: Sequence[int], sliding: Sliding) -> Iterator[tuple[int, _Shot]]:
     """Of the frames in this order, those that a window shows, and the last one."""
     shown = (sample for sample in range(len(order)) if sliding.shows(sample) or sample == len(order) - 1)
-    wanted, again = tee(shown)  # both go on together, so that nothing as long as the film is held
+    wanted, again = tee(shown)  # they advance together, so `tee` holds only a few
     frames = film.frames(number for number, _ in groupby(again, key=order.__getitem__))
     for number, samples in groupby(wanted, key=order.__getitem__):
         shot = _Shot(number, film.time(number), next(frames)[1])

@@ -46,7 +46,7 @@ class Accuracy:
 
 
 class Journal:
-    """A file of JSON lines: first the settings of an evaluation, then a row for each video as soon as it is there.
+    """A file of JSON lines: first the settings of an evaluation, then a row for each video as soon as it is done.
 
     Args:
         path: The file. An existing one is continued if its settings are the same.
@@ -176,7 +176,7 @@ def evaluate(
 
 
 def ahead(run: Callable[[Item], Found], items: Iterable[Item], *, workers: int) -> Iterator[tuple[Item, Future[Found]]]:
-    """Each item in turn with the future of ``run(item)``; meanwhile as many threads run the next ``workers`` ones."""
+    """Each item in turn with the future of ``run(item)``; meanwhile ``workers`` threads run that many of the next."""
     waiting: deque[tuple[Item, Future[Found]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:

@@ -131,7 +131,7 @@ class _Writer:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, window: Window, layers: Mapping[int, Tensor]) -> None:
-        """The next row of each layer, and the window that it is of."""
+        """Write the next row of each layer, the features of this window."""
         for number, row in layers.items():
             self._file.seek(self._offsets[number] + self.done * self._row_bytes)
             self._file.write(row.contiguous().view(torch.uint8).numpy().data)
@@ -213,7 +213,7 @@ def extract_films(
     reports = read_ahead([film.path for film in films], sliding, size, workers=workers, depth=depth)
 
     def windows() -> Iterator[Item]:
-        """Of all films, as they come; films begin and break meanwhile."""
+        """Those of all films, as they come; meanwhile films begin and break."""
         for number, report in reports:
             if isinstance(report, int):
                 writers[number] = _Writer(films[number], report, extractor)

@@ -66,8 +66,8 @@ def check(
         found = []
         for number, masks in enumerate(ways):
             on_step(f"comparing with the reference, {name}", number / len(ways))
-            if run is plain:  # which takes no ragged masks; of one clip they are equal ones too
-                masks = [mask and TokenMask.from_bool_masked(mask.bool_masked()) for mask in masks]
+            if run is plain:  # it takes no ragged masks; that of a single clip can be given as an equal one
+                masks = [None if mask is None else TokenMask.from_bool_masked(mask.bool_masked()) for mask in masks]
             found.append(torch.cat([run(clip, mask, reconstruct=False).logits for mask in masks]))
         return found
 

@@ -22,7 +22,7 @@ Values = Mapping[Point, float]
 
 def draw(tradeoff: Tradeoff, path: Path) -> None:
     """A PNG: top-1 agreement and KL against multiply-adds and latency; a line for each kind of mask."""
-    points: list[Any] = [*tradeoff.points]  # with all their values: a model that is wrong has no picture
+    points: list[Any] = [*tradeoff.points]  # no value is None: of a model that is wrong no picture is drawn
     figure = new_figure(figsize=(11, 8.4))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     env = tradeoff.environment

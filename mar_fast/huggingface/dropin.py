@@ -106,7 +106,7 @@ def _videomae_state(model: Any, keep: float | None, num_visible: int | None) -> 
 
 
 def _videomae2_state(model: Any, keep: float | None, num_visible: int | None) -> State:
-    """The same for VideoMAE v2's own class, which proves itself here."""
+    """The same for VideoMAE v2's own class, whose outputs are checked here."""
     if num_visible is not None:
         raise checks.bad("num_visible", num_visible, "None: a VideoMAEv2 takes no masks")
     restore(model)

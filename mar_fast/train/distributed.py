@@ -50,7 +50,7 @@ class World:
             dist.barrier()
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The values of all processes, for all."""
+        """The values of all processes in one list, in each of them."""
         if self.size == 1:
             return values
         box: list[list[Any]] = [[]] * self.size
@@ -90,10 +90,10 @@ def leave(code: int) -> NoReturn:
 
 
 def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module:
-    """The model, on the device of its process, as it is called in training: with ``compile`` by torch.compile.
+    """A model, on the device of its process, as it is called in training: with ``compile`` under torch.compile.
 
-    By DDP each process has the whole model; with ``shard`` parameters, gradients and states of the optimizer are spread
-    over the processes too, in place (FSDP2).
+    Each of several processes has the whole model (DDP), or with ``shard`` a share of parameters, gradients and states
+    of the optimizer (FSDP2, in place).
     """
     if compile:
         model.compile()

@@ -75,11 +75,11 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int) -> "DataLoader[Item]":
-    """A loader of `Batch`es, to be iterated over by `batches`; ``sampler.set_epoch`` chooses the next ones.
+    """A loader of `Batch`es, for `batches` to iterate over; ``sampler.set_epoch`` chooses the next ones.
 
-    Its ``workers`` are processes that stay from epoch to epoch; 0 reads in this one.
+    ``workers`` processes read for it, from epoch to epoch the same ones; with 0 this one reads.
     """
-    # Workers are forked off a process with one thread: locks of the trainer's threads might never open in a fork.
+    # Workers are forked from a process with one thread: in a fork of the trainer a lock of its threads might stay shut.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return DataLoader(

@@ -49,7 +49,7 @@ class Result:
 
 
 class Run:
-    """A run in this process, one of all; a step takes ``accumulate`` micro-batches, the rest is as in `fit`.
+    """The part of a run in this process; a step takes ``accumulate`` micro-batches, other arguments are as in `fit`.
 
     Raises:
         ValueError: too few videos for a step, or a batch that cannot be shared out.
@@ -235,7 +235,7 @@ class Run:
         assert self.validation is not None
         for number, batch in enumerate(batches(self.validation)):
             broken |= batch.broken
-            # Clips that do not count are left out here: each process makes as many calls, whatever their size.
+            # Clips that do not count are dropped here, not in the loader: all processes must make as many calls.
             video, labels = (value[batch.counts].to(device) for value in (batch.video, batch.labels))
             mask, decoder_mask = validation_masks(self.recipe, self.config, len(video), number, device)
             with torch.no_grad(), stepper.autocast():

@@ -16,7 +16,7 @@ Masks = tuple[TokenMask | None, TokenMask | None]
 def draw_mask(
     mask: Mask, batch: int, config: MARConfig, generator: torch.Generator, device: torch.device | None = None
 ) -> Masks:
-    """Draw the masks of a batch, for the grid and the cell of ``config``; on the generator's device if none is given.
+    """Draw the masks of a batch, for the grid and the cell of ``config``, on ``device`` (None: the generator's).
 
     Returns:
         The tokens that the encoder sees (None: all of them), and a mask whose ``keep_idx`` are the positions that the

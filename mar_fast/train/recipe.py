@@ -247,7 +247,7 @@ def _read(recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _changes(change: str) -> dict[str, Any]:
-    """What "section.key=value" says: a line of TOML, but for quotes around text."""
+    """What "section.key=value" says: a line of TOML, in which text needs no quotes."""
     key, equals, text = change.partition("=")
     for line in (f"{key} = {text}", f"{key}{equals}{json.dumps(text.strip(), ensure_ascii=False)}"):
         with suppress(tomllib.TOMLDecodeError):

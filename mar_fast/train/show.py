@@ -82,8 +82,8 @@ def cost_of_step(recipe: Recipe) -> Cost:
 def describe(recipe: Recipe, videos: int, processes: int = 1, clips_per_process: int = 8, *, flops: float) -> str:
     """What a run will do, as text: model, mask, data, learning rates, groups, memory and time.
 
-    The list has ``videos`` to train on, a process does ``flops`` FLOP/s, such as `matmul_rates` measures; for
-    ``processes`` and ``clips_per_process`` see `accumulation`.
+    ``videos`` are those in the list to train on, ``flops`` the FLOP/s of a process, as `machine.matmul_rates` measures
+    them; for ``processes`` and ``clips_per_process`` see `accumulation`.
 
     Raises:
         ValueError: fewer videos than a batch, or the batch cannot be shared, see `accumulation`.
@@ -196,7 +196,7 @@ def _rates(recipe: Recipe, per_epoch: int) -> str:
 
 
 def _groups(model: MAR, groups: list[Group]) -> Iterator[tuple[str, str]]:
-    """A row for each group of parameters: its rates, its size, and the first and the last of them."""
+    """A row for each group: its rates, its size, and the names of its first and its last parameter."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for number, group in enumerate(groups):
         rates = f"lr {group['lr']:.3g} (x {group['lr_scale']:.3g}), weight decay {group['weight_decay']:g}"

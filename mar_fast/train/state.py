@@ -44,8 +44,8 @@ class Checkpoints:
     def save(self, step: int, stepper: Stepper, extra: Mapping[str, Any], world: World) -> None:
         """Write a checkpoint after ``step`` steps, then remove those that are too old.
 
-        Rank 0 writes; where parameters are spread (FSDP2), each process writes its share. ``extra`` is what else goes
-        on: the best validation, unreadable videos.
+        Rank 0 writes; where parameters are spread (FSDP2), each process writes its share. ``extra`` is what else a
+        resumed run needs: the best validation, unreadable videos.
 
         Raises:
             OSError: it cannot be written; older checkpoints are untouched.

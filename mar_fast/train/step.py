@@ -30,7 +30,7 @@ class Inputs:
 
 
 class Stepper:
-    """Takes steps with a model, and has all that changes in them.
+    """Takes steps with a model, and holds all that they change.
 
     Args:
         model: On the device of this process; it is trained in place, and with ``recipe.shard`` spread (FSDP2).
@@ -40,7 +40,7 @@ class Stepper:
     Attributes:
         called: The model as it is called in training, see `distributed.spread`.
         optimizer: See `optim.adamw`; its learning rates are those of the last step.
-        scaler: Of gradients; does nothing but for fp16.
+        scaler: Of gradients; it does nothing unless the precision is fp16.
         average: The moving average of each parameter by name, empty where there is none.
     """
 
