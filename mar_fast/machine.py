@@ -162,7 +162,7 @@ def _commit() -> str:
     here = Path(__file__).resolve()
     git = "git", "-C", str(here.parent)
     tracked = _answer(*git, "ls-files", "--error-unmatch", str(here))
-    return tracked and _answer(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return _answer(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") if tracked else ""
 
 
 def _answer(*command: str) -> str:

@@ -153,7 +153,9 @@ class Checkpoint:
 
     def pass_over(self, ours: str, reason: str) -> Tensor:
         """Take out a tensor that is not needed, for this ``reason``, and return it."""
-        self.unused |= dict.fromkeys(self.layout.theirs(ours), reason)
+        for name in self.layout.theirs(ours):
+            self.unused[name] = reason
+            self.unknown.pop(name, None)
         return self.tensors.pop(ours)
 
     def has(self, part: str) -> bool:

@@ -176,8 +176,9 @@ def _fit(
         return False
 
     for ours, parameter in model.named_parameters():
-        names, new = checkpoint.layout.theirs(ours), checkpoint.absent.get(part_of(ours) or "")
-        title, tensor = ", ".join(names), None if new else unread.pop(ours, None)
+        names = checkpoint.layout.theirs(ours)
+        title, new = ", ".join(names), checkpoint.absent.get(part_of(ours) or "")
+        tensor = None if new else unread.pop(ours, None)
         if tensor is None and (reason := new or checkpoint.absent.get(ours)):
             initial[ours] = reason
         elif tensor is None:

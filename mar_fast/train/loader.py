@@ -75,10 +75,7 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def make_loader(dataset: Videos, sampler: StepSampler, *, workers: int) -> "DataLoader[Item]":
-    """A loader of `Batch`es, for `batches` to iterate over; ``sampler.set_epoch`` chooses the next ones.
-
-    ``workers`` processes read for it, from epoch to epoch the same ones; with 0 this one reads.
-    """
+    """A loader for `batches`: ``workers`` lasting processes (0: this one) read what `StepSampler.set_epoch` chose."""
     # Workers are forked from a process with one thread: in a fork of the trainer a lock of its threads might stay shut.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

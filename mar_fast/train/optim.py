@@ -18,8 +18,7 @@ def parameter_groups(model: MAR, optimizer: Optimizer, lr: float) -> list[Group]
     The patch embedding is layer 0, block i of the encoder layer i + 1, and all else layer depth + 1. The learning rate
     of a layer is ``lr * layer_decay ** (depth + 1 - layer)``: for all its parameters ("all", VideoMAE), or for the
     encoder's matrices alone ("weights", MAR), while biases, norms and what follows the encoder keep ``lr``. Biases,
-    norms and the mask token have no weight decay. The model must not be wrapped by DDP, which changes names, and must
-    have been sharded already, which replaces parameters.
+    norms and the mask token have no weight decay. The model is not DDP's wrapper, and sharded already if it is to be.
 
     Returns:
         Arguments for AdamW: ``params``, ``lr``, ``weight_decay``; and ``lr_scale``, the group's factor. Each trainable

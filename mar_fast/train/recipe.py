@@ -251,7 +251,8 @@ def _changes(change: str) -> dict[str, Any]:
     key, equals, text = change.partition("=")
     for line in (f"{key} = {text}", f"{key}{equals}{json.dumps(text.strip(), ensure_ascii=False)}"):
         with suppress(tomllib.TOMLDecodeError):
-            return tomllib.loads(line)
+            if found := tomllib.loads(line):  # nothing in a comment
+                return found
     raise checks.bad("--set", repr(change), "section.key=value, for example optimizer.lr=3e-4")
 
 

@@ -38,8 +38,7 @@ def path(monkeypatch, tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Its compiler, clock and kernels do what a test says, by configuration: faults, seconds (1 ms), results. The
-    rest is real: calls are captured, compared and timed by the harness."""
+    """Its compiler, clock and kernels do what a test says, by configuration; the harness and all else is real."""
     made = SimpleNamespace(speed={}, result={}, faults={}, compiled=set(), ran=set(), timed=[])
     noise = random.Random(0)
 

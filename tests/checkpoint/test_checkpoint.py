@@ -266,11 +266,11 @@ def test_a_missing_head_needs_its_size():
 
 
 def test_parts_left_out():
-    state = mar_names(small_model().state_dict())
+    state = mar_names(small_model().state_dict()) | {"decoder.pos_embed": torch.ones(1, 24, 48)}  # as if learned
     model = from_pretrained(state, classifier=None, decoder_depth=0, **TOLD)
     assert model.classifier is None and model.decoder is None
     ignored = model.load_report.ignored
-    assert ignored["mask_token"] == "decoder_depth=0 was asked for"
+    assert ignored["mask_token"] == ignored["decoder.pos_embed"] == "decoder_depth=0 was asked for"
     assert ignored["cls_head.norm.weight"] == "classifier=None was asked for"
     assert all(name.startswith("backbone.") for name in model.load_report.read)
 

@@ -138,6 +138,7 @@ BAD = {
     "a.b.c=3": "a: got an unknown key, expected",
     "optimizer.lr.x=3": "optimizer.lr: got {'x': 3}, expected a finite number",
     "=3": "--set: got '=3'",
+    "#seed=3": "--set: got '#seed=3'",
     "seed": "--set: got 'seed'",
     "seed.x=3": "seed: got {'x': 3}, expected a whole number",
     "optimizer=3": "optimizer: got 3, expected a section",
