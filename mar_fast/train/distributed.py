@@ -92,8 +92,7 @@ def leave(code: int) -> NoReturn:
 def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module:
     """A model, on the device of its process, as it is called in training: with ``compile`` under torch.compile.
 
-    Each of several processes has the whole model (DDP), or with ``shard`` a share of parameters, gradients and states
-    of the optimizer (FSDP2, in place).
+    Each process has the whole model (DDP), or with ``shard`` a share of it and of AdamW's states (FSDP2, in place).
     """
     if compile:
         model.compile()
