@@ -1,4 +1,4 @@
-"""Models of transformers' three VideoMAE classes for the tests of checkpoints, and their files."""
+"""Models of transformers' three VideoMAE classes, and their files, for the tests of checkpoints and of the drop-in."""
 
 import torch
 from checkpoint_cases import FRAMES, SIZE, random_weights

@@ -83,7 +83,8 @@ def class_names(model: MAR, labels: Sequence[str] | None) -> tuple[str, ...] | N
     if labels is None:
         return report.labels if report is not None and classes else None
     if isinstance(labels, str) or len(labels) != classes:
-        raise checks.bad("labels", f"{len(labels)} names", f"{classes}, one for each class")
+        accepted = f"{classes}, one for each class" if classes else "None: this model has no classes"
+        raise checks.bad("labels", f"{len(labels)} names", accepted)
     return tuple(labels)
 
 

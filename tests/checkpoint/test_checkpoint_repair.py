@@ -270,4 +270,6 @@ def test_names_of_classes_that_do_not_fit(tmp_path):
         save_checkpoint(model, tmp_path / "b", layout="hf", labels=["a", "b"])
     with pytest.raises(ValueError, match="labels: got some, for layout 'videomae', expected None"):
         save_checkpoint(model, tmp_path / "b.safetensors", layout="videomae", labels=["a"] * 7)
+    with pytest.raises(ValueError, match="labels: got 1 names, expected None: this model has no classes"):
+        save_checkpoint(from_pretrained(tmp_path / "a", classifier=None), tmp_path / "b", layout="hf", labels=["a"])
     assert not (tmp_path / "b").exists() and not (tmp_path / "b.safetensors").exists()

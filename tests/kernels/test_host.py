@@ -1,4 +1,4 @@
-"""What a call costs the host: the limits of DESIGN's table hold on any machine, the launches stubbed."""
+"""What a call costs the host: its limits hold on any machine, the launches stubbed."""
 
 import importlib.util
 

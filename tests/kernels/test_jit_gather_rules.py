@@ -1,15 +1,11 @@
-"""gather_patch_embed in Triton: dtypes, gradients and the custom op; tiles and clips are in another file."""
+"""gather_patch_embed in Triton: dtypes; tiles and clips are in test_jit_gather_patch_embed.py."""
 
 import functools
 
 import oracle
 import pytest
 import torch
-from op_cases import (
-    gather_operands,
-    make_clip,
-    plain_gather,
-)
+from op_cases import gather_operands, make_clip, plain_gather
 from test_jit_gather_patch_embed import (
     DARK,
     EVEN,
@@ -34,9 +30,6 @@ pytestmark = pytest.mark.interpreter
 def _large_tiles():
     with forced(LARGE):
         yield
-
-
-# Dtypes.
 
 
 def test_positions_in_half():

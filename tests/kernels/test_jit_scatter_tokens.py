@@ -3,12 +3,7 @@
 import oracle
 import pytest
 import torch
-from op_cases import (
-    leaves,
-    make_index,
-    plain_scatter,
-    scatter_operands,
-)
+from op_cases import leaves, make_index, plain_scatter, scatter_operands
 
 from mar_fast import kernels
 from mar_fast.kernels.jit.launch import Launch, LaunchConfig, forced
