@@ -32,7 +32,8 @@ def verify(
     found = compare(*models, ratio=ratio, seed=seed)
     within = found.within(tolerance)
     if as_json:
-        layers = [{"layer": layer, "difference": difference} for layer, difference in found.layers.items()]
+        # JSON has no infinity.
+        layers = [{"layer": layer, "difference": it if it < math.inf else None} for layer, it in found.layers.items()]
         told = {"first": first, "second": second, "tolerance": tolerance, "within": within}
         common.print_json({**told, **asdict(found), "layers": layers})
     else:

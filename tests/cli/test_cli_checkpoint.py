@@ -249,6 +249,9 @@ def test_verify_another(run, mar, tmp_path):
 def test_verify_parts_and_nan(run, mar, classifier, tmp_path):
     code, out, _ = run("checkpoint", "verify", mar, classifier, *TOLD)
     assert code == 1 and "only in the first" in out
+    save_checkpoint(small_model(num_classes=3), tmp_path / "three.safetensors")
+    code, out, _ = run("checkpoint", "verify", mar, "three.safetensors", "--json")
+    assert code == 1 and {"layer": "logits", "difference": None} in json.loads(out)["layers"]  # of another shape
     model = small_model()
     with torch.no_grad():
         model.decoder.head.bias[3] = torch.nan
