@@ -55,7 +55,7 @@ _V2_KEYS = {
     "drop_path_rate": "drop_path_rate",
     "head_dropout": "head_drop_rate",
 }
-# Arguments of which mar_fast computes one value only, or null.
+# Arguments that may have this value only, or null: mar_fast computes no other.
 _V2_FIXED = {
     "norm_layer": "nn.LayerNorm",
     "cos_attn": False,
@@ -85,7 +85,7 @@ def _patch(tubelet: Any, size: Any) -> tuple[int, int, int]:
     return int(tubelet), *_pair(size)
 
 
-# Fields made of several keys, or not equal to one; transformers has the norm before pooling or, for mean pooling, none.
+# Fields made of several keys or converted from one; transformers' last norm is there unless it pools by the mean.
 _Made = dict[str, tuple[Callable[..., Any], *tuple[str, ...]]]
 _MADE: _Made = {
     "mlp_ratio": (truediv, "intermediate_size", "hidden_size"),

@@ -13,7 +13,7 @@ from .sources import PATCH_EMBED, TOKEN_0
 Position = Literal["formula", "interpolate"]
 
 _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "channels", "patch_size", "num_classes")
-"""How the fields end that a checkpoint fixes, by shapes and, for heads, by its configuration."""
+"""Endings of the fields that a checkpoint fixes: by its shapes, heads by its configuration."""
 
 
 def plan(

@@ -1,6 +1,6 @@
 """Settings of transformers' image and video processors, read and written: what they make of pixels, as mean and std.
 
-Which files there are, which of them counts and what counts where it says nothing was read off transformers 5.23.
+The files, which of them counts, and the defaults of what it leaves out are those of transformers 5.23.
 """
 
 import math

@@ -181,7 +181,7 @@ def _decoded(film: Film, order: Sequence[int], sliding: Sliding) -> Iterator[tup
 
 
 def _slide(shots: Iterable[tuple[int, _Shot]], sliding: Sliding, picture: Callable[[Any], Image]) -> Iterator[Window]:
-    """The windows of frames that come in ascending order; those that no window shows may be missing, but the last."""
+    """The windows of frames in ascending order; frames that no window shows may be missing, except the last one."""
     held: dict[int, _Shot] = {}  # with pictures for frames: a decoded frame may be much larger
     index, stride = 0, sliding.stride
     sample, shot, resized = -1, None, None
@@ -217,8 +217,8 @@ def read_ahead(
 ) -> Iterator[tuple[int, Report]]:
     """The windows of many films, each with the number of its film, as they come from several readers.
 
-    For each film comes how many windows it has, then these in order, and then None; or at any time the ValueError or
-    OSError for which it cannot be read. Of several films windows come in any order.
+    For each film there is first the number of its windows, then these in order, then None; or at any time a ValueError
+    or OSError, which ends it. Windows of several films come in any order.
 
     Args:
         films: Videos or folders of pictures.
@@ -256,7 +256,7 @@ def read_ahead(
 
 
 def _reports(source: Source, sliding: Sliding, size: tuple[int, int]) -> Iterator[Report]:
-    """Of one film what `read_ahead` tells, and any other error too."""
+    """What `read_ahead` yields of one film, and any other error too."""
     try:
         with open_film(source) as film:
             count, windows = film_windows(film, sliding, size)

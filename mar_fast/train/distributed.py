@@ -101,12 +101,12 @@ def spread(model: MAR, world: World, *, shard: bool, compile: bool) -> nn.Module
     if not shard:
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    # Blocks give views, which nothing here writes into.
+    # Blocks return views, but nothing here writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (model.encoder, model.decoder, model.classifier):
         for block in getattr(part, "blocks", ()):
             fully_shard(block)
-    # By default the outermost stays whole after a forward pass, and a validation has no backward pass that ends this.
+    # By default the root's weights stay gathered until the backward pass, which a validation does not have.
     fully_shard(model, reshard_after_forward=True)
     return model
 

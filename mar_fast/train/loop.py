@@ -117,7 +117,7 @@ class Run:
             for epoch in range(self.done // per_epoch, recipe.schedule.epochs):
                 self._epoch(epoch, asked)
                 number, last = epoch + 1, epoch + 1 == recipe.schedule.epochs
-                whole = self.done == number * per_epoch  # also if it is to stop: what belongs to an epoch ends it
+                whole = self.done == number * per_epoch  # also on a stop: a whole epoch is validated and saved
                 if whole and self.validation is not None and (number % recipe.test.every == 0 or last):
                     self._validate(number)
                 if self.stopped or (whole and (number % recipe.checkpoint_every == 0 or last)):
