@@ -39,7 +39,7 @@ PROGRAMS = 396
 # The backward pass in several ways, in microseconds on an H200 by arithmetic: 784 tokens, 384 heads of 64 or 256 of 128
 # (1568 tokens: 4 times as much). Products at 365 TFLOP/s, which narrow tiles of 4 warps reach there; 5.5 TB/s from L2,
 # 4.26 from memory. The ways differ in how dq, the gradient of the queries, is summed over tiles of keys:  d 64   d 128
-#   two kernels, seven products, since each computes ds (measured at 64: 581)                              579     773
+#   two kernels, seven products: each computes ds, the gradient of the scores (measured at 64: 581)        579     773
 #   fused, five products: ds is stored, 0.9 GB at 64, most of it in L2, and read for dq                    466     607
 #   one kernel stores a dq for each 128 keys, a second one adds these up                                   550     733
 #   one kernel adds the dq of each 128 keys to a sum in memory, in turn; without the waiting               414     552

@@ -102,7 +102,7 @@ class Checkpoints:
         except Exception as error:
             raise ValueError(f"{path}: cannot be read ({error}); remove it to go on from the one before") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise checks.bad("--resume", f"{str(path)!r} of another format", "a checkpoint of mar-fast train")
+            raise checks.bad("--resume", f"{str(path)!r} of another format", "one of this version of mar-fast train")
         self._compare(content["settings"], allow_changes)
         if stepper.sharded == ("model" in content):
             got = "whole weights" if "model" in content else "weights that are spread over processes"
