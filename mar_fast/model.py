@@ -304,10 +304,13 @@ class MAR(nn.Module):
             # As in the classifier, the residual stream begins in the weights' dtype.
             visible = self.encoder_to_decoder(features).to(self.mask_token.dtype)  # (B, N, decoder_embed_dim)
             pixels = self.decoder(visible, self.mask_token.flatten(), mask, decoder_mask)  # (B, M, t * h * w * C)
-            loss = self._loss(pixels, video, mask, decoder_mask)
+            loss = self.reconstruction_loss(pixels, video, mask, decoder_mask)
         return MAROutput(logits, features, loss, pixels, mask.cu_seqlens)
 
-    def _loss(self, pixels: Tensor, video: Tensor, mask: TokenMask, decoder_mask: TokenMask | None) -> Tensor:
+    def reconstruction_loss(
+        self, pixels: Tensor, video: Tensor, mask: TokenMask, decoder_mask: TokenMask | None = None
+    ) -> Tensor:
+        """`MAROutput.reconstruction_loss` of predicted pixels, for the clips and masks of the forward pass."""
         config = self.config
         sizes: dict[str, Any] = dict(patch_size=config.patch_size, mean=config.mean, std=config.std)
         sizes["normalize"] = config.norm_pix_loss

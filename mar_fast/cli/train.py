@@ -92,8 +92,9 @@ def train(
 def _show(recipe: "Recipe", videos: int, processes: int, clips: int, out: Path) -> None:
     from ..train import show
 
-    dtype = "fp32" if recipe.optimizer.precision == "fp32" else "bf16"  # also for fp16: as fast on a GPU, fast on a CPU
-    (flops,) = machine.matmul_rates(machine.device(), (dtype,), budget=0.3).values()
+    where, dtype = machine.device(), recipe.optimizer.precision
+    dtype = "bf16" if dtype == "fp16" and where.type == "cpu" else dtype  # where fp16 takes seconds for a product
+    (flops,) = machine.matmul_rates(where, (dtype,), budget=0.3).values()
     common.show(show.describe(recipe, videos, processes, clips, flops=flops))
     picture = out.absolute().with_name(f"{out.absolute().name}.schedule.png")
     show.draw_schedule(recipe, videos, picture)

@@ -235,19 +235,20 @@ class Run:
         assert self.validation is not None
         for number, batch in enumerate(batches(self.validation)):
             broken |= batch.broken
-            # Clips that do not count are dropped here, not in the loader: all processes must make as many calls.
-            video, labels = (value[batch.counts].to(device) for value in (batch.video, batch.labels))
-            mask, decoder_mask = validation_masks(self.recipe, self.config, len(video), number, device)
+            mask, decoder_mask = validation_masks(self.recipe, self.config, len(batch.video), number, device)
+            video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
                 out = stepper.called(video, mask, decoder_mask=decoder_mask, reconstruct=pretrain)
-            sums[0] += len(video)
+                if pretrain and batch.counts.any():  # the loss in out is of all clips
+                    masks = mask[counts], decoder_mask and decoder_mask[counts]
+                    loss = stepper.model.reconstruction_loss(out.pixels[counts], video[counts], *masks)
+                    sums[:2] += torch.stack((counts.sum(), loss * counts.sum()))
             if pretrain:
-                sums[1] += out.reconstruction_loss * len(video)
                 continue
-            logits = out.logits.float()
-            rank = (logits > logits.gather(1, labels[:, None])).sum(1)  # classes before the right one
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            sums[1:] += torch.stack((loss, (rank < 1).sum(), (rank < 5).sum()))
+            logits = out.logits.float()[counts]
+            rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
+            loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
+            sums += torch.stack((counts.sum(), loss, (rank < 1).sum(), (rank < 5).sum()))
         self._say_broken(self.done, dict(self.world.gather([*broken.items()])))
         videos, *rest = self.world.sum(sums).tolist()
         means = dict(zip(("loss",) if pretrain else ("loss", "top1", "top5"), rest, strict=False))

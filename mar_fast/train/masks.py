@@ -39,11 +39,11 @@ def draw_mask(
 
 
 def validation_masks(recipe: Recipe, config: MARConfig, batch: int, number: int, device: torch.device) -> Masks:
-    """The masks of batch ``number`` of a validation, the same every time; None for the model's own test form."""
+    """The masks of batch ``number`` of a validation, the same every time: MAR's own test form, or drawn."""
     generator = torch.Generator().manual_seed(seed_of(recipe.seed, number))
     mask, decoder_mask = draw_mask(recipe.mask, batch, config, generator, device)
     if recipe.mask.kind == "cell_running" and recipe.mask.ratio == config.mask_ratio:
-        mask = None
+        mask = masking.cell_running(batch, config.grid, config.mask_ratio, cell=config.cell, phase=0, device=device)
     return mask, decoder_mask
 
 

@@ -71,9 +71,7 @@ def inputs_of(recipe, clips=4):
 
 def rows(inputs, first, last):
     def cut(mask):
-        if mask is None:
-            return None
-        return TokenMask(mask.keep_idx[first:last], mask.drop_idx[first:last], mask.grid)
+        return mask and mask[first:last]
 
     target = None if inputs.target is None else inputs.target[first:last]
     return Inputs(inputs.video[first:last], target, cut(inputs.mask), cut(inputs.decoder_mask))
@@ -257,7 +255,7 @@ class Noise(Videos):
         return Item(video * (not bad), key.video_index, key.video_index, [NO_BOX], key.counts and not bad, {})
 
 
-@pytest.mark.parametrize("case", ["MAR", "pre-training"])
+@pytest.mark.parametrize("case", ["MAR", "pre-training", "dual masking"])
 def test_validation_means_over_the_clips_that_count(case, tmp_path):
     """Neither those that cannot be read nor those that only fill the last batch, which so has none at all."""
     recipe = recipe_of(case, "data.batch=2", "schedule.epochs=1", "schedule.warmup_epochs=0.0", "model.num_classes=5")
@@ -267,8 +265,9 @@ def test_validation_means_over_the_clips_that_count(case, tmp_path):
     pretrain, losses = recipe.task == "pretrain", []
     for number, index in enumerate(([0, 1], [2])):
         video = torch.cat([torch.from_numpy(Noise()[Key(i)].video).movedim(-1, 1) for i in index])
-        mask, _ = validation_masks(recipe, recipe.config(), len(index), number, torch.device("cpu"))
-        out = plain(video, mask, reconstruct=pretrain)
+        masks = validation_masks(recipe, recipe.config(), 2, number, torch.device("cpu"))
+        mask, decoder_mask = (mask and mask[: len(index)] for mask in masks)
+        out = plain(video, mask, reconstruct=pretrain, decoder_mask=decoder_mask)
         one = out.reconstruction_loss if pretrain else F.cross_entropy(out.logits, torch.tensor(index))
         losses += [one.item()] * len(index)
     assert found["videos"] == len(losses) == 3 and found["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
