@@ -54,7 +54,7 @@ def machine(monkeypatch):
         if isinstance(result := made.result.get(config, 1.0), BaseException):
             raise result
         made.running = config
-        return x * torch.as_tensor(result, dtype=x.dtype)
+        return result if isinstance(result, torch.Tensor) else x * torch.tensor(result, dtype=x.dtype)
 
     def captured(run):
         run()
@@ -135,8 +135,8 @@ def test_every_call_that_makes_a_choice_is_timed_in_the_pass_that_does(monkeypat
 # What becomes of planted candidates.
 
 
-SPILLS, LOST = ["8 bytes of spills and stack"], "False: the configuration in force "
-WRONG = (1.05, float("nan"), RuntimeError("refused"), [1.0, 1.0, 1.05], torch.ones(2, 3))
+SPILLS, LOST = ["8 bytes of spills and stack"], "False: the configuration in force does not "
+WRONG = (1.2, float("nan"), RuntimeError("refused"), [1.0, 1.0, 1.2], torch.ones(2, 3), torch.ones(3).double())
 NOTHING_WINS = [
     (FASTER, 0.99e-3, 1.0, [], "compiled ran timed"),  # a gain within the spread
     (FASTER, 0.1e-3, 1.0, SPILLS, "compiled"),
@@ -156,12 +156,43 @@ def test_configuration_that_does_not_win(machine, path, capsys, config, speed, r
     assert config != NOW or NOW not in machine.timed
 
 
-@pytest.mark.parametrize(("off", "dtypes"), [(1e-5, 3), (2e-3, 2), (1.6e-2, 1), (3.2e-2, 0)])
-def test_agreement(machine, path, off, dtypes):
-    """Over the norm, sqrt(6), up to one eps: what rounding explains in one dtype is an error in another."""
-    machine.speed, machine.result = {FASTER: 0.5e-3}, {FASTER: [1, 1, 1 + off]}
+EIGHT_BITS = [torch.tensor([1.0, -2.0, third]).to(torch.float8_e4m3fn) for third in (1.0, 1.125)]  # neighbours
+
+
+@pytest.mark.parametrize(
+    ("now", "faster", "dtypes"),
+    [*((1.0, [1, 1, 1 + off], found) for off, found in ((1e-4, 3), (5e-3, 2), (5e-2, 1), (0.2, 0))),
+     *((EIGHT_BITS[0], other, found) for other, found in zip(EIGHT_BITS, (3, 0), strict=True))],
+)  # fmt: skip
+def test_agreement(machine, path, now, faster, dtypes):
+    """An error counts by the value and by the largest one, 2; what rounding explains in a dtype is one in others."""
+    machine.speed, machine.result = {FASTER: 0.5e-3}, {NOW: now, FASTER: faster}
     assert __main__.main(COMMAND) == 0
     assert len(read_overrides(path).get((TARGET, KERNEL), ())) == dtypes
+
+
+def test_a_backward_pass_keeps_its_launches(machine, monkeypatch):
+    """Each provider runs with its own configuration, though none is forced any more."""
+    ran, (call, *_) = [], matrix.calls("meta")
+
+    class Planned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            ctx.config = getattr(ctx, "config", None) or launch._forced[KERNEL]
+            ran.append(ctx.config)
+            return grad
+
+    planned = replace(tune.calls("cuda")[call], ours=lambda x: Planned.apply(x), differentiated=("x",))
+    monkeypatch.setattr(tune, "calls", lambda where: {call: planned})
+    made = [one.prepare() for one in tune.workload(call, "backward", KERNEL, [NOW, FASTER]).providers]
+    del ran[:]
+    for one in (*made, *made):
+        one.run()
+    assert ran == [NOW, FASTER] * 2
 
 
 A, B, C = (LaunchConfig(size) for size in (16, 32, 64))
