@@ -240,6 +240,7 @@ class Run:
             with torch.no_grad(), stepper.autocast():
                 out = stepper.called(video, mask, decoder_mask=decoder_mask, reconstruct=pretrain)
                 if pretrain and batch.counts.any():  # the loss in out is of all clips
+                    assert mask is not None  # a recipe that pre-trains has one
                     masks = mask[counts], decoder_mask and decoder_mask[counts]
                     loss = stepper.model.reconstruction_loss(out.pixels[counts], video[counts], *masks)
                     sums[:2] += torch.stack((counts.sum(), loss * counts.sum()))
