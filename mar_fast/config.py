@@ -101,6 +101,8 @@ class MARConfig:
                     raise checks.bad(name, value, "a number in [0, 1)")
             elif field.type is float:
                 checks.positive(name, value)
+            elif field.type is bool and not isinstance(value, bool):
+                raise checks.bad(name, repr(value), "true or false")
         if self.attention_dropout:
             raise checks.bad("attention_dropout", self.attention_dropout, "0: attention dropout is not supported")
         if self.classifier not in ("bridging", "linear", None):

@@ -38,6 +38,7 @@ VALUE_ERRORS = [
     (lambda: create_model("vit_base"), "name: got 'vit_base', expected one of mar_vit_small"),
     (lambda: named_config("mar_vit_base", mask_ratio=0.6), "mask_ratio: got 0.6.*1/4, 2/4"),
     (lambda: named_config("mar_vit_base", mask_ratio=1.0), r"mask_ratio: got 1.0, expected .*\[0, 1\)"),
+    (lambda: small_config(final_norm="True"), "final_norm: got 'True', expected true or false"),
     (lambda: small_config(num_heads=5), "num_heads: got 5, expected a divisor of embed_dim 96"),
     (lambda: small_config(bridge_num_heads=3), "bridge_num_heads: got 3, .*bridge_embed_dim 64"),
     (lambda: small_config(depth=0), "depth: got 0, expected a whole number, 1 or more"),
