@@ -85,6 +85,11 @@ def _patch(tubelet: Any, size: Any) -> tuple[int, int, int]:
     return int(tubelet), *_pair(size)
 
 
+def _whole_ratio(width: Any, ratio: Any) -> float:
+    """The MLP ratio that its hidden features, a whole number, have: a file may round it."""
+    return round(width * ratio) / width
+
+
 # Fields made of several keys or converted from one; transformers' last norm is there unless it pools by the mean.
 _Made = dict[str, tuple[Callable[..., Any], *tuple[str, ...]]]
 _MADE: _Made = {
@@ -96,7 +101,7 @@ _MADE: _Made = {
 _DECODER_MADE: _Made = {"decoder_mlp_ratio": (truediv, "decoder_intermediate_size", "decoder_hidden_size")}
 _V2_MADE: _Made = {
     **_MADE,
-    "mlp_ratio": (float, "mlp_ratio"),
+    "mlp_ratio": (_whole_ratio, "embed_dim", "mlp_ratio"),
     "image_size": (_pair, "img_size"),
 }
 

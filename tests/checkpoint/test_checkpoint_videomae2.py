@@ -197,6 +197,12 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("ratio", [4, 3.998, 4.001])
+def test_a_rounded_mlp_ratio(tmp_path, ratio):
+    """Its product with the width is rounded to a whole number of features."""
+    assert from_pretrained(v2_folder(tmp_path / "a", state=v2_state(), mlp_ratio=ratio)).config.mlp_ratio == 4.0
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_config_against_weights(tmp_path, case):
     change, message = CONFIGS[case]
