@@ -111,7 +111,7 @@ def check_target(path: str | Path, folder: bool, force: bool) -> Path:
     """Check, before any work, that a model's file or folder may be written, or replaced with ``force``.
 
     Raises:
-        ValueError: the file's name does not end with .safetensors.
+        ValueError: the file's name does not end with .safetensors, or the folder has none.
         FileExistsError, NotADirectoryError: something stands in the way: a folder holds nothing but a model.
     """
     path = Path(path).expanduser()
@@ -119,6 +119,8 @@ def check_target(path: str | Path, folder: bool, force: bool) -> Path:
         raise checks.bad("path", repr(str(path)), "a file name that ends with .safetensors")
     if folder and path.is_file():
         raise FileExistsError(f"{path}: got a file, expected a folder or a new name")
+    if folder and path.name in ("", ".."):
+        raise checks.bad("path", repr(str(path)), "the name of a folder, which is replaced as a whole")
     may_write([path / name for name in _FILES] if folder else [path], force)
     if path.is_dir() and (others := sorted({item.name for item in path.iterdir()} - {*_FILES, CARD})):
         raise FileExistsError(f"{path}: holds {', '.join(others[:3])}, expected a new folder, or one of a model only")

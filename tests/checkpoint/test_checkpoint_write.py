@@ -131,6 +131,15 @@ def test_a_folder_with_other_things_is_kept(tmp_path):
     assert (tmp_path / "folder/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", [".", ""])
+def test_the_folder_that_one_is_in_has_no_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    model = small_model(**LINEAR, classifier_norm_eps=1e-5)
+    with pytest.raises(ValueError, match=r"path: got '\.', expected the name of a folder"):
+        save_checkpoint(model, name, layout="hf")
+    assert list(tmp_path.iterdir()) == []
+
+
 # layout, what the model is, what stands in the way
 REFUSED = {
     "mar, linear": ("mar", LINEAR, "classifier, for layout 'mar': got 'linear', expected 'bridging'"),
