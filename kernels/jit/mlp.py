@@ -54,7 +54,7 @@ def backward(grad, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, product, save,
     through_gelu = bias_gelu.backward_and_output(hidden_grad, product, fc1_bias, (True, needs[2]))
 
     def run(grad, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, product) -> Results:
-        grad = grad.reshape(count, -1)
+        grad = grad.reshape(count, fc2_weight.shape[0])
         grad_product, grad_fc1_bias, hidden = through_gelu(grad @ fc2_weight, product, fc1_bias)
         grad_product, hidden = grad_product.view(count, columns), hidden.view(count, columns)
         return (

@@ -230,8 +230,9 @@ def test_linear_gelu(shape, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("bias", [True, False])
-def test_mlp(bias, dtype):
-    operands = mlp_operands(dtype)
+@pytest.mark.parametrize("shape", [(2, 17, 24), (0, 24)])
+def test_mlp(bias, shape, dtype):
+    operands = mlp_operands(dtype, shape)
     if not bias:
         del operands["fc2_bias"]
     (out,) = check("mlp", plain_mlp, operands)
