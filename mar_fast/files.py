@@ -13,12 +13,14 @@ def may_write(paths: list[Path], force: bool) -> None:
     """Check, before any work is done, that the results can be written.
 
     Raises:
-        FileExistsError: one of the files exists and ``force`` is not set.
+        FileExistsError: one of the files exists and ``force`` is not set, or is a folder or a device.
         NotADirectoryError: the parent of one is a file.
     """
     for path in paths:
         if path.is_dir():
             raise FileExistsError(f"{path}: got a folder, expected a file name")
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+            raise FileExistsError(f"{path}: got a device or a pipe, expected a file name")
         if path.exists() and not force:
             raise FileExistsError(f"{path}: already exists, expected a new file (or --force to replace it)")
         ancestor = next(parent for parent in path.absolute().parents if parent.exists())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mar_fast.files import write_whole, write_whole_files, write_whole_folder
+from mar_fast.files import may_write, write_whole, write_whole_files, write_whole_folder
 
 OLD, NEW = {"model": "old", "data": "old data"}, {"model": "new", "data": "new data"}
 RENAMES = 4  # both out of the way, both in place
@@ -81,3 +81,11 @@ def test_modes_are_those_of_new_files(tmp_path):
     (tmp_path / "plain" / "file").touch()
     modes = {path.stat().st_mode for path in tmp_path.rglob("*")}
     assert modes == {(tmp_path / "plain").stat().st_mode, (tmp_path / "plain" / "file").stat().st_mode}
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    """--out /dev/null, as root."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(FileExistsError, match="got a device or a pipe, expected a file name"):
+            may_write([path], force=True)
