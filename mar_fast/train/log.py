@@ -29,9 +29,21 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last one that was cut off is left out."""
-    content = path.read_text()
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+    """The rows of a log; a last one that was cut off is left out.
+
+    Raises:
+        ValueError: a line of the file is damaged.
+    """
+    content = path.read_bytes()
+    rows = list[dict[str, Any]]()
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"]
+        except (ValueError, LookupError, TypeError) as error:
+            got = f"{line[:60]!r}, which is no row of a log"
+            raise ValueError(f"{path}, line {number}: got {got}; mend or remove it") from error
+    return rows
 
 
 def draw_curves(log: Path, picture: Path) -> None:

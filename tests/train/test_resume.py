@@ -186,6 +186,14 @@ def test_interrupted_by_hand(films, never_killed, tmp_path, monkeypatch, capsys,
     assert_same(out, never_killed)
 
 
+@pytest.mark.parametrize("line", ["garbage", "[]", "3", '{"loss": 1.0}'])
+def test_a_damaged_log_is_named(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    log.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: got .*, which is no row of a log"):
+        read_log(log)
+
+
 @pytest.mark.skipif(KILLS <= 3, reason="takes a minute: make kills runs it")
 def test_one_of_two_processes_is_killed(films, tmp_path):
     never, out = tmp_path / "never", tmp_path / "run"
