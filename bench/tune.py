@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mar_fast import files, machine
+from mar_fast import files
 from mar_fast.kernels import device, use_backend
 from mar_fast.kernels.jit.compile_check import Code, check_all, code
 from mar_fast.kernels.jit.launch import Choice, LaunchConfig, forced, forget_choices, overrides_path, read_overrides
@@ -168,7 +168,9 @@ def add_override(path: Path, architecture: str, choice: Choice, config: LaunchCo
 
 def gpu() -> tuple[torch.device, str]:
     """The current GPU, and its architecture; ValueError where torch finds none."""
-    where = machine.device("cuda")
+    if not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here, expected one to measure on")
+    where = torch.device("cuda")
     return where, device.architecture(torch.empty(0, device=where))
 
 

@@ -192,7 +192,7 @@ class TokenMask:
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         return TokenMask(self.keep_idx.to(device), self.drop_idx.to(device), self.grid, cu_seqlens, self.max_seqlen)
 
-    def __getitem__(self, clips: Tensor | slice) -> "TokenMask":
+    def take(self, clips: Tensor | slice) -> "TokenMask":
         """The mask of some of the clips, each of which must keep equally many tokens."""
         if self.cu_seqlens is not None:
             raise checks.bad("mask", "a ragged mask", "one whose clips keep equally many tokens")

@@ -195,7 +195,8 @@ def _progress(row: dict[str, Any], first: int, seconds: float) -> str:
 def _test(recipe: "Recipe", samples: "Sequence[Sample]", out: Path, world: "World", workers: int) -> None:
     from .. import train as training
 
-    best = out / "best.safetensors"
+    best, last = out / "best.safetensors", out / "last.safetensors"
+    best = best if best.exists() else last  # no video could be read to validate on
     with common.progress() as step:
         outcome = training.multi_view_test(
             recipe, best, samples, out / "test.jsonl", world, workers=workers,

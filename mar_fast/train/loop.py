@@ -221,7 +221,7 @@ class Run:
         with self.stepper.averaged():
             found = self._measure()
             score = found.get("top1", -found["loss"])
-            if not self.best or score > self.best.get("top1", -self.best["loss"]):
+            if found["videos"] and (not self.best or score > self.best.get("top1", -self.best["loss"])):
                 self.best = {"epoch": epoch, **found}
                 export(self.stepper, self.out / "best.safetensors", self.world)
         self._say({"step": self.done, "epoch": epoch, "validation": found, "best": self.best})
@@ -241,7 +241,7 @@ class Run:
                 out = stepper.called(video, mask, decoder_mask=decoder_mask, reconstruct=pretrain)
                 if pretrain and batch.counts.any():  # the loss in out is of all clips
                     assert mask is not None  # a recipe that pre-trains has one
-                    masks = mask[counts], decoder_mask and decoder_mask[counts]
+                    masks = mask.take(counts), decoder_mask and decoder_mask.take(counts)
                     loss = stepper.model.reconstruction_loss(out.pixels[counts], video[counts], *masks)
                     sums[:2] += torch.stack((counts.sum(), loss * counts.sum()))
             if pretrain:

@@ -208,7 +208,8 @@ def read_recipe(recipe: str | Path, changes: Iterable[str] = ()) -> Recipe:
     Args:
         recipe: A name from `list_recipes`, or a TOML file. Its key ``extends`` names a recipe to begin with: a file
             beside it (without .toml), or one of the package.
-        changes: "section.key=value" or "key=value" in TOML, which replace what the file says; text needs no quotes.
+        changes: "section.key=value" or "key=value" in TOML, which replace what the file says, key by key; text needs no
+            quotes.
 
     Raises:
         FileNotFoundError: there is no such recipe.

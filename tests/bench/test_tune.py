@@ -302,7 +302,7 @@ def test_errors_of_the_command(monkeypatch, capsys, machine):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         tune.main([])
-    assert "torch finds no GPU here" in capsys.readouterr().err
+    assert "torch finds no GPU here, expected one to measure on" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

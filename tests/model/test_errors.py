@@ -97,6 +97,7 @@ VALUE_ERRORS = [
         lambda: TokenMask.from_bool_masked(torch.tensor([[True, False], [True, True]])),
         r"masked: got clips with \[0, 1\] visible tokens, expected the same number",
     ),
+    (lambda: TokenMask.ragged([torch.tensor([0])], (4,)).take(slice(1)), "mask: got a ragged mask, expected one whose"),
     (
         lambda: TokenMask.from_bool_masked(torch.tensor([[True, False]]), num_visible=2),
         "num_visible: got 2, expected 1",

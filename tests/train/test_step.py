@@ -71,7 +71,7 @@ def inputs_of(recipe, clips=4):
 
 def rows(inputs, first, last):
     def cut(mask):
-        return mask and mask[first:last]
+        return mask and mask.take(slice(first, last))
 
     target = None if inputs.target is None else inputs.target[first:last]
     return Inputs(inputs.video[first:last], target, cut(inputs.mask), cut(inputs.decoder_mask))
@@ -243,15 +243,15 @@ def test_weights_rounded_at_once(precision, changes, monkeypatch):
 
 
 class Noise(Videos):
-    """Five clips; the last two cannot be read, which makes them black ones that do not count."""
+    """Five clips; all from ``broken`` on cannot be read, which makes them black ones that do not count."""
 
-    def __init__(self):
-        self.paths = [*"abcde"]
+    def __init__(self, broken=3):
+        self.paths, self.broken = [*"abcde"], broken
 
     def __getitem__(self, key):
         generator = torch.Generator().manual_seed(key.video_index)
         video = torch.randint(256, (1, 8, 64, 64, 3), dtype=torch.uint8, generator=generator).numpy()
-        bad = key.video_index > 2
+        bad = key.video_index >= self.broken
         return Item(video * (not bad), key.video_index, key.video_index, [NO_BOX], key.counts and not bad, {})
 
 
@@ -266,8 +266,15 @@ def test_validation_means_over_the_clips_that_count(case, tmp_path):
     for number, index in enumerate(([0, 1], [2])):
         video = torch.cat([torch.from_numpy(Noise()[Key(i)].video).movedim(-1, 1) for i in index])
         masks = validation_masks(recipe, recipe.config(), 2, number, torch.device("cpu"))
-        mask, decoder_mask = (mask and mask[: len(index)] for mask in masks)
+        mask, decoder_mask = (mask and mask.take(slice(len(index))) for mask in masks)
         out = plain(video, mask, reconstruct=pretrain, decoder_mask=decoder_mask)
         one = out.reconstruction_loss if pretrain else F.cross_entropy(out.logits, torch.tensor(index))
         losses += [one.item()] * len(index)
     assert found["videos"] == len(losses) == 3 and found["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_validation_of_nothing(tmp_path):
+    """No video can be read: that is no best result."""
+    recipe = recipe_of("MAR", "data.batch=2", "schedule.epochs=1", "schedule.warmup_epochs=0.0", "model.num_classes=5")
+    result = fit(recipe, Noise(), Noise(broken=0), tmp_path, ALONE, clips=2, workers=0)
+    assert result.best == {} and not (tmp_path / "best.safetensors").exists()
