@@ -134,7 +134,7 @@ def stream_windows(frames: Iterable[Any], sliding: Sliding, size: tuple[int, int
     Raises:
         ValueError, TypeError: within the iterator, that a frame or its time does not fit.
     """
-    timed = (item if isinstance(item, tuple) else (None, item) for item in frames)
+    timed = (item[:2] if isinstance(item, tuple) else (None, item) for item in frames)
     shots = (_Shot(number, None if at is None else Fraction(at), frame) for number, (at, frame) in enumerate(timed))
     samples = enumerate(shots) if sliding.fps is None else _resampled(shots, sliding.fps)
     return _slide(samples, sliding, partial(_picture, aspect=Fraction(1), size=size))

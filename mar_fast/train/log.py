@@ -8,6 +8,7 @@ import numpy as np
 
 from ..eval.plot import OTHERS, OURS, new_figure, save
 from ..files import write_whole
+from ..kernels import checks
 
 # What is drawn of a row, in this order, and how it is called.
 TITLES = {"loss": "loss", "reconstruction": "reconstruction loss", "accuracy": "accuracy", "lr": "learning rate"}
@@ -41,8 +42,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
             rows[-1]["step"]
         except (ValueError, LookupError, TypeError) as error:
-            got = f"{line[:60]!r}, which is no row of a log"
-            raise ValueError(f"{path}, line {number}: got {got}; mend or remove it") from error
+            raise checks.bad(f"{path}, line {number}", repr(line[:60]), "a row of a log: mend or remove it") from error
     return rows
 
 

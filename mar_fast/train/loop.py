@@ -239,13 +239,14 @@ class Run:
             video, labels, counts = (value.to(device) for value in (batch.video, batch.labels, batch.counts))
             with torch.no_grad(), stepper.autocast():
                 out = stepper.called(video, mask, decoder_mask=decoder_mask, reconstruct=pretrain)
-                if pretrain and batch.counts.any():  # the loss in out is of all clips
-                    assert mask is not None  # a recipe that pre-trains has one
-                    masks = mask.take(counts), decoder_mask and decoder_mask.take(counts)
-                    loss = stepper.model.reconstruction_loss(out.pixels[counts], video[counts], *masks)
+                if pretrain:
+                    loss = out.reconstruction_loss  # of all clips
+                    if 0 < int(batch.counts.sum()) < len(video):
+                        assert mask is not None  # a recipe that pre-trains has one
+                        masks = mask.take(counts), decoder_mask and decoder_mask.take(counts)
+                        loss = stepper.model.reconstruction_loss(out.pixels[counts], video[counts], *masks)
                     sums[:2] += torch.stack((counts.sum(), loss * counts.sum()))
-            if pretrain:
-                continue
+                    continue
             logits = out.logits.float()[counts]
             rank = (logits > logits.gather(1, labels[counts, None])).sum(1)  # classes before the right one
             loss = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")

@@ -84,7 +84,8 @@ def test_a_constant_rate(tmp_path, kind, fps):
     samples = clips.shown_at(times, str(fps))
     agrees(read(path, sliding), images, samples, times, sliding)
     timed = [(Fraction(time, 1000), image) for time, image in zip(TIMES[kind], images, strict=True)]
-    agrees(stream_windows(timed, sliding, SIZE), images, samples, [time for time, _ in timed], sliding)
+    items = [(*one, "what else a camera tells") for one in timed]
+    agrees(stream_windows(items, sliding, SIZE), images, samples, [time for time, _ in timed], sliding)
 
 
 def test_variable_rate_by_frames(tmp_path):

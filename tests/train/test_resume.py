@@ -190,7 +190,7 @@ def test_interrupted_by_hand(films, never_killed, tmp_path, monkeypatch, capsys,
 def test_a_damaged_log_is_named(tmp_path, line):
     log = tmp_path / "log.jsonl"
     log.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2')
-    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: got .*, which is no row of a log"):
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: got .*, expected a row of a log"):
         read_log(log)
 
 
