@@ -78,7 +78,7 @@ def _of_device(found: list[Record]) -> Iterator[tuple[str, str, Callable[[str, P
 
 def _looks(providers: Iterable[str]) -> Looks:
     """How each provider is drawn: variants of mar_fast in one blue, others in colours of their own."""
-    # Of each sort in turn all colours, then all of them with the next dashes or hatches.
+    # Ours and others each take their colours in turn, then these again with the next dashes or hatches.
     blue, others = (itertools.cycle(itertools.product(range(len(DASHES)), colours)) for colours in ((OURS,), OTHERS))
     looks: Looks = {}
     for name, marker in zip(dict.fromkeys(providers), itertools.cycle(MARKERS), strict=False):
